@@ -1,0 +1,49 @@
+"""Loads the compiled library: checks it against the running torch, chooses the instruction set."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+REBUILD = "python setup.py build_ext --inplace   (or: pip install --no-build-isolation -e .)"
+
+
+@dataclass(frozen=True)
+class Native:
+    """What was loaded: the instruction set in use and how the library was built."""
+
+    instruction_set: str
+    built_with: dict
+
+
+def _built_with() -> dict:
+    path = Path(__file__).resolve().parents[1] / "_build.json"
+    if not path.exists():
+        raise ImportError(f"megarlx's native code is not built ({path} is missing). Run:\n  {REBUILD}")
+    return json.loads(path.read_text())
+
+
+@functools.cache
+def load() -> Native:
+    built_with = _built_with()
+    if built_with["torch"] != torch.__version__:
+        raise ImportError(
+            f"megarlx was built against torch {built_with['torch']}, but torch {torch.__version__} "
+            f"is running. Rebuild it:\n  {REBUILD}"
+        )
+    wanted = torch.backends.cpu.get_cpu_capability().lower()
+    name = wanted if wanted in built_with["instruction_sets"] else "default"
+    library = importlib.util.find_spec(f"megarlx._cpu_{name}")
+    if library is None or library.origin is None:
+        raise ImportError(
+            f"megarlx: the CPU kernels for '{name}' are missing (built: "
+            f"{', '.join(built_with['instruction_sets'])}). Run:\n  {REBUILD}"
+        )
+    extension = importlib.import_module("megarlx._C")
+    return Native(extension.load_cpu_kernels(library.origin).lower(), built_with)
