@@ -7,6 +7,11 @@
 #include "dispatch.h"
 
 TORCH_LIBRARY(megarlx, m) {
+  // sample
+
+  // token_loss
+
+  // averaging
 }
 
 namespace megarlx {

@@ -11,6 +11,9 @@ extern "C" const megarlx::cpu::Kernels* megarlx_cpu_kernels() {
   static const megarlx::cpu::Kernels table = {
       megarlx::cpu::kKernelsVersion,
       MEGARLX_STRING(CPU_CAPABILITY),
+      // sample
+      // token_loss
+      // averaging
   };
   return &table;
 }

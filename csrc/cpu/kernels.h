@@ -4,6 +4,8 @@
 #pragma once
 #include <cstdint>
 
+#include "math/common.h"
+
 namespace megarlx::cpu {
 
 // Changes whenever a signature below does, so that a stale shared object is refused by name.
@@ -12,6 +14,9 @@ constexpr std::int64_t kKernelsVersion = 1;
 struct Kernels {
   std::int64_t version;
   const char* instruction_set;
+  // sample
+  // token_loss
+  // averaging
 };
 
 }  // namespace megarlx::cpu
