@@ -44,9 +44,11 @@ def find_torch() -> bool:
     would be compiled against; a child interpreter without PYTHONPATH still sees the real one.
     """
     try:
-        import torch  # noqa: F401
+        import torch
     except ImportError:
-        question = "import importlib.util as u; s = u.find_spec('torch'); print(s.origin if s else '')"
+        question = (
+            "import importlib.util as u; s = u.find_spec('torch'); print(s.origin if s else '')"
+        )
         answer = subprocess.run(
             [sys.executable, "-I", "-c", question], capture_output=True, text=True, check=False
         ).stdout.strip()
@@ -116,7 +118,14 @@ def extensions() -> tuple[list, dict]:
     def sources(*patterns: str) -> list[str]:
         return sorted(str(p.relative_to(ROOT)) for q in patterns for p in (ROOT / "csrc").glob(q))
 
-    common = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wno-unknown-pragmas"]
+    common = [
+        "-O3",
+        "-std=c++20",
+        "-fvisibility=hidden",
+        "-fvisibility-inlines-hidden",
+        "-Wall",
+        "-Wno-unknown-pragmas",
+    ]
     # -fopenmp when compiling only: the symbols then come from the OpenMP that torch itself loaded,
     # and there is one thread pool, not two.
     bindings = {"cxx": [*common, "-fopenmp"]}

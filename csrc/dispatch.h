@@ -12,5 +12,6 @@ const cpu::Kernels& cpu_kernels();
 }  // namespace megarlx
 
 // MEGARLX_CHECK("sample", condition, "temperature", value, "a number >= 0")
-#define MEGARLX_CHECK(op, condition, argument, value, allowed)                                   \
-  TORCH_CHECK_VALUE(condition, "megarlx.", op, ": ", argument, " is ", value, "; allowed: ", allowed)
+#define MEGARLX_CHECK(op, condition, argument, value, allowed)                \
+  TORCH_CHECK_VALUE(condition, "megarlx.", op, ": ", argument, " is ", value, \
+                    "; allowed: ", allowed)

@@ -31,7 +31,8 @@ static PyObject* load_cpu_kernels(PyObject*, PyObject* argument) {
   if (path == nullptr) return nullptr;
   void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) return PyErr_Format(PyExc_ImportError, "megarlx: %s", dlerror());
-  auto get = reinterpret_cast<const megarlx::cpu::Kernels* (*)()>(dlsym(library, "megarlx_cpu_kernels"));
+  auto get =
+      reinterpret_cast<const megarlx::cpu::Kernels* (*)()>(dlsym(library, "megarlx_cpu_kernels"));
   if (get == nullptr) return PyErr_Format(PyExc_ImportError, "megarlx: %s: %s", path, dlerror());
   const auto* table = get();
   if (table->version != megarlx::cpu::kKernelsVersion)
@@ -47,7 +48,7 @@ static PyMethodDef methods[] = {
     {"load_cpu_kernels", load_cpu_kernels, METH_O, "Loads the kernels of one instruction set."},
     {nullptr, nullptr, 0, nullptr},
 };
-static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods,
-                             nullptr, nullptr, nullptr, nullptr};
+static PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }

@@ -22,4 +22,5 @@ struct Kernels {
 }  // namespace megarlx::cpu
 
 // The only symbol that a kernel library exports.
-extern "C" __attribute__((visibility("default"))) const megarlx::cpu::Kernels* megarlx_cpu_kernels();
+extern "C" __attribute__((visibility("default"))) const megarlx::cpu::Kernels*
+megarlx_cpu_kernels();

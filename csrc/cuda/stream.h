@@ -1,8 +1,8 @@
 // The one place that knows c10's CUDA headers, for bindings built with CUDA.
 #pragma once
+#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <c10/cuda/CUDAException.h>
 
 namespace megarlx::cuda {
 

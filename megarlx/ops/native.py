@@ -25,7 +25,9 @@ class Native:
 def _built_with() -> dict:
     path = Path(__file__).resolve().parents[1] / "_build.json"
     if not path.exists():
-        raise ImportError(f"megarlx's native code is not built ({path} is missing). Run:\n  {REBUILD}")
+        raise ImportError(
+            f"megarlx's native code is not built ({path} is missing). Run:\n  {REBUILD}"
+        )
     return json.loads(path.read_text())
 
 
