@@ -22,7 +22,10 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
-TORCH_WHERE_NONE_IS_INSTALLED = os.environ.get("MEGARLX_TORCH", "torch==2.13.0")
+# Beside an NVIDIA driver, the torch that the pins of the "cuda" extra go with.
+TORCH_WHERE_NONE_IS_INSTALLED = os.environ.get(
+    "MEGARLX_TORCH", "torch==2.11.0" if shutil.which("nvidia-smi") else "torch==2.13.0"
+)
 OLDEST_TORCH = (2, 11)
 CUDA_ARCHITECTURES = "8.0;9.0;10.0"  # for a build machine that shows no GPU of its own
 
@@ -194,7 +197,10 @@ def requirements(torch_requirement: str) -> tuple[list[str], dict[str, list[str]
         *("matplotlib", "ninja", "pybind11", "packaging"),
     ]
     extras = {
-        "dev": ["pytest", "hypothesis", "ruff", "mypy", "clang-format", "pre-commit"],
+        "dev": [
+            *("pytest", "hypothesis", "pre-commit"),
+            *("ruff==0.17.5", "mypy==2.4.1", "clang-format==23.1.5"),  # their output is checked
+        ],
         "mpi": ["mpi4py>=4"],
         "hf": ["transformers>=5"],
         "eval": ["lm_eval>=0.4.13"],

@@ -1,3 +1,3 @@
-"""megarlx: language models trained from scratch, with reinforcement learning anywhere in the training."""
+"""megarlx: a trainer for language models, with reinforcement learning anywhere in training."""
 
 __version__ = "0.1.0"

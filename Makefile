@@ -1,0 +1,67 @@
+# Every target sets up what it needs in .venv. From outside:
+#   PYTHON        the interpreter to start from (3.11 or newer)
+#   TORCH         torch's pin; TORCH_INDEX the package index to take it from (say, that of CPU builds)
+#   VENV          where the environment lives; EXTRAS which extras of megarlx come along
+#   PYTEST        further arguments for pytest
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= dev,hf,mpi
+TORCH_INDEX ?=
+# With an NVIDIA driver: the torch that the tested pins of .[cuda] go with.
+TORCH ?= $(if $(shell command -v nvidia-smi),torch==2.11.0,torch==2.13.0)
+PYTEST ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+BUILT := $(VENV)/.built
+NATIVE := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+.PHONY: help test test-all test-instruction-sets check format bench cuda-check clean
+help:
+	@echo "make test | test-all | test-instruction-sets | check | format | bench | cuda-check | clean"
+
+# torch first: megarlx is compiled against the one that will run.
+$(INSTALLED): setup.py pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel pybind11 ninja packaging
+	$(BIN)/python -m pip install --no-build-isolation --editable ".[$(EXTRAS)]"
+	@touch $(INSTALLED) $(BUILT)
+
+$(BUILT): $(INSTALLED) $(NATIVE)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $(BUILT)
+
+test: $(BUILT)
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST)
+
+test-all: $(BUILT)
+	$(BIN)/python -m pytest $(PYTEST)
+
+# The ops under every CPU path this machine can run, whichever it would choose by itself.
+test-instruction-sets: $(BUILT)
+	for isa in default avx2; do \
+	  echo "== instruction set: $$isa"; \
+	  ATEN_CPU_CAPABILITY=$$isa $(BIN)/python -m pytest -q -m "not slow" tests/unit/ops $(PYTEST) || exit 1; \
+	done
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/unit/test_import_order.py
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+
+bench: $(BUILT)
+	$(BIN)/python benchmarks/ops.py --markdown benchmarks/results/ops-cpu.md
+
+cuda-check:
+	$(PYTHON) tools/cuda_check.py
+
+clean:
+	rm -rf build $(VENV) megarlx/*.so megarlx/_build.json

@@ -1,0 +1,100 @@
+"""Imports inside megarlx go one way, and optional packages stay where they belong."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "megarlx"
+
+# Each line may import from itself and from the lines above it.
+LAYERS = [
+    ["config"],
+    ["comm"],
+    ["ops"],
+    ["parallel"],
+    ["model"],
+    ["data", "generation", "optimizer", "checkpoint", "metrics", "hf"],
+    ["objectives", "averaging", "evaluation"],
+    ["trainer"],
+    ["excursion"],
+    ["report", "doctor", "cli", "__main__"],
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+# package -> the only files that may import it
+CONFINED = {
+    "transformer_engine": {"model/layers_te.py"},
+    "flash_attn": {"model/attention.py"},
+    "mpi4py": {"comm/launch.py"},
+    "megarlx._C": {"ops/native.py"},
+}
+
+
+def imports_of_source(text: str, path: Path) -> list[str]:
+    """Every module that a file imports, inside functions too; relative imports made absolute."""
+    found = []
+    parts = ["megarlx", *path.relative_to(PACKAGE).parts]
+    for node in ast.walk(ast.parse(text, str(path))):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(parts[: len(parts) - node.level]) if node.level else ""
+            module = ".".join(x for x in (base, node.module or "") if x)
+            found += [f"{module}.{alias.name}" for alias in node.names]
+        elif (
+            isinstance(node, ast.Call)
+            and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module"
+            and node.args
+            and isinstance(node.args[0], ast.Constant)
+        ):
+            found.append(str(node.args[0].value))
+    return found
+
+
+def imports_of(path: Path) -> list[str]:
+    return imports_of_source(path.read_text(), path)
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def unit_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_never_step_backwards(path: Path) -> None:
+    unit = unit_of(path)
+    if unit == "__init__":
+        return
+    assert unit in LEVEL, f"megarlx/{unit} has no place in the import order: add it to LAYERS"
+    for name in imports_of(path):
+        if not name.startswith("megarlx.") or name.startswith("megarlx._"):
+            continue
+        target = name.split(".")[1]
+        if target in LEVEL:
+            assert LEVEL[target] <= LEVEL[unit], f"{unit} imports {name}, which stands above it"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_optional_packages_are_imported_only_where_they_belong(path: Path) -> None:
+    here = str(path.relative_to(PACKAGE))
+    for name in imports_of(path):
+        for package, allowed in CONFINED.items():
+            if name == package or name.startswith(package + "."):
+                assert here in allowed, f"{here} imports {name}; only {sorted(allowed)} may"
+
+
+def test_the_walk_sees_imports_of_every_kind(tmp_path: Path) -> None:
+    path = PACKAGE / "comm" / "pretended.py"  # never written: only its place counts
+    source = tmp_path / "pretended.py"
+    source.write_text(
+        "import megarlx.trainer\n"
+        "def f():\n    from megarlx.model import transformer\n"
+        "    import importlib\n    importlib.import_module('megarlx.cli')\n"
+    )
+    tree_names = {
+        name for name in imports_of_source(source.read_text(), path) if name.startswith("megarlx")
+    }
+    assert {"megarlx.trainer", "megarlx.model.transformer", "megarlx.cli"} <= tree_names
