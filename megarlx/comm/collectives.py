@@ -58,11 +58,9 @@ def _named(group: Group, operation: str) -> Iterator[None]:
 
 
 class Pending:
-    """An operation under way. Until `wait` returns, its tensors must be neither read nor written."""
+    """An operation under way: its tensors must be neither read nor written until `wait` returns."""
 
-    def __init__(
-        self, group: Group, operation: str, work: dist.Work | None, *kept: Tensor
-    ) -> None:
+    def __init__(self, group: Group, operation: str, work: dist.Work | None, *kept: Tensor) -> None:
         self._group = group
         self._operation = operation
         self._work = work

@@ -129,7 +129,9 @@ class Layout:
         for axis in AXES:
             size = getattr(self, axis)
             if type(size) is not int or size < 1:
-                raise ValueError(f"mesh: {axis} is {size!r}; it must be a whole number of 1 or more")
+                raise ValueError(
+                    f"mesh: {axis} is {size!r}; it must be a whole number of 1 or more"
+                )
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
