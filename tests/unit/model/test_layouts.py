@@ -180,10 +180,10 @@ def test_sequences_worlds_and_layer_splits_are_checked_too() -> None:
     config = small("llama3")
     check_layout(config, Layout(tp=2), sequence_length=31)
     with pytest.raises(
-        LayoutError, match="31 tokens cannot be split over tp=2 .*nearest: 30 or 32"
+        LayoutError, match=r"31 tokens cannot be split over tp=2 .*nearest: 30 or 32"
     ):
         check_layout(config, Layout(tp=2), sequence_length=31, sequence_parallel=True)
-    with pytest.raises(LayoutError, match="needs 2 processes; there are 6.*for 6 processes"):
+    with pytest.raises(LayoutError, match=r"needs 2 processes; there are 6.*for 6 processes"):
         check_layout(config, Layout(tp=2), world_size=6)
     with pytest.raises(LayoutError, match=r"\[2, 2\].*add up to the model's 3 layers"):
         check_layout(config, Layout(pp=2), layers_per_stage=[2, 2])
@@ -219,7 +219,7 @@ def test_bad_shapes_are_refused_with_field_value_and_what_is_allowed() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(good, **change)
-    with pytest.raises(ValueError, match="factor is 0.5"):
+    with pytest.raises(ValueError, match=r"factor is 0\.5"):
         RopeScaling(0.5, 1.0, 4.0, 64)
     with pytest.raises(ValueError, match="family is 'gpt'; known: olmo2, llama3, qwen2, qwen3"):
         family_config("gpt")
