@@ -1,0 +1,177 @@
+"""Tensor-parallel layers over Transformer Engine; the names and signatures of `layers_torch`.
+
+Importing this file imports transformer_engine, so only `megarlx.model.layers.layers("te")` does.
+Its collectives run inside its own kernels: they are not in `Group.traffic`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import transformer_engine.pytorch as te
+from torch import Tensor
+from transformer_engine.common import recipe as te_recipe
+
+from megarlx.comm.groups import Group
+from megarlx.model import attention as attention_paths
+from megarlx.model.documents import Documents
+from megarlx.model.kv_cache import LayerCache
+from megarlx.model.layers_torch import VocabEmbedding, enter, leave
+
+__all__ = [
+    "ColumnLinear",
+    "CoreAttention",
+    "RMSNorm",
+    "RowLinear",
+    "VocabEmbedding",
+    "enter",
+    "leave",
+    "precision",
+    "recompute",
+]
+
+RECIPES: dict[str, Callable[[], te_recipe.Recipe]] = {
+    "delayed": te_recipe.DelayedScaling,
+    "current": te_recipe.Float8CurrentScaling,
+    "block": te_recipe.Float8BlockScaling,
+    "mxfp8": te_recipe.MXFP8BlockScaling,
+}
+
+
+def _leave_empty(parameter: Tensor) -> None:
+    """Weights are drawn by `initialise_`, the same for every layout."""
+
+
+class ColumnLinear(te.Linear):
+    """[t, in] to [T, out / tp]: the rows of the weight are split."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        group: Group,
+        sequence_parallel: bool,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        super().__init__(
+            in_features,
+            out_features,
+            bias=bias,
+            parallel_mode="column",
+            tp_group=group.process_group,
+            tp_size=group.size,
+            sequence_parallel=sequence_parallel,
+            params_dtype=dtype,
+            device=device,
+            init_method=_leave_empty,
+        )
+
+
+class RowLinear(te.Linear):
+    """[T, in / tp] to [t, out]: the columns of the weight are split and the parts summed."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        group: Group,
+        sequence_parallel: bool,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        super().__init__(
+            in_features,
+            out_features,
+            bias=False,
+            parallel_mode="row",
+            tp_group=group.process_group,
+            tp_size=group.size,
+            sequence_parallel=sequence_parallel,
+            params_dtype=dtype,
+            device=device,
+            init_method=_leave_empty,
+        )
+
+
+class RMSNorm(te.RMSNorm):
+    """Over the last dimension."""
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        eps: float,
+        sequence_parallel: bool,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        super().__init__(
+            size, eps=eps, sequence_parallel=sequence_parallel, dtype=dtype, device=device
+        )
+
+
+class CoreAttention(torch.nn.Module):
+    """q [T, heads of this rank, head_dim] with k and v [T, kv_heads of this rank, head_dim].
+
+    Training goes through DotProductAttention, which chooses cuDNN's or flash-attn's kernels;
+    generation goes through the same function as everywhere, since it owns the cache.
+    """
+
+    def __init__(self, heads: int, kv_heads: int, head_dim: int, *, layer_number: int) -> None:
+        super().__init__()
+        self.scale = head_dim**-0.5
+        # sizes are this rank's already, hence tp_size 1
+        self.packed = te.DotProductAttention(
+            heads,
+            head_dim,
+            num_gqa_groups=kv_heads,
+            attention_dropout=0.0,
+            qkv_format="thd",
+            attn_mask_type="padding_causal",
+            tp_size=1,
+            layer_number=layer_number,
+            softmax_scale=self.scale,
+        )
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, cache: LayerCache | None
+    ) -> Tensor:
+        if cache is not None or q.dtype not in (torch.float16, torch.bfloat16):
+            return attention_paths.attention(
+                q, k, v, documents=documents, scale=self.scale, cache=cache
+            )
+        out: Tensor = self.packed(
+            q,
+            k,
+            v,
+            cu_seqlens_q=documents.offsets,
+            cu_seqlens_kv=documents.offsets,
+            max_seqlen_q=documents.longest,
+            max_seqlen_kv=documents.longest,
+        )
+        return out.view(q.shape)
+
+
+def recompute(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """Transformer Engine's own checkpoint, which also replays its fp8 scales."""
+    out: Tensor = te.checkpoint(function, *arguments, use_reentrant=False)
+    return out
+
+
+def precision(fp8: str | None, group: Group) -> AbstractContextManager[Any]:
+    """The fp8 recipe around a forward; the largest values seen are shared over the group."""
+    if fp8 is None:
+        return nullcontext()
+    if fp8 not in RECIPES:
+        raise ValueError(f"model: fp8 is '{fp8}'; allowed: none, {', '.join(RECIPES)}")
+    context: AbstractContextManager[Any] = te.autocast(
+        enabled=True, recipe=RECIPES[fp8](), amax_reduction_group=group.process_group
+    )
+    return context
