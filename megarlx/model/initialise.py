@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megarlx.model.metadata import ParameterLayout, fill_
+from megarlx.parallel.metadata import ParameterLayout, fill_
 
 
 def draw(name: str, shape: tuple[int, ...], *, seed: int, std: float) -> Tensor:

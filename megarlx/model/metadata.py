@@ -2,62 +2,16 @@
 
 Model space has one tensor a projection (q, k, v, o, gate, up, down, embedding, head, norms), with
 no padding and no copies: the names and shapes of `ModelConfig.tensor_shapes`. A process holds
-parameters that are slices of those tensors, several fused into one. A `Piece` ties a range of a
-parameter to a range of a tensor. Everything is arithmetic on sizes: nothing here needs a process.
+parameters that are slices of those tensors, several fused into one (megarlx/parallel/metadata.py).
+Everything here is arithmetic on sizes: nothing needs a process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from megarlx.comm import collectives
-from megarlx.comm.groups import Group
 from megarlx.model.config import ModelConfig
-
-
-@dataclass(frozen=True)
-class Piece:
-    """`parameter.narrow(dim, start, size)` holds `tensor.narrow(dim, offset, size)`."""
-
-    name: str  # of the global tensor
-    global_shape: tuple[int, ...]
-    dim: int  # the dimension that tensor parallelism splits (0 where it splits none)
-    start: int
-    offset: int
-    size: int
-    replicated_over: tuple[int, ...]  # tensor-parallel ranks that hold this piece, this one too
-    sum_gradients: bool  # each copy's gradient is a part: the sum over the copies is the gradient
-    counts_in_norm: bool  # exactly one copy does
-
-    @property
-    def is_split(self) -> bool:
-        return self.size != self.global_shape[self.dim]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (*self.global_shape[: self.dim], self.size, *self.global_shape[self.dim + 1 :])
-
-    def of_parameter(self, parameter: Tensor) -> Tensor:
-        """The piece as a view of the local parameter, or of anything of its shape."""
-        return parameter.narrow(self.dim, self.start, self.size)
-
-    def of_tensor(self, tensor: Tensor) -> Tensor:
-        """The piece as a view of the global tensor."""
-        return tensor.narrow(self.dim, self.offset, self.size)
-
-
-@dataclass(frozen=True)
-class ParameterLayout:
-    """A local parameter: its pieces in order; what no piece covers is vocabulary padding."""
-
-    shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
-    weight_decay: bool  # matrices yes, norms and biases no
-    tied: bool = False  # first and last pipeline stage each hold it: their gradients are summed
+from megarlx.parallel.metadata import ParameterLayout, Piece
 
 
 @dataclass(frozen=True)
@@ -196,54 +150,3 @@ def parameter_layouts(
         elif tied_apart:
             layouts["head.weight"] = vocabulary("embedding.weight", tied=True, counted=False)
     return layouts
-
-
-def sum_partial_gradients_(
-    layouts: Mapping[str, ParameterLayout], gradients: Mapping[str, Tensor], group: Group
-) -> None:
-    """Sum the gradients of pieces that several tensor-parallel ranks hold a part of, in place.
-
-    One all-reduce for all of them. Key/value heads are held by a few ranks only: each set of
-    holders has its own places in what is sent, and leaves the other places zero, so the sum is
-    exact, the same on every holder, and needs no group of its own.
-    """
-    if group.size == 1:
-        return
-    parts: list[tuple[Tensor, int, int]] = []  # the gradient, its set of holders, how many sets
-    for name in sorted(gradients):
-        for piece in layouts[name].pieces:
-            if piece.sum_gradients:
-                sets = group.size // len(piece.replicated_over)
-                mine = group.rank // len(piece.replicated_over)
-                parts.append((piece.of_parameter(gradients[name]), mine, sets))
-    for dtype in sorted({part.dtype for part, _, _ in parts}, key=str):
-        same = [p for p in parts if p[0].dtype == dtype]
-        total = sum(part.numel() * sets for part, _, sets in same)
-        buffer = torch.zeros(total, dtype=dtype, device=same[0][0].device)
-        places, begin = [], 0
-        for part, mine, sets in same:
-            place = buffer[begin + mine * part.numel() :][: part.numel()].view(part.shape)
-            places.append(place.copy_(part))
-            begin += part.numel() * sets
-        collectives.all_reduce_(buffer, group)
-        for (part, _, _), place in zip(same, places, strict=True):
-            part.copy_(place)
-
-
-@torch.no_grad()
-def fill_(
-    parameters: Mapping[str, Tensor],
-    layouts: Mapping[str, ParameterLayout],
-    tensor_of: Callable[[Piece], Tensor],
-) -> None:
-    """Copy slices of global tensors into local parameters; vocabulary padding becomes zero."""
-    for name, parameter in parameters.items():
-        parameter.zero_()
-        for piece in layouts[name].pieces:
-            tensor = tensor_of(piece)
-            if tuple(tensor.shape) != piece.global_shape:
-                raise ValueError(
-                    f"{piece.name} has shape {tuple(tensor.shape)}; the model's is "
-                    f"{piece.global_shape}"
-                )
-            piece.of_parameter(parameter).copy_(piece.of_tensor(tensor))

@@ -24,12 +24,12 @@ from megarlx.model.initialise import initialise_
 from megarlx.model.kv_cache import CacheStep, KVCache, LayerCache
 from megarlx.model.layers import layers
 from megarlx.model.metadata import (
-    ParameterLayout,
     TensorParallel,
     kv_copies,
     local_kv_heads,
     parameter_layouts,
 )
+from megarlx.parallel.metadata import ParameterLayout
 
 # none: keep every activation. full: keep a layer's input and run the layer again in backward.
 # selective: run again only what has no weight matrix: QK-norm, rotation and attention from the

@@ -9,21 +9,17 @@ and moments exist for the shard only (ZeRO-1), and the new weights are gathered 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor, nn
 
-from megarlx.comm.collectives import (
-    Pending,
-    all_gather_flat_,
-    all_reduce_,
-    reduce_scatter_flat_,
-)
+from megarlx.comm.collectives import Pending, all_gather_flat_, reduce_scatter_flat_
 from megarlx.comm.groups import Group
-from megarlx.parallel.metadata import ParameterInfo, Piece, Rectangle, flat_pieces
+from megarlx.parallel.metadata import ParameterLayout, Piece, Rectangle, flat_pieces
 
 ALIGNMENT = 64  # elements: every rank's part of a bucket starts on a cache line, in any dtype
 
@@ -102,21 +98,20 @@ class FlatLayout:
             yield start + rank * length, start + (rank + 1) * length, start // self.ranks
 
     def chunks(
-        self, infos: Mapping[str, ParameterInfo], rank: int
+        self, layouts: Mapping[str, ParameterLayout], rank: int
     ) -> Iterator[tuple[Piece, int, Rectangle]]:
         """The shard in model space: (piece, start in the shard, block of the global tensor).
 
         Padding of buffers and vocabulary belongs to no piece and never appears. Blocks of pieces
-        that this rank does not count (copies) do appear: who saves looks at `piece.counts`.
+        that this rank does not count (copies) do appear: see `piece.counts_in_norm`.
         """
         for start, stop, shard_start in self.parts(rank):
             for slot in self.slots:
                 low, high = max(start, slot.start), min(stop, slot.stop)
                 if low >= high:
                     continue
-                row_width = prod(slot.shape[1:])
                 for piece, offset, block in flat_pieces(
-                    infos[slot.name], row_width, low - slot.start, high - slot.start
+                    layouts[slot.name], low - slot.start, high - slot.start
                 ):
                     yield piece, shard_start + slot.start + offset - start, block
 
@@ -124,74 +119,60 @@ class FlatLayout:
 class DataParallel:
     """Owns the flat buffers of one rank and moves gradients and weights over `group`.
 
-    One objective's step: `begin(microbatches, into)`, forward and backward, `finish()`. Reductions
-    run during backward where gradients arrive through hooks; what is left is done by `finish`.
+    One objective's step: `begin(into)`, forward and backward with `ready` called for each
+    parameter whose gradient is complete, `finish()`. Buckets are reduced as they fill.
+
+    `complete_gradients`, where a gradient on this rank is only a part of a sum over other axes
+    (norms under sequence parallelism, copied key heads, tied embeddings), makes them whole before
+    anything is reduced; buckets then wait for the end of backward.
     """
 
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
-        infos: Mapping[str, ParameterInfo],
+        layouts: Mapping[str, ParameterLayout],
         group: Group,
         *,
-        sum_groups: Mapping[str, Group] | None = None,
+        complete_gradients: Callable[[Mapping[str, Tensor]], None] | None = None,
         bucket_elements: int = 25_000_000,
     ) -> None:
-        missing = sorted(set(parameters) ^ set(infos))
-        if missing:
-            raise ValueError(f"parameters and their infos differ in: {', '.join(missing)}")
-        first = next(iter(parameters.values()))
-        different = [n for n, p in parameters.items() if p.dtype != first.dtype]
+        different = sorted(set(parameters) ^ set(layouts))
         if different:
-            raise ValueError(
-                f"all parameters must be {first.dtype}; not so: {', '.join(different)}"
-            )
-        self.group, self.infos, self.parameters = group, infos, dict(parameters)
-        self.sum_groups = dict(sum_groups or {})
+            raise ValueError(f"parameters and their layouts differ in: {', '.join(different)}")
+        first = next(iter(parameters.values()))
+        mixed = [n for n, p in parameters.items() if p.dtype != first.dtype]
+        if mixed:
+            raise ValueError(f"all parameters must be {first.dtype}; not: {', '.join(mixed)}")
+        self.group, self.layouts, self.parameters = group, layouts, dict(parameters)
+        self.complete_gradients = complete_gradients
         # Backward comes to the last parameters first.
-        order = [(n, tuple(p.shape), infos[n].weight_decay) for n, p in parameters.items()][::-1]
-        self.layout = FlatLayout.make(order, group.size, bucket_elements)
+        order = [(n, tuple(p.shape), layouts[n].weight_decay) for n, p in parameters.items()]
+        self.layout = FlatLayout.make(order[::-1], group.size, bucket_elements)
         device, size = first.device, self.layout.size
         self.gradient_dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
         self.weights = torch.zeros(size, dtype=first.dtype, device=device)
         self.gradients = torch.zeros(size, dtype=self.gradient_dtype, device=device)
-        self._bucket_of: dict[str, int] = {}
-        self._sums: dict[str, list[Tensor]] = {}
+        self._bucket_of: dict[nn.Parameter, int] = {}
         for slot in self.layout.slots:
             self._place(slot, self.parameters[slot.name])
         self._into: Tensor | None = None
-        self._pending: dict[int, Pending | None] = {}
-        self._waiting: list[int] = []
+        self._pending: dict[int, Pending] = {}
+        self._waiting: Counter[int] = Counter()
 
     def _place(self, slot: Slot, parameter: nn.Parameter) -> None:
         view = self.weights[slot.start : slot.stop].view(slot.shape)
         view.copy_(parameter.detach())
         parameter.data = view
-        parameter.requires_grad_(True)
         if parameter.dtype != self.gradient_dtype:
             parameter.grad_dtype = self.gradient_dtype
-        gradient = self.gradients[slot.start : slot.stop].view(slot.shape)
-        parameter.grad = gradient
-        bucket = next(i for i, (a, b) in enumerate(self.layout.buckets) if a <= slot.start < b)
-        self._bucket_of[slot.name] = bucket
-        for piece in self.infos[slot.name].pieces:
-            rows = gradient[piece.first_row : piece.first_row + piece.block.size[0]]
-            for name in piece.sum_over:
-                if name not in self.sum_groups:
-                    raise ValueError(
-                        f"{slot.name}: its gradient is to be summed over '{name}', but the groups "
-                        f"given are: {', '.join(self.sum_groups) or 'none'}"
-                    )
-                if self.sum_groups[name].size > 1:
-                    self._sums.setdefault(name, []).append(rows)
-        parameter.register_post_accumulate_grad_hook(lambda _: self._arrived(bucket))
+        # Backward adds into this view for ever: the gradient buffer is never reallocated.
+        parameter.grad = self.gradients[slot.start : slot.stop].view(slot.shape)
+        self._bucket_of[parameter] = next(
+            i for i, (a, b) in enumerate(self.layout.buckets) if a <= slot.start < b
+        )
 
-    @property
-    def needs_sums(self) -> bool:
-        return bool(self._sums)
-
-    def begin(self, microbatches: int, into: Tensor) -> None:
-        """Clears the gradients; their sum over `microbatches` will be reduced into a shard."""
+    def begin(self, into: Tensor) -> None:
+        """Clears the gradients; what backward adds up will be reduced into a shard."""
         if into.shape != (self.layout.shard_size,) or into.dtype != self.gradient_dtype:
             raise ValueError(
                 f"the shard is {tuple(into.shape)} {into.dtype}; allowed: "
@@ -199,75 +180,67 @@ class DataParallel:
             )
         self.gradients.zero_()
         self._into, self._pending = into, {}
-        counts = [0] * len(self.layout.buckets)
-        for bucket in self._bucket_of.values():
-            counts[bucket] += microbatches
-        self._waiting = counts
+        self._waiting = Counter(self._bucket_of.values())
 
-    def _arrived(self, bucket: int) -> None:
-        if self._into is None:
-            return
+    def ready(self, parameter: nn.Parameter) -> None:
+        """No more will be added to this parameter's gradient in this step."""
+        bucket = self._bucket_of[parameter]
         self._waiting[bucket] -= 1
-        # Partial sums over other axes come first, and those are known only after backward.
-        if self._waiting[bucket] == 0 and not self._sums:
+        if self._waiting[bucket] == 0 and self.complete_gradients is None:
             self._reduce(bucket)
 
     def _reduce(self, bucket: int) -> None:
         assert self._into is not None
         start, stop = self.layout.buckets[bucket]
         part = self._into[start // self.group.size : stop // self.group.size]
-        source = self.gradients[start:stop]
-        if self.group.size == 1:
-            if part.data_ptr() != source.data_ptr():
-                part.copy_(source)
-            self._pending[bucket] = None
-        else:
-            self._pending[bucket] = reduce_scatter_flat_(part, source, self.group, async_op=True)
+        if part.data_ptr() == self.gradients[start:stop].data_ptr():
+            return  # one rank, one objective: the buffer is the shard
+        self._pending[bucket] = reduce_scatter_flat_(
+            part, self.gradients[start:stop], self.group, async_op=True
+        )
 
     def finish(self) -> None:
-        """Reduces what hooks have not, and waits: the shard then holds the summed gradients."""
-        for name, rows in self._sums.items():
-            together = torch.cat([r.reshape(-1) for r in rows])
-            all_reduce_(together, self.sum_groups[name])
-            for target, part in zip(rows, together.split([r.numel() for r in rows]), strict=True):
-                target.copy_(part.view(target.shape))
+        """Reduces what is left, and waits: the shard then holds the summed gradients."""
+        if self.complete_gradients is not None:
+            self.complete_gradients({name: p.grad for name, p in self.parameters.items()})
         for bucket in range(len(self.layout.buckets)):
             if bucket not in self._pending:
                 self._reduce(bucket)
         for pending in self._pending.values():
-            if pending is not None:
-                pending.wait()
+            pending.wait()
         self._into = None
 
     def shard_of_weights(self) -> Tensor:
-        """This rank's shard of the weights; a view where the whole buffer is the shard."""
+        """This rank's shard of the weights; the buffer itself where that is the shard."""
         if self.group.size == 1:
             return self.weights
         return torch.cat([self.weights[a:b] for a, b, _ in self.layout.parts(self.group.rank)])
 
     def gather_weights(self, shard: Tensor) -> None:
         """Every rank's shard of new weights becomes everybody's weights."""
-        if self.group.size == 1:
-            if shard.data_ptr() != self.weights.data_ptr():
-                self.weights.copy_(shard)
+        if shard is self.weights:
             return
-        pending = []
-        for start, stop in self.layout.buckets:
-            part = shard[start // self.group.size : stop // self.group.size]
-            pending.append(
-                all_gather_flat_(self.weights[start:stop], part, self.group, async_op=True)
+        pending = [
+            all_gather_flat_(
+                self.weights[start:stop],
+                shard[start // self.group.size : stop // self.group.size],
+                self.group,
+                async_op=True,
             )
+            for start, stop in self.layout.buckets
+        ]
         for one in pending:
             one.wait()
 
     def uncounted_ranges(self) -> list[tuple[int, int]]:
         """Ranges of the shard whose elements another rank counts in norms, merged."""
         ranges: list[tuple[int, int]] = []
-        for piece, start, block in self.layout.chunks(self.infos, self.group.rank):
-            if piece.counts:
+        for piece, start, block in self.layout.chunks(self.layouts, self.group.rank):
+            if piece.counts_in_norm:
                 continue
+            stop = start + prod(block.size)
             if ranges and ranges[-1][1] == start:
-                ranges[-1] = (ranges[-1][0], start + prod(block.size))
+                ranges[-1] = (ranges[-1][0], stop)
             else:
-                ranges.append((start, start + prod(block.size)))
+                ranges.append((start, stop))
         return ranges

@@ -67,7 +67,9 @@ class ExchangedStage(PipelineStage):
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         self._make_buffers(self.args_recv_info[fwd_chunk_id])
-        return self._noted(super().get_fwd_recv_ops(fwd_chunk_id), "receive", "hidden", fwd_chunk_id)
+        return self._noted(
+            super().get_fwd_recv_ops(fwd_chunk_id), "receive", "hidden", fwd_chunk_id
+        )
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         infos = self.args_recv_info[fwd_chunk_id]
@@ -111,9 +113,7 @@ class ExchangedStage(PipelineStage):
             if info.buffer is not None:
                 info.buffer = info.buffer.to(self.compute_device)
 
-    def _noted(
-        self, ops: list[dist.P2POp], verb: str, what: str, chunk: int
-    ) -> list[dist.P2POp]:
+    def _noted(self, ops: list[dist.P2POp], verb: str, what: str, chunk: int) -> list[dist.P2POp]:
         for op in ops:
             if verb == "send":
                 # A gradient can come out of backward with any strides; the wire has but one order.

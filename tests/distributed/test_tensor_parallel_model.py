@@ -17,8 +17,8 @@ from megarlx.comm.groups import Group, Mesh
 from megarlx.model.config import ModelConfig, RopeScaling, family_config
 from megarlx.model.documents import Documents
 from megarlx.model.kv_cache import CacheStep
-from megarlx.model.metadata import sum_partial_gradients_
 from megarlx.model.transformer import Stage
+from megarlx.parallel.metadata import sum_partial_gradients_
 
 FAMILIES = ("olmo2", "llama3", "qwen2", "qwen3")
 LENGTHS = [9, 4, 15]  # 28 tokens: split evenly by 1, 2 and 4

@@ -13,8 +13,9 @@ from megarlx.comm.groups import Layout
 from megarlx.model.check_layout import LayoutError, check_layout, layers_of_stage
 from megarlx.model.config import ModelConfig, RopeScaling, family_config
 from megarlx.model.initialise import draw, initialise_
-from megarlx.model.metadata import ParameterLayout, TensorParallel, fill_, parameter_layouts
+from megarlx.model.metadata import TensorParallel, parameter_layouts
 from megarlx.model.transformer import Stage
+from megarlx.parallel.metadata import ParameterLayout, fill_
 
 WHOLE = {"first": 0, "last": 3, "embedding": True, "head": True}
 

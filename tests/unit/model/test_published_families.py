@@ -10,8 +10,8 @@ from small_models import FAMILIES, small
 from torch import Tensor
 
 from megarlx.model.config import ModelConfig
-from megarlx.model.metadata import Piece, fill_
 from megarlx.model.transformer import Stage
+from megarlx.parallel.metadata import Piece, fill_
 
 transformers = pytest.importorskip("transformers")
 
