@@ -1,0 +1,78 @@
+"""The one loop. It knows no objective by name; a step reads in order what happens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megarlx.comm.collectives import all_reduce_
+from megarlx.model.build import ParallelModel
+from megarlx.objectives.interface import Objective
+from megarlx.optimizer import AdamSettings, AveragingAdamW, StepReport
+
+LearningRate = Callable[[int], float]  # step -> learning rate
+
+
+@dataclass(frozen=True)
+class TrainedObjective:
+    """An objective with its own optimizer settings and learning-rate schedule."""
+
+    objective: Objective
+    adam: AdamSettings
+    learning_rate: LearningRate
+
+
+class Trainer:
+    """Trains a model laid out over a mesh on one or several objectives, averaging their updates."""
+
+    def __init__(self, model: ParallelModel, objectives: list[TrainedObjective]) -> None:
+        self.model, self.mesh = model, model.mesh
+        self.objectives = {o.objective.name: o for o in objectives}
+        if len(self.objectives) != len(objectives):
+            names = [o.objective.name for o in objectives]
+            raise ValueError(f"objectives need different names; given: {', '.join(names)}")
+        self.optimizer = AveragingAdamW(
+            model.data_parallel,
+            {name: o.adam for name, o in self.objectives.items()},
+            norm_groups=(model.mesh.tp, model.mesh.pp),
+        )
+        self.steps_done = 0
+
+    def step(self) -> tuple[dict[str, Tensor], StepReport]:
+        """One step; the losses are on the last pipeline stage's ranks, elsewhere zero."""
+        self.mesh.traffic.step = self.steps_done
+        losses = {
+            name: self.forward_backward(trained.objective)
+            for name, trained in self.objectives.items()
+        }
+        report = self.optimizer.step(
+            {name: o.learning_rate(self.steps_done) for name, o in self.objectives.items()}
+        )
+        self.steps_done += 1
+        return losses, report
+
+    def forward_backward(self, objective: Objective) -> Tensor:
+        """Leaves the objective's reduced gradients in its shard; returns this rank's loss."""
+        batch = objective.next_batch(self.steps_done)
+        data_parallel = self.model.data_parallel
+        # The one place where losses are normalised: by what all ranks have together.
+        normalizer = all_reduce_(batch.weight.clone(), data_parallel.group)
+        data_parallel.begin(self.optimizer.gradient_shard(objective.name))
+        results = self.model.pipeline.forward_backward(
+            {**batch.inputs, "normalizer": normalizer, "loss": objective.loss},
+            batch.microbatches,
+            on_gradient_ready=data_parallel.ready,
+        )
+        data_parallel.finish()
+        if not results.losses:
+            return torch.zeros(1, device=normalizer.device)
+        return torch.stack(results.losses).sum(0)
+
+    def global_loss(self, losses: Mapping[str, Tensor]) -> dict[str, float]:
+        """The same numbers on every rank; waits for the device, so for logging only."""
+        together = torch.stack([loss.double().reshape(()) for loss in losses.values()])
+        all_reduce_(all_reduce_(together, self.mesh.dp), self.mesh.pp)
+        return dict(zip(losses, together.tolist(), strict=True))
