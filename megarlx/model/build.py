@@ -118,7 +118,7 @@ def build_model(
 def _complete(
     layouts: Mapping[str, ParameterLayout], gradients: Mapping[str, Tensor], mesh: Mesh
 ) -> None:
-    """Sums what several ranks hold parts of: over tensor-parallel copies, then over tied weights."""
+    """Sums gradients that several ranks hold parts of: tensor-parallel copies, tied weights."""
     sum_partial_gradients_(layouts, gradients, mesh.tp)
     tied = [gradients[name] for name, layout in layouts.items() if layout.tied]
     if len(tied) == 2:  # first and last stage on one rank, as in a V-shaped schedule

@@ -17,7 +17,7 @@ Sequences = Callable[[int, int], Tensor]
 
 
 class Pretraining:
-    """Step s trains on the samples [s·n, (s+1)·n), n = `sequences_per_step`, whatever the layout."""
+    """Step s trains on the samples [s·n, (s+1)·n), with n `sequences_per_step`, in any layout."""
 
     def __init__(
         self,

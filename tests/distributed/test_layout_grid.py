@@ -1,0 +1,253 @@
+"""Any layout trains the same model: gradients and weights equal the single process.
+
+In fp64, where what is left of a difference is rounding: in fp32 Adam would amplify it.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megarlx.comm.groups import Layout, Mesh
+from megarlx.model.build import build_model
+from megarlx.model.check_layout import LayoutError, check_layout
+from megarlx.model.config import ModelConfig, family_config
+from megarlx.objectives.pretraining import Pretraining
+from megarlx.optimizer import AdamSettings
+from megarlx.trainer import TrainedObjective, Trainer
+
+SEQUENCES, LENGTH, STEPS = 16, 8, 5
+
+
+@dataclass(frozen=True)
+class Case:
+    family: str = "llama3"
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    schedule: str = "1f1b"
+    virtual_stages: int = 1
+    layers_per_stage: tuple[int, ...] | None = None
+    sequence_parallel: bool = False
+    microbatches: int = 4
+    tied: bool = False
+    recompute: str = "none"
+    precision: str = "fp64"
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    @property
+    def single(self) -> Case:
+        return Case(self.family, microbatches=1, tied=self.tied, precision=self.precision)
+
+    def __str__(self) -> str:
+        parts = [
+            self.family,
+            f"tp{self.tp}",
+            f"pp{self.pp}",
+            f"dp{self.dp}",
+            f"mb{self.microbatches}",
+        ]
+        parts += [self.schedule] if self.schedule != "1f1b" else []
+        parts += ["sp"] if self.sequence_parallel else []
+        parts += ["tied"] if self.tied else []
+        parts += [self.recompute] if self.recompute != "none" else []
+        parts += ["uneven"] if self.layers_per_stage else []
+        return "-".join([*parts, self.precision])
+
+
+def model(family: str, tied: bool) -> ModelConfig:
+    # No two dimensions equal; two key heads, so that tp 4 and 8 hold copies of them.
+    return family_config(
+        family,
+        vocab_size=203,
+        hidden_size=24,
+        layers=8,
+        heads=8,
+        kv_heads=2,
+        head_dim=6,
+        intermediate_size=40,
+        tied_embeddings=tied,
+    )
+
+
+def sequences(first: int, count: int) -> torch.Tensor:
+    rows = [
+        np.random.default_rng(i).integers(0, 203, LENGTH + 1) for i in range(first, first + count)
+    ]
+    return torch.from_numpy(np.stack(rows))
+
+
+Chunks = list[tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]]
+
+
+def chunks(trainer: Trainer, shard: torch.Tensor) -> Chunks:
+    data_parallel = trainer.model.data_parallel
+    found = []
+    for piece, start, block in data_parallel.layout.chunks(
+        data_parallel.layouts, data_parallel.group.rank
+    ):
+        if piece.counts_in_norm:
+            part = shard[start : start + int(np.prod(block.size))].clone().numpy()
+            found.append((piece.name, block.start, block.size, part.reshape(block.size)))
+    return found
+
+
+def train(case: Case) -> dict[str, Any]:
+    """Runs on every rank: the chunks of the first gradient and of the last weights."""
+    mesh = Mesh.build(pp=case.pp, dp=case.dp, tp=case.tp, timeout_seconds=30)
+    built = build_model(
+        model(case.family, case.tied),
+        mesh,
+        seed=7,
+        schedule=case.schedule,  # type: ignore[arg-type]
+        virtual_stages=case.virtual_stages,
+        layers_per_stage=case.layers_per_stage,
+        sequence_parallel=case.sequence_parallel,
+        recompute=case.recompute,  # type: ignore[arg-type]
+        dtype=torch.float64 if case.precision == "fp64" else torch.float32,
+        bucket_elements=5000,
+    )
+    objective = Pretraining(
+        sequences,
+        sequences_per_step=SEQUENCES,
+        sequences_per_microbatch=SEQUENCES // case.dp // case.microbatches,
+        data_parallel=mesh.dp,
+    )
+    adam = AdamSettings(weight_decay=0.1, clip_norm=0.5)
+    trainer = Trainer(built, [TrainedObjective(objective, adam, lambda step: 1e-2)])
+    losses, norms, gradient = [], [], None
+    for _ in range(STEPS):
+        loss, report = trainer.step()
+        if gradient is None:
+            gradient = chunks(trainer, trainer.optimizer.gradient_shard("pretraining"))
+        losses.append(trainer.global_loss(loss)["pretraining"])
+        norms.append(report.gradient_norms["pretraining"].item())
+    return {
+        "gradient": gradient,
+        "weights": chunks(trainer, trainer.optimizer.master),
+        "losses": losses,
+        "norms": norms,
+    }
+
+
+def assemble(config: ModelConfig, parts: list[Chunks]) -> dict[str, np.ndarray]:
+    """Global tensors from the chunks of all ranks, each element given exactly once."""
+    shapes = config.tensor_shapes()
+    whole = {name: np.zeros(shape) for name, shape in shapes.items()}
+    given = {name: np.zeros(shape, int) for name, shape in shapes.items()}
+    for name, start, size, values in itertools.chain(*parts):
+        window = tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))
+        whole[name][window] = values
+        given[name][window] += 1
+    assert all((count == 1).all() for count in given.values())
+    return whole
+
+
+@functools.cache
+def single_process(case: Case) -> dict[str, Any]:
+    return train(case)
+
+
+def relative(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30))
+
+
+def compare(run: Callable[..., list[Any]], case: Case) -> None:
+    expected = single_process(case.single)
+    found = run(case.world_size, train, case)
+    config = model(case.family, case.tied)
+    if case.precision == "fp64":
+        for what in ("gradient", "weights"):
+            ours = assemble(config, [rank[what] for rank in found])
+            theirs = assemble(config, [expected[what]])
+            worst = {name: relative(ours[name], theirs[name]) for name in ours}
+            assert max(worst.values()) <= 1e-9, (what, worst)
+    tolerance = 1e-12 if case.precision == "fp64" else 1e-5
+    for rank in found:
+        np.testing.assert_allclose(rank["losses"], expected["losses"], rtol=tolerance)
+        np.testing.assert_allclose(rank["norms"], expected["norms"], rtol=tolerance * 10)
+
+
+FAMILIES = ("olmo2", "llama3", "qwen2", "qwen3")
+SIZES = [
+    (tp, pp, dp)
+    for tp, pp, dp in itertools.product((1, 2, 4, 8), repeat=3)
+    if 1 < tp * pp * dp <= 8
+]
+EVERY_LAYOUT = [
+    Case(family, tp, pp, dp, microbatches=m, tied=family == "qwen2")
+    for (tp, pp, dp), family in itertools.product(SIZES, FAMILIES)
+    for m in (2,)
+]
+# Every pair of (family, axis sizes, schedule, sequence parallel, micro-batches, tied, recompute)
+# that can meet, at least once.
+PAIRS = [
+    Case("olmo2", tp=2, pp=2, dp=2, sequence_parallel=True, microbatches=4),
+    Case("olmo2", tp=4, dp=2, microbatches=2, recompute="full"),
+    Case("llama3", tp=4, dp=1, sequence_parallel=True, microbatches=1),
+    Case("llama3", tp=1, pp=4, dp=2, microbatches=4, recompute="selective"),
+    Case("llama3", pp=2, schedule="interleaved", virtual_stages=2, dp=2, microbatches=4),
+    Case("qwen2", tp=2, pp=2, schedule="zero_bubble", microbatches=4, tied=True),
+    Case("qwen2", pp=2, dp=2, schedule="zbv", virtual_stages=2, microbatches=4, tied=True),
+    Case("qwen2", tp=4, pp=2, microbatches=2, tied=True, sequence_parallel=True),
+    Case("qwen3", tp=2, dp=4, sequence_parallel=True, microbatches=2),
+    Case("qwen3", tp=8, microbatches=1, tied=True),
+    Case("qwen3", pp=3, layers_per_stage=(4, 1, 3), dp=2, microbatches=4),
+    Case("olmo2", pp=4, schedule="interleaved", virtual_stages=2, microbatches=4, tied=True),
+]
+OTHERS = [
+    *(Case("llama3", dp=d, microbatches=m) for d in (1, 2) for m in (1, 2, 4)),
+    *(Case("olmo2", tp=2, sequence_parallel=s, microbatches=2) for s in (False, True)),
+    *(
+        Case(f, pp=2, schedule=s, virtual_stages=v, microbatches=4, tied=f == "qwen2")
+        for f in FAMILIES
+        for s, v in (("interleaved", 2), ("zero_bubble", 1), ("zero_bubble", 2), ("zbv", 2))
+    ),
+    *(Case(f, 2, 2, 2, microbatches=2, precision="fp32", tied=f == "qwen2") for f in FAMILIES),
+]
+
+
+@pytest.mark.parametrize("case", PAIRS, ids=str)
+def test_a_layout_trains_the_single_process_model(run: Callable[..., Any], case: Case) -> None:
+    compare(run, case)
+
+
+@pytest.mark.parametrize("case", random.Random(0).sample(OTHERS, 6), ids=str)
+def test_schedules_micro_batches_and_precisions_do_not_matter(
+    run: Callable[..., Any], case: Case
+) -> None:
+    compare(run, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [*EVERY_LAYOUT, *OTHERS], ids=str)
+def test_every_layout_trains_the_single_process_model(run: Callable[..., Any], case: Case) -> None:
+    compare(run, case)
+
+
+@pytest.mark.parametrize(
+    ("layout", "options", "message"),
+    [
+        (Layout(tp=3), {}, "8 heads cannot be split over tp=3"),
+        (Layout(pp=9), {}, "8 layers are fewer than 9 pipeline stages"),
+        (Layout(tp=2), {"sequence_length": 7, "sequence_parallel": True}, "nearest: 6 or 8"),
+        (Layout(dp=3), {"world_size": 4}, "needs 3 processes; there are 4"),
+    ],
+)
+def test_a_layout_that_cannot_work_is_refused_with_one_that_can(
+    layout: Layout, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(LayoutError, match=message) as error:
+        check_layout(model("llama3", False), layout, **options)
+    assert "Nearest for" in str(error.value)
