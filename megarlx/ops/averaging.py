@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from megarlx.ops import native
 
@@ -225,8 +226,16 @@ def replica_average_(
     return ReplicaAverage(squared_norm, skipped)
 
 
-def _no_result(*args: object, **kwargs: object) -> None:
-    """What a fake kernel of an op does that only writes into its arguments."""
+def _writes_only(op: str) -> Callable[..., None]:
+    """The fake kernel of an op that only writes into its arguments."""
+
+    def fake(*args: object, **kwargs: object) -> None:
+        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        devices = {t.device for t in tensors}
+        if len(devices) > 1:
+            raise _refuse(op, "device", sorted(map(str, devices)), "one device for all tensors")
+
+    return fake
 
 
 def _pack_fake(
@@ -239,15 +248,9 @@ def _pack_fake(
     )
 
 
-_FAKES: dict[str, Callable] = {
-    "average_adamw_": _no_result,
-    "adamw_update_": _no_result,
-    "replica_average_pack": _pack_fake,
-    "replica_average_skip_": _no_result,
-    "replica_average_apply_": _no_result,
-}
-for _name, _fake in _FAKES.items():
-    torch.library.register_fake(f"megarlx::{_name}", _fake)
+for _op in ("average_adamw_", "adamw_update_", "replica_average_skip_", "replica_average_apply_"):
+    torch.library.register_fake(f"megarlx::{_op}", _writes_only(_op))
+torch.library.register_fake("megarlx::replica_average_pack", _pack_fake)
 
 
 @torch.no_grad()
