@@ -215,19 +215,20 @@ void adamw_update_(const at::Tensor& master, const at::Tensor& grad, const at::T
         weight_decay, steps, clip, std::nullopt, found_inf, delta, true);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> replica_average_pack(
-    const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& found_inf,
-    at::ScalarType wire) {
+std::tuple<at::Tensor, at::Tensor> replica_average_pack(const at::Tensor& input,
+                                                        const at::Tensor& weight,
+                                                        const std::optional<at::Tensor>& found_inf,
+                                                        const at::Tensor& packed) {
   const char* op = "replica_average_pack";
   check_first(op, "input", input);
-  MEGARLX_CHECK(op, wire == input.scalar_type() || wire == at::kBFloat16, "wire", wire,
-                c10::str(input.scalar_type(), " (the input's) or BFloat16"));
+  check_buffer(op, "packed", packed, input, true);
+  const std::vector<Named> buffers{{"input", input, false}, {"packed", packed, true}};
+  check_apart(op, buffers);
   check_numbers(op, "weight", weight, 1, at::kDouble, input.device());
   if (found_inf.has_value())
     check_numbers(op, "found_inf", *found_inf, 1, at::kBool, input.device());
 
   const std::int64_t chunks = pack_chunks(input.numel());
-  at::Tensor packed = at::empty(input.sizes(), input.options().dtype(wire));
   at::Tensor partial_norms = at::empty({chunks}, input.options().dtype(at::kDouble));
   at::Tensor squared_norm = at::empty({1}, input.options().dtype(at::kDouble));
   at::Tensor packed_found_inf = at::empty({1}, input.options().dtype(at::kBool));
@@ -246,7 +247,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> replica_average_pack(
     const cuda::OnDevice on(input.device());
     cuda::replica_average_pack(args, on.stream());
     on.check(op);
-    return {packed, squared_norm, packed_found_inf};
+    changed(buffers);
+    return {squared_norm, packed_found_inf};
   }
 #endif
   at::parallel_for(0, chunks, 1, [&](std::int64_t begin, std::int64_t end) {
@@ -256,7 +258,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> replica_average_pack(
   for (std::int64_t chunk = 0; chunk < chunks; ++chunk) sum += args.partial_norms[chunk];
   *args.squared_norm = sum;
   *args.packed_found_inf = !std::isfinite(sum) || (args.found_inf != nullptr && *args.found_inf);
-  return {packed, squared_norm, packed_found_inf};
+  changed(buffers);
+  return {squared_norm, packed_found_inf};
 }
 
 void replica_average_skip_(const at::Tensor& packed, const at::Tensor& found_inf) {

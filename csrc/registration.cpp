@@ -22,8 +22,8 @@ TORCH_LIBRARY(megarlx, m) {
       "Tensor lr, float beta1, float beta2, float eps, Tensor weight_decay, Tensor(c!) steps, "
       "Tensor clip, Tensor? found_inf, Tensor(d!) delta) -> ()");
   m.def(
-      "replica_average_pack(Tensor input, Tensor weight, Tensor? found_inf, ScalarType wire) -> "
-      "(Tensor packed, Tensor squared_norm, Tensor found_inf)");
+      "replica_average_pack(Tensor input, Tensor weight, Tensor? found_inf, Tensor(a!) packed) -> "
+      "(Tensor squared_norm, Tensor found_inf)");
   m.def("replica_average_skip_(Tensor(a!) packed, Tensor found_inf) -> ()");
   m.def(
       "replica_average_apply_(Tensor(a!) target, Tensor summed, bool add, Tensor(b!)? param_out) "

@@ -131,7 +131,7 @@ def replica_rows(count: int) -> list[Row]:
 
     seconds = interleaved_seconds(
         {
-            "pack": lambda: pack(delta, half, None, torch.float32),
+            "pack": lambda: pack(delta, half, None, wire),
             "torch_pack": torch_pack,
             "apply": lambda: apply(master, wire, True, out),
             "torch_apply": torch_apply,

@@ -37,6 +37,7 @@ namespace cpu {
 namespace {
 
 constexpr std::int64_t kAveragingBlock = 1024;
+constexpr int kNormLanes = 32;  // several vectors of double, to hide the latency of an addition
 
 // Elements [begin, begin + count) as T: where they lie, or widened into `scratch`.
 template <typename T>
@@ -109,31 +110,47 @@ void average_adamw(const AdamWArgs& args, const AdamWCoefficients<double>* coeff
     average_adamw_as<float>(args, coefficients, begin, end);
 }
 
+// Sum of squares in double, where the squares of floats are exact and cannot overflow. Lanes are
+// summed in memory order, whatever the width of a vector.
+template <typename T>
+void add_squares(const T* x, std::int64_t count, double (&sums)[kNormLanes]) {
+  using V = at::vec::Vectorized<double>;
+  double wide[kAveragingBlock];
+  const std::int64_t padded = (count + kNormLanes - 1) / kNormLanes * kNormLanes;
+  for (std::int64_t e = 0; e < count; ++e) wide[e] = x[e];
+  for (std::int64_t e = count; e < padded; ++e) wide[e] = 0;
+  constexpr int kVectors = kNormLanes / V::size();
+  V sum[kVectors];
+  for (int k = 0; k < kVectors; ++k) sum[k] = V::loadu(sums + k * V::size());
+  for (std::int64_t e = 0; e < padded; e += kNormLanes)
+    for (int k = 0; k < kVectors; ++k) {
+      const V value = V::loadu(wide + e + k * V::size());
+      sum[k] = Arithmetic<V>::fma(value, value, sum[k]);
+    }
+  for (int k = 0; k < kVectors; ++k) sum[k].store(sums + k * V::size());
+}
+
 template <typename T>
 void replica_average_pack_as(const PackArgs& args, std::int64_t begin_chunk,
                              std::int64_t end_chunk) {
   const bool skip = args.found_inf != nullptr && *args.found_inf;
   const T weight = static_cast<T>(*args.weight);
-  constexpr int kLanes = 8;
   T widened[kAveragingBlock], scaled[kAveragingBlock];
   for (std::int64_t chunk = begin_chunk; chunk < end_chunk; ++chunk) {
     const std::int64_t end = std::min(args.count, (chunk + 1) * kPackChunk);
-    double squares[kLanes] = {};
+    double sums[kNormLanes] = {};
     for (std::int64_t b = chunk * kPackChunk; b < end; b += kAveragingBlock) {
       const std::int64_t count = std::min(kAveragingBlock, end - b);
       const T* x = read_block(args.input, args.input_dtype, b, count, widened);
-      std::int64_t e = 0;
-      for (; e + kLanes <= count; e += kLanes)
-        for (int lane = 0; lane < kLanes; ++lane) {
-          const double value = x[e + lane];
-          squares[lane] += value * value;
-        }
-      for (; e < count; ++e) squares[0] += static_cast<double>(x[e]) * static_cast<double>(x[e]);
-      for (std::int64_t k = 0; k < count; ++k) scaled[k] = skip ? T(0) : weight * x[k];
+      add_squares(x, count, sums);
+      if (skip)
+        std::fill(scaled, scaled + count, T(0));
+      else
+        for (std::int64_t e = 0; e < count; ++e) scaled[e] = weight * x[e];
       write_block(args.packed, args.wire_dtype, b, count, scaled);
     }
     double sum = 0;
-    for (double square : squares) sum += square;
+    for (double lane : sums) sum += lane;
     args.partial_norms[chunk] = sum;
   }
 }

@@ -66,14 +66,13 @@ __device__ __forceinline__ void store(float* pointer, std::int64_t e, const floa
 }
 
 template <int W>
-__device__ __forceinline__ void store(std::uint16_t* pointer, std::int64_t e,
-                                      const float (&x)[W]) {
+__device__ __forceinline__ void store(std::uint16_t* pointer, std::int64_t e, const float (&x)[W]) {
   if constexpr (W == kWidth) {
     std::uint32_t pairs[4];
 #pragma unroll
     for (int k = 0; k < 4; ++k)
-      pairs[k] = to_bfloat16(x[2 * k]) |
-                 (static_cast<std::uint32_t>(to_bfloat16(x[2 * k + 1])) << 16);
+      pairs[k] =
+          to_bfloat16(x[2 * k]) | (static_cast<std::uint32_t>(to_bfloat16(x[2 * k + 1])) << 16);
     *reinterpret_cast<uint4*>(pointer + e) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
   } else {
     pointer[e] = to_bfloat16(x[0]);
@@ -268,8 +267,8 @@ void average_adamw(const AdamWArgs& args, AdamWCoefficients<float>* coefficients
   if (args.count == 0) return;
   bool wide = aligned(args.master) && aligned(args.out);
   for (int i = 0; i < args.objectives; ++i)
-    wide = wide && aligned(args.grads[i]) && aligned(args.exp_avgs[i]) &&
-           aligned(args.exp_avg_sqs[i]);
+    wide =
+        wide && aligned(args.grads[i]) && aligned(args.exp_avgs[i]) && aligned(args.exp_avg_sqs[i]);
   if (wide)
     launch_adamw<kWidth>(args, coefficients, stream);
   else
@@ -297,8 +296,8 @@ void replica_average_apply(const ApplyArgs& args, cudaStream_t stream) {
 
 void zero_if(void* bytes, std::int64_t count, const bool* condition, cudaStream_t stream) {
   if (count == 0) return;
-  zero_if_kernel<<<blocks_for(count, 8), kThreads, 0, stream>>>(
-      static_cast<unsigned char*>(bytes), count, condition);
+  zero_if_kernel<<<blocks_for(count, 8), kThreads, 0, stream>>>(static_cast<unsigned char*>(bytes),
+                                                                count, condition);
 }
 
 }  // namespace megarlx::cuda

@@ -20,16 +20,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from megarlx.comm.collectives import all_reduce_
+from megarlx.comm.groups import Group
 from megarlx.ops import native
-
-if TYPE_CHECKING:
-    from megarlx.comm.groups import Group
 
 native.load()
 
@@ -189,35 +188,39 @@ def replica_average_(
     group: Group,
     of: Literal["updates", "gradients"] = "updates",
     wire: torch.dtype | None = None,
+    packed: Tensor | None = None,
     found_inf: Tensor | None = None,
-    shard_groups: Sequence[Group] = (),
+    shards: Group | None = None,
     param_out: Tensor | None = None,
 ) -> ReplicaAverage:
     """Adds up weight · contribution over the replicas of `group`, every rank its own shard.
 
     of="updates": target (the master shard) += the sum, and param_out gets a copy of it.
     of="gradients": target = the sum, for one shared AdamW.
-    wire: the dtype that is sent, the target's (default) or bfloat16.
+    wire: the dtype that is sent, the contribution's (default) or bfloat16; packed: a buffer of it to
+    be used again at every step, as fresh memory costs more than the pass.
 
     found_inf [1] says whether this replica's contribution is to be left out; it must then be the
-    same on all ranks of the replica. Without it the op looks for itself, and `shard_groups` are the
-    groups over which the replica's other shards are asked.
+    same on all ranks of the replica. Without it the op looks for itself, and asks the replica's
+    other shards over the group `shards` (the mesh's `objective`).
     """
-    from megarlx.comm.collectives import all_reduce_
-
     op = "replica_average_"
     if of not in ("updates", "gradients"):
         raise _refuse(op, "of", repr(of), "'updates', 'gradients'")
-    packed, squared_norm, skipped = torch.ops.megarlx.replica_average_pack(
+    wire = contribution.dtype if wire is None else wire
+    packed = torch.empty_like(contribution, dtype=wire) if packed is None else packed
+    if packed.dtype != wire:
+        raise _refuse(op, "packed.dtype", packed.dtype, f"{wire}, which is sent")
+    squared_norm, skipped = torch.ops.megarlx.replica_average_pack(
         contribution,
         _numbers(op, "weight", weight, 1, contribution, -math.inf),
         _flags(found_inf),
-        contribution.dtype if wire is None else wire,
+        packed,
     )
     if found_inf is None:
         # The flag is known only after the pass that packs, and a sum with NaN in it cannot be undone.
         anywhere = skipped.to(torch.int32)
-        for shards in shard_groups:
+        if shards is not None:
             all_reduce_(anywhere, shards, op="max")
         skipped = anywhere != 0
         torch.ops.megarlx.replica_average_skip_(packed, skipped)
@@ -239,13 +242,9 @@ def _writes_only(op: str) -> Callable[..., None]:
 
 
 def _pack_fake(
-    input: Tensor, weight: Tensor, found_inf: Tensor | None, wire: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        torch.empty_like(input, dtype=wire),
-        input.new_empty(1, dtype=torch.float64),
-        input.new_empty(1, dtype=torch.bool),
-    )
+    input: Tensor, weight: Tensor, found_inf: Tensor | None, packed: Tensor
+) -> tuple[Tensor, Tensor]:
+    return input.new_empty(1, dtype=torch.float64), input.new_empty(1, dtype=torch.bool)
 
 
 for _op in ("average_adamw_", "adamw_update_", "replica_average_skip_", "replica_average_apply_"):
