@@ -3,6 +3,7 @@
 #include <ATen/cpu/vec/vec.h>
 
 #include "cpu/kernels.h"
+#include "cpu/token_loss.h"
 
 #define MEGARLX_STRING_(x) #x
 #define MEGARLX_STRING(x) MEGARLX_STRING_(x)
@@ -13,6 +14,8 @@ extern "C" const megarlx::cpu::Kernels* megarlx_cpu_kernels() {
       MEGARLX_STRING(CPU_CAPABILITY),
       // sample
       // token_loss
+      megarlx::cpu::token_loss,
+      megarlx::cpu::token_loss_partials,
       // averaging
   };
   return &table;

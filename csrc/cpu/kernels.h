@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "math/common.h"
+#include "math/token_loss.h"
 
 namespace megarlx::cpu {
 
@@ -16,6 +17,9 @@ struct Kernels {
   const char* instruction_set;
   // sample
   // token_loss
+  void (*token_loss)(const TokenLossArgs& args, bool sums_are_given, std::int64_t begin,
+                     std::int64_t end);
+  void (*token_loss_partials)(const TokenLossArgs& args, std::int64_t begin, std::int64_t end);
   // averaging
 };
 
