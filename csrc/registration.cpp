@@ -4,12 +4,41 @@
 #include <dlfcn.h>
 #include <torch/library.h>
 
+#include <string>
+
 #include "dispatch.h"
 
 TORCH_LIBRARY(megarlx, m) {
   // sample
 
-  // token_loss
+  // token_loss. "fields" [tokens, kFields] and "partials" [kPartials, tokens] are those of
+  // math/token_loss.h; targets are global ids; columns whose global id is vocab_size or more are
+  // padding. Gradients are empty where none was asked for.
+  const std::string tokens =
+      "Tensor targets, Tensor? mask, Tensor? advantages, Tensor? old_logprobs, "
+      "Tensor? ref_logprobs, Tensor? token_weights, Tensor normalizer, Tensor temperature, ";
+  const std::string spec =
+      "str mode, str kl, float clip_low, float clip_high, float dual_clip, "
+      "float kl_coefficient, float entropy_coefficient, ";
+  const std::string results = "(Tensor loss, Tensor logprobs, Tensor entropy, Tensor metrics, ";
+  const auto define = [&m](const std::string& schema) { m.def(schema.c_str()); };
+  define("token_loss(Tensor logits, " + tokens + "int vocab_size, " + spec +
+         "bool with_gradient) -> " + results + "Tensor gradient)");
+  define(
+      "token_loss_partials(Tensor logits, Tensor targets, Tensor? mask, Tensor temperature, "
+      "int vocab_start, int vocab_size) -> Tensor");
+  define("token_loss_finish(Tensor logits, Tensor partials, " + tokens +
+         "int vocab_start, int vocab_size, " + spec + "bool with_gradient) -> " + results +
+         "Tensor gradient)");
+  define("linear_token_loss(Tensor hidden, Tensor weight, " + tokens + "int vocab_size, " + spec +
+         "int rows_per_chunk, bool with_gradient) -> " + results +
+         "Tensor grad_hidden, Tensor grad_weight)");
+  // Private: one chunk of linear_token_loss. The gradient (null: none) may be the logits
+  // themselves where the dtypes agree; given partials are not computed again.
+  define("_token_loss_rows_(Tensor(a!) logits, Tensor? partials, " + tokens +
+         "int vocab_start, int vocab_size, " + spec +
+         "Tensor(b!)? gradient, Tensor(c!) logprobs, Tensor(d!) entropy, Tensor(e!) fields) -> ()");
+  define("_token_loss_sums(Tensor fields) -> (Tensor loss, Tensor metrics)");
 
   // averaging
   m.def(

@@ -4,6 +4,7 @@
 
 #include "cpu/averaging.h"
 #include "cpu/kernels.h"
+#include "cpu/token_loss.h"
 
 #define MEGARLX_STRING_(x) #x
 #define MEGARLX_STRING(x) MEGARLX_STRING_(x)
@@ -14,6 +15,8 @@ extern "C" const megarlx::cpu::Kernels* megarlx_cpu_kernels() {
       MEGARLX_STRING(CPU_CAPABILITY),
       // sample
       // token_loss
+      megarlx::cpu::token_loss,
+      megarlx::cpu::token_loss_partials,
       // averaging
       megarlx::cpu::average_adamw,
       megarlx::cpu::replica_average_pack,

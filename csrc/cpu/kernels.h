@@ -7,6 +7,7 @@
 #include "math/adamw.h"
 #include "math/common.h"
 #include "math/replica_average.h"
+#include "math/token_loss.h"
 
 namespace megarlx::cpu {
 
@@ -18,6 +19,9 @@ struct Kernels {
   const char* instruction_set;
   // sample
   // token_loss
+  void (*token_loss)(const TokenLossArgs& args, bool sums_are_given, std::int64_t begin,
+                     std::int64_t end);
+  void (*token_loss_partials)(const TokenLossArgs& args, std::int64_t begin, std::int64_t end);
   // averaging
   void (*average_adamw)(const AdamWArgs&, const AdamWCoefficients<double>*, std::int64_t begin,
                         std::int64_t end);

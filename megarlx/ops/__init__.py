@@ -1,5 +1,15 @@
 """The ops: Python faces of the native kernels."""
 
-from megarlx.ops.native import load
+from megarlx.ops.averaging import average_adamw_, replica_average_
+from megarlx.ops.linear_token_loss import linear_token_loss
+from megarlx.ops.loss_spec import LossSpec, TokenLoss
+from megarlx.ops.token_loss import token_loss
 
-load()
+__all__ = [
+    "LossSpec",
+    "TokenLoss",
+    "average_adamw_",
+    "linear_token_loss",
+    "replica_average_",
+    "token_loss",
+]

@@ -1,0 +1,203 @@
+// Token loss on the CPU: rows [begin, end). A row is walked in blocks that stay in the L1 cache:
+// each block's maximum first, then its exponential sums, so that the row is read from memory once
+// for its sums, and once more (from the L2 cache) for the gradient.
+#pragma once
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "math/token_loss.h"
+
+namespace megarlx::cpu {
+namespace {
+
+constexpr std::int64_t kBlock = 1024;
+
+// 20 ulp instead of 1 for fp32, at about a third of the time: an error of 2e-6 relative to p.
+inline at::vec::Vectorized<float> fast_exp(at::vec::Vectorized<float> x) { return x.exp_u20(); }
+inline at::vec::Vectorized<double> fast_exp(at::vec::Vectorized<double> x) { return x.exp(); }
+
+// Elements [i, i + n) of a row in the precision of the sums: in place, or converted to `buffer`.
+template <typename T>
+const T* read_block(const T* row, std::int64_t i, std::int64_t, T*) {
+  return row + i;
+}
+inline const float* read_block(const c10::BFloat16* row, std::int64_t i, std::int64_t n,
+                               float* buffer) {
+  at::vec::convert(row + i, buffer, n);
+  return buffer;
+}
+
+// The vector at x, its lanes from `n` on filled with -inf: they add nothing to any sum.
+template <typename T>
+at::vec::Vectorized<T> load_or_lowest(const T* x, std::int64_t n) {
+  using Vec = at::vec::Vectorized<T>;
+  if (n >= Vec::size()) return Vec::loadu(x);
+  __at_align__ T lanes[Vec::size()];
+  std::fill_n(lanes, Vec::size(), -std::numeric_limits<T>::infinity());
+  std::copy_n(x, n, lanes);
+  return Vec::loadu(lanes);
+}
+
+template <typename T>
+T horizontal_sum(at::vec::Vectorized<T> x) {
+  return at::vec::vec_reduce_all<T>([](auto& a, auto& b) { return a + b; }, x);
+}
+
+template <typename T, typename Logit>
+RowSums<T> row_sums(const Logit* row, std::int64_t valid, T inverse_temperature) {
+  using Vec = at::vec::Vectorized<T>;
+  constexpr std::int64_t kLanes = Vec::size();
+  const Vec scale(inverse_temperature), lowest{T(kLowestExponent)};
+  T maximum = std::numeric_limits<T>::lowest();
+  Vec exp_sum(T(0)), exp_z_sum(T(0));
+  __at_align__ T buffer[kBlock];
+  for (std::int64_t i = 0; i < valid; i += kBlock) {
+    const std::int64_t n = std::min(kBlock, valid - i);
+    const T* block = read_block(row, i, n, buffer);
+    Vec top(std::numeric_limits<T>::lowest());
+    for (std::int64_t j = 0; j < n; j += kLanes) {
+      top = at::vec::clamp_min(load_or_lowest(block + j, n - j) * scale, top);
+    }
+    // maximum(), unlike clamp_min, would keep a NaN here; the sums below do that.
+    const T block_top =
+        at::vec::vec_reduce_all<T>([](auto& a, auto& b) { return at::vec::clamp_min(a, b); }, top);
+    if (block_top > maximum) {
+      // Moves the sums to the new maximum: z - new = (z - old) + (old - new).
+      const T step = std::max(maximum - block_top, T(kLowestExponent));
+      const Vec factor(std::exp(step));
+      exp_z_sum = factor * at::vec::fmadd(exp_sum, Vec(step), exp_z_sum);
+      exp_sum = exp_sum * factor;
+      maximum = block_top;
+    }
+    const Vec top_of_all(maximum);
+    for (std::int64_t j = 0; j < n; j += kLanes) {
+      const Vec z = load_or_lowest(block + j, n - j) * scale;
+      const Vec gap = at::vec::clamp_min(z - top_of_all, lowest);
+      const Vec e = fast_exp(gap);
+      exp_sum = exp_sum + e;
+      exp_z_sum = at::vec::fmadd(e, gap, exp_z_sum);
+    }
+  }
+  RowSums<T> sums{maximum, horizontal_sum(exp_sum), horizontal_sum(exp_z_sum), T(0)};
+  // The fast exponential of a NaN is a number; the product with the gap is not.
+  if (std::isnan(sums.exp_z_sum)) sums.exp_sum = sums.exp_z_sum;
+  return sums;
+}
+
+template <typename T, typename Logit, typename Gradient>
+void write_gradient(const Logit* row, Gradient* gradient, std::int64_t valid, std::int64_t columns,
+                    T inverse_temperature, T maximum, const TokenTerms<T>& terms) {
+  using Vec = at::vec::Vectorized<T>;
+  constexpr std::int64_t kLanes = Vec::size();
+  const Vec scale(inverse_temperature), top(maximum), lowest{T(kLowestExponent)};
+  const Vec flat(-terms.flat), slope(-terms.slope);
+  __at_align__ T buffer[kBlock];
+  __at_align__ T results[kBlock];
+  for (std::int64_t i = 0; i < valid; i += kBlock) {
+    const std::int64_t n = std::min(kBlock, valid - i);
+    const T* block = read_block(row, i, n, buffer);
+    T* out;
+    if constexpr (std::is_same_v<T, Gradient>) {
+      out = gradient + i;
+    } else {
+      out = results;
+    }
+    for (std::int64_t j = 0; j < n; j += kLanes) {
+      const Vec z = load_or_lowest(block + j, n - j) * scale;
+      const Vec gap = at::vec::clamp_min(z - top, lowest);
+      const Vec value = fast_exp(gap) * at::vec::fmadd(slope, gap, flat);
+      if (n - j >= kLanes) {
+        value.store(out + j);
+      } else {
+        value.store(out + j, static_cast<int>(n - j));
+      }
+    }
+    if constexpr (!std::is_same_v<T, Gradient>) at::vec::convert(results, gradient + i, n);
+  }
+  std::fill(gradient + valid, gradient + columns, Gradient(T(0)));
+}
+
+template <typename T, typename Logit, typename Gradient>
+void token_loss_rows(const TokenLossArgs& args, bool sums_are_given, std::int64_t begin,
+                     std::int64_t end) {
+  const auto* logits = static_cast<const Logit*>(args.logits);
+  auto* gradient = static_cast<Gradient*>(args.gradient);
+  const std::int64_t valid = valid_columns(args);
+  const T inverse_temperature = T(1) / number<T>(args.temperature, 0);
+  for (std::int64_t token = begin; token < end; ++token) {
+    const Logit* row = logits + token * args.logits_stride;
+    Gradient* out = gradient == nullptr ? nullptr : gradient + token * args.gradient_stride;
+    if (is_masked(args, token)) {
+      store_terms(args, token, no_terms<T>());
+      if (out != nullptr) std::fill_n(out, args.columns, Gradient(T(0)));
+      continue;
+    }
+    const std::int64_t column = args.targets[token] - args.vocab_start;
+    const bool owned = column >= 0 && column < valid;
+    RowSums<T> sums;
+    if (sums_are_given) {
+      sums = stored_sums<T>(args, token);
+    } else {
+      sums = row_sums<T>(row, valid, inverse_temperature);
+      if (owned) sums.target = T(row[column]) * inverse_temperature;
+    }
+    const TokenTerms<T> terms = terms_of_token(args, token, sums);
+    store_terms(args, token, terms);
+    if (out == nullptr) continue;
+    const T z_target = owned ? T(row[column]) * inverse_temperature : T(0);
+    write_gradient<T>(row, out, valid, args.columns, inverse_temperature, sums.maximum, terms);
+    if (owned) {
+      // Added before rounding to the gradient's own type: p near 1 would cancel badly.
+      const T gap = std::max(z_target - sums.maximum, T(kLowestExponent));
+      out[column] = Gradient(terms.at_target - std::exp(gap) * (terms.flat + terms.slope * gap));
+    }
+  }
+}
+
+template <typename T, typename Logit>
+void token_loss_partial_rows(const TokenLossArgs& args, std::int64_t begin, std::int64_t end) {
+  const auto* logits = static_cast<const Logit*>(args.logits);
+  const std::int64_t valid = valid_columns(args);
+  const T inverse_temperature = T(1) / number<T>(args.temperature, 0);
+  for (std::int64_t token = begin; token < end; ++token) {
+    const Logit* row = logits + token * args.logits_stride;
+    RowSums<T> sums{T(0), T(0), T(0), T(0)};
+    if (!is_masked(args, token)) {
+      sums = row_sums<T>(row, valid, inverse_temperature);
+      const std::int64_t column = args.targets[token] - args.vocab_start;
+      if (column >= 0 && column < valid) sums.target = T(row[column]) * inverse_temperature;
+    }
+    store_sums(args, token, sums);
+  }
+}
+
+// Sums, terms and gradient of rows [begin, end); with `sums_are_given` the sums are read from
+// args.partials. `gradient` has the dtype of the logits.
+void token_loss(const TokenLossArgs& args, bool sums_are_given, std::int64_t begin,
+                std::int64_t end) {
+  switch (args.logits_dtype) {
+    case Dtype::kFloat32:
+      return token_loss_rows<float, float, float>(args, sums_are_given, begin, end);
+    case Dtype::kFloat64:
+      return token_loss_rows<double, double, double>(args, sums_are_given, begin, end);
+    case Dtype::kBFloat16:
+      return token_loss_rows<float, c10::BFloat16, c10::BFloat16>(args, sums_are_given, begin, end);
+  }
+}
+
+void token_loss_partials(const TokenLossArgs& args, std::int64_t begin, std::int64_t end) {
+  switch (args.logits_dtype) {
+    case Dtype::kFloat32:
+      return token_loss_partial_rows<float, float>(args, begin, end);
+    case Dtype::kFloat64:
+      return token_loss_partial_rows<double, double>(args, begin, end);
+    case Dtype::kBFloat16:
+      return token_loss_partial_rows<float, c10::BFloat16>(args, begin, end);
+  }
+}
+
+}  // namespace
+}  // namespace megarlx::cpu
