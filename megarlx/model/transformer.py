@@ -328,7 +328,16 @@ class Stage(nn.Module):
             name: value.reshape(-1) if isinstance(value, Tensor) and value.dim() == 2 else value
             for name, value in loss_inputs.items()
         }
-        return loss(x, self.head_weight, **flat, group=self.group).loss.reshape(1)
+        # `_enter_head` sums the gradient of hidden states over the ranks in its backward
+        result = loss(
+            x,
+            self.head_weight,
+            **flat,
+            group=self.group,
+            vocab_size=self.config.vocab_size,
+            reduce_hidden_grad=False,
+        )
+        return result.loss.reshape(1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[T, hidden] of the last stage to this rank's [T, V / tp], padding ids at -inf.
