@@ -129,7 +129,7 @@ def test_a_wrong_world_size_is_refused_with_both_numbers_and_layouts_that_work(
     layout = Layout(*sizes)
     with pytest.raises(ValueError, match=f"needs {layout.world_size} .* {world_size} are") as error:
         layout.check_world_size(world_size)
-    assert suggested in str(error.value)
+    assert f"Layouts for {world_size}: {suggested};" in str(error.value)  # the nearest first
     assert all(near.world_size == world_size for near in layout.nearest(world_size))
 
 
