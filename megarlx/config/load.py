@@ -70,8 +70,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
         values = tomllib.loads(text)
     except ValueError as error:  # also what int() says about a number of 5,000 digits
         language = "JSON" if path.suffix == ".json" else "TOML"
-        place = re.search(r"line (\d+)", str(error))
-        where = f"{path}:{place.group(1)}" if place else str(path)
+        at_end = text.count("\n") + 1 if "end of document" in str(error) else ""
+        line = m.group(1) if (m := re.search(r"line (\d+)", str(error))) else at_end
+        where = f"{path}:{line}" if line else str(path)
         raise ConfigError([f"{where}: is not valid {language}: {error}"]) from None
     except RecursionError:
         raise ConfigError([f"{path}: brackets are nested too deeply to be read"]) from None
