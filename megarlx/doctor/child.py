@@ -87,6 +87,8 @@ def main(name: str) -> None:
         os._exit(1)
 
     sys.excepthook = report
+    if name.startswith("megarlx._"):
+        importlib.import_module("torch")  # whose libraries it is linked to; megarlx does the same
     module = importlib.import_module(name)
     facts = {"version": str(getattr(module, "__version__", ""))}
     facts |= FACTS[name](module) if name in FACTS else {}

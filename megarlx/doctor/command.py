@@ -6,20 +6,21 @@ import argparse
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from megarlx import __version__
 from megarlx.doctor.findings import Finding, as_json, as_text
 from megarlx.doctor.look import Look, look_at
 from megarlx.doctor.machine import (
+    Nvidia,
     check_build_tools,
     check_launcher,
     check_nvcc,
     check_nvidia,
     find_nvidia,
 )
-from megarlx.doctor.native_code import check_index, check_ops, read_build
+from megarlx.doctor.native_code import BUILD_FILE, check_index, check_ops, read_build
 from megarlx.doctor.packages import NEEDED, OPTIONAL, check_package
 from megarlx.doctor.torch_stack import check_gloo, check_torch
 
@@ -46,23 +47,28 @@ def run(arguments: argparse.Namespace) -> int:
 def examine(time_limit_seconds: float) -> list[Finding]:
     modules = [*OURS, *(package.module for package in (*OPTIONAL, *NEEDED))]
     looks = _look_at_all(modules, time_limit_seconds)
-    torch, native = looks["torch"], looks["megarlx.ops.native"]
+    torch = looks["torch"]
     nvidia = find_nvidia(time_limit_seconds)
-    build = read_build()
-    built = build is not None
-    findings = [
+    return [
         Finding("megarlx", "ok", f"{__version__}, Python {platform.python_version()}, {_system()}"),
         check_nvidia(nvidia),
         *check_torch(torch, nvidia),
+        # Without torch there is no telling how what stands on it is.
         *([check_gloo(torch, looks["torch.distributed"])] if torch.ok else []),
-        *([build] if isinstance(build, Finding) else check_ops(build, torch, native, nvidia)),
-        check_index(built, looks["megarlx._index"]),
+        *(_check_native(looks, nvidia) if torch.ok else []),
         *(check_package(p, looks[p.module], nvidia) for p in (*NEEDED, *OPTIONAL)),
         check_launcher(),
         check_nvcc(torch.facts.get("cuda"), time_limit_seconds),
-        *check_build_tools(built),
+        *check_build_tools(built=BUILD_FILE.exists()),
     ]
-    return findings
+
+
+def _check_native(looks: Mapping[str, Look], nvidia: Nvidia) -> list[Finding]:
+    build = read_build()
+    index = check_index(build is not None, looks["megarlx._index"])
+    if isinstance(build, Finding):
+        return [build, index]
+    return [*check_ops(build, looks["torch"], looks["megarlx.ops.native"], nvidia), index]
 
 
 def _look_at_all(modules: Sequence[str], time_limit_seconds: float) -> dict[str, Look]:

@@ -43,6 +43,10 @@ def pip_install(what: str, *, before: str = "") -> str:
     return f"{before}{python_command()} -m pip install {what}"
 
 
+def pip_uninstall(what: str) -> str:
+    return f"{python_command()} -m pip uninstall -y {what}"
+
+
 def rebuild(*, before: str = "") -> str:
     """The command that builds the native code again where this megarlx lies."""
     if (ROOT / "setup.py").exists():
@@ -64,9 +68,7 @@ def as_text(findings: Sequence[Finding]) -> str:
     ill = [f.part for f in findings if not f.well]
     lines.append("")
     lines.append(
-        f"To be mended: {', '.join(ill)}."
-        if ill
-        else "Everything that is needed is here and works."
+        f"To be mended: {', '.join(ill)}." if ill else "All that is needed is here and works."
     )
     return "\n".join(lines) + "\n"
 

@@ -21,7 +21,7 @@ class Gpu:
     """A GPU as the driver sees it; `capability` 9.0 is sm_90."""
 
     name: str
-    capability: tuple[int, int]
+    capability: tuple[int, ...]
 
     @property
     def sm(self) -> str:
@@ -45,17 +45,14 @@ class Nvidia:
 def find_nvidia(time_limit_seconds: float) -> Nvidia:
     program = shutil.which("nvidia-smi")
     if program is None:
-        loaded = KERNEL_MODULE.exists()
-        return Nvidia(
-            error="the kernel module is loaded, nvidia-smi is not there" if loaded else None
-        )
+        if KERNEL_MODULE.exists():
+            return Nvidia(error="the kernel module is loaded, but nvidia-smi is not on PATH")
+        return Nvidia()
+
     asked = run([program, *QUERY], time_limit_seconds)
     if asked.hung or asked.status != 0:
-        said = (asked.out + asked.err).strip().splitlines()
-        why = (
-            "nvidia-smi does not end" if asked.hung else f"nvidia-smi failed: {' '.join(said[:1])}"
-        )
-        return Nvidia(error=why)
+        said = " ".join((asked.out + asked.err).strip().splitlines()[:1])
+        return Nvidia(error="nvidia-smi does not end" if asked.hung else f"nvidia-smi: {said}")
     gpus, driver = [], None
     for line in filter(None, map(str.strip, asked.out.splitlines())):
         name, capability, driver = (part.strip() for part in line.rsplit(",", 2))
@@ -108,7 +105,7 @@ def check_nvcc(torch_cuda: str | None, time_limit_seconds: float) -> Finding:
             "nvcc",
             "broken",
             f"{nvcc} --version: {why}",
-            "export CUDA_HOME=<the folder of a working CUDA toolkit>",
+            "sudo apt-get install --reinstall cuda-toolkit && export CUDA_HOME=/usr/local/cuda",
         )
     release = found.group(1)
     if torch_cuda and version_numbers(release, 1) != version_numbers(torch_cuda, 1):
@@ -117,7 +114,8 @@ def check_nvcc(torch_cuda: str | None, time_limit_seconds: float) -> Finding:
             "mismatched",
             f"{nvcc} is CUDA {release}, torch is built for CUDA {torch_cuda}; torch's extension "
             "builder refuses another major version",
-            f"export CUDA_HOME=/usr/local/cuda-{torch_cuda}   (the toolkit of torch's version)",
+            f"sudo apt-get install cuda-toolkit-{torch_cuda.replace('.', '-')} && "
+            f"export CUDA_HOME=/usr/local/cuda-{torch_cuda}",
         )
     return Finding("nvcc", "ok", f"{release} at {nvcc}")
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megarlx.doctor.findings import Finding, rebuild
+from megarlx.doctor.findings import Finding, State, rebuild
 from megarlx.doctor.look import Look
 from megarlx.doctor.machine import Nvidia
 from megarlx.doctor.torch_stack import runs_on
@@ -22,14 +22,15 @@ def read_build(path: Path = BUILD_FILE) -> Build | Finding | None:
     """How the native code was built; None where it was not; a finding where the file is no good."""
     try:
         build = json.loads(path.read_text())
-        for key in ("torch", "cuda", "cuda_architectures", "instruction_sets"):
+        for key in ("torch", "cuda", "cuda_architectures"):
             build[key]
+        ", ".join(build["instruction_sets"])  # a TypeError where these are not words
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return Finding(
-            "native ops", "broken", f"{path}: {type(error).__name__}: {error}", rebuild()
-        )
+        detail = f"{path}: {type(error).__name__}: {error}"
+        return Finding("native ops", "broken", detail, rebuild())
+
     return build
 
 
@@ -59,7 +60,7 @@ def check_cuda_ops(build: Build, torch: Look, nvidia: Nvidia) -> Finding:
     again = rebuild(before=f"MEGARLX_CUDA=1 TORCH_CUDA_ARCH_LIST='{wanted}' ")
     if build["cuda"] is None:
         return Finding(part, "mismatched", "there is a GPU, but only CPU ops are built", again)
-    architectures = architectures_of(build["cuda_architectures"])
+    architectures = architectures_of(str(build["cuda_architectures"]))
     unfit = [g for g in nvidia.gpus if architectures and not runs_on(architectures, g.capability)]
     if unfit:
         detail = f"built for {build['cuda_architectures']}, but {unfit[0].name} is {unfit[0].sm}"
@@ -68,7 +69,7 @@ def check_cuda_ops(build: Build, torch: Look, nvidia: Nvidia) -> Finding:
 
 
 def architectures_of(text: str) -> list[str]:
-    """TORCH_CUDA_ARCH_LIST (`8.0;9.0a+PTX`) as torch names architectures; what has no number, not."""
+    """TORCH_CUDA_ARCH_LIST (`8.0;9.0a+PTX`) as torch names them; words like `Hopper` not."""
     found = []
     for major, minor, letter, ptx in re.findall(r"(\d+)\.(\d)([af]?)(\+PTX)?", text):
         found.append(f"sm_{major}{minor}{letter}")
@@ -80,5 +81,5 @@ def architectures_of(text: str) -> list[str]:
 def check_index(built: bool, index: Look) -> Finding:
     if index.ok:
         return Finding("megarlx._index", "ok", "sample index and blending of token files")
-    state = "broken" if built else "missing"
+    state: State = "broken" if built else "missing"
     return Finding("megarlx._index", state, index.error or "not built", rebuild())

