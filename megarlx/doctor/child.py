@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import datetime
 import importlib
+import importlib.util
 import json
 import os
 import sys
 from collections.abc import Callable, Mapping
+from importlib.machinery import PathFinder
 from types import TracebackType
 from typing import Any
 
@@ -75,6 +77,21 @@ FACTS: Mapping[str, Callable[[Any], Facts]] = {
 }
 
 
+def is_there(name: str) -> bool:
+    """Whether a module can be found, without importing the packages it lies in.
+
+    FlashAttention 4 lies inside FlashAttention 2's package: where that one is broken, an import
+    alone could not tell a broken 4 from one that is not installed.
+    """
+    top, *below = name.split(".")
+    spec = importlib.util.find_spec(top)
+    for part in below:
+        if spec is None or spec.submodule_search_locations is None:
+            return False
+        spec = PathFinder.find_spec(f"{spec.name}.{part}", list(spec.submodule_search_locations))
+    return spec is not None
+
+
 def main(name: str) -> None:
     # What the module prints goes to stderr; only the answer goes to stdout.
     answer = os.fdopen(os.dup(1), "w")
@@ -87,6 +104,8 @@ def main(name: str) -> None:
         os._exit(1)
 
     sys.excepthook = report
+    if not is_there(name):
+        raise ModuleNotFoundError(name, name=name)
     if name.startswith("megarlx._"):
         importlib.import_module("torch")  # whose libraries it is linked to; megarlx does the same
     module = importlib.import_module(name)
