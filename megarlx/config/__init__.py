@@ -2,7 +2,7 @@
 
 from megarlx.config.describe import describe
 from megarlx.config.load import ConfigError, load_config
-from megarlx.config.model import FAMILIES, ModelConfig, RopeScaling
+from megarlx.config.model import FAMILIES, ModelConfig, RopeScaling, family_config
 from megarlx.config.section import Section
 from megarlx.config.sections import Config, LayoutConfig, OptimizerConfig, TrainingConfig
 
@@ -17,5 +17,6 @@ __all__ = [
     "Section",
     "TrainingConfig",
     "describe",
+    "family_config",
     "load_config",
 ]

@@ -41,7 +41,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "norm_position": "pre",
         "qk_norm": "per_head",
         "qkv_bias": False,
-        "tied_embeddings": False,
+        "tied_embeddings": True,
         "rope_theta": 1_000_000.0,
         "norm_eps": 1e-6,
     },
@@ -173,7 +173,57 @@ class ModelConfig(Section):
     def queries_per_kv_head(self) -> int:
         return self.heads // self.kv_heads
 
-    def padded_vocab_size(self, tensor: int = 1) -> int:
-        """Vocabulary rows as stored: a multiple of 128 on each of `tensor` ranks."""
+    def padded_vocab(self, tensor: int = 1) -> int:
+        """Rows of embedding and head as stored: a multiple of 128 on each of `tensor` ranks."""
         tile = 128 * tensor
         return -(-self.vocab_size // tile) * tile
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the model by its global name, in model space (no padding, no copies)."""
+        hidden, inner, q, kv = (
+            self.hidden_size,
+            self.intermediate_size,
+            self.query_size,
+            self.kv_size,
+        )
+        shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (self.vocab_size, hidden)}
+        for index in range(self.layers):
+            attention, mlp = f"layers.{index}.attention", f"layers.{index}.mlp"
+            for name, rows in (("q", q), ("k", kv), ("v", kv)):
+                shapes[f"{attention}.{name}.weight"] = (rows, hidden)
+                if self.qkv_bias:
+                    shapes[f"{attention}.{name}.bias"] = (rows,)
+            shapes[f"{attention}.o.weight"] = (hidden, q)
+            if self.qk_norm != "none":
+                full = self.qk_norm == "full"
+                shapes[f"{attention}.q_norm.weight"] = (q if full else self.head_dim,)
+                shapes[f"{attention}.k_norm.weight"] = (kv if full else self.head_dim,)
+            shapes[f"{mlp}.gate.weight"] = (inner, hidden)
+            shapes[f"{mlp}.up.weight"] = (inner, hidden)
+            shapes[f"{mlp}.down.weight"] = (hidden, inner)
+            shapes[f"layers.{index}.attention_norm.weight"] = (hidden,)
+            shapes[f"layers.{index}.mlp_norm.weight"] = (hidden,)
+        shapes["norm.weight"] = (hidden,)
+        if not self.tied_embeddings:
+            shapes["head.weight"] = (self.vocab_size, hidden)
+        return shapes
+
+    def parameters(self) -> int:
+        return sum(math.prod(shape) for shape in self.tensor_shapes().values())
+
+    def non_embedding_parameters(self) -> int:
+        """What multiplies every token, the head left out too: the N of 6 N tokens."""
+        tables = ("embedding.weight", "head.weight")
+        return sum(math.prod(s) for name, s in self.tensor_shapes().items() if name not in tables)
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Forward and backward of one token: its matrix products, the head, causal attention."""
+        products = self.non_embedding_parameters() + self.vocab_size * self.hidden_size
+        # A token sees (S + 1) / 2 keys on average; scores and weighted sum are 2 products each.
+        attention = self.layers * 4 * self.query_size * (sequence_length + 1) / 2
+        return 6.0 * products + 3.0 * attention
+
+
+def family_config(family: str, **shape: Any) -> ModelConfig:
+    """A model of a named family; what `shape` gives wins over the family's value."""
+    return ModelConfig.model_validate({"family": family, **shape})

@@ -14,6 +14,15 @@ Layers = Annotated[int, Field(ge=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
+# Stages on each pipeline process that a schedule allows: at least, at most.
+VIRTUAL_STAGES: dict[str, tuple[int, int | None]] = {
+    "1f1b": (1, 1),
+    "interleaved": (2, None),
+    "zero_bubble": (1, None),
+    "zbv": (2, 2),
+}
+
+
 class LayoutConfig(Section):
     """How the processes share the work. Processes = pipeline x replica x data x tensor."""
 
@@ -35,7 +44,7 @@ class LayoutConfig(Section):
         default=False,
         description="Whether the tensor group also splits activations along the sequence",
     )
-    schedule: Literal["1f1b", "interleaved", "zero_bubble"] = Field(
+    schedule: Literal["1f1b", "interleaved", "zero_bubble", "zbv"] = Field(
         default="1f1b", description="Order of forwards and backwards in the pipeline"
     )
     virtual_stages: int = Field(
@@ -56,18 +65,17 @@ class LayoutConfig(Section):
 
     def problems(self) -> list[tuple[str, str]]:
         found = []
-        if self.schedule == "1f1b" and self.virtual_stages > 1:
+        least, most = VIRTUAL_STAGES[self.schedule]
+        if not least <= self.virtual_stages <= (most or self.virtual_stages):
+            allowed = f"allowed is {least}" if most == least else f"at least {least}"
             found.append(
                 (
                     "virtual_stages",
-                    f"is {self.virtual_stages}; with schedule = '1f1b' allowed is 1 "
-                    "('interleaved' and 'zero_bubble' take more)",
+                    f"is {self.virtual_stages}; with schedule = '{self.schedule}' {allowed}",
                 )
             )
         if self.schedule != "1f1b" and self.pipeline == 1:
             found.append(("schedule", f"is '{self.schedule}'; it needs pipeline of at least 2"))
-        if self.schedule == "interleaved" and self.pipeline > 1 and self.virtual_stages == 1:
-            found.append(("virtual_stages", "is 1; with schedule = 'interleaved' at least 2"))
         if self.layers_per_stage is not None and len(self.layers_per_stage) != self.stages:
             found.append(
                 (

@@ -65,7 +65,7 @@ def native_facts(native: Any) -> Facts:
 
 def mpi_facts(mpi4py: Any) -> Facts:
     mpi4py.rc.initialize = False  # the library is to be found and loaded, no job is to be started
-    library = importlib.import_module("mpi4py.MPI").Get_library_version()
+    library = importlib.import_module(f"{mpi4py.__name__}.MPI").Get_library_version()
     return {"library": library.strip("\x00\n ").splitlines()[0].split(", package")[0]}
 
 

@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from megarlx.config import Config, ConfigError, ModelConfig, Section, describe, load_config
+from megarlx.config import (
+    Config,
+    ConfigError,
+    ModelConfig,
+    Section,
+    describe,
+    family_config,
+    load_config,
+)
 from megarlx.config.allowed import section_of
 from megarlx.config.describe import field_lines
 
@@ -88,7 +96,7 @@ def test_configuration_is_frozen(tmp_path):
         ("olmo2", "post", "full", False, False),
         ("llama3", "pre", "none", False, False),
         ("qwen2", "pre", "none", True, True),
-        ("qwen3", "pre", "per_head", False, False),
+        ("qwen3", "pre", "per_head", False, True),
     ],
 )
 def test_family_sets_its_form_and_a_given_key_wins_over_it(
@@ -106,10 +114,31 @@ def test_family_sets_its_form_and_a_given_key_wins_over_it(
 @given(vocab=st.integers(1, 300_000), tensor=st.integers(1, 16))
 def test_padded_vocabulary_is_the_least_that_gives_each_rank_whole_tiles(vocab, tensor):
     sizes = {"hidden_size": 2, "layers": 1, "heads": 1, "intermediate_size": 1}
-    padded = ModelConfig(vocab_size=vocab, **sizes).padded_vocab_size(tensor)
+    padded = ModelConfig(vocab_size=vocab, **sizes).padded_vocab(tensor)
     assert padded >= vocab
     assert padded % (128 * tensor) == 0
     assert padded - vocab < 128 * tensor
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "parameters"),
+    [
+        # 2 tables of 5 x 12, a last norm of 12, and for each of 2 layers: q and o 12 x 18 and
+        # k and v 12 x 6 (3 query heads and 1 key head of 6), an MLP of 3 x 12 x 7, 2 norms of 12
+        ("llama3", {}, 2 * 60 + 12 + 2 * (2 * 216 + 2 * 72 + 252 + 24)),
+        ("olmo2", {}, 2 * 60 + 12 + 2 * (2 * 216 + 2 * 72 + 252 + 24 + 18 + 6)),
+        ("qwen2", {}, 60 + 12 + 2 * (2 * 216 + 2 * 72 + 252 + 24 + 18 + 6 + 6)),
+        ("qwen3", {"tied_embeddings": False}, 2 * 60 + 12 + 2 * (2 * 216 + 2 * 72 + 252 + 24 + 12)),
+    ],
+)
+def test_parameters_are_those_of_the_family_counted_by_hand(family, changes, parameters):
+    sizes = {"vocab_size": 5, "hidden_size": 12, "layers": 2, "intermediate_size": 7}
+    model = family_config(family, heads=3, kv_heads=1, head_dim=6, **sizes, **changes)
+    assert model.parameters() == parameters
+    tables = 60 if model.tied_embeddings else 120
+    assert model.non_embedding_parameters() == parameters - tables
+    attention = 3 * 2 * 2 * 2 * 3 * 6 * (9 + 1) / 2
+    assert model.flops_per_token(9) == 6 * (parameters - tables + 60) + attention
 
 
 def test_head_dim_must_be_given_where_it_does_not_follow(tmp_path):
@@ -153,7 +182,8 @@ def test_unknown_table_names_the_nearest_table_and_a_hopeless_one_lists_them(tmp
         ("tensor = 0", "layout.tensor is 0; expected an integer of at least 1"),
         (
             'schedule = "1f2b"',
-            'layout.schedule is "1f2b"; expected one of "1f1b", "interleaved", "zero_bubble"',
+            'layout.schedule is "1f2b"; '
+            'expected one of "1f1b", "interleaved", "zero_bubble", "zbv"',
         ),
         ("sequence_parallel = 1", "layout.sequence_parallel is 1; expected true or false"),
         ("time_limit_seconds = nan", "layout.time_limit_seconds is NaN; expected a number above 0"),
@@ -209,6 +239,10 @@ def test_missing_key_is_told_with_its_meaning(tmp_path):
         (["layout.schedule=zero_bubble"], "layout.schedule is 'zero_bubble'; it needs pipeline"),
         (["layout.virtual_stages=2"], "layout.virtual_stages is 2; with schedule = '1f1b'"),
         (["layout.schedule=interleaved", "layout.pipeline=2"], "layout.virtual_stages is 1; with"),
+        (
+            ["layout.schedule=zbv", "layout.pipeline=2", "layout.virtual_stages=3"],
+            "layout.virtual_stages is 3; with schedule = 'zbv' allowed is 2",
+        ),
         (["layout.layers_per_stage=[3, 3]"], "layout.layers_per_stage has 2 entries; pipeline x"),
         (["layout.layers_per_stage=[5]"], "layout.layers_per_stage adds up to 5; model.layers is"),
         (["training.sequences_per_microbatch=3"], "training.sequences_per_step is 8; sequences_p"),
