@@ -31,11 +31,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.add_argument(
         "--time-limit-seconds",
-        type=float,
+        type=_seconds,
         default=60.0,
         metavar="N",
         help="longest wait for one package to import (default: 60)",
     )
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds <= 3600:
+        raise argparse.ArgumentTypeError(f"is {text}; allowed is above 0, up to 3600")
+    return seconds
 
 
 def run(arguments: argparse.Namespace) -> int:

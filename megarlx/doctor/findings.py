@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -36,7 +37,8 @@ def python_command() -> str:
     """How this very interpreter is called from a shell."""
     on_path = shutil.which("python")
     same = on_path is not None and Path(on_path).resolve() == Path(sys.executable).resolve()
-    return "python" if same and Path(sys.prefix) in Path(str(on_path)).parents else sys.executable
+    ours = same and Path(sys.prefix) in Path(str(on_path)).parents
+    return "python" if ours else shlex.quote(sys.executable)
 
 
 def pip_install(what: str, *, before: str = "") -> str:
@@ -50,7 +52,7 @@ def pip_uninstall(what: str) -> str:
 def rebuild(*, before: str = "") -> str:
     """The command that builds the native code again where this megarlx lies."""
     if (ROOT / "setup.py").exists():
-        return f"cd {ROOT} && {before}{python_command()} setup.py build_ext --inplace"
+        return f"cd {shlex.quote(str(ROOT))} && {before}{python_command()} setup.py build_ext --inplace"
     return pip_install(
         "--no-build-isolation --no-cache-dir --force-reinstall --no-deps megarlx", before=before
     )

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megarlx.cli import main
 from megarlx.doctor.findings import Finding, as_text
 from megarlx.doctor.look import Look, look_at, run
 from megarlx.doctor.machine import version_numbers
@@ -458,7 +460,7 @@ def test_source_tree_is_rebuilt_where_it_lies(machine):
     (machine.packages / "setup.py").touch()
     machine.build(torch="2.13.0")
     mend = machine.findings()["native ops"].mend
-    assert mend.startswith(f"cd {machine.packages} && ")
+    assert mend.startswith(f"cd {shlex.quote(str(machine.packages))} && ")
     assert mend.endswith("setup.py build_ext --inplace")
 
 
@@ -504,6 +506,14 @@ def test_module_that_is_not_there_is_absent_and_the_outcome_of_one_that_is_has_f
 
 def test_program_that_cannot_be_started_has_ended_with_the_shells_status():
     assert run(["/surely/not/there"], 5).status == 127
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "nan", "inf", "soon"])
+def test_time_limit_that_is_none_is_refused(limit, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", f"--time-limit-seconds={limit}"])
+    assert ended.value.code == 2
+    assert limit in capsys.readouterr().err
 
 
 def test_text_lines_up_and_shouts_only_what_is_ill():
