@@ -52,7 +52,8 @@ def pip_uninstall(what: str) -> str:
 def rebuild(*, before: str = "") -> str:
     """The command that builds the native code again where this megarlx lies."""
     if (ROOT / "setup.py").exists():
-        return f"cd {shlex.quote(str(ROOT))} && {before}{python_command()} setup.py build_ext --inplace"
+        build = f"{python_command()} setup.py build_ext --inplace"
+        return f"cd {shlex.quote(str(ROOT))} && {before}{build}"
     return pip_install(
         "--no-build-isolation --no-cache-dir --force-reinstall --no-deps megarlx", before=before
     )
