@@ -1,0 +1,88 @@
+"""The `megarlx` command. Each subcommand is a module with `add_arguments(parser)` and `run(args)`.
+
+A module is imported only when its command is called, so that `megarlx --help` is quick and a
+command that needs little (doctor) runs where much is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from megarlx import __version__
+
+
+class Command(NamedTuple):
+    """Where a subcommand lives and what it says about itself."""
+
+    module: str
+    summary: str
+
+
+COMMANDS: Mapping[str, Command] = {
+    "config": Command("megarlx.config.command", "check a configuration and print it in full"),
+    "doctor": Command(
+        "megarlx.doctor.command", "what is installed, built and visible, and how to mend the rest"
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    position = next((i for i, word in enumerate(argv) if not word.startswith("-")), len(argv))
+    parser = _parser()
+    parser.parse_args(argv[:position])
+    if position == len(argv):
+        parser.print_help()
+        return 2
+    name = argv[position]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        print(
+            f"megarlx: unknown command '{name}'; {hint}Commands: {', '.join(COMMANDS)}",
+            file=sys.stderr,
+        )
+        return 2
+    return _run(name, argv[position + 1 :])
+
+
+def _parser() -> argparse.ArgumentParser:
+    width = max(map(len, COMMANDS))
+    parser = argparse.ArgumentParser(
+        prog="megarlx",
+        usage="megarlx [--help] [--version] COMMAND ...",
+        description="Trains language models, with reinforcement learning anywhere in the training.",
+        epilog="commands:\n"
+        + "\n".join(f"  {name:<{width}}  {c.summary}" for name, c in COMMANDS.items())
+        + "\n\n`megarlx COMMAND --help` tells more about one.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"megarlx {__version__}")
+    return parser
+
+
+def _run(name: str, arguments: Sequence[str]) -> int:
+    command = COMMANDS[name]
+    module = importlib.import_module(command.module)
+    parser = argparse.ArgumentParser(
+        prog=f"megarlx {name}", description=command.summary, allow_abbrev=False
+    )
+    module.add_arguments(parser)
+    parsed = parser.parse_args(arguments)
+    try:
+        status: int = module.run(parsed)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) has gone. Python would try to flush once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return status

@@ -1,0 +1,22 @@
+"""The configuration: sparse TOML in, every field typed and checked once, resolved JSON out."""
+
+from megarlx.config.describe import describe
+from megarlx.config.load import ConfigError, load_config
+from megarlx.config.model import FAMILIES, ModelConfig, RopeScaling, family_config
+from megarlx.config.section import Section
+from megarlx.config.sections import Config, LayoutConfig, OptimizerConfig, TrainingConfig
+
+__all__ = [
+    "FAMILIES",
+    "Config",
+    "ConfigError",
+    "LayoutConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RopeScaling",
+    "Section",
+    "TrainingConfig",
+    "describe",
+    "family_config",
+    "load_config",
+]

@@ -1,0 +1,63 @@
+"""Says in words what a field takes: the one source for error messages and for --help-config."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import annotated_types
+from pydantic.fields import FieldInfo
+
+from megarlx.config.section import Section
+
+WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+
+
+def without_none(annotation: Any) -> Any:
+    """The type without `| None`, which in TOML is said by leaving the key out."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        (annotation,) = (a for a in get_args(annotation) if a is not type(None))
+    return annotation
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """The section that a field holds, if it holds one."""
+    annotation = without_none(annotation)
+    is_section = isinstance(annotation, type) and issubclass(annotation, Section)
+    return annotation if is_section else None
+
+
+def allowed(annotation: Any, metadata: Iterable[Any] = ()) -> str:
+    """For example `an integer of at least 1`, `one of "pre", "post"`, `a list of 2 numbers`."""
+    annotation = without_none(annotation)
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return allowed(arguments[0], [*arguments[1:], *metadata])
+    if origin is Literal:
+        return "one of " + ", ".join(f'"{a}"' for a in arguments)
+    if origin is tuple:
+        number = "values" if arguments[-1] is Ellipsis else f"{len(arguments)} values"
+        return f"a list of {number}, each {allowed(arguments[0])}"
+    if section := section_of(annotation):
+        return "a table with the keys " + ", ".join(section.model_fields)
+    return " ".join(filter(None, [WORDS[annotation], ", ".join(_limits(metadata))]))
+
+
+def _limits(metadata: Iterable[Any]) -> list[str]:
+    said: list[str] = []
+    for limit in metadata:
+        match limit:
+            case FieldInfo():
+                said += _limits(limit.metadata)
+            case annotated_types.Ge(ge):
+                said.append(f"of at least {ge}")
+            case annotated_types.Gt(gt):
+                said.append(f"above {gt}")
+            case annotated_types.Le(le):
+                said.append(f"up to {le}")
+            case annotated_types.Lt(lt):
+                said.append(f"below {lt}")
+            case annotated_types.MultipleOf(step):
+                said.append(f"a multiple of {step}")
+    return said

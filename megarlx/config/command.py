@@ -1,0 +1,37 @@
+"""`megarlx config`: checks a configuration and prints it in full."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megarlx.config.describe import describe
+from megarlx.config.load import ConfigError, load_config
+from megarlx.config.sections import Config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("config", nargs="?", metavar="CONFIG.toml", help="the file to check")
+    what.add_argument("--help-config", action="store_true", help="print every key and its meaning")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="a.b=c",
+        dest="overrides",
+        help="override one key; may be given several times",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.help_config:
+        sys.stdout.write(describe(Config))
+        return 0
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    sys.stdout.write(config.to_json())
+    return 0

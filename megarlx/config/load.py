@@ -1,0 +1,217 @@
+"""Reads a configuration file and its overrides; says everything that is wrong with them at once."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args, get_origin, overload
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from megarlx.config.allowed import allowed, section_of, without_none
+from megarlx.config.lines import Path as KeyPath
+from megarlx.config.lines import line_numbers
+from megarlx.config.section import Section
+from megarlx.config.sections import Config
+
+S = TypeVar("S", bound=Section)
+BARE_WORD = re.compile(r"[^\s\"'\[\]{}#=,]+")
+
+
+class ConfigError(Exception):
+    """All that is wrong with a configuration, one line each, as the user is to read it."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+@overload
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config: ...
+
+
+@overload
+def load_config(path: str | Path, overrides: Sequence[str], kind: type[S]) -> S: ...
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), kind: Any = Config) -> Any:
+    """The configuration in a sparse TOML file or a resolved JSON file, overridden by `a.b=c`s."""
+    path = Path(path)
+    values, lines = _read(path)
+    places: dict[KeyPath, str] = {key: f"{path}:{line}" for key, line in lines.items()}
+    problems = [p for override in overrides if (p := _override(values, places, override))]
+    try:
+        config = kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError([*problems, *_explain(error, kind, places, str(path))]) from None
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"{path}: is not UTF-8 text (byte {error.start})"]) from None
+    try:
+        if path.suffix == ".json":
+            values = json.loads(text)
+            if not isinstance(values, dict):
+                raise ConfigError([f"{path}: holds no object but {_shown(values)}"])
+            return values, {}
+        values = tomllib.loads(text)
+    except ValueError as error:  # also what int() says about a number of 5,000 digits
+        language = "JSON" if path.suffix == ".json" else "TOML"
+        at_end = text.count("\n") + 1 if "end of document" in str(error) else ""
+        line = m.group(1) if (m := re.search(r"line (\d+)", str(error))) else at_end
+        where = f"{path}:{line}" if line else str(path)
+        raise ConfigError([f"{where}: is not valid {language}: {error}"]) from None
+    except RecursionError:
+        raise ConfigError([f"{path}: brackets are nested too deeply to be read"]) from None
+    return values, line_numbers(text)
+
+
+def _override(values: dict[str, Any], places: dict[KeyPath, str], override: str) -> str | None:
+    """Puts `a.b=c` into values, or returns what is wrong with it."""
+    source = f"--set {override}"
+    dotted, equals, text = override.partition("=")
+    keys = [key.strip() for key in dotted.split(".")]
+    if not equals or not all(keys):
+        return f"{source}: expected key=value, for example --set training.steps=100"
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
+        parsed = {"value": text.strip()} if BARE_WORD.fullmatch(text.strip()) else {}
+    if list(parsed) != ["value"]:
+        return f"{source}: {text!r} is neither a TOML value nor a bare word"
+    here: Any = values
+    path: KeyPath = ()
+    for i, key in enumerate(keys):
+        step: str | int = key
+        last = i == len(keys) - 1
+        if isinstance(here, list):
+            if not key.isdecimal() or int(key) >= len(here):
+                return f"{source}: {_dotted(path)} is a list of {len(here)}, counted from 0"
+            step = int(key)
+        elif not isinstance(here, dict):
+            return f"{source}: {_dotted(path)} is {_shown(here)}, which has no keys"
+        path = (*path, step)
+        if last:
+            here[step] = parsed["value"]
+            for below in [p for p in places if p[: len(path)] == path]:
+                del places[below]
+        elif isinstance(here, dict):
+            here = here.setdefault(step, {})
+        else:
+            here = here[step]
+        places.setdefault(path, source)
+    return None
+
+
+def _explain(
+    error: ValidationError, kind: type[Section], places: dict[KeyPath, str], file: str
+) -> list[str]:
+    """pydantic's findings in the user's words, in the order of the file."""
+    found: dict[tuple[int, str], None] = {}
+    order = {key: i for i, key in enumerate(places)}
+    for detail in error.errors(include_url=False):
+        location: KeyPath = detail["loc"]
+        if detail["type"] == "problems":
+            fields = [(*location, *field.split(".")) for field, _ in detail["ctx"]["problems"]]
+            whats = [what for _, what in detail["ctx"]["problems"]]
+            texts = [(f, f"{_dotted(f)} {what}") for f, what in zip(fields, whats, strict=True)]
+        else:
+            texts = [(location, _message(detail, kind))]
+        for path, text in texts:
+            known = path
+            while known and known not in places:
+                known = known[:-1]
+            found[order.get(known, len(order)), f"{places.get(known, file)}: {text}"] = None
+    return [line for _, line in sorted(found, key=lambda entry: entry[0])]
+
+
+def _message(detail: Any, kind: type[Section]) -> str:
+    location: KeyPath = detail["loc"]
+    name = _dotted(location)
+    if detail["type"] == "extra_forbidden":
+        return f"{name}: unknown key; {_nearest(location, kind)}"
+    annotation, metadata, field = _declared(kind, location)
+    expected = allowed(annotation, metadata)
+    if detail["type"] != "missing":
+        return f"{name or 'the file'} is {_shown(detail['input'])}; expected {expected}"
+    if field is None:
+        return f"{name} is missing; expected {expected}"
+    noted = field.json_schema_extra
+    if isinstance(noted, dict):
+        return f"{name} is missing, and its default, {noted['default']}, is not {expected}"
+    return f"{name} is missing: {field.description} ({expected})"
+
+
+def _declared(
+    kind: type[Section], location: KeyPath
+) -> tuple[Any, Sequence[Any], FieldInfo | None]:
+    """The declared type of what a location names, its limits, and the field where it is one."""
+    annotation: Any = kind
+    metadata: Sequence[Any] = ()
+    field = None
+    for step in location:
+        if section := section_of(annotation):
+            field = section.model_fields[str(step)]
+            annotation, metadata = field.annotation, field.metadata
+            continue
+        field = None
+        if get_origin(annotation := without_none(annotation)) is Annotated:
+            annotation = get_args(annotation)[0]
+        elements = get_args(annotation)
+        if get_origin(annotation) is tuple and isinstance(step, int):
+            annotation = elements[0] if elements[-1] is Ellipsis else elements[step]
+            metadata = ()
+    return annotation, metadata, field
+
+
+def _nearest(location: KeyPath, kind: type[Section]) -> str:
+    """`did you mean …`: a key of the same table, or else the same key of another one."""
+    *inside, last = location
+    section = section_of(_declared(kind, tuple(inside))[0]) or kind
+    beside = difflib.get_close_matches(str(last), section.model_fields, n=1, cutoff=0.6)
+    everywhere = {path.rsplit(".", 1)[-1]: path for path in reversed(list(_all_keys(kind)))}
+    elsewhere = difflib.get_close_matches(str(last), everywhere, n=1, cutoff=0.8)
+    if str(last) in everywhere:
+        return f"did you mean '{everywhere[str(last)]}'?"
+    if beside:
+        return f"did you mean '{_dotted((*inside, beside[0]))}'?"
+    if elsewhere:
+        return f"did you mean '{everywhere[elsewhere[0]]}'?"
+    return "allowed are " + ", ".join(section.model_fields)
+
+
+def _all_keys(kind: type[Section], before: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, field in kind.model_fields.items():
+        keys.append(before + name)
+        if section := section_of(field.annotation):
+            keys += _all_keys(section, f"{before}{name}.")
+    return keys
+
+
+def _dotted(path: KeyPath) -> str:
+    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")
+
+
+def _shown(value: Any) -> str:
+    """A value as it would be written, cut where it is long."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**40:
+        return f"an integer of {value.bit_length()} bits"
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):  # a date, or an integer of thousands of digits in a list
+        text = f"{value}" if not isinstance(value, (list, dict)) else f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,34 @@
+"""What every section of the configuration has in common."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic_core import PydanticCustomError
+
+
+class Section(BaseModel):
+    """A frozen table of the configuration: every key is known, typed and described."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+    def problems(self) -> list[tuple[str, str]]:
+        """(field, what is wrong) where fields that are each valid do not go together."""
+        return []
+
+    @model_validator(mode="after")
+    def _raise_problems(self) -> Self:
+        if problems := self.problems():
+            text = "; ".join(f"{field}: {wrong}" for field, wrong in problems)
+            # load.py takes the list out of the context, so that each problem gets its own line.
+            raise PydanticCustomError(
+                "problems", "{text}", {"text": text, "problems": list(problems)}
+            )
+        return self
+
+    def to_json(self) -> str:
+        """Every field, defaults included, always in the same order."""
+        return self.model_dump_json(indent=2) + "\n"

@@ -1,0 +1,121 @@
+"""Run as a script, in a process of its own: imports one module and prints facts about it as JSON.
+
+The module may crash, print or hang: that is why it is done here and not in the doctor itself.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from importlib.machinery import PathFinder
+from types import TracebackType
+from typing import Any
+
+Facts = dict[str, Any]
+
+
+def torch_facts(torch: Any) -> Facts:
+    facts: Facts = {
+        "version": str(torch.__version__),
+        "cuda": torch.version.cuda,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "gloo": torch.distributed.is_available() and torch.distributed.is_gloo_available(),
+        "mpi": torch.distributed.is_available() and torch.distributed.is_mpi_available(),
+        "nccl": None,
+        "cuda_available": False,
+        "cuda_error": None,
+        "architectures": [],
+    }
+    if facts["cuda"] is None:
+        return facts
+    if torch.distributed.is_nccl_available():
+        facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    facts["cuda_available"] = torch.cuda.is_available()
+    facts["architectures"] = torch.cuda.get_arch_list()
+    if not facts["cuda_available"]:
+        try:
+            torch.cuda.init()
+        except (RuntimeError, AssertionError) as error:
+            facts["cuda_error"] = str(error).splitlines()[0]
+    return facts
+
+
+def gloo_facts(distributed: Any) -> Facts:
+    """Makes a group of one: this fails where the machine's own name or interface is not usable."""
+    distributed.init_process_group(
+        "gloo",
+        store=distributed.HashStore(),
+        rank=0,
+        world_size=1,
+        timeout=datetime.timedelta(seconds=20),
+    )
+    distributed.destroy_process_group()
+    return {}
+
+
+def native_facts(native: Any) -> Facts:
+    return {"instruction_set": native.load().instruction_set}
+
+
+def mpi_facts(mpi4py: Any) -> Facts:
+    mpi4py.rc.initialize = False  # the library is to be found and loaded, no job is to be started
+    library = importlib.import_module(f"{mpi4py.__name__}.MPI").Get_library_version()
+    return {"library": library.strip("\x00\n ").splitlines()[0].split(", package")[0]}
+
+
+FACTS: Mapping[str, Callable[[Any], Facts]] = {
+    "torch": torch_facts,
+    "torch.distributed": gloo_facts,
+    "megarlx.ops.native": native_facts,
+    "mpi4py": mpi_facts,
+}
+
+
+def is_there(name: str) -> bool:
+    """Whether a module can be found, without importing the packages it lies in.
+
+    FlashAttention 4 lies inside FlashAttention 2's package: where that one is broken, an import
+    alone could not tell a broken 4 from one that is not installed.
+    """
+    top, *below = name.split(".")
+    spec = importlib.util.find_spec(top)
+    for part in below:
+        if spec is None or spec.submodule_search_locations is None:
+            return False
+        spec = PathFinder.find_spec(f"{spec.name}.{part}", list(spec.submodule_search_locations))
+    return spec is not None
+
+
+def main(name: str) -> None:
+    # What the module prints goes to stderr; only the answer goes to stdout.
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def report(kind: type[BaseException], error: BaseException, _: TracebackType | None) -> None:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        json.dump({"error": f"{kind.__name__}: {error}", "missing_module": missing}, answer)
+        answer.flush()
+        os._exit(1)
+
+    sys.excepthook = report
+    if not is_there(name):
+        raise ModuleNotFoundError(name, name=name)
+    if name.startswith("megarlx._"):
+        importlib.import_module("torch")  # whose libraries it is linked to; megarlx does the same
+    module = importlib.import_module(name)
+    facts = {"version": str(getattr(module, "__version__", ""))}
+    facts |= FACTS[name](module) if name in FACTS else {}
+    json.dump({"facts": facts}, answer)
+    answer.flush()
+    # Not by the usual way out: what a broken package does at exit is no news.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
