@@ -19,7 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
 # Beside an NVIDIA driver, the torch that the pins of the "cuda" extra go with.
@@ -115,8 +115,10 @@ def extensions() -> tuple[list, dict]:
     from torch.utils.cpp_extension import CppExtension, CUDAExtension, include_paths, library_paths
 
     cuda = want_cuda()
-    if cuda and not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
-        os.environ["TORCH_CUDA_ARCH_LIST"] = CUDA_ARCHITECTURES
+    if cuda and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        seen = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        here = ";".join(f"{major}.{minor}" for major, minor in sorted(seen))
+        os.environ["TORCH_CUDA_ARCH_LIST"] = here or CUDA_ARCHITECTURES
 
     def sources(*patterns: str) -> list[str]:
         return sorted(str(p.relative_to(ROOT)) for q in patterns for p in (ROOT / "csrc").glob(q))
@@ -143,11 +145,13 @@ def extensions() -> tuple[list, dict]:
             include_dirs=[str(ROOT / "csrc")],
             extra_compile_args=bindings,
         ),
-        CppExtension(
+        # Knows nothing of torch, and can be imported without it.
+        Extension(
             "megarlx._index",
             sources("index/*.cpp"),
             include_dirs=[pybind11.get_include(), str(ROOT / "csrc")],
             extra_compile_args={"cxx": common},
+            language="c++",
         ),
     ]
     x86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -168,9 +172,7 @@ def extensions() -> tuple[list, dict]:
     info = {
         "torch": torch.__version__,
         "cuda": torch.version.cuda if cuda else None,
-        "cuda_architectures": os.environ.get("TORCH_CUDA_ARCH_LIST", "of the GPUs seen at build")
-        if cuda
-        else None,
+        "cuda_architectures": os.environ["TORCH_CUDA_ARCH_LIST"] if cuda else None,
         "instruction_sets": names,
         "python": platform.python_version(),
         "compiler": os.environ.get("CXX", "c++"),

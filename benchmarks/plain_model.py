@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megarlx.model.config import ModelConfig
+from megarlx.config.model import ModelConfig
 
 
 def rotate_half(x: Tensor) -> Tensor:

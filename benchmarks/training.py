@@ -23,8 +23,8 @@ from timing import Row, machine, markdown, row, write_json
 from torch import Tensor
 
 from megarlx.comm.groups import Mesh
+from megarlx.config.model import ModelConfig, family_config
 from megarlx.model.build import build_model
-from megarlx.model.config import ModelConfig, family_config
 from megarlx.objectives.pretraining import Pretraining
 from megarlx.optimizer import AdamSettings
 from megarlx.trainer import TrainedObjective, Trainer

@@ -92,7 +92,9 @@ def average_rows(n: int, count: int, compiled: bool) -> list[Row]:
     name, ours = f"average_adamw_ n={n}", 1e3 * seconds["ours"]
     rate = pass_bytes(n) * count / seconds["ours"] / 1e9
     copy_rate = 8 * count / seconds["copy"] / 1e9
-    fused_name = "torch fused AdamW + cast" if n == 1 else f"snapshot + {n} torch fused AdamW + combine"
+    fused_name = (
+        "torch fused AdamW + cast" if n == 1 else f"snapshot + {n} torch fused AdamW + combine"
+    )
     found = [
         row(name, size, ours, 1e3 * seconds["fused"], fused_name, "ms"),
         row(name, size, rate, copy_rate, "copy", "GB/s"),

@@ -125,9 +125,6 @@ class ModelConfig(Section):
     max_sequence_length: int = Field(
         default=4096, ge=1, description="Longest sequence, in tokens, the model may be given"
     )
-    recompute: Literal["none", "selective", "full"] = Field(
-        default="none", description="Activations computed again in backward instead of kept"
-    )
 
     @model_validator(mode="before")
     @classmethod

@@ -10,7 +10,7 @@ from megarlx.config.model import ModelConfig
 from megarlx.config.section import Section
 
 # A list in TOML and in JSON is a tuple here: frozen like the rest. What is in it stays strict.
-Layers = Annotated[int, Field(ge=1)]
+Layers = Annotated[int, Field(ge=0)]  # first and last stage have work without any
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -147,6 +147,9 @@ class TrainingConfig(Section):
     )
     precision: Literal["bf16", "fp32", "fp64"] = Field(
         default="fp32", description="Numbers the model computes in; bf16 keeps fp32 masters"
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        default="none", description="Activations computed again in backward instead of kept"
     )
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from megarlx.comm.collectives import all_reduce_
 from megarlx.comm.groups import Mesh
+from megarlx.config.model import ModelConfig
 from megarlx.model.check_layout import check_layout
-from megarlx.model.config import ModelConfig
 from megarlx.model.transformer import Recompute, Stage
 from megarlx.parallel.data_parallel import DataParallel
 from megarlx.parallel.metadata import ParameterLayout, sum_partial_gradients_

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from megarlx.comm.groups import Layout
-from megarlx.model.config import ModelConfig
+from megarlx.config.model import ModelConfig
 
 
 class LayoutError(ValueError):

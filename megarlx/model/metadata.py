@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megarlx.model.config import ModelConfig
+from megarlx.config.model import ModelConfig
 from megarlx.parallel.metadata import ParameterLayout, Piece
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarlx.model.config import ModelConfig, RopeScaling
+from megarlx.config.model import ModelConfig, RopeScaling
 
 
 def frequencies(config: ModelConfig, device: torch.device | str = "cpu") -> Tensor:

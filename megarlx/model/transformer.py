@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from megarlx.comm import collectives
 from megarlx.comm.groups import Group
+from megarlx.config.model import ModelConfig
 from megarlx.model import rope
-from megarlx.model.config import ModelConfig
 from megarlx.model.documents import Documents
 from megarlx.model.fused import swiglu
 from megarlx.model.initialise import initialise_

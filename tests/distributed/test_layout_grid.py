@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from megarlx.comm.groups import Layout, Mesh
+from megarlx.config.model import ModelConfig, family_config
 from megarlx.model.build import build_model
 from megarlx.model.check_layout import LayoutError, check_layout
-from megarlx.model.config import ModelConfig, family_config
 from megarlx.objectives.pretraining import Pretraining
 from megarlx.optimizer import AdamSettings
 from megarlx.trainer import TrainedObjective, Trainer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from megarlx.comm import collectives
 from megarlx.comm.groups import Group, Mesh
-from megarlx.model.config import ModelConfig, RopeScaling, family_config
+from megarlx.config.model import ModelConfig, RopeScaling, family_config
 from megarlx.model.documents import Documents
 from megarlx.model.kv_cache import CacheStep
 from megarlx.model.transformer import Stage
@@ -25,7 +24,11 @@ LENGTHS = [9, 4, 15]  # 28 tokens: split evenly by 1, 2 and 4
 
 
 def small(family: str, kv_heads: int) -> ModelConfig:
-    scaling = RopeScaling(8.0, 1.0, 4.0, 64) if family == "llama3" else None
+    scaling = (
+        RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=64)
+        if family == "llama3"
+        else None
+    )
     return family_config(
         family,
         vocab_size=301,
@@ -41,7 +44,7 @@ def small(family: str, kv_heads: int) -> ModelConfig:
 
 
 def split_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, group: Group, vocab_size: int
+    hidden: Tensor, weight: Tensor, targets: Tensor, group: Group, vocab_size: int, **_: Any
 ) -> SimpleNamespace:
     """Cross entropy over a split vocabulary, from the definition; no part of the model."""
     logits = collectives.gather_from_group(F.linear(hidden, weight), group)[:, :vocab_size]
@@ -110,7 +113,7 @@ def one_step(
         tokens,
         documents=documents,
         targets=targets,
-        loss=partial(split_loss, vocab_size=config.vocab_size),
+        loss=split_loss,
     )
     loss.backward()
     gradients = {name: p.grad for name, p in stage.named_parameters() if p.grad is not None}

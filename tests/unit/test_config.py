@@ -189,8 +189,8 @@ def test_unknown_table_names_the_nearest_table_and_a_hopeless_one_lists_them(tmp
         ("time_limit_seconds = nan", "layout.time_limit_seconds is NaN; expected a number above 0"),
         ("time_limit_seconds = 1979-05-27", "layout.time_limit_seconds is 1979-05-27; expected a"),
         (
-            "layers_per_stage = [\n  3,\n  0]",
-            "layout.layers_per_stage[1] is 0; expected an integer of at least 1",
+            "layers_per_stage = [\n  3,\n  -1]",
+            "layout.layers_per_stage[1] is -1; expected an integer of at least 0",
         ),
         (
             "layers_per_stage = 3",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megarlx.model.config import ModelConfig, RopeScaling, family_config
+from megarlx.config.model import ModelConfig, RopeScaling, family_config
 
 FAMILIES = ("olmo2", "llama3", "qwen2", "qwen3")
 LLAMA_SCALING = RopeScaling(

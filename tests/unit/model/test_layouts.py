@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from small_models import FAMILIES, small
 from torch import Tensor
 
 from megarlx.comm.groups import Layout
+from megarlx.config.model import ModelConfig
 from megarlx.model.check_layout import LayoutError, check_layout, layers_of_stage
-from megarlx.model.config import ModelConfig, RopeScaling, family_config
 from megarlx.model.initialise import draw, initialise_
 from megarlx.model.metadata import TensorParallel, parameter_layouts
 from megarlx.model.transformer import Stage
@@ -209,23 +207,17 @@ def test_every_layout_that_passes_the_check_can_be_built() -> None:
                         assert piece.offset + piece.size <= piece.global_shape[piece.dim]
 
 
-def test_bad_shapes_are_refused_with_field_value_and_what_is_allowed() -> None:
+def test_shapes_that_no_transformer_has_are_refused() -> None:
     good = small("llama3")
     for change, message in (
-        ({"heads": 5}, "heads is 5, model.kv_heads is 2"),
-        ({"head_dim": 7}, "head_dim is 7"),
-        ({"layers": 0}, "layers is 0"),
-        ({"qk_norm": "some"}, "qk_norm is 'some'; allowed: none, per_head, full"),
-        ({"norm_position": "mid"}, "norm_position is 'mid'; allowed: pre, post"),
+        ({"heads": 5}, "kv_heads"),
+        ({"head_dim": 7}, "head_dim"),
+        ({"layers": 0}, "layers"),
+        ({"qk_norm": "some"}, "qk_norm"),
+        ({"norm_position": "mid"}, "norm_position"),
     ):
         with pytest.raises(ValueError, match=message):
-            dataclasses.replace(good, **change)
-    with pytest.raises(ValueError, match=r"factor is 0\.5"):
-        RopeScaling(0.5, 1.0, 4.0, 64)
-    with pytest.raises(ValueError, match="family is 'gpt'; known: olmo2, llama3, qwen2, qwen3"):
-        family_config("gpt")
-    with pytest.raises(ValueError, match="no field width"):
-        family_config("olmo2", width=3)
+            ModelConfig.model_validate({**good.model_dump(), **change})
 
 
 def test_flops_are_six_a_parameter_and_causal_attention() -> None:

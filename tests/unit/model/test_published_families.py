@@ -9,7 +9,7 @@ import torch
 from small_models import FAMILIES, small
 from torch import Tensor
 
-from megarlx.model.config import ModelConfig
+from megarlx.config.model import ModelConfig
 from megarlx.model.transformer import Stage
 from megarlx.parallel.metadata import Piece, fill_
 

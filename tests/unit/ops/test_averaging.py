@@ -38,7 +38,9 @@ class State:
 
     def only(self, i: int) -> State:
         s = self.copy()
-        return State(s.master, [s.grads[i]], [s.exp_avgs[i]], [s.exp_avg_sqs[i]], s.steps[i : i + 1])
+        return State(
+            s.master, [s.grads[i]], [s.exp_avgs[i]], [s.exp_avg_sqs[i]], s.steps[i : i + 1]
+        )
 
     def written(self) -> list[Tensor]:
         return [self.master, *self.exp_avgs, *self.exp_avg_sqs, self.steps]
@@ -601,7 +603,14 @@ def test_bad_input_is_named_and_changes_nothing(name: str) -> None:
 
 
 def test_buffers_that_overlap_are_refused() -> None:
-    names = ["master", "exp_avgs[0]", "exp_avgs[1]", "exp_avg_sqs[0]", "exp_avg_sqs[1]", "param_out"]
+    names = [
+        "master",
+        "exp_avgs[0]",
+        "exp_avgs[1]",
+        "exp_avg_sqs[0]",
+        "exp_avg_sqs[1]",
+        "param_out",
+    ]
     for a, b in itertools.permutations(range(len(names)), 2):
         base = torch.zeros(40)
         buffers = [torch.zeros(20) for _ in names]
