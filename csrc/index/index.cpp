@@ -236,8 +236,8 @@ std::vector<int64_t> whole_shares(const double* weights, int64_t sources) {
 // Source i is owed its next item from the step t at which t·w_i exceeds what it had (owed > 0), and
 // must have it by the step at which the debt would reach 1. Serving the earliest deadline among
 // those that are owed something meets them all: between any two steps a and b no more items fall
-// due than there are steps. (Serving the largest debt does not: many small sources then fall due
-// together.) In units of 1/W the debts are integers between -W and W.
+// due than there are steps. (Serving the largest debt first does
+// not.) In units of 1/W the debts are integers between -W and W.
 py::tuple blend(const py::array_t<double, py::array::c_style | py::array::forcecast>& weights,
                 const py::int_& n) {
   const int64_t count = checked_size("n", n, 0);

@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch  # noqa: F401  the module is linked with torch's libraries, which must be loaded first
+import torch  # noqa: F401  its libraries, which the module is linked with, are loaded first
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from megarlx._index import blend, documents_at, permute, sample_index
 
 SEEDS = st.integers(0, 2**64 - 1)
@@ -43,7 +42,7 @@ def test_permute_is_random_access(n: int, seed: int, pick: int) -> None:
     together = permute(np.array([[a, b], [b, a]]), n, seed=seed)
     assert together.shape == (2, 2)
     assert together[0, 0] == together[1, 1] == permute(np.array([a]), n, seed=seed)[0]
-    assert 0 <= together.min()
+    assert together.min() >= 0
     assert together.max() < n
     assert (together[0, 0] == together[0, 1]) == (a == b)
 
@@ -171,7 +170,11 @@ def test_other_threads_run_while_the_index_is_made() -> None:
     """Without the GIL released, this thread could not count while the other is inside the call."""
     lengths = np.ones(3_000_000, dtype=np.int32)
     made: list[Any] = []
-    worker = threading.Thread(target=lambda: made.append(sample_index(lengths, 1, epochs=1, seed=0)))
+
+    def make() -> None:
+        made.append(sample_index(lengths, 1, epochs=1, seed=0))
+
+    worker = threading.Thread(target=make)
     worker.start()
     turns = 0
     while worker.is_alive():
@@ -215,9 +218,19 @@ def test_no_prefix_is_off_by_one_item_for_any_floats(weights: list[float]) -> No
 
 @pytest.mark.parametrize("small", [20, 60])
 def test_many_small_sources_beside_a_large_one_are_not_late(small: int) -> None:
-    """Here serving the largest debt first falls behind by more than one item."""
     check_blend([0.5, *[0.5 / small] * small], 5 * small, Fraction(1, 10**12))
     check_blend([float(i) for i in range(1, small)], 3 * small, Fraction(1, 10**12))
+
+
+def test_shares_are_kept_where_serving_the_largest_debt_first_fails() -> None:
+    weights = [13, 4, 1, 49, 4, 40]
+    debts, worst = [0] * 6, 0
+    for _ in range(sum(weights)):
+        debts = [debt + weight for debt, weight in zip(debts, weights, strict=True)]
+        debts[debts.index(max(debts))] -= sum(weights)
+        worst = max(worst, *map(abs, debts))
+    assert worst > sum(weights)  # more than one item
+    check_blend([float(w) for w in weights], 3 * sum(weights), Fraction(1, 10**12))
 
 
 def test_equal_weights_take_turns_and_binary_shares_are_exact() -> None:
