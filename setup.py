@@ -229,6 +229,11 @@ if find_torch():
         install_requires=runtime,
         extras_require=extras,
     )
+elif "build_ext" in sys.argv:
+    sys.exit(
+        "megarlx: there is no torch to build against. Install it first: "
+        f"pip install '{TORCH_WHERE_NONE_IS_INSTALLED}'"
+    )
 else:
     # Only asked what the build needs: pip brings torch and runs this file again.
     runtime, extras = requirements(TORCH_WHERE_NONE_IS_INSTALLED)
