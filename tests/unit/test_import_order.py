@@ -14,7 +14,7 @@ LAYERS = [
     ["ops"],
     ["parallel"],
     ["model"],
-    ["data", "generation", "optimizer", "checkpoint", "metrics", "hf"],
+    ["data", "generation", "optimizer", "learning_rate", "checkpoint", "metrics", "hf"],
     ["objectives", "averaging", "evaluation"],
     ["trainer"],
     ["excursion"],
