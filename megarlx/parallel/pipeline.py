@@ -36,6 +36,7 @@ from torch.distributed.pipelining import (
 )
 from torch.distributed.pipelining.schedules import FORWARD, RECV_F, REDUCE_GRAD, SEND_F
 
+from megarlx.comm.collectives import CollectiveError
 from megarlx.comm.groups import Group
 from megarlx.parallel.pipeline_plan import PipelinePlan
 from megarlx.parallel.pipeline_stage import ExchangedStage
@@ -88,11 +89,11 @@ class Pipeline:
         hidden_shape: HiddenShape,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
-        through_host: bool = False,  # exchange via host memory: for backends that cannot otherwise
     ) -> None:
         if plan.size != group.size:
             raise ValueError(
-                f"pipeline: the plan is for {plan.size} ranks, group '{group.axis}' has {group.size}"
+                f"pipeline: the plan is for {plan.size} ranks; group '{group.axis}' has "
+                f"{group.size}"
             )
         self.held = plan.stages_of(group.rank)
         if len(stages) != len(self.held):
@@ -106,7 +107,6 @@ class Pipeline:
         self.hidden_shape = hidden_shape
         self.dtype = dtype
         self.device = torch.device(device)
-        self.through_host = through_host
         self._schedules: dict[tuple[bool, int, torch.Size], _ShapedSchedule] = {}
 
     @property
@@ -163,20 +163,23 @@ class Pipeline:
     ) -> Results:
         shape = torch.Size(self.hidden_shape(parts[0]["tokens"].shape))
         key = (training, len(parts), shape)
-        if key not in self._schedules:
-            self._schedules[key] = _ShapedSchedule(self, *key)
-        schedule = self._schedules[key]
+        # Taken out while it runs: one that stopped half-way is of no more use.
+        schedule = self._schedules.pop(key, None) or _ShapedSchedule(self, *key)
         try:
-            return schedule.run(parts, watch)
+            results = schedule.run(parts, watch)
         except RuntimeError as error:
-            del self._schedules[key]  # it stopped half-way: of no more use
+            what = "pipeline forward and backward" if training else "pipeline forward"
+            where = f"{what} ({schedule.last_exchange()})"
             cause = _root_cause(error)
-            raise RuntimeError(
-                f"pipeline: {'forward-backward' if training else 'forward only'} failed on global "
-                f"rank {self.group.global_rank} (rank {self.group.rank} of {self.group.size} on "
-                f"axis {self.group.axis}) at step {self.group.traffic.step}; "
-                f"{schedule.last_exchange()}: {type(cause).__name__}: {cause}"
-            ) from error
+            if cause is error:
+                raise CollectiveError(self.group, where, error) from error
+            # torch wraps what a stage raised in an error of its own, which says less.
+            cause.add_note(
+                f"in {where} on rank {self.group.global_rank} at step {self.group.traffic.step}"
+            )
+            raise cause from None
+        self._schedules[key] = schedule
+        return results
 
 
 class _ShapedSchedule:
@@ -202,7 +205,6 @@ class _ShapedSchedule:
                 dtype=pipeline.dtype,
                 device=pipeline.device,
                 training=training,
-                through_host=pipeline.through_host,
             )
             for call, index in zip(self.calls, self.held, strict=True)
         ]
@@ -229,7 +231,7 @@ class _ShapedSchedule:
             if plan.splits_backward:
                 schedule.register_custom_function(REDUCE_GRAD, self._stage_is_complete)
             return schedule
-        kind = ScheduleZBVZeroBubble if plan.schedule == "zbv" else ScheduleLoopedBFS
+        kind: Any = ScheduleZBVZeroBubble if plan.schedule == "zbv" else ScheduleLoopedBFS
         schedule = kind(self.exchanged, **options)
         # Left to itself an evaluation walks through the backward actions too, and in zbv fails.
         schedule.pipeline_order_with_comms = {
@@ -341,8 +343,8 @@ def split_microbatches(inputs: Inputs, count: int) -> list[dict[str, Any]]:
             slices: Sequence[Any] = [value] * count
         elif len(value) % count or len(value) == 0:
             raise ValueError(
-                f"pipeline: inputs['{name}'] has the shape {list(value.shape)}; its first dimension "
-                f"must be a multiple of the {count} micro-batches"
+                f"pipeline: inputs['{name}'] has the shape {list(value.shape)}; the first "
+                f"dimension must be a multiple of the {count} micro-batches"
             )
         else:
             slices = value.split(len(value) // count)

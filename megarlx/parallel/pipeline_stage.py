@@ -31,11 +31,12 @@ class ExchangedStage(PipelineStage):
         dtype: torch.dtype,
         device: torch.device,
         training: bool,
-        through_host: bool,
     ) -> None:
         # Given shapes keep torch from finding them out by running every stage once more, on
         # uninitialised memory. The last stage's output is not sent: its shape does not matter.
         hidden = torch.empty(shape, dtype=dtype, device="meta", requires_grad=training)
+        # gloo cannot send CUDA tensors: they travel through host memory, as in comm/collectives.py.
+        through_host = device.type == "cuda" and dist.get_backend(group.process_group) == "gloo"
         super().__init__(
             module,
             index,
@@ -67,7 +68,9 @@ class ExchangedStage(PipelineStage):
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         self._make_buffers(self.args_recv_info[fwd_chunk_id])
-        return self._noted(super().get_fwd_recv_ops(fwd_chunk_id), "receive", "hidden", fwd_chunk_id)
+        return self._noted(
+            super().get_fwd_recv_ops(fwd_chunk_id), "receive", "hidden", fwd_chunk_id
+        )
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         infos = self.args_recv_info[fwd_chunk_id]
@@ -87,9 +90,8 @@ class ExchangedStage(PipelineStage):
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         if self.has_backward and not self.is_last:
             self._make_buffers(self.grad_recv_info[bwd_chunk_id])
-        return self._noted(
-            super().get_bwd_recv_ops(bwd_chunk_id), "receive", "gradient", bwd_chunk_id
-        )
+        ops = super().get_bwd_recv_ops(bwd_chunk_id)
+        return self._noted(ops, "receive", "gradient", bwd_chunk_id)
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
         infos = self.grad_recv_info.get(bwd_chunk_id, ())
@@ -98,7 +100,8 @@ class ExchangedStage(PipelineStage):
         _drop_buffers(infos)
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        return self._noted(super().get_bwd_send_ops(bwd_chunk_id), "send", "gradient", bwd_chunk_id)
+        ops = super().get_bwd_send_ops(bwd_chunk_id)
+        return self._noted(ops, "send", "gradient", bwd_chunk_id)
 
     def _make_buffers(self, infos: Iterable[Any]) -> None:
         for info in infos:
@@ -111,9 +114,7 @@ class ExchangedStage(PipelineStage):
             if info.buffer is not None:
                 info.buffer = info.buffer.to(self.compute_device)
 
-    def _noted(
-        self, ops: list[dist.P2POp], verb: str, what: str, chunk: int
-    ) -> list[dist.P2POp]:
+    def _noted(self, ops: list[dist.P2POp], verb: str, what: str, chunk: int) -> list[dist.P2POp]:
         for op in ops:
             if verb == "send":
                 # A gradient can come out of backward with any strides; the wire has but one order.
