@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
 from megarlx.comm.groups import Group
@@ -116,11 +116,16 @@ class ExchangedStage(PipelineStage):
             self._make_buffers(self.grad_recv_info[bwd_chunk_id])
         return self._received(super().get_bwd_recv_ops(bwd_chunk_id), "gradient", bwd_chunk_id)
 
-    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> None:
         infos = self.grad_recv_info.get(bwd_chunk_id, ())
         self._move_to_compute_device(infos)
-        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        super().backward_one_chunk(bwd_chunk_id, loss, *args, **kwargs)
         _drop_buffers(infos)
+        if loss is not None:
+            # The schedule keeps the losses; their graphs would keep the hidden states received.
+            loss.detach_()
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         return self._sent(super().get_bwd_send_ops(bwd_chunk_id), "gradient", bwd_chunk_id)

@@ -453,15 +453,16 @@ def test_gradients_of_any_strides_can_be_sent(run, schedule, v):
     run(2, any_strides, schedule, v)
 
 
-def exchanged_tensors(p: int, schedule: str, v: int) -> tuple[int, int]:
-    """Tensors of the shape of the hidden states that are alive late in a step, and after it."""
+def exchanged_tensors(p: int, schedule: str, v: int) -> tuple[int, int, int]:
+    """Tensors of the hidden states' shape alive in the middle of a step, near its end, after."""
     rank = Rank(p, schedule, v)
     inputs = batch(32, 13)
     rank.pipeline.forward_backward(inputs, 32)  # makes the schedule
-    late: list[int] = []
+    seen: list[int] = []
 
     def alive() -> int:
-        return sum(isinstance(o, Tensor) and o.shape == (1, 13, HIDDEN) for o in gc.get_objects())
+        gc.collect()
+        return sum(type(o) is Tensor and o.shape == (1, 13, HIDDEN) for o in gc.get_objects())
 
     calls = 0
     for stage in rank.stages:
@@ -470,20 +471,19 @@ def exchanged_tensors(p: int, schedule: str, v: int) -> tuple[int, int]:
         def counted(*args: Any, plain: Any = plain, **kwargs: Any) -> Any:
             nonlocal calls
             calls += 1
-            if calls == 30 * v:
-                late.append(alive())
+            if calls in (14 * v, 30 * v):
+                seen.append(alive())
             return plain(*args, **kwargs)
 
         stage.forward = counted
     rank.pipeline.forward_backward(inputs, 32)
-    gc.collect()
-    return late[0], alive()
+    return seen[0], seen[1], alive()
 
 
 @pytest.mark.parametrize(("schedule", "v"), KINDS)
 def test_what_is_exchanged_is_kept_for_microbatches_in_flight_only(run, schedule, v):
-    for late, afterwards in run(2, exchanged_tensors, 2, schedule, v):
-        assert late < 32
+    for middle, late, afterwards in run(2, exchanged_tensors, 2, schedule, v):
+        assert late <= middle + 2  # 16 micro-batches later
         assert afterwards == 0
 
 
