@@ -487,6 +487,32 @@ def test_what_is_exchanged_is_kept_for_microbatches_in_flight_only(run, schedule
         assert afterwards == 0
 
 
+class ScoresOnly(Stage):
+    def forward(self, x: Tensor, **fields: Any) -> Any:
+        output = super().forward(x, **fields)
+        return output[1] if isinstance(output, tuple) else output
+
+
+def scores_only(p: int, schedule: str, v: int) -> list[Any]:
+    rank = Rank(p, schedule, v, layers=4, stage=ScoresOnly)
+    found = []
+    for m in (1, 3, 5):
+        results = rank.pipeline.forward_only(batch(15, 5), m)
+        assert results.losses == []
+        found.append(torch.cat([o["logprobs"] for o in results.outputs]) if results.outputs else 0)
+    return found
+
+
+@pytest.mark.parametrize(("schedule", "v"), KINDS)
+def test_evaluation_needs_no_loss_and_takes_counts_that_training_refuses(run, schedule, v):
+    (alone_found,) = run(1, scores_only, 1, "1f1b", 1)
+    results = run(2, scores_only, 2, schedule, v)
+    found = results[0] if schedule == "zbv" else results[1]
+    assert all(
+        torch.allclose(a, b, rtol=1e-12, atol=0) for a, b in zip(found, alone_found, strict=True)
+    )
+
+
 class Wrong(Stage):
     fault = ""
     stage_of_fault = 1
@@ -536,6 +562,32 @@ def test_what_a_stage_raises_comes_out_as_it_was(run, schedule, fault, rank, kin
     assert f"failed on rank {1 - rank} at step 17" in text
 
 
+def alone(**overrides: Any) -> Rank:
+    return Rank(1, "1f1b", 1, **overrides)
+
+
+def test_inputs_that_cannot_be_split_are_refused():
+    rank = alone()
+    inputs = batch(4, 5)
+    with pytest.raises(ValueError, match=r"inputs\['tokens'\] has the shape \[4, 5\]; .* of the 3"):
+        rank.pipeline.forward_backward(inputs, 3)
+    with pytest.raises(ValueError, match=r"inputs\['weights'\] has the shape \[3\]"):
+        rank.pipeline.forward_only({**inputs, "weights": torch.ones(3)}, 2)
+    with pytest.raises(ValueError, match="'tokens' is missing"):
+        rank.pipeline.forward_only({"targets": inputs["targets"]}, 1)
+    with pytest.raises(ValueError, match="microbatches is 0"):
+        rank.pipeline.forward_only(inputs, 0)
+
+
+def test_modules_that_do_not_fit_the_plan_are_refused():
+    group = Mesh.alone().pp
+    options: Any = {"hidden_shape": tuple, "dtype": torch.float64}
+    with pytest.raises(ValueError, match=r"holds the stages \(0,\), but was given 2 modules"):
+        Pipeline([nn.Identity()] * 2, PipelinePlan.make(2, 1), group, **options)
+    with pytest.raises(ValueError, match="plan is for 2 ranks; group 'pp' has 1"):
+        Pipeline([nn.Identity()], PipelinePlan.make(2, 2), group, **options)
+
+
 LIMIT_SECONDS = 1.0
 
 
@@ -577,55 +629,3 @@ def test_a_bad_peer_is_an_error_on_its_neighbours_within_the_limit(run, schedule
     if step == 1:
         assert "of micro-batch" in message
         assert "global rank 1" in message
-
-
-def alone(**overrides: Any) -> Rank:
-    return Rank(1, "1f1b", 1, **overrides)
-
-
-def test_inputs_that_cannot_be_split_are_refused():
-    rank = alone()
-    inputs = batch(4, 5)
-    with pytest.raises(ValueError, match=r"inputs\['tokens'\] has the shape \[4, 5\]; .* of the 3"):
-        rank.pipeline.forward_backward(inputs, 3)
-    with pytest.raises(ValueError, match=r"inputs\['weights'\] has the shape \[3\]"):
-        rank.pipeline.forward_only({**inputs, "weights": torch.ones(3)}, 2)
-    with pytest.raises(ValueError, match="'tokens' is missing"):
-        rank.pipeline.forward_only({"targets": inputs["targets"]}, 1)
-    with pytest.raises(ValueError, match="microbatches is 0"):
-        rank.pipeline.forward_only(inputs, 0)
-
-
-def test_modules_that_do_not_fit_the_plan_are_refused():
-    group = Mesh.alone().pp
-    options: Any = {"hidden_shape": tuple, "dtype": torch.float64}
-    with pytest.raises(ValueError, match=r"holds the stages \(0,\), but was given 2 modules"):
-        Pipeline([nn.Identity()] * 2, PipelinePlan.make(2, 1), group, **options)
-    with pytest.raises(ValueError, match="plan is for 2 ranks; group 'pp' has 1"):
-        Pipeline([nn.Identity()], PipelinePlan.make(2, 2), group, **options)
-
-
-class ScoresOnly(Stage):
-    def forward(self, x: Tensor, **fields: Any) -> Any:
-        output = super().forward(x, **fields)
-        return output[1] if isinstance(output, tuple) else output
-
-
-def scores_only(p: int, schedule: str, v: int) -> list[Any]:
-    rank = Rank(p, schedule, v, layers=4, stage=ScoresOnly)
-    found = []
-    for m in (1, 3, 5):
-        results = rank.pipeline.forward_only(batch(15, 5), m)
-        assert results.losses == []
-        found.append(torch.cat([o["logprobs"] for o in results.outputs]) if results.outputs else 0)
-    return found
-
-
-@pytest.mark.parametrize(("schedule", "v"), KINDS)
-def test_evaluation_needs_no_loss_and_takes_counts_that_training_refuses(run, schedule, v):
-    (alone_found,) = run(1, scores_only, 1, "1f1b", 1)
-    results = run(2, scores_only, 2, schedule, v)
-    found = results[0] if schedule == "zbv" else results[1]
-    assert all(
-        torch.allclose(a, b, rtol=1e-12, atol=0) for a, b in zip(found, alone_found, strict=True)
-    )
