@@ -182,6 +182,14 @@ class _GradientWatch:
 
     def _count(self, parameter: Tensor, times: int = 1) -> None:
         assert isinstance(parameter, nn.Parameter)
+        if self.pending[parameter] < times:
+            # Its reduction over the data-parallel ranks may be under way by now.
+            raise RuntimeError(
+                f"pipeline: a gradient of shape {list(parameter.shape)} was added to after it was "
+                f"announced as complete: more than once in one of {self.microbatches} "
+                "micro-batches. Reentrant activation checkpointing does this; it must be the "
+                "non-reentrant kind"
+            )
         self.pending[parameter] -= times
         if self.pending[parameter] == 0:
             del self.pending[parameter]

@@ -10,6 +10,7 @@ import gc
 import itertools
 import os
 import time
+import weakref
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from megarlx.comm.collectives import CollectiveError, all_reduce_
 from megarlx.comm.groups import Mesh
@@ -277,6 +279,10 @@ def gradients_when_ready(schedule: str, v: int, m: int) -> list[tuple[bool, int]
         rank.pipeline.forward_backward(inputs, m, on_gradient_ready=ready)
         assert len(seen) == len(final)
         assert {p for p, _, _ in seen} == set(final)
+    kept = weakref.ref(ready)
+    del ready
+    gc.collect()
+    assert kept() is None  # no hook is left on a parameter
     return [(complete, behind) for _, complete, behind in seen]
 
 
@@ -577,6 +583,25 @@ def test_inputs_that_cannot_be_split_are_refused():
         rank.pipeline.forward_only({"targets": inputs["targets"]}, 1)
     with pytest.raises(ValueError, match="microbatches is 0"):
         rank.pipeline.forward_only(inputs, 0)
+
+
+class Reentrant(Stage):
+    """Adds to its layers' gradients twice in each backward."""
+
+    def forward(self, x: Tensor, **fields: Any) -> Any:
+        hidden = self.embedding[x]
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool)
+        for _ in range(2):
+            hidden = checkpoint(self.layers[0], hidden, mask, use_reentrant=True)
+        return (hidden @ self.head.T).sum().reshape(1)
+
+
+def test_a_gradient_that_grows_after_it_was_announced_is_an_error():
+    rank = alone(stage=Reentrant)
+    with pytest.raises(
+        RuntimeError, match=r"shape \[\d+.*\] was added to after .* of 2 micro-batch"
+    ):
+        rank.pipeline.forward_backward(batch(2, 5), 2, on_gradient_ready=lambda _: None)
 
 
 def test_modules_that_do_not_fit_the_plan_are_refused():
