@@ -302,7 +302,7 @@ def test_a_sharded_two_layer_block_has_the_gradients_of_the_whole_one(run, n, se
 
 # Failures.
 
-LIMIT_SECONDS = 1.5
+LIMIT_SECONDS = 2.0
 FAILING: dict[str, Callable[[Group], object]] = {
     "all_reduce": lambda group: c.all_reduce_(torch.ones(3), group),
     "reduce_scatter": lambda group: c.reduce_scatter_flat_(
@@ -318,7 +318,7 @@ def meets_a_bad_peer(operation: str, peer: str) -> tuple | None:
     if group.rank == 1:
         if peer == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(LIMIT_SECONDS + 1)
+        time.sleep(LIMIT_SECONDS + 0.5)
         return None
     begin = time.monotonic()
     try:
@@ -337,17 +337,17 @@ def test_a_bad_peer_is_an_error_on_the_others_within_the_limit(run, operation, p
     results = run(3, meets_a_bad_peer, operation, peer, may_die=may_die)
     for rank in (0, 2):
         seconds, fields, message = results[rank]
-        assert seconds < LIMIT_SECONDS + 0.8
+        assert seconds < 1.75 * LIMIT_SECONDS  # the limit, and a busy machine
         assert fields == (rank, "dp", operation, 17, LIMIT_SECONDS)
         assert f"{operation} over dp failed on rank {rank} at step 17" in message
-        assert "the group's ranks: 0, 1, 2; time limit 1.5 s" in message
+        assert "the group's ranks: 0, 1, 2; time limit 2 s" in message
 
 
 WRONG_ARGUMENTS: dict[str, tuple[Callable[[Group], object], str]] = {
     "op": (lambda g: c.all_reduce_(torch.ones(2), g, "mean"), "op is 'mean'; allowed are sum"),
     "dim": (lambda g: c.all_gather(torch.ones(2, 3), g, dim=2), "dim is 2; a tensor of shape"),
     "divisible": (
-        lambda g: c.reduce_scatter(torch.ones(3, 5), g), "dimension 0 of shape .3, 5. must be a mul",
+        lambda g: c.reduce_scatter(torch.ones(3, 5), g), "dimension 0 of shape .3, 5. must be",
     ),
     "divisible slices": (lambda g: c.scatter_to_group(torch.ones(2, 5), g), "the 2 ranks of tp"),
     "divisible sequence": (lambda g: c.scatter_sequence(torch.ones(5, 2), g), "must be a multiple"),

@@ -31,6 +31,7 @@ from megarlx.comm.launch import (
 )
 
 ROOT = Path(__file__).resolve().parents[3]
+MPIRUN = shutil.which("mpirun") or shutil.which("mpirun", path=Path(sys.executable).parent)
 TORCHRUN = {
     "RANK": "5",
     "LOCAL_RANK": "1",
@@ -175,10 +176,7 @@ def test_one_process_starts_and_stops_without_torch_distributed():
 
 
 def test_a_missing_peer_is_an_error_within_the_limit():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    lonely = Launch(rank=0, world_size=2, local_world_size=2, master_port=port)
+    lonely = Launch(rank=0, world_size=2, local_world_size=2, master_port=free_port())
     with pytest.raises(LaunchError, match=r"rank 0 of 2 could not meet .*within 0.5 s"):
         start(lonely, timeout_seconds=0.5)
     assert not dist.is_initialized()
@@ -198,12 +196,16 @@ def test_mpi4py_is_asked_for_by_name_only():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("mpi4py") is not None, reason="mpi4py is installed: nothing is missing"
-)
-def test_a_missing_mpi4py_is_named_with_its_cure():
+def test_a_missing_mpi4py_is_named_with_its_cure(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
     with pytest.raises(LaunchError, match="pip install 'mpi4py>=4'"):
         read({}, launcher="mpi4py")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 PROGRAM = """
@@ -242,11 +244,13 @@ def test_two_processes_of_a_real_torchrun_meet(tmp_path):
 
 
 @pytest.mark.skipif(
-    shutil.which("mpirun") is None or importlib.util.find_spec("mpi4py") is None,
+    MPIRUN is None or importlib.util.find_spec("mpi4py") is None,
     reason="no mpirun or no mpi4py here",
 )
 @pytest.mark.parametrize("launcher", ["openmpi", "mpi4py"])
-def test_two_processes_of_a_real_mpirun_meet(tmp_path, launcher):
-    command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable]
+def test_two_processes_of_a_real_mpirun_meet(tmp_path, launcher, monkeypatch):
+    if launcher == "openmpi":  # mpi4py finds a free port itself
+        monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    command = [MPIRUN, "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable]
     ranks = ranks_printed(command, tmp_path / "program.py", launcher)
     assert ranks == [[0, 0, launcher], [1, 1, launcher]]
