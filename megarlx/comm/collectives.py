@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megarlx.comm.groups import Group, bytes_sent
+from megarlx.comm.groups import CollectiveError, Group, bytes_sent
 
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
@@ -29,24 +29,6 @@ _all_gather_single: Callable = getattr(dist, "all_gather_single", dist.all_gathe
 _reduce_scatter_single: Callable = getattr(
     dist, "reduce_scatter_single", dist.reduce_scatter_tensor
 )
-
-
-class CollectiveError(RuntimeError):
-    """An operation between processes failed: which one, where, at which step, and why."""
-
-    def __init__(self, group: Group, operation: str, cause: Exception) -> None:
-        self.rank = group.global_rank
-        self.axis = group.axis
-        self.operation = operation
-        self.step = group.traffic.step
-        self.timeout_seconds = group.timeout_seconds
-        members = ", ".join(map(str, group.ranks[:16])) + (", …" if group.size > 16 else "")
-        super().__init__(
-            f"{operation} over {self.axis} failed on rank {self.rank} at step {self.step} "
-            f"(the group's ranks: {members}; time limit {self.timeout_seconds:g} s): {cause}. "
-            "Look first at the rank whose log ends earliest: a peer that died or is stuck "
-            "makes the others fail like this."
-        )
 
 
 @contextmanager
@@ -58,11 +40,9 @@ def _named(group: Group, operation: str) -> Iterator[None]:
 
 
 class Pending:
-    """An operation under way. Until `wait` returns, its tensors must be neither read nor written."""
+    """An operation under way: its tensors must be neither read nor written until `wait` returns."""
 
-    def __init__(
-        self, group: Group, operation: str, work: dist.Work | None, *kept: Tensor
-    ) -> None:
+    def __init__(self, group: Group, operation: str, work: dist.Work | None, *kept: Tensor) -> None:
         self._group = group
         self._operation = operation
         self._work = work

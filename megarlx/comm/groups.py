@@ -112,6 +112,24 @@ class Group:
         return _group_of_one(axis, 0, Traffic())
 
 
+class CollectiveError(RuntimeError):
+    """An operation between processes failed: which one, where, at which step, and why."""
+
+    def __init__(self, group: Group, operation: str, cause: Exception) -> None:
+        self.rank = group.global_rank
+        self.axis = group.axis
+        self.operation = operation
+        self.step = group.traffic.step
+        self.timeout_seconds = group.timeout_seconds
+        members = ", ".join(map(str, group.ranks[:16])) + (", …" if group.size > 16 else "")
+        super().__init__(
+            f"{operation} over {self.axis} failed on rank {self.rank} at step {self.step} "
+            f"(the group's ranks: {members}; time limit {self.timeout_seconds:g} s): {cause}. "
+            "Look first at the rank whose log ends earliest: a peer that died or is stuck "
+            "makes the others fail like this."
+        )
+
+
 def _group_of_one(axis: str, rank: int, traffic: Traffic) -> Group:
     return Group(axis, (rank,), 0, None, traffic, math.inf)
 
@@ -129,7 +147,9 @@ class Layout:
         for axis in AXES:
             size = getattr(self, axis)
             if type(size) is not int or size < 1:
-                raise ValueError(f"mesh: {axis} is {size!r}; it must be a whole number of 1 or more")
+                raise ValueError(
+                    f"mesh: {axis} is {size!r}; it must be a whole number of 1 or more"
+                )
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -327,14 +347,19 @@ class _GroupMaker:
         return self.make("embedding", ranks)
 
     def _new_process_group(self, axis: str, ranks: tuple[int, ...]) -> dist.ProcessGroup:
-        return dist.new_group(
-            list(ranks),
-            timeout=timedelta(seconds=self.timeout_seconds),
-            backend=self.backend,
-            use_local_synchronization=True,
-            group_desc=axis,
-            device_id=self.device,
-        )
+        try:
+            return dist.new_group(
+                list(ranks),
+                timeout=timedelta(seconds=self.timeout_seconds),
+                backend=self.backend,
+                use_local_synchronization=True,
+                group_desc=axis,
+                device_id=self.device,
+            )
+        except RuntimeError as error:  # every c10d error is one
+            place = ranks.index(self.rank)
+            group = Group(axis, ranks, place, None, self.traffic, self.timeout_seconds)
+            raise CollectiveError(group, "new_group", error) from error
 
 
 def backend_for(device: str | torch.device, backend: str | None) -> str:

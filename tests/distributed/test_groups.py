@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megarlx.comm.collectives import all_reduce_, broadcast_, receive_, send
-from megarlx.comm.groups import Group, Layout, Mesh, Traffic, bytes_sent
+from megarlx.comm.groups import CollectiveError, Group, Layout, Mesh, Traffic, bytes_sent
 from megarlx.comm.launch import Launch, start, stop
 
 # The coordinates that may vary inside each group, written independently of groups.py.
@@ -73,6 +73,21 @@ def test_the_embedding_group_joins_first_and_last_stage(run, sizes):
         joined = [i for i, q in enumerate(places) if {**q, "p": 0} == {**mine, "p": 0}]
         ranks = [i for i in joined if places[i]["p"] in ends] if mine["p"] in ends else [rank]
         assert groups["embedding"] == (ranks, ranks.index(rank), float(sum(2**r for r in ranks)))
+
+
+def builds_without_rank_1() -> tuple[str, str] | None:
+    if dist.get_rank() == 1:
+        return None
+    with pytest.raises(CollectiveError) as error:
+        Mesh.build(dp=2, timeout_seconds=0.5)
+    return error.value.operation, str(error.value)
+
+
+def test_a_rank_that_does_not_come_to_the_mesh_is_an_error_within_the_limit(run):
+    operation, message = run(2, builds_without_rank_1, time_limit=20)[0]
+    assert operation == "new_group"
+    assert "new_group over world failed on rank 0" in message
+    assert "ranks: 0, 1; time limit 0.5 s" in message
 
 
 def builds_two_meshes() -> tuple[bool, bool, float]:
