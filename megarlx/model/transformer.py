@@ -328,7 +328,15 @@ class Stage(nn.Module):
             name: value.reshape(-1) if isinstance(value, Tensor) and value.dim() == 2 else value
             for name, value in loss_inputs.items()
         }
-        return loss(x, self.head_weight, **flat, group=self.group).loss.reshape(1)
+        result = loss(
+            x,
+            self.head_weight,
+            **flat,
+            group=self.group,
+            vocab_size=self.config.vocab_size,
+            reduce_hidden_grad=False,  # the way into the head sums it
+        )
+        return result.loss.reshape(1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[T, hidden] of the last stage to this rank's [T, V / tp], padding ids at -inf.
@@ -364,7 +372,7 @@ class Stage(nn.Module):
                 f"stage: no documents given with inputs {tuple(inputs.shape)}; only token ids "
                 "of shape [B, S] say by themselves where documents begin"
             )
-        return Documents.rows(*inputs.shape, device=inputs.device)
+        return Documents.rows(inputs.shape[0], inputs.shape[1], inputs.device)
 
     def _check_tokens(self, inputs: Tensor, documents: Documents) -> None:
         split = self.group.size if self.sequence_parallel else 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,9 +18,12 @@ from megarlx.model.kv_cache import CacheStep
 from megarlx.model.transformer import Stage
 
 
-def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor, group: Any) -> SimpleNamespace:
-    """Stands for linear_token_loss; padding rows of the weight left out by hand."""
-    logits = F.linear(hidden, weight[:97])
+def summed_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int, **others: Any
+) -> SimpleNamespace:
+    """Stands for linear_token_loss."""
+    assert others.keys() == {"group", "reduce_hidden_grad"}
+    logits = F.linear(hidden, weight[:vocab_size])
     return SimpleNamespace(loss=F.cross_entropy(logits, targets, reduction="sum"))
 
 
@@ -188,3 +193,18 @@ def test_bad_calls_are_refused_with_the_numbers() -> None:
         stage(random_tokens(7))
     with pytest.raises(ValueError, match="fp8 is 'delayed'"):
         Stage(small("llama3"), fp8="delayed").initialise_(0)(random_tokens(7)[None])
+
+
+def test_importing_and_running_the_model_imports_no_cuda_only_package() -> None:
+    program = (
+        "import sys, torch\n"
+        "from megarlx.model.config import family_config\n"
+        "from megarlx.model.transformer import Stage\n"
+        "sizes = dict(vocab_size=5, hidden_size=8, layers=1, heads=2, kv_heads=1, head_dim=4)\n"
+        "stage = Stage(family_config('qwen3', intermediate_size=6, **sizes)).initialise_(0)\n"
+        "stage(torch.zeros(1, 3, dtype=torch.long))\n"
+        "print(*(m for m in ('transformer_engine', 'flash_attn') if m in sys.modules))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ""
