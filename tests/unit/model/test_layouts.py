@@ -16,8 +16,6 @@ from megarlx.model.initialise import draw, initialise_
 from megarlx.model.metadata import ParameterLayout, TensorParallel, fill_, parameter_layouts
 from megarlx.model.transformer import Stage
 
-WHOLE = {"first": 0, "last": 3, "embedding": True, "head": True}
-
 
 def layouts_of(
     config: ModelConfig, tp: int, rank: int, sequence_parallel: bool = False

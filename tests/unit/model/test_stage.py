@@ -163,7 +163,7 @@ def test_stages_one_after_another_are_the_model(family: str, cut: int) -> None:
     whole(tokens, documents=documents, loss=summed_loss, targets=targets).backward()
     # a pipeline sends offsets as a tensor, cut into rows a micro-batch
     offsets = torch.tensor([[0, 11, 15, 24, 24]], dtype=torch.int32)
-    hidden = front(tokens[None], documents=offsets)
+    hidden = front(tokens[None], documents=offsets, longest=11)
     back(hidden, documents=offsets, loss=summed_loss, targets=targets[None]).backward()
     expected = gradients(whole)
     parts = gradients(front)
@@ -189,6 +189,8 @@ def test_bad_calls_are_refused_with_the_numbers() -> None:
     stage = Stage(small("llama3")).initialise_(0)
     with pytest.raises(ValueError, match="7 tokens, but documents of 8"):
         stage(random_tokens(7), documents=Documents.of([8]))
+    with pytest.raises(ValueError, match=r"do not lie in \[0, 3\]"):
+        stage(random_tokens(7), documents=torch.tensor([0, 7]), longest=3)
     with pytest.raises(ValueError, match="where documents begin"):
         stage(random_tokens(7))
     with pytest.raises(ValueError, match="fp8 is 'delayed'"):
