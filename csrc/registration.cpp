@@ -18,7 +18,7 @@ TORCH_LIBRARY(megarlx, m) {
       "Tensor targets, Tensor? mask, Tensor? advantages, Tensor? old_logprobs, "
       "Tensor? ref_logprobs, Tensor? token_weights, Tensor normalizer, Tensor temperature, ";
   const std::string spec =
-      "str mode, str kl, float clip_low, float clip_high, float dual_clip, "
+      "str objective, str kl, float clip_low, float clip_high, float dual_clip, "
       "float kl_coefficient, float entropy_coefficient, ";
   const std::string results = "(Tensor loss, Tensor logprobs, Tensor entropy, Tensor metrics, ";
   const auto define = [&m](const std::string& schema) { m.def(schema.c_str()); };

@@ -20,14 +20,13 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 struct SpecArguments {
-  const std::string& mode;
-  const std::string& kl;
+  c10::string_view mode, kl;
   double clip_low, clip_high, dual_clip, kl_coefficient, entropy_coefficient;
 };
 
 LossSpec read_spec(const char* op, const SpecArguments& given) {
   LossSpec spec{};
-  const std::string& mode = given.mode;
+  const c10::string_view mode = given.mode;
   if (mode == "nll") {
     spec.mode = LossMode::kNll;
   } else if (mode == "reinforce") {
@@ -38,7 +37,7 @@ LossSpec read_spec(const char* op, const SpecArguments& given) {
     MEGARLX_CHECK(op, mode == "cispo", "mode", mode, "nll, reinforce, ppo_clip, cispo");
     spec.mode = LossMode::kCispo;
   }
-  const std::string& kl = given.kl;
+  const c10::string_view kl = given.kl;
   if (kl == "none") {
     spec.kl = KlEstimator::kNone;
   } else if (kl == "k1") {
@@ -233,9 +232,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_loss(
     const Tensor& logits, const Tensor& targets, const OptionalTensor& mask,
     const OptionalTensor& advantages, const OptionalTensor& old_logprobs,
     const OptionalTensor& ref_logprobs, const OptionalTensor& token_weights,
-    const Tensor& normalizer, const Tensor& temperature, int64_t vocab_size,
-    const std::string& mode, const std::string& kl, double clip_low, double clip_high,
-    double dual_clip, double kl_coefficient, double entropy_coefficient, bool with_gradient) {
+    const Tensor& normalizer, const Tensor& temperature, int64_t vocab_size, c10::string_view mode,
+    c10::string_view kl, double clip_low, double clip_high, double dual_clip, double kl_coefficient,
+    double entropy_coefficient, bool with_gradient) {
   const char* op = "token_loss";
   TokenLossArgs args = read_logits(op, logits, targets, mask, temperature, 0, vocab_size);
   read_tokens(op, logits, {advantages, old_logprobs, ref_logprobs, token_weights, normalizer},
@@ -286,8 +285,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_loss_finish(
     const OptionalTensor& advantages, const OptionalTensor& old_logprobs,
     const OptionalTensor& ref_logprobs, const OptionalTensor& token_weights,
     const Tensor& normalizer, const Tensor& temperature, int64_t vocab_start, int64_t vocab_size,
-    const std::string& mode, const std::string& kl, double clip_low, double clip_high,
-    double dual_clip, double kl_coefficient, double entropy_coefficient, bool with_gradient) {
+    c10::string_view mode, c10::string_view kl, double clip_low, double clip_high, double dual_clip,
+    double kl_coefficient, double entropy_coefficient, bool with_gradient) {
   const char* op = "token_loss_finish";
   TokenLossArgs args = read_logits(op, logits, targets, mask, temperature, vocab_start, vocab_size);
   read_tokens(op, logits, {advantages, old_logprobs, ref_logprobs, token_weights, normalizer},
@@ -306,10 +305,10 @@ void token_loss_rows_(Tensor& logits, const OptionalTensor& partials, const Tens
                       const OptionalTensor& old_logprobs, const OptionalTensor& ref_logprobs,
                       const OptionalTensor& token_weights, const Tensor& normalizer,
                       const Tensor& temperature, int64_t vocab_start, int64_t vocab_size,
-                      const std::string& mode, const std::string& kl, double clip_low,
-                      double clip_high, double dual_clip, double kl_coefficient,
-                      double entropy_coefficient, const OptionalTensor& gradient, Tensor& logprobs,
-                      Tensor& entropy, Tensor& fields) {
+                      c10::string_view mode, c10::string_view kl, double clip_low, double clip_high,
+                      double dual_clip, double kl_coefficient, double entropy_coefficient,
+                      const OptionalTensor& gradient, Tensor& logprobs, Tensor& entropy,
+                      Tensor& fields) {
   const char* op = "_token_loss_rows_";
   TokenLossArgs args = read_logits(op, logits, targets, mask, temperature, vocab_start, vocab_size);
   read_tokens(op, logits, {advantages, old_logprobs, ref_logprobs, token_weights, normalizer},

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megarlx.comm.collectives import all_reduce_
 from megarlx.ops.loss_spec import LossSpec, TokenLoss, refuse
 from megarlx.ops.token_inputs import (
     TokenInputs,
@@ -23,7 +24,6 @@ from megarlx.ops.token_inputs import (
 from megarlx.ops.token_loss import (
     combine_partials_,
     empty_results,
-    refuse_second_derivative,
     scaled,
     shaped,
 )
@@ -302,8 +302,6 @@ class _LinearTokenLoss(torch.autograd.Function):
             drop_masked,
         )
         if group is not None and with_gradient and reduce_hidden_grad:
-            from megarlx.comm.collectives import all_reduce_
-
             all_reduce_(grad_hidden, group)
         ctx.accumulated = weight_grad_ is not None
         ctx.weight_dtype = weight.dtype
@@ -348,23 +346,3 @@ def _fake(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]
     with_gradient = arguments[-1]
     gradients = [x.new_empty(x.shape if with_gradient else 0) for x in (hidden, weight)]
     return (*empty_results(hidden, hidden.shape[0]), *gradients)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.inputs = len(inputs)
-    ctx.with_gradient = inputs[-1]
-    ctx.save_for_backward(output[4], output[5])
-    ctx.mark_non_differentiable(*output[1:])
-
-
-def _backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    if not ctx.with_gradient:
-        raise RuntimeError(
-            "megarlx.linear_token_loss: with_gradient is False; allowed: True to backward"
-        )
-    refuse_second_derivative("linear_token_loss")
-    gradients = [scaled(gradient, upstream) for gradient in ctx.saved_tensors]
-    return (*gradients, *[None] * (ctx.inputs - 2))
-
-
-torch.library.register_autograd("megarlx::linear_token_loss", _backward, setup_context=_save)
