@@ -35,8 +35,8 @@ FIELDS = 8  # of math/token_loss.h
 # A chunk of logits is written by one product and read by two more: at this many rows the products
 # are at full rate, and what a chunk costs besides (reading and writing the whole weight gradient)
 # is small beside them.
-CPU_ROWS, CUDA_ROWS = 512, 4096
-CUDA_LOGITS = 1 << 29  # fp32 logits of a chunk at most: 2 GiB
+CPU_ROWS, CUDA_ROWS = (256, 4096), (256, 4096)  # at least, at most
+CPU_LOGITS, CUDA_LOGITS = 1 << 21, 1 << 29  # of a chunk: 8 MiB (a CPU's cache), 2 GiB
 
 
 def linear_token_loss(
@@ -101,7 +101,7 @@ def linear_token_loss(
     )
     if rows_per_chunk is None:
         rows_per_chunk = default_rows(hidden, weight)
-    if rows_per_chunk < 1:
+    if not isinstance(rows_per_chunk, int | torch.SymInt) or rows_per_chunk < 1:
         refuse(op, "rows_per_chunk", rows_per_chunk, "an integer >= 1")
     rows = hidden.reshape(-1, hidden.shape[-1])
     needs_gradient = hidden.requires_grad or weight.requires_grad or weight_grad_ is not None
@@ -137,12 +137,15 @@ def linear_token_loss(
 
 
 def default_rows(hidden: Tensor, weight: Tensor) -> int:
-    if hidden.device.type != "cuda":
-        return CPU_ROWS
-    return max(256, min(CUDA_ROWS, CUDA_LOGITS // weight.shape[0]))
+    on_cuda = hidden.device.type == "cuda"
+    least, most = CUDA_ROWS if on_cuda else CPU_ROWS
+    logits = CUDA_LOGITS if on_cuda else CPU_LOGITS
+    return max(least, min(most, logits // weight.shape[0]))
 
 
 def check_weight_grad(op: str, weight: Tensor, weight_grad_: Tensor) -> None:
+    if not isinstance(weight_grad_, Tensor):
+        refuse(op, "weight_grad_", f"a {type(weight_grad_).__name__}", "a tensor")
     expected = (weight.shape, precision_of(weight.dtype), weight.device, True)
     given = (
         weight_grad_.shape,
