@@ -31,8 +31,12 @@ TORCH_LIBRARY(megarlx, m) {
          "int vocab_start, int vocab_size, " + spec + "bool with_gradient) -> " + results +
          "Tensor gradient)");
   define("linear_token_loss(Tensor hidden, Tensor weight, " + tokens + "int vocab_size, " + spec +
-         "int rows_per_chunk, bool with_gradient) -> " + results +
+         "int rows_per_chunk, bool drop_masked, bool with_gradient) -> " + results +
          "Tensor grad_hidden, Tensor grad_weight)");
+  // Private: adds to grad_weight in forward, for a backward that runs once with gradient 1.
+  define("_linear_token_loss_(Tensor hidden, Tensor weight, " + tokens + "int vocab_size, " + spec +
+         "int rows_per_chunk, bool drop_masked, Tensor(a!) grad_weight) -> " + results +
+         "Tensor grad_hidden)");
   // Private: one chunk of linear_token_loss. The gradient (null: none) may be the logits
   // themselves where the dtypes agree; given partials are not computed again.
   define("_token_loss_rows_(Tensor(a!) logits, Tensor? partials, " + tokens +

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "dispatch.h"
+#include "token_loss.h"
 #ifdef MEGARLX_CUDA
 #include "cuda/launchers.h"
 #include "cuda/stream.h"
@@ -15,9 +16,6 @@
 
 namespace megarlx {
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 struct SpecArguments {
   c10::string_view mode, kl;
@@ -62,11 +60,6 @@ LossSpec read_spec(const char* op, const SpecArguments& given) {
   spec.kl_coefficient = given.kl_coefficient;
   spec.entropy_coefficient = given.entropy_coefficient;
   return spec;
-}
-
-// The dtype of sums, inputs and results.
-at::ScalarType precision_of(const Tensor& logits) {
-  return logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
 Dtype read_dtype(const char* op, const char* argument, const Tensor& tensor) {
@@ -197,18 +190,6 @@ struct Results {
   Tensor logprobs, entropy, fields;
 };
 
-// In fp64, so that the number of tokens does not limit what a sum can resolve.
-std::tuple<Tensor, Tensor> token_loss_sums(const Tensor& fields) {
-  MEGARLX_CHECK("_token_loss_sums", fields.dim() == 2 && fields.size(1) == kFields,
-                "fields's shape", fields.sizes(), "[tokens, 8]");
-  if (fields.size(0) == 0) {
-    return {at::zeros({}, fields.options()), at::zeros({kFields}, fields.options())};
-  }
-  const Tensor sums = fields.sum(0, /*keepdim=*/false, at::kDouble).to(fields.scalar_type());
-  const Tensor largest_ratio = fields.select(1, kRatio).amax(0, /*keepdim=*/true);
-  return {sums.select(0, kLoss).clone(), at::cat({sums.slice(0, kTokens), largest_ratio})};
-}
-
 Results allocate(const Tensor& logits, TokenLossArgs& args) {
   const auto options = logits.options().dtype(precision_of(logits));
   Results results{at::empty({args.tokens}, options), at::empty({args.tokens}, options),
@@ -300,6 +281,48 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_loss_finish(
   return {loss, results.logprobs, results.entropy, metrics, gradient};
 }
 
+template <typename T>
+void add_fields(const Tensor& fields, double (&sums)[kFields], double& largest_ratio) {
+  const T* field = fields.const_data_ptr<T>();
+  for (int64_t i = 0; i < fields.size(0); ++i, field += kFields) {
+    for (int k = 0; k < kFields; ++k) sums[k] += static_cast<double>(field[k]);
+    const double ratio = field[kRatio];
+    if (ratio > largest_ratio || std::isnan(ratio)) largest_ratio = ratio;
+  }
+}
+
+}  // namespace
+
+// In fp64, so that the number of tokens does not limit what a sum can resolve.
+std::tuple<Tensor, Tensor> token_loss_sums(const Tensor& fields) {
+  MEGARLX_CHECK("_token_loss_sums", fields.dim() == 2 && fields.size(1) == kFields,
+                "fields's shape", fields.sizes(), "[tokens, 8]");
+  const auto dtype = fields.scalar_type();
+  MEGARLX_CHECK("_token_loss_sums", dtype == at::kFloat || dtype == at::kDouble, "fields's dtype",
+                dtype, "float32, float64");
+  MEGARLX_CHECK("_token_loss_sums", fields.is_contiguous(), "fields's strides", fields.strides(),
+                "contiguous");
+  if (fields.size(0) == 0) {
+    return {at::zeros({}, fields.options()), at::zeros({kFields}, fields.options())};
+  }
+  if (fields.is_cpu()) {  // the same as below without six calls
+    double sums[kFields] = {}, largest_ratio = 0;
+    if (dtype == at::kFloat) {
+      add_fields<float>(fields, sums, largest_ratio);
+    } else {
+      add_fields<double>(fields, sums, largest_ratio);
+    }
+    Tensor metrics = at::empty({kFields}, fields.options().dtype(at::kDouble));
+    double* metric = metrics.mutable_data_ptr<double>();
+    std::copy(sums + kTokens, sums + kFields, metric);
+    metric[kFields - 1] = largest_ratio;
+    return {at::scalar_tensor(sums[kLoss], fields.options()), metrics.to(dtype)};
+  }
+  const Tensor sums = fields.sum(0, /*keepdim=*/false, at::kDouble).to(dtype);
+  const Tensor largest_ratio = fields.select(1, kRatio).amax(0, /*keepdim=*/true);
+  return {sums.select(0, kLoss).clone(), at::cat({sums.slice(0, kTokens), largest_ratio})};
+}
+
 void token_loss_rows_(Tensor& logits, const OptionalTensor& partials, const Tensor& targets,
                       const OptionalTensor& mask, const OptionalTensor& advantages,
                       const OptionalTensor& old_logprobs, const OptionalTensor& ref_logprobs,
@@ -339,6 +362,8 @@ void token_loss_rows_(Tensor& logits, const OptionalTensor& partials, const Tens
   args.fields = fields.mutable_data_ptr();
   run(op, logits, args, partials.has_value());
 }
+
+namespace {
 
 void register_ops(torch::Library& m) {
   m.impl("token_loss", token_loss);

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,7 +34,16 @@ class TokenInputs:
 
     @property
     def arguments(self) -> tuple[Tensor | None, ...]:
-        return tuple(getattr(self, field.name) for field in fields(self))
+        return (
+            self.targets,
+            self.mask,
+            self.advantages,
+            self.old_logprobs,
+            self.ref_logprobs,
+            self.token_weights,
+            self.normalizer,
+            self.temperature,
+        )
 
     def rows(self, begin: int, end: int) -> TokenInputs:
         return self._each(lambda tensor: tensor[begin:end])
@@ -87,7 +96,7 @@ def prepare(
     normalizer: Tensor | float,
     temperature: Tensor | float,
 ) -> TokenInputs:
-    """Flattens to [tokens]; `like` gives device and precision, `shape` the shape of a token input."""
+    """Flattens to [tokens]; `like` gives device and precision, `shape` that of a token input."""
     if not isinstance(spec, LossSpec):
         refuse(op, "spec", f"a {type(spec).__name__}", "a LossSpec")
     precision = precision_of(like.dtype)
