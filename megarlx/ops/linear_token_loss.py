@@ -103,7 +103,7 @@ def linear_token_loss(
         rows_per_chunk = default_rows(hidden, weight)
     if not isinstance(rows_per_chunk, int | torch.SymInt) or rows_per_chunk < 1:
         refuse(op, "rows_per_chunk", rows_per_chunk, "an integer >= 1")
-    rows = hidden.reshape(-1, hidden.shape[-1])
+    rows = hidden if hidden.dim() == 2 else hidden.reshape(-1, hidden.shape[-1])
     needs_gradient = hidden.requires_grad or weight.requires_grad or weight_grad_ is not None
     with_gradient = torch.is_grad_enabled() and needs_gradient
     if weight_grad_ is not None:

@@ -59,6 +59,12 @@ class TokenInputs:
         return TokenInputs(*values)  # type: ignore[arg-type]
 
 
+def flat(tensor: Tensor) -> Tensor:
+    """[tokens], contiguous."""
+    whole = tensor.dim() == 1 and tensor.is_contiguous()
+    return tensor if whole else tensor.reshape(-1).contiguous()
+
+
 def check_floats(op: str, argument: str, tensor: Any, least_dimensions: int) -> None:
     if not isinstance(tensor, Tensor):
         refuse(op, argument, f"a {type(tensor).__name__}", "a tensor")
@@ -116,7 +122,7 @@ def prepare(
         if tensor is None:
             return None
         check(argument, tensor, "floating")
-        return tensor.detach().to(precision).reshape(-1).contiguous()
+        return flat(tensor.detach().to(precision))
 
     def number(argument: str, value: Tensor | float) -> Tensor:
         if isinstance(value, Tensor):
@@ -132,7 +138,7 @@ def prepare(
     check("targets", targets, "torch.int64")
     if mask is not None:
         check("mask", mask, "torch.bool")
-        mask = mask.reshape(-1).contiguous()
+        mask = flat(mask)
     if (advantages is None) != (spec.mode == "nll"):
         given = "missing" if advantages is None else "given"
         refuse(op, "advantages", given, "one a token for reinforce, ppo_clip, cispo; none for nll")
@@ -141,7 +147,7 @@ def prepare(
     if isinstance(temperature, int | float) and not 0 < temperature < float("inf"):
         refuse(op, "temperature", temperature, "a number > 0")
     return TokenInputs(
-        targets.reshape(-1).contiguous(),
+        flat(targets),
         mask,
         floats("advantages", advantages),
         floats("old_logprobs", old_logprobs),

@@ -84,7 +84,7 @@ def token_loss(
         normalizer=normalizer,
         temperature=temperature,
     )
-    rows = logits.reshape(-1, logits.shape[-1])
+    rows = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
     with_gradient = torch.is_grad_enabled() and logits.requires_grad
     if group is None or size == 1:
         result = torch.ops.megarlx.token_loss(
@@ -97,12 +97,9 @@ def token_loss(
 
 def shaped(result: tuple[Tensor, Tensor, Tensor, Tensor], shape: torch.Size) -> TokenLoss:
     loss, logprobs, entropy, metrics = result
-    return TokenLoss(
-        loss,
-        logprobs.detach().reshape(shape),
-        entropy.detach().reshape(shape),
-        metrics.detach(),
-    )
+    if len(shape) != 1:
+        logprobs, entropy = logprobs.reshape(shape), entropy.reshape(shape)
+    return TokenLoss(loss, logprobs, entropy, metrics)
 
 
 def move_to_maximum_(partials: Tensor, maximum: Tensor) -> Tensor:
