@@ -20,12 +20,12 @@ using torch::autograd::variable_list;
 
 Tensor take_scaled(const char* op, AutogradContext* context, const char* name,
                    const Tensor& upstream) {
+  if (!upstream.defined()) return Tensor();
   TORCH_CHECK(!at::GradMode::is_enabled() || at::isTensorSubclassLike(upstream), "megarlx.", op,
               ": create_graph is True; allowed: False, its gradient has no derivative");
   Tensor gradient = context->saved_data[name].toTensor();
   TORCH_CHECK(gradient.defined(), "megarlx.", op,
               ": backward runs a second time; pass retain_graph=True to the first");
-  if (!upstream.defined()) return Tensor();
   TORCH_CHECK(gradient.dim() == 2, "megarlx.", op,
               ": with_gradient is False; allowed: True where backward follows");
   if (at::isTensorSubclassLike(upstream)) return gradient * upstream.to(gradient.scalar_type());
@@ -59,6 +59,7 @@ struct TokenLoss : torch::autograd::Function<TokenLoss> {
     auto [loss, logprobs, entropy, metrics, gradient] = op.call(logits, arguments...);
     context->mark_non_differentiable({logprobs, entropy, metrics, gradient});
     context->saved_data["gradient"] = gradient;
+    context->set_materialize_grads(false);  // else zeros as large as each gradient are made
     context->saved_data["arguments"] = static_cast<int64_t>(sizeof...(arguments));
     return {loss, logprobs, entropy, metrics, gradient};
   }
@@ -83,6 +84,7 @@ struct LinearTokenLoss : torch::autograd::Function<LinearTokenLoss> {
     context->mark_non_differentiable({logprobs, entropy, metrics, grad_hidden, grad_weight});
     context->saved_data["grad_hidden"] = grad_hidden;
     context->saved_data["grad_weight"] = grad_weight;
+    context->set_materialize_grads(false);  // else zeros as large as each gradient are made
     context->saved_data["arguments"] = static_cast<int64_t>(sizeof...(arguments));
     return {loss, logprobs, entropy, metrics, grad_hidden, grad_weight};
   }
