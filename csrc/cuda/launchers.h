@@ -1,11 +1,17 @@
-// Launchers of the CUDA kernels: raw pointers and a stream, so that nvcc compiles them alone.
+// The launchers: what a binding calls. Raw pointers and a stream, so that nvcc compiles them alone;
+// they launch on the stream, wait for nothing, and check nothing that a binding has checked.
 #pragma once
 #include <cuda_runtime.h>
 
 #include "math/adamw.h"
 #include "math/replica_average.h"
+#include "math/token_loss.h"
 
 namespace megarlx::cuda {
+
+// token_loss
+void token_loss(const TokenLossArgs& args, bool sums_are_given, cudaStream_t stream);
+void token_loss_partials(const TokenLossArgs& args, cudaStream_t stream);
 
 // averaging
 // `coefficients`: room for one AdamWCoefficients<float> an objective, on the device.
