@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megarlx.model.attention import attention
 from megarlx.config.model import family_config
+from megarlx.model.attention import attention
 from megarlx.model.documents import Documents
 from megarlx.model.kv_cache import CacheStep, KVCache
 from megarlx.model.transformer import Stage
