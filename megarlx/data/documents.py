@@ -216,7 +216,7 @@ def _open(path: str) -> BinaryIO:
     if path.endswith(".gz"):
         return gzip.open(path, "rb")  # type: ignore[return-value]
     if path.endswith(".zst"):
-        return io.BufferedReader(_ZstdStream(path), 1 << 20)  # type: ignore[return-value]
+        return io.BufferedReader(_ZstdStream(path), 1 << 20)
     return open(path, "rb", buffering=1 << 20)
 
 

@@ -16,6 +16,7 @@ from array import array
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -236,8 +237,11 @@ class TokenFileWriter:
     the new .idx comes last: whenever an .idx exists, its .bin is whole.
     """
 
-    def __init__(self, prefix: str | Path, dtype: npt.DTypeLike) -> None:
+    def __init__(self, prefix: str | Path, dtype: npt.DTypeLike, sync: bool = True) -> None:
+        """Without `sync` the pair is still never half-written to other processes, but a power cut
+        may damage it: for intermediate files that somebody checks against a digest."""
         self.prefix = Path(prefix)
+        self._sync = sync
         self.dtype = np.dtype(dtype).newbyteorder("<")
         if self.dtype not in CODES:
             allowed = ", ".join(d.name for d in CODES)
@@ -248,7 +252,7 @@ class TokenFileWriter:
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
         self._temporary_bin = Path(f"{bin_path(prefix)}.partial-{os.getpid()}")
         self._temporary_idx = Path(f"{idx_path(prefix)}.partial-{os.getpid()}")
-        self._stream = open(self._temporary_bin, "wb", buffering=1 << 20)  # noqa: SIM115
+        self._stream: BinaryIO = open(self._temporary_bin, "wb", buffering=1 << 20)  # noqa: SIM115
 
     @property
     def documents(self) -> int:
@@ -291,30 +295,38 @@ class TokenFileWriter:
         return digest.hexdigest()
 
     def close(self) -> None:
-        _sync_and_close(self._stream)
-        self._write_index()
+        self._finish(self._stream)
+        with open(self._temporary_idx, "wb") as stream:
+            self._write_index(stream)
+            self._finish(stream)
         idx_path(self.prefix).unlink(missing_ok=True)
-        os.replace(self._temporary_bin, bin_path(self.prefix))
-        sync_folder(self.prefix.parent)
-        os.replace(self._temporary_idx, idx_path(self.prefix))
-        sync_folder(self.prefix.parent)
+        for temporary, final in (
+            (self._temporary_bin, bin_path(self.prefix)),
+            (self._temporary_idx, idx_path(self.prefix)),
+        ):
+            os.replace(temporary, final)
+            if self._sync:
+                sync_folder(self.prefix.parent)
 
-    def _write_index(self) -> None:
+    def _finish(self, stream: BinaryIO) -> None:
+        stream.flush()
+        if self._sync:
+            os.fsync(stream.fileno())
+        stream.close()
+
+    def _write_index(self, stream: BinaryIO) -> None:
         lengths = np.frombuffer(self._lengths, np.int32)
         n = len(lengths)
-        with open(self._temporary_idx, "wb") as stream:
-            stream.write(HEADER.pack(MAGIC, VERSION, CODES[self.dtype], n, n + 1))
-            stream.write(lengths.astype("<i4").data)
-            offset = 0
-            for first in range(0, n, CHECK_AT_ONCE):
-                part = lengths[first : first + CHECK_AT_ONCE].astype(np.int64) * self.dtype.itemsize
-                ends = offset + np.cumsum(part)
-                stream.write((ends - part).astype("<i8").data)
-                offset = int(ends[-1])
-            for first in range(0, n + 1, CHECK_AT_ONCE):
-                stream.write(np.arange(first, min(first + CHECK_AT_ONCE, n + 1), dtype="<i8").data)
-            stream.flush()
-            os.fsync(stream.fileno())
+        stream.write(HEADER.pack(MAGIC, VERSION, CODES[self.dtype], n, n + 1))
+        stream.write(lengths.astype("<i4").data)
+        offset = 0
+        for first in range(0, n, CHECK_AT_ONCE):
+            part = lengths[first : first + CHECK_AT_ONCE].astype(np.int64) * self.dtype.itemsize
+            ends = offset + np.cumsum(part)
+            stream.write((ends - part).astype("<i8").data)
+            offset = int(ends[-1])
+        for first in range(0, n + 1, CHECK_AT_ONCE):
+            stream.write(np.arange(first, min(first + CHECK_AT_ONCE, n + 1), dtype="<i8").data)
 
     def discard(self) -> None:
         self._stream.close()
@@ -336,12 +348,6 @@ class TokenFileWriter:
             self.discard()
 
 
-def _sync_and_close(stream: object) -> None:
-    stream.flush()  # type: ignore[attr-defined]
-    os.fsync(stream.fileno())  # type: ignore[attr-defined]
-    stream.close()  # type: ignore[attr-defined]
-
-
 def sync_folder(folder: Path) -> None:
     """Makes renames inside `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -351,12 +357,15 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """A small text file that is either there whole or not at all."""
+def write_atomically(path: Path, text: str, sync: bool = True) -> None:
+    """A small text file that is either there whole or not at all (without `sync`: to other
+    processes, not after a power cut)."""
     temporary = path.with_name(f"{path.name}.partial-{os.getpid()}")
     with open(temporary, "w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
-        os.fsync(stream.fileno())
+        if sync:
+            os.fsync(stream.fileno())
     os.replace(temporary, path)
-    sync_folder(path.parent)
+    if sync:
+        sync_folder(path.parent)
