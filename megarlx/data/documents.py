@@ -109,7 +109,7 @@ def documents(piece: Piece, reading: Reading) -> Iterator[str | BadLineError]:
     compressed = Path(piece.path).suffix in COMPRESSIONS
     # gzip and zstd fail in the middle of a stream; which line it was helps to find the place.
     number = 0
-    with _open(piece.path) as stream:
+    with open_input(piece.path) as stream:
         try:
             if piece.format == "text" and reading.text_unit == "file":
                 yield _text(stream.read(), piece.path, 1)
@@ -212,7 +212,7 @@ def _parquet(path: str) -> Any:
         raise InputError(f"{path}: not a Parquet file: {error}") from error
 
 
-def _open(path: str) -> BinaryIO:
+def open_input(path: str) -> BinaryIO:
     if path.endswith(".gz"):
         return gzip.open(path, "rb")  # type: ignore[return-value]
     if path.endswith(".zst"):

@@ -1,0 +1,122 @@
+"""What a training sample is, and the order of one source's samples.
+
+Letters: S sequence_length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from megarlx.data.order import Shuffle, key_of, shuffled
+from megarlx.data.token_files import TokenFile
+
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sequence: each input predicts the target at the same place."""
+
+    inputs: Integers  # [S]
+    targets: Integers  # [S]
+    mask: npt.NDArray[np.bool_] | None  # [S], which targets count; None: all
+    document_lengths: tuple[int, ...]  # add up to S; no token should see another document
+    source: int
+
+
+class Dataset(Protocol):
+    """An endless row of samples. A sample is its global index: any rank can make any of them."""
+
+    sequence_length: int
+
+    def sample(self, index: int) -> Sample: ...
+
+    def fingerprint(self) -> dict[str, object]: ...
+
+    def tokens_by_source(self, consumed_sequences: int) -> dict[str, int]: ...
+
+
+class SourceEpoch:
+    """One pass over a source: its documents in a fresh order, one after the other, cut into
+    pieces of S + 1 tokens that overlap by one. The rest at the end (fewer than S + 1) is left out;
+    the next epoch, in another order, leaves out something else.
+    """
+
+    def __init__(self, lengths: npt.NDArray[np.int32], sequence_length: int, key: int) -> None:
+        self.sequence_length = sequence_length
+        self.order = shuffled(len(lengths), key)
+        self.ends = np.cumsum(lengths[self.order], dtype=np.int64)  # of each document, in tokens
+        self.samples = samples_in(int(self.ends[-1]) if len(lengths) else 0, sequence_length)
+        self.shuffle = Shuffle(self.samples, key_of(key, "samples"))
+
+    def pieces(self, position: int) -> list[tuple[int, int, int]]:
+        """(document, first token in it, count) of the sample at this position of the epoch."""
+        begin = self.shuffle[position] * self.sequence_length
+        left = self.sequence_length + 1
+        at = int(np.searchsorted(self.ends, begin, side="right"))
+        found = []
+        while left:
+            count = min(left, int(self.ends[at]) - begin)
+            if count:  # a document may be empty
+                document = int(self.order[at])
+                start = int(self.ends[at - 1]) if at else 0
+                found.append((document, begin - start, count))
+                left -= count
+                begin += count
+            at += 1
+        return found
+
+
+def samples_in(tokens: int, sequence_length: int) -> int:
+    return max(0, tokens - 1) // sequence_length
+
+
+class TokenSource:
+    """The samples of one token file, epoch after epoch."""
+
+    def __init__(self, name: str, file: TokenFile, sequence_length: int, seed: int) -> None:
+        self.name, self.file, self.sequence_length = name, file, sequence_length
+        self._seed = seed
+        self._lengths = file.document_lengths()
+        self._bounds = file.document_bounds()
+        self._epochs: dict[int, SourceEpoch] = {}
+        self.samples_per_epoch = samples_in(file.tokens, sequence_length)
+        if self.samples_per_epoch == 0:
+            raise ValueError(
+                f"source '{name}' ({file.prefix}): has {file.tokens} tokens; one sample of "
+                f"sequence_length {sequence_length} needs {sequence_length + 1}"
+            )
+
+    @cached_property
+    def fingerprint(self) -> dict[str, int | str]:
+        return self.file.fingerprint()
+
+    def epoch(self, number: int) -> SourceEpoch:
+        if number not in self._epochs:
+            # Samples are asked for in order, so the epoch before is the only other one needed.
+            for old in [n for n in self._epochs if n < number - 1 or n > number]:
+                del self._epochs[old]
+            key = key_of(self._seed, self.name, number)
+            self._epochs[number] = SourceEpoch(self._lengths, self.sequence_length, key)
+        return self._epochs[number]
+
+    def read(self, number: int, source: int) -> Sample:
+        """Sample `number` of this source, counted over all epochs."""
+        epoch, position = divmod(number, self.samples_per_epoch)
+        tokens = np.empty(self.sequence_length + 1, np.int64)
+        lengths, at = [], 0
+        for document, first, count in self.epoch(epoch).pieces(position):
+            begin = int(self._bounds[document]) + first
+            tokens[at : at + count] = self.file.span(begin, begin + count)
+            at += count
+            lengths.append(count)
+        # The last token is only ever a target: it takes no place among the inputs.
+        lengths[-1] -= 1
+        if lengths[-1] == 0:
+            lengths.pop()
+        return Sample(tokens[:-1], tokens[1:], None, tuple(lengths), source)
