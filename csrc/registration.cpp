@@ -12,6 +12,22 @@ TORCH_LIBRARY(megarlx, m) {
   // token_loss
 
   // averaging
+  m.def(
+      "average_adamw_(Tensor(a!) master, Tensor[] grads, Tensor(b!)[] exp_avgs, "
+      "Tensor(c!)[] exp_avg_sqs, *, Tensor lrs, float[] beta1s, float[] beta2s, float[] eps, "
+      "Tensor weight_decays, Tensor(d!) steps, Tensor clips, Tensor weights, Tensor? found_inf, "
+      "Tensor(e!)? param_out) -> ()");
+  m.def(
+      "adamw_update_(Tensor master, Tensor grad, Tensor(a!) exp_avg, Tensor(b!) exp_avg_sq, *, "
+      "Tensor lr, float beta1, float beta2, float eps, Tensor weight_decay, Tensor(c!) steps, "
+      "Tensor clip, Tensor? found_inf, Tensor(d!) delta) -> ()");
+  m.def(
+      "replica_average_pack(Tensor input, Tensor weight, Tensor? found_inf, Tensor(a!) packed) -> "
+      "(Tensor squared_norm, Tensor found_inf)");
+  m.def("replica_average_skip_(Tensor(a!) packed, Tensor found_inf) -> ()");
+  m.def(
+      "replica_average_apply_(Tensor(a!) target, Tensor summed, bool add, Tensor(b!)? param_out) "
+      "-> ()");
 }
 
 namespace megarlx {

@@ -2,6 +2,7 @@
 #pragma once
 #include <ATen/cpu/vec/vec.h>
 
+#include "cpu/averaging.h"
 #include "cpu/kernels.h"
 
 #define MEGARLX_STRING_(x) #x
@@ -14,6 +15,9 @@ extern "C" const megarlx::cpu::Kernels* megarlx_cpu_kernels() {
       // sample
       // token_loss
       // averaging
+      megarlx::cpu::average_adamw,
+      megarlx::cpu::replica_average_pack,
+      megarlx::cpu::replica_average_apply,
   };
   return &table;
 }

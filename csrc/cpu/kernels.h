@@ -4,7 +4,9 @@
 #pragma once
 #include <cstdint>
 
+#include "math/adamw.h"
 #include "math/common.h"
+#include "math/replica_average.h"
 
 namespace megarlx::cpu {
 
@@ -17,6 +19,10 @@ struct Kernels {
   // sample
   // token_loss
   // averaging
+  void (*average_adamw)(const AdamWArgs&, const AdamWCoefficients<double>*, std::int64_t begin,
+                        std::int64_t end);
+  void (*replica_average_pack)(const PackArgs&, std::int64_t begin_chunk, std::int64_t end_chunk);
+  void (*replica_average_apply)(const ApplyArgs&, std::int64_t begin, std::int64_t end);
 };
 
 }  // namespace megarlx::cpu

@@ -1,0 +1,25 @@
+// bfloat16 as its bits, the same on both backends: widening is exact, narrowing rounds to nearest,
+// ties to even, and every NaN becomes the quiet NaN 0x7FC0.
+#pragma once
+#include <cstring>
+
+#include "math/common.h"
+
+namespace megarlx {
+
+MEGARLX_HD float from_bfloat16(std::uint16_t bits) {
+  const std::uint32_t wide = static_cast<std::uint32_t>(bits) << 16;
+  float value;
+  memcpy(&value, &wide, sizeof value);
+  return value;
+}
+
+MEGARLX_HD std::uint16_t to_bfloat16(float value) {
+  std::uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  const std::uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  const bool nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
+  return static_cast<std::uint16_t>(nan ? 0x7FC0u : rounded);
+}
+
+}  // namespace megarlx
