@@ -1,14 +1,14 @@
 """Several sources in given shares that may change as training goes on.
 
-Which source gives sample i is read off one fixed sequence: u(i) = i · φ mod 1 (φ the golden ratio,
-as a 64-bit integer) falls into one of the intervals that the weights cut [0, 1) into. No other
-sequence of multiples is spread more evenly: after n samples each source is within a few samples of
-its share, whatever n. There is no index to build, to store or to share between nodes: only the
-counts at every 16,384th sample are remembered, as far as training has come.
+Which source gives a sample is decided so that after any number of samples each source has had its
+share to less than one sample (`megarlx._index.blend`). The order is computed block by block from
+the counts at each block's start; nothing else is kept, so a run of any length needs little memory
+and there is no index to write, to share between nodes or to go stale.
 """
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from collections import OrderedDict
@@ -18,11 +18,15 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from megarlx.data.native import index as _index
 from megarlx.data.samples import Sample, TokenSource
 
-GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd
-BLOCK = 1 << 14
+BLOCK = 1 << 14  # samples
 BLOCKS_KEPT = 4
+
+
+# Sources and numbers of a block's samples.
+Located = tuple[npt.NDArray[np.int16], npt.NDArray[np.int64]]
 
 
 class BlendError(ValueError):
@@ -63,6 +67,30 @@ def check_schedule(schedule: Sequence[Composition], names: Sequence[str]) -> Non
             raise BlendError(f"composition from {part.from_tokens} tokens: all weights are 0")
 
 
+class _Part:
+    """The order under one composition: it starts at global sample `start` and counts from there."""
+
+    def __init__(self, weights: npt.NDArray[np.float64], start: int) -> None:
+        self.weights, self.start = weights, start
+        self._counts = [np.zeros(len(weights), np.int64)]  # at the start of each block seen so far
+
+    def block(self, number: int) -> Located:
+        return _index.blend(self.weights, BLOCK, served=self._counts_before(number))
+
+    def _counts_before(self, block: int) -> npt.NDArray[np.int64]:
+        while len(self._counts) <= block:
+            self._counts.append(self._after(self._counts[-1], BLOCK))
+        return self._counts[block]
+
+    def _after(self, counts: npt.NDArray[np.int64], samples: int) -> npt.NDArray[np.int64]:
+        sources, _ = _index.blend(self.weights, samples, served=counts)
+        return counts + np.bincount(sources, minlength=len(counts))
+
+    def counts(self, samples: int) -> npt.NDArray[np.int64]:
+        """What each source gives in the first `samples` samples."""
+        return self._after(self._counts_before(samples // BLOCK), samples % BLOCK)
+
+
 class Blend:
     """The dataset of pre-training: sample i is a function of the sources, the schedule, the seed
     and i alone."""
@@ -84,55 +112,55 @@ class Blend:
         check_schedule(schedule, names)
         self.sources, self.schedule, self.seed = tuple(sources), tuple(schedule), seed
         self.sequence_length = lengths.pop()
-        self._starts = [-(-part.from_tokens // self.sequence_length) for part in schedule]
-        self._edges = [_edges([part.weights.get(n, 0.0) for n in names]) for part in schedule]
-        self._counts: list[npt.NDArray[np.int64]] = [np.zeros(len(names), np.int64)]
-        self._blocks: OrderedDict[int, npt.NDArray[np.uint16]] = OrderedDict()
+        parts = [
+            np.array([part.weights.get(name, 0.0) for name in names], np.float64)
+            for part in schedule
+        ]
+        # A composition holds from the first sample that starts at or after its token count.
+        starts = [-(-part.from_tokens // self.sequence_length) for part in schedule]
+        self._parts = [
+            _Part(w, a) for w, a, b in zip(parts, starts, [*starts[1:], -1], strict=True) if a != b
+        ]
+        self._blocks: OrderedDict[tuple[int, int], Located] = OrderedDict()
 
-    def _block(self, number: int) -> npt.NDArray[np.uint16]:
-        """The sources of samples [number · BLOCK, (number + 1) · BLOCK)."""
-        if (kept := self._blocks.get(number)) is not None:
+    def _part(self, index: int) -> tuple[int, int]:
+        """(part of the schedule, place in it) of global sample `index`."""
+        if index < 0:
+            raise IndexError(f"blend: sample {index}; they are counted from 0")
+        at = bisect.bisect_right(self._parts, index, key=lambda part: part.start) - 1
+        return at, index - self._parts[at].start
+
+    def _block(self, part: int, number: int) -> Located:
+        if (kept := self._blocks.get((part, number))) is not None:
             return kept
-        index = np.arange(number * BLOCK, (number + 1) * BLOCK, dtype=np.uint64)
-        with np.errstate(over="ignore"):
-            places = index * np.uint64(GOLDEN)
-        found = np.empty(BLOCK, np.uint16)
-        for at, (start, edges) in enumerate(zip(self._starts, self._edges, strict=True)):
-            last = at + 1 == len(self._starts)
-            part = slice(
-                max(0, start - number * BLOCK),
-                BLOCK if last else max(0, self._starts[at + 1] - number * BLOCK),
-            )
-            found[part] = np.searchsorted(edges, places[part], side="right")
-        self._blocks[number] = found
+        located = self._parts[part].block(number)
+        self._blocks[part, number] = located
         while len(self._blocks) > BLOCKS_KEPT:
             self._blocks.popitem(last=False)
-        return found
+        return located
 
-    def _counts_before(self, block: int) -> npt.NDArray[np.int64]:
-        while len(self._counts) <= block:
-            found = self._block(len(self._counts) - 1)
-            counted = np.bincount(found, minlength=len(self.sources))
-            self._counts.append(self._counts[-1] + counted)
-        return self._counts[block]
+    def _before(self, part: int) -> npt.NDArray[np.int64]:
+        """What each source has given before this part of the schedule."""
+        if part == 0:
+            return np.zeros(len(self.sources), np.int64)
+        before = self._parts[part - 1]
+        length = self._parts[part].start - before.start
+        return self._before(part - 1) + before.counts(length)
 
     def locate(self, index: int) -> tuple[int, int]:
         """(source, which of its samples, counted over all epochs) of global sample `index`."""
-        if index < 0:
-            raise IndexError(f"blend: sample {index}; they are counted from 0")
-        block, at = divmod(index, BLOCK)
-        before, found = self._counts_before(block), self._block(block)
-        source = int(found[at])
-        return source, int(before[source]) + int(np.count_nonzero(found[:at] == source))
+        part, place = self._part(index)
+        sources, numbers = self._block(part, place // BLOCK)
+        source = int(sources[place % BLOCK])
+        return source, int(self._before(part)[source]) + int(numbers[place % BLOCK])
 
     def sample(self, index: int) -> Sample:
         source, number = self.locate(index)
         return self.sources[source].read(number, source)
 
     def samples_by_source(self, consumed_sequences: int) -> dict[str, int]:
-        block, at = divmod(consumed_sequences, BLOCK)
-        counts = self._counts_before(block)
-        counts = counts + np.bincount(self._block(block)[:at], minlength=len(self.sources))
+        part, place = self._part(consumed_sequences)
+        counts = self._before(part) + self._parts[part].counts(place)
         return {s.name: int(n) for s, n in zip(self.sources, counts, strict=True)}
 
     def tokens_by_source(self, consumed_sequences: int) -> dict[str, int]:
@@ -152,15 +180,3 @@ class Blend:
             "schedule": [[p.from_tokens, dict(sorted(p.weights.items()))] for p in self.schedule],
             "sources": {source.name: source.fingerprint for source in self.sources},
         }
-
-
-def _edges(weights: Sequence[float]) -> npt.NDArray[np.uint64]:
-    """Upper ends of all intervals but the last, on the scale of 2^64. A weight of 0 is an interval
-    of no length, at the end too."""
-    last = max(i for i, weight in enumerate(weights) if weight > 0)
-    total, running, edges = math.fsum(weights), 0.0, []
-    for i, weight in enumerate(weights[:-1]):
-        running += weight
-        edge = (1 << 64) - 1 if i >= last else int(running / total * 2.0**64)
-        edges.append(min(edge, (1 << 64) - 1))
-    return np.array(edges, np.uint64)

@@ -104,11 +104,7 @@ class Template:
         """In one piece, so that words meet as they do in running text; in three where the frame
         holds special tokens, which the content must not be able to write."""
         before, after = frame.split(PLACE)
-        if all(
-            tokenizer.encode(part, specials=True) == tokenizer.encode(part)
-            for part in (before, after)
-            if "<" in part or "[" in part
-        ):
+        if not any(tokenizer.has_specials(part) for part in (before, after)):
             return tokenizer.encode(before + content + after)
         first, last = (tokenizer.encode(part, specials=True) for part in (before, after))
         return first + tokenizer.encode(content) + last

@@ -12,7 +12,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from megarlx.data.order import Shuffle, key_of, shuffled
+from megarlx.data.native import index as _index
+from megarlx.data.order import key_of
 from megarlx.data.token_files import TokenFile
 
 Integers = npt.NDArray[np.int64]
@@ -43,32 +44,36 @@ class Dataset(Protocol):
 
 class SourceEpoch:
     """One pass over a source: its documents in a fresh order, one after the other, cut into
-    pieces of S + 1 tokens that overlap by one. The rest at the end (fewer than S + 1) is left out;
-    the next epoch, in another order, leaves out something else.
+    samples of S + 1 tokens that overlap by one, and these in a fresh order again. The rest at the
+    end (fewer than S + 1) is left out; the next epoch, in another order, leaves out another.
+
+    Held in memory: 12 bytes a sample. The orders are computed, not stored, and nothing is written
+    to a disk that another node might not see.
     """
 
     def __init__(self, lengths: npt.NDArray[np.int32], sequence_length: int, key: int) -> None:
-        self.sequence_length = sequence_length
-        self.order = shuffled(len(lengths), key)
-        self.ends = np.cumsum(lengths[self.order], dtype=np.int64)  # of each document, in tokens
-        self.samples = samples_in(int(self.ends[-1]) if len(lengths) else 0, sequence_length)
-        self.shuffle = Shuffle(self.samples, key_of(key, "samples"))
+        self._lengths, self._key, self._take = lengths, key, sequence_length + 1
+        self._positions, self._offsets = _index.sample_index(
+            lengths, sequence_length, epochs=1, seed=key
+        )
+        self.samples = len(self._offsets) - 1
 
-    def pieces(self, position: int) -> list[tuple[int, int, int]]:
-        """(document, first token in it, count) of the sample at this position of the epoch."""
-        begin = self.shuffle[position] * self.sequence_length
-        left = self.sequence_length + 1
-        at = int(np.searchsorted(self.ends, begin, side="right"))
-        found = []
-        while left:
-            count = min(left, int(self.ends[at]) - begin)
+    def pieces(self, number: int) -> list[tuple[int, int, int]]:
+        """(document, first token in it, count) of sample `number` of this epoch."""
+        if not 0 <= number < self.samples:
+            raise IndexError(f"sample {number} of an epoch; allowed 0 to {self.samples - 1}")
+        at = np.array([number], np.int64)
+        place = int(_index.permute(at, self.samples, seed=key_of(self._key, "samples"))[0])
+        first, last = int(self._positions[place]), int(self._positions[place + 1])
+        positions = np.arange(first, last + 1)
+        documents = _index.documents_at(positions, len(self._lengths), seed=self._key)
+        left, begin, found = self._take, int(self._offsets[place]), []
+        for document, length in zip(documents, self._lengths[documents], strict=True):
+            count = min(left, int(length) - begin)
             if count:  # a document may be empty
-                document = int(self.order[at])
-                start = int(self.ends[at - 1]) if at else 0
-                found.append((document, begin - start, count))
+                found.append((int(document), begin, count))
                 left -= count
-                begin += count
-            at += 1
+            begin = 0
         return found
 
 

@@ -63,6 +63,10 @@ class Tokenizer:
         text = json.dumps(self.to_json(), ensure_ascii=False, indent=1)
         Path(path).write_text(text + "\n", encoding="utf-8")
 
+    def has_specials(self, text: str) -> bool:
+        """Whether the text writes out a special token."""
+        return self.encode(text, specials=True) != self.encode(text)
+
     def _ids(self, ids: Iterable[int]) -> list[int]:
         found = [int(i) for i in ids]
         for i in found:
@@ -136,6 +140,9 @@ class WordTokenizer(Tokenizer):
         if not specials and self.eos_id in ids:
             raise TokenizerError(f"tokenizer {self.name}: the text contains {EOS}")
         return ids
+
+    def has_specials(self, text: str) -> bool:
+        return EOS in text.split()
 
     def decode(self, ids: Iterable[int]) -> str:
         return " ".join(self.words[i - 1] if i else EOS for i in self._ids(ids))
