@@ -30,7 +30,7 @@ VOCABULARY = (
     *MARKS,
     *NUMBERS,
     *(w for t in (*SAYINGS, *ASKS.values()) for w in t.split() if "{" not in w),
-    *"request : reply".split(),
+    *["request", ":", "reply"],
 )
 
 

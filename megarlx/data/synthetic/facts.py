@@ -23,9 +23,7 @@ PARAPHRASES = (
     "for {attribute} the book on {entity} says {value}",
 )
 FILLERS = ("today", "long ago", "they say", "in short", "once more")
-SYLLABLES = tuple(
-    first + vowel for first in "b d f g k l m n p r s t v z".split() for vowel in "aeiou"
-)
+SYLLABLES = tuple(first + vowel for first in "bdfgklmnprstvz" for vowel in "aeiou")
 WORDS = (*" ".join((*PARAPHRASES, *FILLERS, *ATTRIBUTES, ". :")).split(),)
 
 
@@ -88,7 +86,8 @@ class Facts:
             draw = Draw(self.settings.seed, "facts", "tests", number)
             seen = draw.one([i for i in range(len(PARAPHRASES)) if i != fact.held_out])
             others = [v for v in self.values[fact.attribute] if v != fact.value]
-            few = draw.some([fact.value, *draw.some(others, self.settings.choices - 1)], self.settings.choices)
+            few = [fact.value, *draw.some(others, self.settings.choices - 1)]
+            few = draw.some(few, len(few))
             for suite, paraphrase, choices in (
                 ("facts_cloze", seen, self.values[fact.attribute]),
                 ("facts_choice", seen, few),
@@ -112,8 +111,7 @@ def _told(fact: Fact, paraphrase: int) -> str:
 def _words(seed: int, kind: str, count: int, syllables: int, end: str) -> list[str]:
     """Different invented words."""
     n = len(SYLLABLES)
-    order = shuffled(n**syllables, key_of(seed, kind))[:count] if n**syllables < 10**6 else None
-    assert order is not None
+    order = shuffled(n**syllables, key_of(seed, kind))[:count]
     found = []
     for number in order:
         parts, rest = [], int(number)

@@ -14,11 +14,11 @@ CHAT = (
     "nice question . thanks for it .",
     "no idea . maybe read it again .",
 )
-WORDS = (
-    *"start gives first then plan we take on makes so has and with by how many ? question :".split(),
-    *"answer . , ; = + - x / <> ####".split(),
-    *" ".join(CHAT).split(),
+OTHER_WORDS = (
+    "start gives first then plan we take on makes so has and with by how many ? question : "
+    "answer . , ; = + - x / <> ####"
 )
+WORDS = (*OTHER_WORDS.split(), *" ".join(CHAT).split())
 
 
 def solution(problem: Problem, style: str, writer: Writer) -> str:
@@ -57,6 +57,13 @@ def _value(step: Step, values: tuple[int, ...], problem: Problem, writer: Writer
     return writer.things(problem, values)
 
 
+def _named(step: Step, problem: Problem, writer: Writer) -> str:
+    """The value after a step where nothing beside it says of which quantity."""
+    value = _value(step, step.values, problem, writer)
+    several = len(problem.objects) > 1 and step.other is None
+    return f"{value} {problem.objects[step.at]}" if several else value
+
+
 def _narrate(problem: Problem, writer: Writer) -> str:
     """start 9 pears . may buys 4 pears gives 13 ."""
     parts = [f"start {writer.things(problem, problem.start)} ."]
@@ -85,9 +92,9 @@ def _calculate(problem: Problem, writer: Writer) -> str:
 
 
 def _plan(problem: Problem, writer: Writer) -> str:
-    """plan may buys 4 pears , june sells 2 pears . start 9 then 13 then 11 ."""
+    """plan may buys 4 pears , june sells 2 pears . start 9 pears then 13 pears then 11 pears ."""
     steps = " , ".join(writer.step(problem, step) for step in problem.steps)
-    chain = " ".join(f"then {_value(s, s.values, problem, writer)}" for s in problem.steps)
+    chain = " ".join(f"then {_named(s, problem, writer)}" for s in problem.steps)
     return f"plan {steps} . start {writer.things(problem, problem.start)} {chain} ."
 
 
@@ -106,9 +113,9 @@ def _teach(problem: Problem, writer: Writer) -> str:
 
 
 def _terse(problem: Problem, writer: Writer) -> str:
-    """we take may buys 4 pears june sells 2 pears ; 9 pears makes 13 makes 11 ;"""
+    """we take may buys 4 pears june sells 2 pears ; 9 pears makes 13 pears makes 11 pears ;"""
     steps = " ".join(writer.step(problem, step) for step in problem.steps)
-    chain = " ".join(f"makes {_value(s, s.values, problem, writer)}" for s in problem.steps)
+    chain = " ".join(f"makes {_named(s, problem, writer)}" for s in problem.steps)
     return f"we take {steps} ; {writer.things(problem, problem.start)} {chain} ;"
 
 

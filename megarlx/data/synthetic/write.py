@@ -19,7 +19,10 @@ class Sizes:
 
     documents: dict[str, int] = field(
         default_factory=lambda: {
-            "problems": 20_000, "facts": 20_000, "stories": 4_000, "behaviours": 2_000
+            "problems": 20_000,
+            "facts": 20_000,
+            "stories": 4_000,
+            "behaviours": 2_000,
         }
     )
     held_out_documents: int = 500

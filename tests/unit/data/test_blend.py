@@ -7,8 +7,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from megarlx.data.native import index as _index
 from megarlx.data.blend import BLOCK, Blend, BlendError, Composition
+from megarlx.data.native import index as _index
 from megarlx.data.order import key_of, shuffled
 from megarlx.data.samples import SourceEpoch, TokenSource
 from megarlx.data.token_files import TokenFile, TokenFileWriter
@@ -49,7 +49,9 @@ def reference_sources(weights: list[float], count: int) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("weights", [[4, 3, 1], [1, 1, 1], [0, 5, 0], [0, 0, 2], [1 / 64, 63 / 64, 3]])
+@pytest.mark.parametrize(
+    "weights", [[4, 3, 1], [1, 1, 1], [0, 5, 0], [0, 0, 2], [1 / 64, 63 / 64, 3]]
+)
 def test_sources_follow_the_weights_as_in_exact_arithmetic(
     tmp_path: Path, weights: list[float]
 ) -> None:
