@@ -64,7 +64,9 @@ def megatron_dataset(prefix: Path, sequence_length: int, cache: Path) -> Callabl
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
-        tokenizer=SimpleNamespace(eod=0, pad=-1, unique_identifiers={"class": "none"}),
+        tokenizer=SimpleNamespace(
+            vocab_size=VOCABULARY, eod=0, pad=-1, unique_identifiers={"class": "none"}
+        ),
         mid_level_dataset_surplus=0.005,
     )
     indexed = IndexedDataset(str(prefix), mmap=True)

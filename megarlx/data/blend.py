@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -121,6 +122,9 @@ class Blend:
         self._parts = [
             _Part(w, a) for w, a, b in zip(parts, starts, [*starts[1:], -1], strict=True) if a != b
         ]
+        # The prefetch thread reads samples while the training loop asks for counts.
+        self._lock = threading.Lock()
+        self._given = [np.zeros(len(names), np.int64)]  # before each part known so far
         self._blocks: OrderedDict[tuple[int, int], Located] = OrderedDict()
 
     def _part(self, index: int) -> tuple[int, int]:
@@ -141,18 +145,20 @@ class Blend:
 
     def _before(self, part: int) -> npt.NDArray[np.int64]:
         """What each source has given before this part of the schedule."""
-        if part == 0:
-            return np.zeros(len(self.sources), np.int64)
-        before = self._parts[part - 1]
-        length = self._parts[part].start - before.start
-        return self._before(part - 1) + before.counts(length)
+        while len(self._given) <= part:
+            last = self._parts[len(self._given) - 1]
+            length = self._parts[len(self._given)].start - last.start
+            self._given.append(self._given[-1] + last.counts(length))
+        return self._given[part]
 
     def locate(self, index: int) -> tuple[int, int]:
         """(source, which of its samples, counted over all epochs) of global sample `index`."""
         part, place = self._part(index)
-        sources, numbers = self._block(part, place // BLOCK)
+        with self._lock:
+            sources, numbers = self._block(part, place // BLOCK)
+            before = self._before(part)
         source = int(sources[place % BLOCK])
-        return source, int(self._before(part)[source]) + int(numbers[place % BLOCK])
+        return source, int(before[source]) + int(numbers[place % BLOCK])
 
     def sample(self, index: int) -> Sample:
         source, number = self.locate(index)
@@ -160,7 +166,8 @@ class Blend:
 
     def samples_by_source(self, consumed_sequences: int) -> dict[str, int]:
         part, place = self._part(consumed_sequences)
-        counts = self._before(part) + self._parts[part].counts(place)
+        with self._lock:
+            counts = self._before(part) + self._parts[part].counts(place)
         return {s.name: int(n) for s, n in zip(self.sources, counts, strict=True)}
 
     def tokens_by_source(self, consumed_sequences: int) -> dict[str, int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -75,10 +76,8 @@ class ConversationData:
         name: str = "sft",
     ) -> None:
         """`packing` off gives every conversation a sequence of its own."""
-        self.sequence_length, self.seed, self.packing, self.name = (
-            *(sequence_length, seed, packing),
-            name,
-        )
+        self.sequence_length, self.seed, self.name = sequence_length, seed, name
+        self.packing = packing
         self._pad = tokenizer.eos_id
         self._settings = {
             "demonstrations": demonstrations,
@@ -113,12 +112,18 @@ class ConversationData:
         self._starts = [0]  # the first sequence of each epoch known so far
         self._tokens = [0]  # tokens before each epoch known so far
         self._epochs: dict[int, PackedEpoch] = {}
+        # The prefetch thread reads sequences while the training loop asks for counts.
+        self._lock = threading.RLock()
 
     @property
     def conversations(self) -> int:
         return len(self._lengths)
 
     def _epoch(self, number: int) -> PackedEpoch:
+        with self._lock:
+            return self._kept_or_made(number)
+
+    def _kept_or_made(self, number: int) -> PackedEpoch:
         if (kept := self._epochs.get(number)) is not None:
             return kept
         order = shuffled(self.conversations, key_of(self.seed, self.name, number))
@@ -136,11 +141,12 @@ class ConversationData:
 
     def sequences_in_epochs(self, epochs: int) -> int:
         """Sequences from the start to the end of epoch `epochs` (counted from 1)."""
-        while len(self._starts) <= epochs:
-            epoch = self._epoch(len(self._starts) - 1)
-            self._starts.append(self._starts[-1] + len(epoch.packs))
-            self._tokens.append(self._tokens[-1] + int(epoch.tokens[-1]))
-        return self._starts[epochs]
+        with self._lock:
+            while len(self._starts) <= epochs:
+                epoch = self._epoch(len(self._starts) - 1)
+                self._tokens.append(self._tokens[-1] + int(epoch.tokens[-1]))
+                self._starts.append(self._starts[-1] + len(epoch.packs))
+            return self._starts[epochs]
 
     def locate(self, index: int) -> tuple[int, int]:
         """(epoch, place in it) of a global index."""

@@ -5,6 +5,7 @@ Letters: S sequence_length.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -57,21 +58,23 @@ class SourceEpoch:
             lengths, sequence_length, epochs=1, seed=key
         )
         self.samples = len(self._offsets) - 1
+        self._samples_key = key_of(key, "samples")
 
     def pieces(self, number: int) -> list[tuple[int, int, int]]:
         """(document, first token in it, count) of sample `number` of this epoch."""
         if not 0 <= number < self.samples:
             raise IndexError(f"sample {number} of an epoch; allowed 0 to {self.samples - 1}")
         at = np.array([number], np.int64)
-        place = int(_index.permute(at, self.samples, seed=key_of(self._key, "samples"))[0])
+        place = int(_index.permute(at, self.samples, seed=self._samples_key)[0])
         first, last = int(self._positions[place]), int(self._positions[place + 1])
         positions = np.arange(first, last + 1)
         documents = _index.documents_at(positions, len(self._lengths), seed=self._key)
         left, begin, found = self._take, int(self._offsets[place]), []
-        for document, length in zip(documents, self._lengths[documents], strict=True):
-            count = min(left, int(length) - begin)
+        lengths = self._lengths[documents].tolist()
+        for document, length in zip(documents.tolist(), lengths, strict=True):
+            count = min(left, length - begin)
             if count:  # a document may be empty
-                found.append((int(document), begin, count))
+                found.append((document, begin, count))
                 left -= count
             begin = 0
         return found
@@ -90,6 +93,7 @@ class TokenSource:
         self._lengths = file.document_lengths()
         self._bounds = file.document_bounds()
         self._epochs: dict[int, SourceEpoch] = {}
+        self._lock = threading.Lock()
         self.samples_per_epoch = samples_in(file.tokens, sequence_length)
         if self.samples_per_epoch == 0:
             raise ValueError(
@@ -102,24 +106,30 @@ class TokenSource:
         return self.file.fingerprint()
 
     def epoch(self, number: int) -> SourceEpoch:
-        if number not in self._epochs:
-            # Samples are asked for in order, so the epoch before is the only other one needed.
-            for old in [n for n in self._epochs if n < number - 1 or n > number]:
-                del self._epochs[old]
-            key = key_of(self._seed, self.name, number)
-            self._epochs[number] = SourceEpoch(self._lengths, self.sequence_length, key)
-        return self._epochs[number]
+        with self._lock:
+            if number not in self._epochs:
+                # Samples are asked for in order: the epoch before is the only other one needed.
+                for old in [n for n in self._epochs if n < number - 1 or n > number]:
+                    del self._epochs[old]
+                key = key_of(self._seed, self.name, number)
+                self._epochs[number] = SourceEpoch(self._lengths, self.sequence_length, key)
+            return self._epochs[number]
 
     def read(self, number: int, source: int) -> Sample:
         """Sample `number` of this source, counted over all epochs."""
         epoch, position = divmod(number, self.samples_per_epoch)
         tokens = np.empty(self.sequence_length + 1, np.int64)
-        lengths, at = [], 0
-        for document, first, count in self.epoch(epoch).pieces(position):
+        lengths, at, raw = [], 0, self.file.raw
+        pieces = self.epoch(epoch).pieces(position)
+        for document, first, count in pieces:
             begin = int(self._bounds[document]) + first
-            tokens[at : at + count] = self.file.span(begin, begin + count)
+            tokens[at : at + count] = raw[begin : begin + count]
             at += count
             lengths.append(count)
+        if not self.file.ids_are_valid(tokens):  # once for all pieces; then the one to blame
+            for document, first, count in pieces:
+                begin = int(self._bounds[document]) + first
+                self.file.check_ids(raw[begin : begin + count], begin)
         # The last token is only ever a target: it takes no place among the inputs.
         lengths[-1] -= 1
         if lengths[-1] == 0:

@@ -100,14 +100,15 @@ class TokenFile:
                 f"{self.tokens} tokens of {self.dtype.itemsize} bytes = "
                 f"{self.tokens * self.dtype.itemsize}"
             )
-        self._bin: Tokens = (
-            np.memmap(bin_path(prefix), mode="r", dtype=self.dtype)
-            if self.tokens
-            else np.empty(0, self.dtype)
-        )
-        # Samples are read in a shuffled order: reading ahead would fetch what nobody asked for.
+        # Plain arrays: slicing a np.memmap costs several times as much. `raw` is every token of the
+        # .bin, without the check of ids that `span` makes.
+        self.raw: Tokens = np.empty(0, self.dtype)
         if self.tokens:
-            self._bin._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
+            with open(bin_path(prefix), "rb") as stream:
+                mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            # Samples are read in a shuffled order: reading ahead would fetch what nobody wants.
+            mapped.madvise(mmap.MADV_RANDOM)
+            self.raw = np.frombuffer(mapped, self.dtype)
 
     def _part(self, dtype: np.dtype, count: int, offset: int) -> np.ndarray:
         return np.frombuffer(self._idx, dtype=dtype, count=count, offset=offset)
@@ -187,15 +188,18 @@ class TokenFile:
         """Tokens [begin, end) of the .bin, without a copy; ids are checked as they are read."""
         if not 0 <= begin <= end <= self.tokens:
             raise IndexError(f"{self.prefix}: tokens {begin} to {end}; there are {self.tokens}")
-        tokens = self._bin[begin:end]
+        tokens = self.raw[begin:end]
         self.check_ids(tokens, begin)
         return tokens
 
-    def check_ids(self, tokens: Tokens, begin: int) -> None:
+    def ids_are_valid(self, tokens: Tokens) -> bool:
         if self.vocab_size is None or not tokens.size:
-            return
-        low, high = tokens.min(), tokens.max()
-        if low < 0 or high >= self.vocab_size:
+            return True
+        signed = self.dtype.kind == "i"
+        return bool(tokens.max() < self.vocab_size and not (signed and tokens.min() < 0))
+
+    def check_ids(self, tokens: Tokens, begin: int) -> None:
+        if self.vocab_size is not None and not self.ids_are_valid(tokens):
             at = int(np.flatnonzero((tokens < 0) | (tokens >= self.vocab_size))[0])
             raise TokenFileError(
                 f"{bin_path(self.prefix)}: token {begin + at} has id {tokens[at]}; the vocabulary "
@@ -210,7 +214,7 @@ class TokenFile:
         every start would cost more than it protects.
         """
         digest, sampled = hashlib.sha256(self._idx.data), hashlib.sha256()
-        raw = self._bin.view(np.uint8)
+        raw = self.raw.view(np.uint8)
         last = max(0, raw.size - block_bytes)
         for begin in sorted({last * i // max(1, blocks - 1) for i in range(blocks)}):
             sampled.update(raw[begin : begin + block_bytes].data)

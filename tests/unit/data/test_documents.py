@@ -109,6 +109,23 @@ def test_a_damaged_compressed_file_is_an_error_never_a_short_result(
             read(path)
 
 
+@settings(max_examples=150, deadline=None)
+@given(st.binary(max_size=120) | st.text('{}[]",:text 1\\u\n', max_size=60), st.integers(1, 50))
+def test_any_bytes_give_texts_or_named_lines(
+    tmp_path_factory: pytest.TempPathFactory, raw: bytes | str, piece_bytes: int
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzz.jsonl"
+    path.write_bytes(raw if isinstance(raw, bytes) else raw.encode())
+    found = read(path, piece_bytes)
+    number_of_lines = len(path.read_bytes().split(b"\n")) - path.read_bytes().endswith(b"\n")
+    assert len(found) == (number_of_lines if path.read_bytes() else 0)
+    for line, item in enumerate(found, start=1):
+        if isinstance(item, BadLineError):
+            assert f"fuzz.jsonl, line {line}: " in str(item)
+        else:
+            assert isinstance(item, str)
+
+
 def test_inputs_are_found_by_name_in_a_fixed_order(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.txt.gz", "sub/c.parquet", "notes.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -1,5 +1,6 @@
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +152,16 @@ def test_an_id_outside_the_vocabulary_surfaces_through_the_thread(tmp_path: Path
     loader = Loader(blend(tmp_path, vocab_size=500), Share(8, 8))
     with pytest.raises(ValueError, match=r"\.bin: token \d+ has id \d+; the vocabulary allows"):
         run(loader, 20)
+
+
+def test_counts_may_be_asked_for_while_the_thread_reads(tmp_path: Path) -> None:
+    fresh = blend(tmp_path)
+    expected = [blend(tmp_path).tokens_by_source(n) for n in (40_000, 90_000)]
+    with ThreadPoolExecutor(8) as pool:
+        places = list(pool.map(fresh.locate, [50_000 + i % 7 for i in range(64)]))
+        counts = list(pool.map(fresh.tokens_by_source, [40_000, 90_000] * 20))
+    assert places == [blend(tmp_path).locate(50_000 + i % 7) for i in range(64)]
+    assert counts == expected * 20
 
 
 class Slow:
