@@ -20,7 +20,7 @@ import torch
 from timing import Row, interleaved_seconds, machine, markdown, number, row, write_json
 
 from megarlx.data.blend import Blend, Composition
-from megarlx.data.loader import Loader, Share
+from megarlx.data.loader import BatchLayout, Loader
 from megarlx.data.native import index
 from megarlx.data.samples import TokenSource
 from megarlx.data.token_files import TokenFile, TokenFileWriter, bin_path
@@ -41,7 +41,7 @@ def ours(prefix: Path, sequence_length: int, with_documents: bool) -> Callable[[
     source = TokenSource("a", TokenFile(prefix, VOCABULARY), sequence_length, seed=0)
     loader = Loader(
         Blend([source], [Composition(0, {"a": 1.0})], 0),
-        Share(SEQUENCES, SEQUENCES),
+        BatchLayout(SEQUENCES, SEQUENCES),
         with_documents=with_documents,
         prefetch_steps=0,
     )

@@ -37,7 +37,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Share:
+class BatchLayout:
     """How a global batch is dealt out: each rank gets consecutive sequences of it."""
 
     sequences_per_step: int
@@ -79,7 +79,7 @@ class Loader:
     def __init__(
         self,
         dataset: Dataset,
-        share: Share,
+        layout: BatchLayout,
         *,
         consumed_sequences: int = 0,
         with_documents: bool = False,
@@ -88,7 +88,7 @@ class Loader:
     ) -> None:
         """`documents_at_most` pads cu_seqlens with empty documents to one length for all
         micro-batches, which a pipeline needs."""
-        self.dataset, self.share = dataset, share
+        self.dataset, self.layout = dataset, layout
         self.with_documents, self.documents_at_most = with_documents, documents_at_most
         self.consumed_sequences = consumed_sequences
         self._prefetch_steps = prefetch_steps
@@ -97,12 +97,14 @@ class Loader:
 
     def step_at(self, cursor: int) -> list[Batch]:
         """All micro-batches of this rank for the step that starts at `cursor`."""
-        return [self._batch(self.share.indices(cursor, m)) for m in range(self.share.microbatches)]
+        return [
+            self._batch(self.layout.indices(cursor, m)) for m in range(self.layout.microbatches)
+        ]
 
     def next_step(self) -> list[Batch]:
         cursor = self.consumed_sequences
         batches = self._ahead(cursor) if self._thread else self.step_at(cursor)
-        self.consumed_sequences = cursor + self.share.sequences_per_step
+        self.consumed_sequences = cursor + self.layout.sequences_per_step
         return batches
 
     def _ahead(self, cursor: int) -> list[Batch]:
@@ -110,7 +112,7 @@ class Loader:
         if self._coming and self._coming[0][0] != cursor:  # the cursor was moved from outside
             self._forget()
         while len(self._coming) <= self._prefetch_steps:
-            at = cursor + len(self._coming) * self.share.sequences_per_step
+            at = cursor + len(self._coming) * self.layout.sequences_per_step
             self._coming.append((at, self._thread.submit(self.step_at, at)))
         try:
             return self._coming[0][1].result()

@@ -173,6 +173,12 @@ def _take_over(settings: Settings, plan: dict[str, Any]) -> dict[str, Any] | Non
             "Choose another output, or --fresh to replace it."
         )
     folder.mkdir(parents=True, exist_ok=True)
+    # What a run that was killed while joining or while writing a piece had under its hands.
+    for left in (
+        *folder.glob("*.partial-*"),
+        *folder.parent.glob(f"{Path(settings.out).name}.*.partial-*"),
+    ):
+        left.unlink()
     write_atomically(plan_path, json.dumps(plan, indent=1))
     return None
 

@@ -9,6 +9,7 @@ mode a sequence (multimodal data; not read here).
 from __future__ import annotations
 
 import hashlib
+import json
 import mmap
 import os
 import struct
@@ -172,7 +173,14 @@ class TokenFile:
             self._starts, np.arange(self.documents + 1)
         ):
             return self.lengths
-        return np.diff(self.document_bounds()).astype(np.int32)
+        lengths = np.diff(self.document_bounds())
+        if lengths.max(initial=0) > LONGEST:
+            at = int(lengths.argmax())
+            raise TokenFileError(
+                f"{idx_path(self.prefix)}: document {at} has {lengths[at]} tokens; at most "
+                f"{LONGEST} can be used"
+            )
+        return lengths.astype(np.int32)
 
     def __getitem__(self, document: int) -> Tokens:
         if not 0 <= document < self.documents:
@@ -232,6 +240,20 @@ def check_fingerprint(prefix: Path, saved: dict[str, int | str], now: dict[str, 
     if changed:
         what = "; ".join(f"{k} was {saved.get(k)}, is {now.get(k)}" for k in changed)
         raise TokenFileError(f"{prefix}: the data changed since the run was saved: {what}")
+
+
+def check_tokenizer(prefix: str | Path, fingerprint: str) -> None:
+    """Refuses token files that PREFIX.json says were made with another tokenizer. Files without
+    a PREFIX.json (other tools' files) say nothing and pass."""
+    path = Path(f"{prefix}.json")
+    if not path.exists():
+        return
+    made_with = json.loads(path.read_text()).get("tokenizer", {})
+    if made_with.get("fingerprint") != fingerprint:
+        raise TokenFileError(
+            f"{bin_path(prefix)}: made with tokenizer '{made_with.get('name')}' "
+            f"({made_with.get('fingerprint')}); the run uses {fingerprint}"
+        )
 
 
 class TokenFileWriter:

@@ -48,7 +48,8 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        text = json.dumps(self.definition(), sort_keys=True, separators=(",", ":"))
+        content = {"kind": self.kind, "definition": self.definition()}
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from megarlx.data.conversations import (
     read_conversations,
 )
 from megarlx.data.documents import BadLineError
-from megarlx.data.loader import Loader, Share
+from megarlx.data.loader import BatchLayout, Loader
 from megarlx.data.packing import ConversationData, pack
 from megarlx.data.tokenizer import ByteTokenizer, WordTokenizer
 
@@ -191,11 +191,11 @@ def test_a_run_resumed_at_any_step_sees_the_same_sequences() -> None:
         return [row for _ in range(count) for b in loader.next_step() for row in b.targets.tolist()]
 
     per_epoch = data().sequences_in_epochs(1)
-    whole = steps(Loader(data(), Share(1, 1), prefetch_steps=0), 3 * per_epoch)
+    whole = steps(Loader(data(), BatchLayout(1, 1), prefetch_steps=0), 3 * per_epoch)
     for cut in (1, per_epoch - 1, per_epoch, per_epoch + 1, 2 * per_epoch):
-        first = Loader(data(), Share(1, 1))
+        first = Loader(data(), BatchLayout(1, 1))
         before = steps(first, cut)
-        second = Loader(data(), Share(1, 1))
+        second = Loader(data(), BatchLayout(1, 1))
         second.load_state(json.loads(json.dumps(first.state())))
         assert before + steps(second, 3 * per_epoch - cut) == whole
         first.close()
@@ -236,7 +236,7 @@ def test_the_fingerprint_sees_content_template_and_choice() -> None:
 
 
 def test_masks_reach_the_batch_as_they_are() -> None:
-    [batch] = Loader(data(), Share(3, 3), with_documents=True, prefetch_steps=0).next_step()
+    [batch] = Loader(data(), BatchLayout(3, 3), with_documents=True, prefetch_steps=0).next_step()
     assert batch.mask is not None
     assert batch.cu_seqlens is not None
     assert batch.mask.shape == (3, 60)

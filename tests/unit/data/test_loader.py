@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megarlx.data.blend import Blend, Composition
-from megarlx.data.loader import Batch, Loader, Share
+from megarlx.data.loader import Batch, BatchLayout, Loader
 from megarlx.data.samples import Sample, TokenSource
 from megarlx.data.token_files import TokenFile, TokenFileWriter, bin_path
 
@@ -44,7 +44,7 @@ def test_every_layout_sees_the_same_global_batches(
 ) -> None:
     data = blend(tmp_path)
     expected = [data.sample(i).inputs.tolist() for i in range(36)]
-    loaders = [Loader(data, Share(12, microbatch, rank, size)) for rank in range(size)]
+    loaders = [Loader(data, BatchLayout(12, microbatch, rank, size)) for rank in range(size)]
     for step in range(3):
         batches = [loader.next_step() for loader in loaders]
         found = [row for rank in batches for row in rows(rank)]
@@ -55,7 +55,7 @@ def test_every_layout_sees_the_same_global_batches(
 
 
 def test_targets_are_the_inputs_one_further(tmp_path: Path) -> None:
-    [batch] = Loader(blend(tmp_path), Share(4, 4), prefetch_steps=0).next_step()
+    [batch] = Loader(blend(tmp_path), BatchLayout(4, 4), prefetch_steps=0).next_step()
     assert batch.inputs.shape == batch.targets.shape == (4, S)
     assert torch.equal(batch.inputs[:, 1:], batch.targets[:, :-1])
     assert batch.inputs.dtype == torch.int64
@@ -67,12 +67,12 @@ def test_a_resumed_run_sees_what_the_undisturbed_one_sees(
     tmp_path: Path, prefetch: int, cut: int
 ) -> None:
     """The files hold about one epoch for 9 steps of 8, so every cut lies near some epoch's end."""
-    whole = run(Loader(blend(tmp_path), Share(8, 4), prefetch_steps=prefetch), 14)
-    first = Loader(blend(tmp_path), Share(8, 4), prefetch_steps=prefetch)
+    whole = run(Loader(blend(tmp_path), BatchLayout(8, 4), prefetch_steps=prefetch), 14)
+    first = Loader(blend(tmp_path), BatchLayout(8, 4), prefetch_steps=prefetch)
     before = [row for _ in range(cut) for row in rows(first.next_step())]
     state = json.loads(json.dumps(first.state()))
     first.close()
-    second = Loader(blend(tmp_path), Share(8, 2), prefetch_steps=prefetch)
+    second = Loader(blend(tmp_path), BatchLayout(8, 2), prefetch_steps=prefetch)
     second.load_state(state)
     assert before + run(second, 14 - cut) == whole
 
@@ -81,16 +81,16 @@ def test_a_resume_at_the_very_end_of_an_epoch_goes_on(tmp_path: Path) -> None:
     data = blend(tmp_path)
     per_epoch = data.sources[0].samples_per_epoch
     only_a = Blend(data.sources[:1], [Composition(0, {"a": 1.0})], 0)
-    loader = Loader(only_a, Share(1, 1), consumed_sequences=per_epoch)
+    loader = Loader(only_a, BatchLayout(1, 1), consumed_sequences=per_epoch)
     after = run(loader, per_epoch)
-    first = run(Loader(only_a, Share(1, 1)), per_epoch)
+    first = run(Loader(only_a, BatchLayout(1, 1)), per_epoch)
     assert len(after) == per_epoch
     assert after != first
     assert loader.consumed_sequences == 2 * per_epoch
 
 
 def test_the_state_is_the_cursor_of_consumed_batches_not_of_prefetched_ones(tmp_path: Path) -> None:
-    loader = Loader(blend(tmp_path), Share(4, 2), prefetch_steps=6)
+    loader = Loader(blend(tmp_path), BatchLayout(4, 2), prefetch_steps=6)
     loader.next_step()
     assert loader.state()["consumed_sequences"] == 4
     loader.close()
@@ -98,7 +98,7 @@ def test_the_state_is_the_cursor_of_consumed_batches_not_of_prefetched_ones(tmp_
 
 def test_moving_the_cursor_forgets_what_was_prefetched(tmp_path: Path) -> None:
     data = blend(tmp_path)
-    loader = Loader(data, Share(2, 2))
+    loader = Loader(data, BatchLayout(2, 2))
     loader.next_step()
     loader.load_state({**loader.state(), "consumed_sequences": 20})
     assert rows(loader.next_step()) == [data.sample(i).inputs.tolist() for i in (20, 21)]
@@ -108,19 +108,19 @@ def test_moving_the_cursor_forgets_what_was_prefetched(tmp_path: Path) -> None:
 
 
 def test_changed_data_is_refused_with_the_difference(tmp_path: Path) -> None:
-    state = json.loads(json.dumps(Loader(blend(tmp_path), Share(1, 1)).state()))
+    state = json.loads(json.dumps(Loader(blend(tmp_path), BatchLayout(1, 1)).state()))
     with pytest.raises(ValueError, match="seed was 0, is 5"):
-        Loader(blend(tmp_path, seed=5), Share(1, 1)).load_state(state)
+        Loader(blend(tmp_path, seed=5), BatchLayout(1, 1)).load_state(state)
     raw = bytearray(bin_path(tmp_path / "b").read_bytes())
     raw[40] ^= 1
     bin_path(tmp_path / "b").write_bytes(raw)
     with pytest.raises(ValueError, match=r"sources\.b\.bin_sampled_sha256 was"):
-        Loader(blend(tmp_path), Share(1, 1)).load_state(state)
+        Loader(blend(tmp_path), BatchLayout(1, 1)).load_state(state)
 
 
 def test_documents_follow_one_another_through_the_rows(tmp_path: Path) -> None:
     data = blend(tmp_path)
-    loader = Loader(data, Share(6, 3), with_documents=True, prefetch_steps=0)
+    loader = Loader(data, BatchLayout(6, 3), with_documents=True, prefetch_steps=0)
     for batch in loader.next_step():
         assert batch.cu_seqlens is not None
         assert batch.cu_seqlens.dtype == torch.int32
@@ -130,9 +130,9 @@ def test_documents_follow_one_another_through_the_rows(tmp_path: Path) -> None:
 
 
 def test_documents_can_be_padded_to_a_fixed_number(tmp_path: Path) -> None:
-    share = Share(2, 2)
-    padded = Loader(blend(tmp_path), share, with_documents=True, documents_at_most=30)
-    plain = Loader(blend(tmp_path), share, with_documents=True)
+    layout = BatchLayout(2, 2)
+    padded = Loader(blend(tmp_path), layout, with_documents=True, documents_at_most=30)
+    plain = Loader(blend(tmp_path), layout, with_documents=True)
     [a], [b] = padded.next_step(), plain.next_step()
     assert a.cu_seqlens is not None
     assert b.cu_seqlens is not None
@@ -140,7 +140,7 @@ def test_documents_can_be_padded_to_a_fixed_number(tmp_path: Path) -> None:
     assert a.cu_seqlens[: len(b.cu_seqlens)].tolist() == b.cu_seqlens.tolist()
     assert set(a.cu_seqlens[len(b.cu_seqlens) :].tolist()) == {2 * S}
     too_few = Loader(
-        blend(tmp_path), share, with_documents=True, documents_at_most=1, prefetch_steps=0
+        blend(tmp_path), layout, with_documents=True, documents_at_most=1, prefetch_steps=0
     )
     with pytest.raises(ValueError, match="documents; documents_at_most allows 1"):
         too_few.next_step()
@@ -149,7 +149,7 @@ def test_documents_can_be_padded_to_a_fixed_number(tmp_path: Path) -> None:
 
 
 def test_an_id_outside_the_vocabulary_surfaces_through_the_thread(tmp_path: Path) -> None:
-    loader = Loader(blend(tmp_path, vocab_size=500), Share(8, 8))
+    loader = Loader(blend(tmp_path, vocab_size=500), BatchLayout(8, 8))
     with pytest.raises(ValueError, match=r"\.bin: token \d+ has id \d+; the vocabulary allows"):
         run(loader, 20)
 
@@ -189,7 +189,7 @@ class Slow:
 
 def test_the_thread_works_ahead_and_keeps_the_order() -> None:
     data = Slow()
-    loader = Loader(data, Share(2, 2), prefetch_steps=2)
+    loader = Loader(data, BatchLayout(2, 2), prefetch_steps=2)
     assert rows(loader.next_step()) == [[0], [1]]
     assert data.enough.wait(10), "nothing was prefetched"
     assert [i for i, _ in data.asked] == sorted(i for i, _ in data.asked)
@@ -210,4 +210,4 @@ def test_batches_that_cannot_be_dealt_out_are_refused(
     arguments: tuple[int, int, int, int], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        Share(*arguments)
+        BatchLayout(*arguments)

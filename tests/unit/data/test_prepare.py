@@ -12,7 +12,7 @@ import pytest
 
 from megarlx.data.documents import BadLineError, Piece
 from megarlx.data.prepare import PrepareError, Settings, Share, make_piece, marker_path, prepare
-from megarlx.data.token_files import TokenFile
+from megarlx.data.token_files import TokenFile, TokenFileError, check_tokenizer
 from megarlx.data.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -153,6 +153,31 @@ def test_a_killed_run_goes_on_where_it_was(
     assert result(killed) == result(whole)
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+def test_a_worker_that_dies_ends_the_run_with_an_error(tmp_path: Path) -> None:
+    corpus(tmp_path, 40_000)
+    settings = settings_for(tmp_path, "out", processes=2)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.Popen(
+        command(settings), env=environment, stderr=subprocess.PIPE, text=True
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not list(Path(f"{settings.out}.pieces").glob("0*.json")):
+        assert process.poll() is None
+        time.sleep(0.005)
+    workers = [
+        int(child)
+        for child in children.read_text().split()
+        if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
+    ]
+    assert len(workers) == 2
+    os.kill(workers[0], signal.SIGKILL)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "a worker process ended with exit status -9" in error
+    assert not Path(f"{settings.out}.idx").exists()
+
+
 def test_finished_pieces_are_not_made_again(tmp_path: Path) -> None:
     corpus(tmp_path)
     settings = settings_for(tmp_path, "out")
@@ -184,6 +209,31 @@ def test_a_piece_that_is_gone_or_cut_short_is_named_and_made_anew(tmp_path: Path
         with pytest.raises(PrepareError, match=r"piece 3: .*00000003\.bin.*Run again"):
             prepare(settings, show=False)
     assert prepare(settings, show=False) is not None
+
+
+def test_a_run_killed_while_joining_goes_on_and_leaves_no_litter(tmp_path: Path) -> None:
+    corpus(tmp_path)
+    settings = settings_for(tmp_path, "out")
+    with pytest.raises(KeyboardInterrupt):
+        prepare(settings, Share(0, 2, _interrupt), show=False)
+    prepare(settings, Share(1, 2), show=False)
+    folder = Path(f"{settings.out}.pieces")
+    for name in ("../tokens.bin", "../tokens.idx", "00000002.bin", "00000002.json"):
+        (folder / f"{name}.partial-99999").write_bytes(b"half")
+    prepare(settings, show=False)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        *("tokens.bin", "tokens.idx", "tokens.json")
+    }
+
+
+def test_token_files_know_their_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text\n")
+    settings = settings_for(tmp_path, "out")
+    prepare(settings, show=False)
+    check_tokenizer(settings.out, load_tokenizer("bytes").fingerprint)
+    check_tokenizer(tmp_path / "other", "files of other tools pass")
+    with pytest.raises(TokenFileError, match=r"tokens\.bin: made with tokenizer 'bytes' .*uses zz"):
+        check_tokenizer(settings.out, "zz")
 
 
 def test_the_same_job_twice_does_nothing_and_another_is_refused(tmp_path: Path) -> None:

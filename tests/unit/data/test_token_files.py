@@ -20,8 +20,10 @@ from megarlx.data.token_files import (
 DOCUMENTS = [[3, 1, 4], [], [1, 5, 9, 2, 6], [5], [3, 5]]
 
 
-def write(prefix: Path, documents: list[list[int]] = DOCUMENTS, dtype: str = "u2") -> Path:
-    with TokenFileWriter(prefix, dtype) as writer:
+def write(
+    prefix: Path, documents: list[list[int]] = DOCUMENTS, dtype: str = "u2", sync: bool = True
+) -> Path:
+    with TokenFileWriter(prefix, dtype, sync) as writer:
         for document in documents:
             writer.add(document)
     return prefix
@@ -157,7 +159,7 @@ def test_any_mutated_index_gives_an_error_or_a_consistent_file(
     tmp_path_factory: pytest.TempPathFactory, mutations: list[tuple[int, int]]
 ) -> None:
     folder = tmp_path_factory.getbasetemp() / "fuzz"
-    prefix = write(folder / "a")
+    prefix = write(folder / "a", sync=False)
     raw = bytearray(idx_path(prefix).read_bytes())
     for at, value in mutations:
         raw[at] = value
@@ -170,7 +172,7 @@ def test_any_mutated_index_gives_an_error_or_a_consistent_file(
 def test_any_bytes_as_index_give_an_error_or_a_consistent_file(
     tmp_path_factory: pytest.TempPathFactory, raw: bytes, with_header: bool
 ) -> None:
-    prefix = write(tmp_path_factory.getbasetemp() / "fuzz" / "b")
+    prefix = write(tmp_path_factory.getbasetemp() / "fuzz" / "b", sync=False)
     header = idx_path(prefix).read_bytes()[: HEADER.size] if with_header else b""
     idx_path(prefix).write_bytes(header + raw)
     check_error_or_consistent(prefix)

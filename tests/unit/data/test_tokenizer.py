@@ -106,6 +106,7 @@ def test_word_lists_that_cannot_work_are_refused(words: list[str]) -> None:
 def test_the_fingerprint_depends_on_content_not_on_the_name() -> None:
     same, other = WordTokenizer(["a", "b"], "x"), WordTokenizer(["b", "a"], "x")
     assert WordTokenizer(["a", "b"], "y").fingerprint == same.fingerprint != other.fingerprint
+    assert ByteTokenizer().fingerprint != WordTokenizer([]).fingerprint
 
 
 def test_ids_outside_the_vocabulary_are_refused(tokenizer: Tokenizer) -> None:
