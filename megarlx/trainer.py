@@ -56,10 +56,10 @@ class Trainer:
 
     def forward_backward(self, objective: Objective) -> Tensor:
         """Leaves the objective's reduced gradients in its shard; returns this rank's loss."""
-        batch = objective.next_batch(self.steps_done)
+        batch = objective.next_batch()
         data_parallel = self.model.data_parallel
         # The one place where losses are normalised: by what all ranks have together.
-        normalizer = all_reduce_(batch.weight.clone(), data_parallel.group)
+        normalizer = all_reduce_(batch.weight, data_parallel.group)
         data_parallel.begin(self.optimizer.gradient_shard(objective.name))
         results = self.model.pipeline.forward_backward(
             {**batch.inputs, "normalizer": normalizer, "loss": objective.loss},

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-import torch  # noqa: F401 (loads the libraries that the extension is linked to)
-
 
 def _load() -> Any:
     try:
