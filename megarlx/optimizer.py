@@ -102,7 +102,8 @@ class AveragingAdamW:
     def restore(self, state: Mapping[str, Any]) -> None:
         """After `shards` were filled."""
         steps = state.get("steps")
-        if not isinstance(steps, dict) or set(steps) != set(self.settings):
+        fits = isinstance(steps, dict) and set(steps) == set(self.settings)
+        if not fits or any(type(n) is not int or n < 0 for n in steps.values()):  # type: ignore[union-attr]
             raise CheckpointError(
                 f"optimizer steps are {steps!r}; expected one count each of "
                 f"{', '.join(self.settings)}"
