@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from megarlx.checkpoint import WEIGHTS_ONLY, CheckpointError, Loaded, Pause, Saver, load
 from megarlx.comm.collectives import all_reduce_
 from megarlx.model.build import ParallelModel
 from megarlx.objectives.interface import Objective
@@ -70,6 +73,31 @@ class Trainer:
         if not results.losses:
             return torch.zeros(1, device=normalizer.device)
         return torch.stack(results.losses).sum(0)
+
+    def save(self, saver: Saver, run: Mapping[str, Any], *, blocking: bool = False) -> Pause:
+        """Begins a checkpoint of the steps done; `run` is what the caller wants back on resume."""
+        state = {"steps_done": self.steps_done, "optimizer": self.optimizer.state(), "run": run}
+        return saver.save(self.steps_done, self.optimizer.shards, state, blocking=blocking)
+
+    def resume(self, checkpoint: Path) -> Loaded:
+        """Everything as it was when the checkpoint was saved, in this layout."""
+        loaded = load(checkpoint, self.optimizer.shards, self.mesh.world)
+        steps, optimizer = loaded.state.get("steps_done"), loaded.state.get("optimizer")
+        if type(steps) is not int or not isinstance(optimizer, dict):
+            raise CheckpointError(
+                f"{checkpoint}: the state has steps_done {steps!r} and optimizer {optimizer!r}; "
+                "expected a whole number and an object"
+            )
+        self.optimizer.restore(optimizer)
+        self.steps_done = steps
+        return loaded
+
+    def start_from(self, checkpoint: Path) -> Loaded:
+        """The weights alone: optimizers and steps begin anew, as an excursion does by default."""
+        shards = self.optimizer.weight_shards
+        loaded = load(checkpoint, shards, self.mesh.world, ignore=WEIGHTS_ONLY)
+        self.optimizer.weights_from_masters()
+        return loaded
 
     def global_loss(self, losses: Mapping[str, Tensor]) -> dict[str, float]:
         """The same numbers on every rank; waits for the device, so for logging only."""

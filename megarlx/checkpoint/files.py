@@ -1,0 +1,140 @@
+"""Files that are whole or not there: safetensors written with their digest, folders synced."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megarlx.checkpoint.errors import CheckpointError
+from megarlx.checkpoint.manifest import SavedFile
+
+PIECE = 16 * 2**20  # bytes that are written, and hashed, at a time
+
+# safetensors' names of the types that a checkpoint holds
+TYPE_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor for a safetensors file; the values are asked for when their turn comes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def write_safetensors(path: Path, entries: Sequence[Entry], values: Iterable[Tensor]) -> SavedFile:
+    """Writes and syncs a new file; its digest is taken on the way, not by reading it again."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for entry in entries:
+        header[entry.name] = {
+            "dtype": TYPE_NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [position, position + entry.bytes],
+        }
+        position += entry.bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the values after it are then aligned
+    digest = hashlib.sha256()
+    try:
+        with open(path, "xb", buffering=0) as file:
+            write_all(file.fileno(), memoryview(len(text).to_bytes(8, "little") + text), digest)
+            for entry, tensor in zip(entries, values, strict=True):
+                if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
+                    raise ValueError(
+                        f"{entry.name} is {tuple(tensor.shape)} {tensor.dtype}; planned was "
+                        f"{entry.shape} {entry.dtype}"
+                    )
+                write_all(file.fileno(), _bytes_of(tensor), digest)
+            os.fsync(file.fileno())
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise CheckpointError(f"writing {path}: {error.strerror or error}") from error
+    return SavedFile(path.name, size, digest.hexdigest())
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def write_all(file: int, data: memoryview, digest: hashlib._Hash) -> None:
+    while data:
+        written = os.write(file, data[:PIECE])
+        digest.update(data[:written])
+        data = data[written:]
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(PIECE))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_new(path: Path, text: str) -> None:
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise CheckpointError(f"writing {path}: {error.strerror or error}") from error
+
+
+def replace_text(path: Path, text: str) -> None:
+    """The old content or the new, at any moment."""
+    temporary = path.with_name(f".{path.name}.new")
+    with suppress(FileNotFoundError):
+        temporary.unlink()
+    write_new(temporary, text)
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+class SafetensorsFile:
+    """A file mapped into memory: what is not used is never read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = safe_open(path, framework="pt")
+            self._names = frozenset(self._file.keys())
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+
+    def tensor(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        if name not in self._names:
+            raise CheckpointError(f"{self.path} has no entry {name!r}, which its manifest lists")
+        tensor = self._file.get_tensor(name)
+        if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
+            raise CheckpointError(
+                f"{self.path}: {name!r} is {list(tensor.shape)} {tensor.dtype}; its manifest says "
+                f"{list(shape)} {dtype}"
+            )
+        return tensor

@@ -1,0 +1,37 @@
+"""Whether the files of a checkpoint are those that were saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from megarlx.checkpoint.errors import CheckpointError
+from megarlx.checkpoint.files import sha256_of
+from megarlx.checkpoint.folder import check_sizes
+from megarlx.checkpoint.manifest import Manifest, SavedFile, read_manifest
+
+
+def check_digests(checkpoint: Path, files: Iterable[SavedFile]) -> None:
+    """Reads the files whole; all that are damaged are named."""
+    problems = []
+    for file in files:
+        path = checkpoint / file.name
+        try:
+            found = sha256_of(path)
+        except OSError as error:
+            problems.append(f"{path} cannot be read: {error.strerror}")
+            continue
+        if found != file.sha256:
+            problems.append(
+                f"{path} is damaged: its SHA-256 is {found}; its manifest says {file.sha256}"
+            )
+    if problems:
+        raise CheckpointError("\n".join(problems))
+
+
+def verify(checkpoint: Path) -> Manifest:
+    """Checks every byte of a checkpoint and returns its manifest."""
+    manifest = read_manifest(checkpoint)
+    check_sizes(checkpoint, manifest)
+    check_digests(checkpoint, manifest.files)
+    return manifest
