@@ -3,6 +3,7 @@
 #include <ATen/cpu/vec/vec.h>
 
 #include "cpu/kernels.h"
+#include "cpu/sample.h"
 
 #define MEGARLX_STRING_(x) #x
 #define MEGARLX_STRING(x) MEGARLX_STRING_(x)
@@ -12,6 +13,7 @@ extern "C" const megarlx::cpu::Kernels* megarlx_cpu_kernels() {
       megarlx::cpu::kKernelsVersion,
       MEGARLX_STRING(CPU_CAPABILITY),
       // sample
+      megarlx::cpu::sample,
       // token_loss
       // averaging
   };

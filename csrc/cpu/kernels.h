@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "math/common.h"
+#include "math/sample.h"
 
 namespace megarlx::cpu {
 
@@ -15,6 +16,7 @@ struct Kernels {
   std::int64_t version;
   const char* instruction_set;
   // sample
+  void (*sample)(const sampling::SampleArgs&, std::int64_t begin, std::int64_t end);
   // token_loss
   // averaging
 };
