@@ -185,7 +185,7 @@ Drawn sample_combine(const Tensor& partials, const Tensor& temperature) {
 #ifdef MEGARLX_CUDA
   if (partials.is_cuda()) {
     const cuda::OnDevice device(partials.device());
-    cuda::sample_combine(args, partial, shards, rows, 1, device.stream());
+    cuda::sample_combine(args, partial, shards, device.stream());
     device.check(op);
     return out;
   }

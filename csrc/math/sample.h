@@ -7,7 +7,7 @@
 //     score of a tile               c * largest x + log2(sum / E),  E = -log2(u), u uniform
 // and the token is drawn in two steps: the tile with the highest score (a Gumbel maximum over the
 // tiles' masses), then an id inside it by inversion in exact integer arithmetic. Both uniforms are
-// 64 bits of philox(seed, sequence, position, tile): they depend on nothing else, so a row gets the
+// bits of philox(seed, sequence, position, tile): they depend on nothing else, so a row gets the
 // same token in any batch, row order or split of the vocabulary at tile edges.
 //
 // Everything up to the winning tile is fp32 with each rounding written down (fmaf where a product
@@ -69,7 +69,11 @@ MEGARLX_HD Scale scale_of(float temperature) {
 // is a product so that NaN stays NaN.
 MEGARLX_HD float weight(float d, const float c, const float floor) {
   constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+#if defined(__CUDA_ARCH__)
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(d), "f"(floor));
+#else
   d = d < floor ? floor : d;
+#endif
   const float shifted = fused(d, c, kShift);
   const float f = fused(d, c, -(shifted - kShift));
   float p = 0x1.5bba14p-10f;
@@ -104,13 +108,12 @@ MEGARLX_HD float log2_of(float v) {
   return fused(log2_series(f), f, static_cast<float>(exponent));
 }
 
-// -log2(u) for u = (bits + 1/2) / 2^64. Near u = 1 it is taken from 1 - u, which the complement of
-// the bits gives to full relative precision: both tails have the resolution of 64 bits.
+// -log2(u) for u = (the upper 63 bits + 1/2) / 2^63. Near u = 1 it is taken from 1 - u, which the
+// complement of the bits gives to full relative precision: both tails reach to 2^-64.
 MEGARLX_HD float exponential_base2(std::uint64_t bits) {
-  constexpr float kUnit = 0x1p-64f;
-  const float u = (static_cast<float>(static_cast<std::int64_t>(bits >> 1)) * 2.0f + 0.5f) * kUnit;
-  const float v =
-      (static_cast<float>(static_cast<std::int64_t>(~bits >> 1)) * 2.0f + 0.5f) * kUnit;
+  constexpr float kUnit = 0x1p-63f;
+  const float u = (static_cast<float>(static_cast<std::int64_t>(bits >> 1)) + 0.5f) * kUnit;
+  const float v = (static_cast<float>(static_cast<std::int64_t>(~bits >> 1)) + 0.5f) * kUnit;
   const bool near_one = u > 0.75f;
   const float far = -log2_of(near_one ? 0.5f : u);
   const float f = near_one ? -v : 0.0f;
@@ -251,10 +254,12 @@ struct Partial {
     model.clear();
     sampled.clear();
   }
-  // `other` holds higher ids: of equal scores the lower id stays.
+  // Of equal scores the lower id stays, whatever the order of merging.
   MEGARLX_HD void merge(const Partial& other) {
     invalid |= other.invalid;
-    if (other.token >= 0 && (token < 0 || other.score > score)) {
+    const bool tie = !(other.score > score) && !(score > other.score);
+    if (other.token >= 0 &&
+        (token < 0 || other.score > score || (tie && other.token < token))) {
       score = other.score;
       token = other.token;
       logit = other.logit;

@@ -60,6 +60,7 @@ def sample(
     """
     _check_tensor("logits", logits)
     _check_tensor("keys", keys)
+    logits = logits.detach()  # a draw has no gradient, and token_loss gives that of log-probs
     device = logits.device
     seed_tensor = _as_tensor("seed", seed, torch.int64, device)
     heat = _as_tensor("temperature", temperature, torch.float32, device)
