@@ -10,6 +10,15 @@
 
 TORCH_LIBRARY(megarlx, m) {
   // sample
+  m.def(
+      "sample(Tensor logits, Tensor seed, Tensor keys, Tensor temperature, Tensor? top_k, "
+      "Tensor? top_p, Tensor? min_p, int vocab_size) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "sample_partials(Tensor logits, Tensor seed, Tensor keys, Tensor temperature, int first_id, "
+      "int vocab_size) -> Tensor");
+  m.def("sample_combine(Tensor partials, Tensor temperature) -> (Tensor, Tensor, Tensor)");
+  m.def("philox(Tensor counters, Tensor key) -> Tensor");
+  m.def("gumbel(Tensor bits) -> Tensor");
 
   // token_loss. "fields" [tokens, kFields] and "partials" [kPartials, tokens] are those of
   // math/token_loss.h; targets are global ids; columns whose global id is vocab_size or more are
