@@ -38,6 +38,11 @@ def fill_(shards: FlatShards, value: float) -> None:
         shard.fill_(value)
 
 
+def save_whole(saver: Saver, iteration: int, shards: FlatShards, blocking: bool) -> None:
+    saver.save(iteration, shards, {}, blocking=blocking)
+    saver.wait()
+
+
 def loaded_value(checkpoint: Path) -> float:
     """The one number that all weights of the checkpoint are."""
     shards = flat_shards(-3.0)
@@ -134,8 +139,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_good_and_says_so(
 
     monkeypatch.setattr("megarlx.checkpoint.files.os.fsync", full)
     with pytest.raises(CheckpointError) as error:
-        saver.save(2, shards, {}, blocking=blocking)
-        saver.wait()
+        save_whole(saver, 2, shards, blocking)
     text = str(error.value)
     assert "No space left on device" in text
     assert when in text
@@ -262,7 +266,7 @@ def test_no_checkpoint_is_none_and_only_damaged_ones_are_an_error(tmp_path: Path
     assert latest(tmp_path) is None
     found = saved(tmp_path)
     (found.path / "optimizer-00000.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="no complete checkpoint.*optimizer-00000"):
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint.*optimizer-00000"):
         latest(tmp_path)
 
 
