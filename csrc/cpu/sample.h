@@ -85,7 +85,7 @@ struct RowSampler {
   Scale model;
   RowKey key;
   bool one_mass;
-  Partial partial;
+  sampling::Partial partial;
   std::int64_t best_tile = -1;
   float best_largest = 0.0f;
   std::uint64_t best_noise = 0;
