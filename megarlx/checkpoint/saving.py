@@ -179,6 +179,8 @@ class Saver:
         rows = gather_values([name, text], self.world)
         for rank, (_, other) in enumerate(rows):
             if other != rows[0][1]:
+                if self.world.is_first:
+                    (self.folder / name).rmdir()
                 raise CheckpointError(
                     f"{task}: the state differs between rank {self.world.ranks[0]} and rank "
                     f"{self.world.ranks[rank]}: {_first_difference(rows[0][1], other)}"
