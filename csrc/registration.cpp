@@ -10,6 +10,15 @@
 
 TORCH_LIBRARY(megarlx, m) {
   // sample
+  m.def(
+      "sample(Tensor logits, Tensor seed, Tensor keys, Tensor temperature, Tensor? top_k, "
+      "Tensor? top_p, Tensor? min_p, int vocab_size) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "sample_partials(Tensor logits, Tensor seed, Tensor keys, Tensor temperature, int first_id, "
+      "int vocab_size) -> Tensor");
+  m.def("sample_combine(Tensor partials, Tensor temperature) -> (Tensor, Tensor, Tensor)");
+  m.def("philox(Tensor counters, Tensor key) -> Tensor");
+  m.def("gumbel(Tensor bits) -> Tensor");
 
   // token_loss. "fields" [tokens, kFields] and "partials" [kPartials, tokens] are those of
   // math/token_loss.h; targets are global ids; columns whose global id is vocab_size or more are
@@ -18,7 +27,7 @@ TORCH_LIBRARY(megarlx, m) {
       "Tensor targets, Tensor? mask, Tensor? advantages, Tensor? old_logprobs, "
       "Tensor? ref_logprobs, Tensor? token_weights, Tensor normalizer, Tensor temperature, ";
   const std::string spec =
-      "str mode, str kl, float clip_low, float clip_high, float dual_clip, "
+      "str objective, str kl, float clip_low, float clip_high, float dual_clip, "
       "float kl_coefficient, float entropy_coefficient, ";
   const std::string results = "(Tensor loss, Tensor logprobs, Tensor entropy, Tensor metrics, ";
   const auto define = [&m](const std::string& schema) { m.def(schema.c_str()); };
@@ -31,8 +40,12 @@ TORCH_LIBRARY(megarlx, m) {
          "int vocab_start, int vocab_size, " + spec + "bool with_gradient) -> " + results +
          "Tensor gradient)");
   define("linear_token_loss(Tensor hidden, Tensor weight, " + tokens + "int vocab_size, " + spec +
-         "int rows_per_chunk, bool with_gradient) -> " + results +
+         "int rows_per_chunk, bool drop_masked, bool with_gradient) -> " + results +
          "Tensor grad_hidden, Tensor grad_weight)");
+  // Private: adds to grad_weight in forward, for a backward that runs once with gradient 1.
+  define("_linear_token_loss_(Tensor hidden, Tensor weight, " + tokens + "int vocab_size, " + spec +
+         "int rows_per_chunk, bool drop_masked, Tensor(a!) grad_weight) -> " + results +
+         "Tensor grad_hidden)");
   // Private: one chunk of linear_token_loss. The gradient (null: none) may be the logits
   // themselves where the dtypes agree; given partials are not computed again.
   define("_token_loss_rows_(Tensor(a!) logits, Tensor? partials, " + tokens +

@@ -4,10 +4,14 @@
 
 #include <ATen/Parallel.h>
 #include <torch/library.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include <string>
 
 #include "dispatch.h"
+#include "token_loss.h"
 #ifdef MEGARLX_CUDA
 #include "cuda/launchers.h"
 #include "cuda/stream.h"
@@ -16,18 +20,14 @@
 namespace megarlx {
 namespace {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
 struct SpecArguments {
-  const std::string& mode;
-  const std::string& kl;
+  c10::string_view mode, kl;
   double clip_low, clip_high, dual_clip, kl_coefficient, entropy_coefficient;
 };
 
 LossSpec read_spec(const char* op, const SpecArguments& given) {
   LossSpec spec{};
-  const std::string& mode = given.mode;
+  const c10::string_view mode = given.mode;
   if (mode == "nll") {
     spec.mode = LossMode::kNll;
   } else if (mode == "reinforce") {
@@ -38,7 +38,7 @@ LossSpec read_spec(const char* op, const SpecArguments& given) {
     MEGARLX_CHECK(op, mode == "cispo", "mode", mode, "nll, reinforce, ppo_clip, cispo");
     spec.mode = LossMode::kCispo;
   }
-  const std::string& kl = given.kl;
+  const c10::string_view kl = given.kl;
   if (kl == "none") {
     spec.kl = KlEstimator::kNone;
   } else if (kl == "k1") {
@@ -63,11 +63,6 @@ LossSpec read_spec(const char* op, const SpecArguments& given) {
   spec.kl_coefficient = given.kl_coefficient;
   spec.entropy_coefficient = given.entropy_coefficient;
   return spec;
-}
-
-// The dtype of sums, inputs and results.
-at::ScalarType precision_of(const Tensor& logits) {
-  return logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
 Dtype read_dtype(const char* op, const char* argument, const Tensor& tensor) {
@@ -187,7 +182,7 @@ void run(const char* op, const Tensor& logits, const TokenLossArgs& args, bool s
   }
 #ifdef MEGARLX_CUDA
   const cuda::OnDevice device(logits.device());
-  cuda::launch_token_loss(args, sums_are_given, device.stream());
+  cuda::token_loss(args, sums_are_given, device.stream());
   device.check(op);
 #else
   MEGARLX_CHECK(op, false, "logits's device", logits.device(), "cpu (this build has no CUDA)");
@@ -197,18 +192,6 @@ void run(const char* op, const Tensor& logits, const TokenLossArgs& args, bool s
 struct Results {
   Tensor logprobs, entropy, fields;
 };
-
-// In fp64, so that the number of tokens does not limit what a sum can resolve.
-std::tuple<Tensor, Tensor> token_loss_sums(const Tensor& fields) {
-  MEGARLX_CHECK("_token_loss_sums", fields.dim() == 2 && fields.size(1) == kFields,
-                "fields's shape", fields.sizes(), "[tokens, 8]");
-  if (fields.size(0) == 0) {
-    return {at::zeros({}, fields.options()), at::zeros({kFields}, fields.options())};
-  }
-  const Tensor sums = fields.sum(0, /*keepdim=*/false, at::kDouble).to(fields.scalar_type());
-  const Tensor largest_ratio = fields.select(1, kRatio).amax(0, /*keepdim=*/true);
-  return {sums.select(0, kLoss).clone(), at::cat({sums.slice(0, kTokens), largest_ratio})};
-}
 
 Results allocate(const Tensor& logits, TokenLossArgs& args) {
   const auto options = logits.options().dtype(precision_of(logits));
@@ -220,9 +203,24 @@ Results allocate(const Tensor& logits, TokenLossArgs& args) {
   return results;
 }
 
+// Asks for 2 MiB pages: a fresh gradient of the size of the logits otherwise costs more time in
+// page faults than in arithmetic. Only a hint, so what the kernel answers does not matter.
+void want_huge_pages(const Tensor& tensor) {
+#ifdef __linux__
+  constexpr std::uintptr_t kPage = std::uintptr_t{2} << 20;
+  const auto begin = reinterpret_cast<std::uintptr_t>(tensor.const_data_ptr());
+  const auto first = (begin + kPage - 1) / kPage * kPage,
+             last = (begin + tensor.nbytes()) / kPage * kPage;
+  if (tensor.is_cpu() && first < last) {
+    (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  }
+#endif
+}
+
 Tensor allocate_gradient(const Tensor& logits, bool with_gradient, TokenLossArgs& args) {
   if (!with_gradient) return at::empty({0}, logits.options());
   Tensor gradient = at::empty({args.tokens, args.columns}, logits.options());
+  want_huge_pages(gradient);
   args.gradient = gradient.mutable_data_ptr();
   args.gradient_stride = args.columns;
   args.gradient_dtype = args.logits_dtype;
@@ -233,9 +231,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_loss(
     const Tensor& logits, const Tensor& targets, const OptionalTensor& mask,
     const OptionalTensor& advantages, const OptionalTensor& old_logprobs,
     const OptionalTensor& ref_logprobs, const OptionalTensor& token_weights,
-    const Tensor& normalizer, const Tensor& temperature, int64_t vocab_size,
-    const std::string& mode, const std::string& kl, double clip_low, double clip_high,
-    double dual_clip, double kl_coefficient, double entropy_coefficient, bool with_gradient) {
+    const Tensor& normalizer, const Tensor& temperature, int64_t vocab_size, c10::string_view mode,
+    c10::string_view kl, double clip_low, double clip_high, double dual_clip, double kl_coefficient,
+    double entropy_coefficient, bool with_gradient) {
   const char* op = "token_loss";
   TokenLossArgs args = read_logits(op, logits, targets, mask, temperature, 0, vocab_size);
   read_tokens(op, logits, {advantages, old_logprobs, ref_logprobs, token_weights, normalizer},
@@ -267,7 +265,7 @@ Tensor token_loss_partials(const Tensor& logits, const Tensor& targets, const Op
   }
 #ifdef MEGARLX_CUDA
   const cuda::OnDevice device(logits.device());
-  cuda::launch_token_loss_partials(args, device.stream());
+  cuda::token_loss_partials(args, device.stream());
   device.check(op);
 #else
   MEGARLX_CHECK(op, false, "logits's device", logits.device(), "cpu (this build has no CUDA)");
@@ -286,8 +284,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_loss_finish(
     const OptionalTensor& advantages, const OptionalTensor& old_logprobs,
     const OptionalTensor& ref_logprobs, const OptionalTensor& token_weights,
     const Tensor& normalizer, const Tensor& temperature, int64_t vocab_start, int64_t vocab_size,
-    const std::string& mode, const std::string& kl, double clip_low, double clip_high,
-    double dual_clip, double kl_coefficient, double entropy_coefficient, bool with_gradient) {
+    c10::string_view mode, c10::string_view kl, double clip_low, double clip_high, double dual_clip,
+    double kl_coefficient, double entropy_coefficient, bool with_gradient) {
   const char* op = "token_loss_finish";
   TokenLossArgs args = read_logits(op, logits, targets, mask, temperature, vocab_start, vocab_size);
   read_tokens(op, logits, {advantages, old_logprobs, ref_logprobs, token_weights, normalizer},
@@ -301,15 +299,57 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_loss_finish(
   return {loss, results.logprobs, results.entropy, metrics, gradient};
 }
 
+template <typename T>
+void add_fields(const Tensor& fields, double (&sums)[kFields], double& largest_ratio) {
+  const T* field = fields.const_data_ptr<T>();
+  for (int64_t i = 0; i < fields.size(0); ++i, field += kFields) {
+    for (int k = 0; k < kFields; ++k) sums[k] += static_cast<double>(field[k]);
+    const double ratio = field[kRatio];
+    if (ratio > largest_ratio || std::isnan(ratio)) largest_ratio = ratio;
+  }
+}
+
+}  // namespace
+
+// In fp64, so that the number of tokens does not limit what a sum can resolve.
+std::tuple<Tensor, Tensor> token_loss_sums(const Tensor& fields) {
+  MEGARLX_CHECK("_token_loss_sums", fields.dim() == 2 && fields.size(1) == kFields,
+                "fields's shape", fields.sizes(), "[tokens, 8]");
+  const auto dtype = fields.scalar_type();
+  MEGARLX_CHECK("_token_loss_sums", dtype == at::kFloat || dtype == at::kDouble, "fields's dtype",
+                dtype, "float32, float64");
+  MEGARLX_CHECK("_token_loss_sums", fields.is_contiguous(), "fields's strides", fields.strides(),
+                "contiguous");
+  if (fields.size(0) == 0) {
+    return {at::zeros({}, fields.options()), at::zeros({kFields}, fields.options())};
+  }
+  if (fields.is_cpu()) {  // the same as below without six calls
+    double sums[kFields] = {}, largest_ratio = 0;
+    if (dtype == at::kFloat) {
+      add_fields<float>(fields, sums, largest_ratio);
+    } else {
+      add_fields<double>(fields, sums, largest_ratio);
+    }
+    Tensor metrics = at::empty({kFields}, fields.options().dtype(at::kDouble));
+    double* metric = metrics.mutable_data_ptr<double>();
+    std::copy(sums + kTokens, sums + kFields, metric);
+    metric[kFields - 1] = largest_ratio;
+    return {at::scalar_tensor(sums[kLoss], fields.options()), metrics.to(dtype)};
+  }
+  const Tensor sums = fields.sum(0, /*keepdim=*/false, at::kDouble).to(dtype);
+  const Tensor largest_ratio = fields.select(1, kRatio).amax(0, /*keepdim=*/true);
+  return {sums.select(0, kLoss).clone(), at::cat({sums.slice(0, kTokens), largest_ratio})};
+}
+
 void token_loss_rows_(Tensor& logits, const OptionalTensor& partials, const Tensor& targets,
                       const OptionalTensor& mask, const OptionalTensor& advantages,
                       const OptionalTensor& old_logprobs, const OptionalTensor& ref_logprobs,
                       const OptionalTensor& token_weights, const Tensor& normalizer,
                       const Tensor& temperature, int64_t vocab_start, int64_t vocab_size,
-                      const std::string& mode, const std::string& kl, double clip_low,
-                      double clip_high, double dual_clip, double kl_coefficient,
-                      double entropy_coefficient, const OptionalTensor& gradient, Tensor& logprobs,
-                      Tensor& entropy, Tensor& fields) {
+                      c10::string_view mode, c10::string_view kl, double clip_low, double clip_high,
+                      double dual_clip, double kl_coefficient, double entropy_coefficient,
+                      const OptionalTensor& gradient, Tensor& logprobs, Tensor& entropy,
+                      Tensor& fields) {
   const char* op = "_token_loss_rows_";
   TokenLossArgs args = read_logits(op, logits, targets, mask, temperature, vocab_start, vocab_size);
   read_tokens(op, logits, {advantages, old_logprobs, ref_logprobs, token_weights, normalizer},
@@ -340,6 +380,8 @@ void token_loss_rows_(Tensor& logits, const OptionalTensor& partials, const Tens
   args.fields = fields.mutable_data_ptr();
   run(op, logits, args, partials.has_value());
 }
+
+namespace {
 
 void register_ops(torch::Library& m) {
   m.impl("token_loss", token_loss);

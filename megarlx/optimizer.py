@@ -105,7 +105,7 @@ class AveragingAdamW:
         if (
             not isinstance(steps, dict)
             or set(steps) != set(self.settings)
-            or any(type(count) is not int or count < 0 for count in steps.values())
+            or any(type(n) is not int or n < 0 for n in steps.values())
         ):
             raise CheckpointError(
                 f"optimizer steps are {steps!r}; expected one count each of "

@@ -14,7 +14,7 @@ LR, BETAS, EPS, DECAY = 1e-3, (0.9, 0.95), 1e-8, 0.1
 
 
 def pass_bytes(n: int) -> int:
-    """Bytes an element: master read and written, n × (g, m, v read; m, v written), bf16 copy out."""
+    """Of an element: master read and written, n × (g, m, v read; m, v written), bf16 copy out."""
     return 8 + n * 20 + 2
 
 
@@ -92,9 +92,8 @@ def average_rows(n: int, count: int, compiled: bool) -> list[Row]:
     name, ours = f"average_adamw_ n={n}", 1e3 * seconds["ours"]
     rate = pass_bytes(n) * count / seconds["ours"] / 1e9
     copy_rate = 8 * count / seconds["copy"] / 1e9
-    fused_name = (
-        "torch fused AdamW + cast" if n == 1 else f"snapshot + {n} torch fused AdamW + combine"
-    )
+    combined = f"snapshot + {n} torch fused AdamW + combine"
+    fused_name = "torch fused AdamW + cast" if n == 1 else combined
     found = [
         row(name, size, ours, 1e3 * seconds["fused"], fused_name, "ms"),
         row(name, size, rate, copy_rate, "copy", "GB/s"),

@@ -5,6 +5,7 @@ Letters: T tokens, d hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
@@ -28,7 +29,7 @@ def backward_of(loss: Callable[[], Tensor], *inputs: Tensor) -> Callable[[], Non
     def run() -> None:
         for tensor in inputs:
             tensor.grad = None
-        loss().backward()  # type: ignore[no-untyped-call]
+        loss().backward()
 
     return run
 
@@ -96,7 +97,9 @@ def from_hidden(tokens: int, hidden_size: int, vocabulary: int) -> list[Row]:
 def peak_megabytes(route: str, tokens: int, hidden_size: int, vocabulary: int) -> float:
     """Resident memory that one forward and backward adds, in a process of its own."""
     command = [sys.executable, __file__, route, str(tokens), str(hidden_size), str(vocabulary)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
+    return float(done.stdout)
 
 
 def measure_peak(route: str, tokens: int, hidden_size: int, vocabulary: int) -> float:
@@ -108,7 +111,7 @@ def measure_peak(route: str, tokens: int, hidden_size: int, vocabulary: int) -> 
             loss = linear_token_loss(hidden, weight, targets, LossSpec(), normalizer=count).loss
         else:
             loss = F.cross_entropy(hidden @ weight.t(), targets)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     step(64, 32, 64)  # loads libraries and starts threads
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

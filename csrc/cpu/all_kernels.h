@@ -4,6 +4,7 @@
 
 #include "cpu/averaging.h"
 #include "cpu/kernels.h"
+#include "cpu/sample.h"
 #include "cpu/token_loss.h"
 
 #define MEGARLX_STRING_(x) #x
@@ -14,6 +15,7 @@ extern "C" const megarlx::cpu::Kernels* megarlx_cpu_kernels() {
       megarlx::cpu::kKernelsVersion,
       MEGARLX_STRING(CPU_CAPABILITY),
       // sample
+      megarlx::cpu::sample,
       // token_loss
       megarlx::cpu::token_loss,
       megarlx::cpu::token_loss_partials,

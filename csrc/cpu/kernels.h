@@ -7,6 +7,7 @@
 #include "math/adamw.h"
 #include "math/common.h"
 #include "math/replica_average.h"
+#include "math/sample.h"
 #include "math/token_loss.h"
 
 namespace megarlx::cpu {
@@ -18,6 +19,7 @@ struct Kernels {
   std::int64_t version;
   const char* instruction_set;
   // sample
+  void (*sample)(const sampling::SampleArgs&, std::int64_t begin, std::int64_t end);
   // token_loss
   void (*token_loss)(const TokenLossArgs& args, bool sums_are_given, std::int64_t begin,
                      std::int64_t end);

@@ -30,15 +30,19 @@ inline const float* read_block(const c10::BFloat16* row, std::int64_t i, std::in
   return buffer;
 }
 
-// The vector at x, its lanes from `n` on filled with -inf: they add nothing to any sum.
-template <typename T>
-at::vec::Vectorized<T> load_or_lowest(const T* x, std::int64_t n) {
+// Calls visit(vector, i, lanes) over x[0, n). The lanes of the last one that lie beyond n hold
+// -inf: they add nothing to any sum.
+template <typename T, typename Visit>
+inline void for_each_vector(const T* x, std::int64_t n, const Visit& visit) {
   using Vec = at::vec::Vectorized<T>;
-  if (n >= Vec::size()) return Vec::loadu(x);
-  __at_align__ T lanes[Vec::size()];
-  std::fill_n(lanes, Vec::size(), -std::numeric_limits<T>::infinity());
-  std::copy_n(x, n, lanes);
-  return Vec::loadu(lanes);
+  constexpr std::int64_t kLanes = Vec::size();
+  std::int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) visit(Vec::loadu(x + i), i, kLanes);
+  if (i == n) return;
+  __at_align__ T lanes[kLanes];
+  std::fill_n(lanes, kLanes, -std::numeric_limits<T>::infinity());
+  std::copy_n(x + i, n - i, lanes);
+  visit(Vec::loadu(lanes), i, n - i);
 }
 
 template <typename T>
@@ -49,7 +53,6 @@ T horizontal_sum(at::vec::Vectorized<T> x) {
 template <typename T, typename Logit>
 RowSums<T> row_sums(const Logit* row, std::int64_t valid, T inverse_temperature) {
   using Vec = at::vec::Vectorized<T>;
-  constexpr std::int64_t kLanes = Vec::size();
   const Vec scale(inverse_temperature), lowest{T(kLowestExponent)};
   T maximum = std::numeric_limits<T>::lowest();
   Vec exp_sum(T(0)), exp_z_sum(T(0));
@@ -58,13 +61,15 @@ RowSums<T> row_sums(const Logit* row, std::int64_t valid, T inverse_temperature)
     const std::int64_t n = std::min(kBlock, valid - i);
     const T* block = read_block(row, i, n, buffer);
     Vec top(std::numeric_limits<T>::lowest());
-    for (std::int64_t j = 0; j < n; j += kLanes) {
-      top = at::vec::clamp_min(load_or_lowest(block + j, n - j) * scale, top);
-    }
+    for_each_vector(block, n, [&](Vec x, std::int64_t, std::int64_t) {
+      top = at::vec::clamp_min(x * scale, top);
+    });
     // maximum(), unlike clamp_min, would keep a NaN here; the sums below do that.
     const T block_top =
         at::vec::vec_reduce_all<T>([](auto& a, auto& b) { return at::vec::clamp_min(a, b); }, top);
-    if (block_top > maximum) {
+    if (i == 0) {
+      maximum = block_top;
+    } else if (block_top > maximum) {
       // Moves the sums to the new maximum: z - new = (z - old) + (old - new).
       const T step = std::max(maximum - block_top, T(kLowestExponent));
       const Vec factor(std::exp(step));
@@ -73,13 +78,12 @@ RowSums<T> row_sums(const Logit* row, std::int64_t valid, T inverse_temperature)
       maximum = block_top;
     }
     const Vec top_of_all(maximum);
-    for (std::int64_t j = 0; j < n; j += kLanes) {
-      const Vec z = load_or_lowest(block + j, n - j) * scale;
-      const Vec gap = at::vec::clamp_min(z - top_of_all, lowest);
+    for_each_vector(block, n, [&](Vec x, std::int64_t, std::int64_t) {
+      const Vec gap = at::vec::clamp_min(at::vec::fmsub(x, scale, top_of_all), lowest);
       const Vec e = fast_exp(gap);
       exp_sum = exp_sum + e;
       exp_z_sum = at::vec::fmadd(e, gap, exp_z_sum);
-    }
+    });
   }
   RowSums<T> sums{maximum, horizontal_sum(exp_sum), horizontal_sum(exp_z_sum), T(0)};
   // The fast exponential of a NaN is a number; the product with the gap is not.
@@ -91,7 +95,6 @@ template <typename T, typename Logit, typename Gradient>
 void write_gradient(const Logit* row, Gradient* gradient, std::int64_t valid, std::int64_t columns,
                     T inverse_temperature, T maximum, const TokenTerms<T>& terms) {
   using Vec = at::vec::Vectorized<T>;
-  constexpr std::int64_t kLanes = Vec::size();
   const Vec scale(inverse_temperature), top(maximum), lowest{T(kLowestExponent)};
   const Vec flat(-terms.flat), slope(-terms.slope);
   __at_align__ T buffer[kBlock];
@@ -105,16 +108,15 @@ void write_gradient(const Logit* row, Gradient* gradient, std::int64_t valid, st
     } else {
       out = results;
     }
-    for (std::int64_t j = 0; j < n; j += kLanes) {
-      const Vec z = load_or_lowest(block + j, n - j) * scale;
-      const Vec gap = at::vec::clamp_min(z - top, lowest);
+    for_each_vector(block, n, [&](Vec x, std::int64_t j, std::int64_t lanes) {
+      const Vec gap = at::vec::clamp_min(at::vec::fmsub(x, scale, top), lowest);
       const Vec value = fast_exp(gap) * at::vec::fmadd(slope, gap, flat);
-      if (n - j >= kLanes) {
+      if (lanes == Vec::size()) {
         value.store(out + j);
       } else {
-        value.store(out + j, static_cast<int>(n - j));
+        value.store(out + j, static_cast<int>(lanes));
       }
-    }
+    });
     if constexpr (!std::is_same_v<T, Gradient>) at::vec::convert(results, gradient + i, n);
   }
   std::fill(gradient + valid, gradient + columns, Gradient(T(0)));

@@ -98,7 +98,7 @@ MEGARLX_HD TokenTerms<T> token_terms(const LossSpec& spec, const RowSums<T>& row
   // The objective and its derivative by the log-prob. Without old log-probs the current policy is
   // its own old one: the ratio is 1 in value and still has a gradient.
   const T old_gap = in.has_old ? logprob - in.old_logprob : logprob - logprob;
-  const T ratio = limited_exp(old_gap);
+  const T ratio = in.has_old ? limited_exp(old_gap) : 1 + old_gap;
   const T low = T(1 - spec.clip_low), high = T(1 + spec.clip_high);
   const T advantage = in.advantage;
   T objective = 0, slope = 0;

@@ -69,7 +69,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float) -
         return _causal(q, k, v, scale).flatten(0, 1)
     buckets = documents.buckets
     parts = zip(*(to_buckets(x, buckets) for x in (q, k, v)), strict=True)
-    return from_buckets([_causal(*part, scale) for part in parts], buckets)
+    return from_buckets([_causal(q, k, v, scale) for q, k, v in parts], buckets)
 
 
 def _decode(q: Tensor, cache: LayerCache, scale: float, flash: _Flash | None) -> Tensor:

@@ -46,7 +46,6 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     bucket_elements: int = 25_000_000,
-    through_host: bool = False,
 ) -> ParallelModel:
     """The same model for every mesh: its weights depend on `config` and `seed` alone."""
     check_layout(
@@ -110,7 +109,6 @@ def build_model(
             hidden_shape=hidden_shape,
             dtype=dtype,
             device=device,
-            through_host=through_host,
         ),
     )
 

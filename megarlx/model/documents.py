@@ -98,14 +98,14 @@ class Documents:
                 groups.setdefault(padded_length(length), []).append(index)
         device = self.offsets.device
         source, sizes = [], []
-        for length, members in sorted(groups.items()):
-            index = torch.tensor(members, device=device)
-            begin, end = self.offsets[index].long(), self.offsets[index + 1].long()
-            steps = begin[:, None] + torch.arange(length, device=device)
+        for padded, members in sorted(groups.items()):
+            chosen = torch.tensor(members, device=device)
+            begin, end = self.offsets[chosen].long(), self.offsets[chosen + 1].long()
+            steps = begin[:, None] + torch.arange(padded, device=device)
             source.append(torch.minimum(steps, end[:, None] - 1).flatten())
-            sizes.append((len(members), length))
+            sizes.append((len(members), padded))
         places = torch.cat(source)
-        # walking backwards, the last write of a token is its own place, not its repetition
+        # repetitions of a document's last token stand right behind it
         place = torch.empty(self.tokens, dtype=torch.int64, device=device)
         first = torch.ones_like(places, dtype=torch.bool)
         first[1:] = places[1:] != places[:-1]

@@ -50,20 +50,25 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        activated = F.silu(gate)
+        # its exponentials cost a CPU more than reading them back; on CUDA memory is dearer
+        kept = None if gate_up.is_cuda else activated
+        ctx.save_for_backward(gate_up, kept)
+        return activated * up if kept is not None else activated.mul_(up)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor]:
-        (gate_up,) = ctx.saved_tensors
+        gate_up, activated = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
         out = torch.empty_like(gate_up)
         grad_gate, grad_up = out.chunk(2, dim=-1)
-        torch.mul(grads[0], F.silu(gate), out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grads[0] * up, gate, grad_input=grad_gate)
+        torch.mul(grads[0], F.silu(gate) if activated is None else activated, out=grad_up)
+        torch.mul(grads[0], up, out=grad_gate)
+        torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
         return (out,)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
+    """[T, 2F], gate before up, to [T, F]."""
     return _SwiGLU.apply(gate_up)

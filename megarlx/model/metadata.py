@@ -74,9 +74,8 @@ def parameter_layouts(
         )
 
     def matrix(*pieces: Piece) -> ParameterLayout:
-        shape = (sum(p.size for p in pieces), pieces[0].global_shape[1])
-        if pieces[0].dim == 1:
-            shape = pieces[0].shape
+        rows = sum(p.size for p in pieces)
+        shape = pieces[0].shape if pieces[0].dim == 1 else (rows, pieces[0].global_shape[1])
         return ParameterLayout(shape, pieces, weight_decay=True)
 
     def vector(*pieces: Piece) -> ParameterLayout:

@@ -290,6 +290,7 @@ class Stage(nn.Module):
         inputs: Tensor,
         *,
         documents: Documents | Tensor | None = None,
+        longest: int | None = None,
         positions: Tensor | None = None,
         cache: CacheStep | None = None,
         loss: Callable[..., TokenLoss] | None = None,
@@ -298,11 +299,13 @@ class Stage(nn.Module):
         """Token ids ([B, S] or [T]) on the first stage, hidden states [t, hidden] on the others.
 
         `documents` as a tensor is offsets, of any shape that flattens to [N + 1] (a pipeline cuts
-        them into [1, N + 1] a micro-batch); without it every row of [B, S] ids is a document.
+        them into [1, N + 1] a micro-batch), with `longest` a bound on their length if one is known;
+        without `documents` every row of [B, S] ids is one. `positions` are by default counted from
+        each document's beginning.
         Returns hidden states [t, hidden]; on the last stage normalised ones [T, hidden], or with
         `loss` (the signature of `linear_token_loss`, its spec bound) the loss as shape [1].
         """
-        documents = self._documents(inputs, documents, cache)
+        documents = self._documents(inputs, documents, longest, cache)
         if self.has_embedding:
             inputs = inputs.reshape(-1)
         self._check_tokens(inputs, documents)
@@ -328,14 +331,13 @@ class Stage(nn.Module):
             name: value.reshape(-1) if isinstance(value, Tensor) and value.dim() == 2 else value
             for name, value in loss_inputs.items()
         }
-        # `_enter_head` sums the gradient of hidden states over the ranks in its backward
         result = loss(
             x,
             self.head_weight,
             **flat,
             group=self.group,
             vocab_size=self.config.vocab_size,
-            reduce_hidden_grad=False,
+            reduce_hidden_grad=False,  # the way into the head sums it
         )
         return result.loss.reshape(1)
 
@@ -357,7 +359,11 @@ class Stage(nn.Module):
         return entered
 
     def _documents(
-        self, inputs: Tensor, documents: Documents | Tensor | None, cache: CacheStep | None
+        self,
+        inputs: Tensor,
+        documents: Documents | Tensor | None,
+        longest: int | None,
+        cache: CacheStep | None,
     ) -> Documents:
         if isinstance(documents, Documents):
             return documents
@@ -367,13 +373,13 @@ class Stage(nn.Module):
         if not self.has_embedding:
             tokens = len(inputs) * (self.group.size if self.sequence_parallel else 1)
         if documents is not None:
-            return Documents(documents.reshape(-1), tokens, tokens)
+            return Documents(documents.reshape(-1).int(), longest or tokens, tokens)
         if not self.has_embedding or inputs.dim() != 2:
             raise ValueError(
                 f"stage: no documents given with inputs {tuple(inputs.shape)}; only token ids "
                 "of shape [B, S] say by themselves where documents begin"
             )
-        return Documents.rows(*inputs.shape, device=inputs.device)
+        return Documents.rows(inputs.shape[0], inputs.shape[1], inputs.device)
 
     def _check_tokens(self, inputs: Tensor, documents: Documents) -> None:
         split = self.group.size if self.sequence_parallel else 1

@@ -8,8 +8,8 @@ sum of the updates is applied:
 
 `average_adamw_` does that where one rank holds all objectives; `adamw_update_` and
 `replica_average_` do it where each objective has ranks of its own. Numbers of an objective (lrs,
-weight_decays, clips, weights) may be tensors on the device, so that no step waits for the host; in a
-captured CUDA graph they have to be. They are read as float64, whatever the dtype of the buffers.
+weight_decays, clips, weights) may be tensors on the device, so that no step waits for the host; in
+a captured CUDA graph they have to be. They are read as float64, whatever the buffers' dtype.
 
 An objective whose `found_inf` is set is skipped: moments, step and update stay untouched, and its
 update is left out of the sum, never multiplied by zero. The other weights are not raised to make up
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,7 +79,7 @@ def _each(op: str, name: str, value: float | Sequence[float], n: int) -> list[fl
 
 def _pairs(op: str, betas: Betas, n: int) -> tuple[list[float], list[float]]:
     one_pair = len(betas) == 2 and all(isinstance(b, (int, float)) for b in betas)
-    pairs = [betas] * n if one_pair else list(betas)
+    pairs: list[Any] = [betas] * n if one_pair else list(betas)
     if len(pairs) != n or any(isinstance(p, (int, float)) or len(p) != 2 for p in pairs):
         raise _refuse(op, "betas", betas, f"a pair, or {n} pairs, one an objective")
     return [float(p[0]) for p in pairs], [float(p[1]) for p in pairs]
@@ -197,8 +197,8 @@ def replica_average_(
 
     of="updates": target (the master shard) += the sum, and param_out gets a copy of it.
     of="gradients": target = the sum, for one shared AdamW.
-    wire: the dtype that is sent, the contribution's (default) or bfloat16; packed: a buffer of it to
-    be used again at every step, as fresh memory costs more than the pass.
+    wire: the dtype that is sent, the contribution's (default) or bfloat16; packed: a buffer of that
+    dtype to be used again at every step, as fresh memory costs more than the pass.
 
     found_inf [1] says whether this replica's contribution is to be left out; it must then be the
     same on all ranks of the replica. Without it the op looks for itself, and asks the replica's
@@ -218,7 +218,7 @@ def replica_average_(
         packed,
     )
     if found_inf is None:
-        # The flag is known only after the pass that packs, and a sum with NaN in it cannot be undone.
+        # The flag is known only after the pass that packs; a sum with NaN in it cannot be undone.
         anywhere = skipped.to(torch.int32)
         if shards is not None:
             all_reduce_(anywhere, shards, op="max")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megarlx.comm.collectives import all_reduce_
 from megarlx.ops.loss_spec import LossSpec, TokenLoss, refuse
 from megarlx.ops.token_inputs import (
     TokenInputs,
@@ -23,7 +24,6 @@ from megarlx.ops.token_inputs import (
 from megarlx.ops.token_loss import (
     combine_partials_,
     empty_results,
-    refuse_second_derivative,
     scaled,
     shaped,
 )
@@ -35,8 +35,8 @@ FIELDS = 8  # of math/token_loss.h
 # A chunk of logits is written by one product and read by two more: at this many rows the products
 # are at full rate, and what a chunk costs besides (reading and writing the whole weight gradient)
 # is small beside them.
-CPU_ROWS, CUDA_ROWS = 512, 4096
-CUDA_LOGITS = 1 << 29  # fp32 logits of a chunk at most: 2 GiB
+CPU_ROWS, CUDA_ROWS = (256, 4096), (256, 4096)  # at least, at most
+CPU_LOGITS, CUDA_LOGITS = 1 << 22, 1 << 29  # of a chunk: 16 MiB (half a cache), 2 GiB
 
 
 def linear_token_loss(
@@ -101,15 +101,15 @@ def linear_token_loss(
     )
     if rows_per_chunk is None:
         rows_per_chunk = default_rows(hidden, weight)
-    if rows_per_chunk < 1:
+    if not isinstance(rows_per_chunk, int | torch.SymInt) or rows_per_chunk < 1:
         refuse(op, "rows_per_chunk", rows_per_chunk, "an integer >= 1")
-    rows = hidden.reshape(-1, hidden.shape[-1])
+    rows = hidden if hidden.dim() == 2 else hidden.reshape(-1, hidden.shape[-1])
     needs_gradient = hidden.requires_grad or weight.requires_grad or weight_grad_ is not None
     with_gradient = torch.is_grad_enabled() and needs_gradient
     if weight_grad_ is not None:
         check_weight_grad(op, weight, weight_grad_)
     whole = group is None or size == 1
-    if whole and weight_grad_ is None and drop_masked:
+    if whole and (weight_grad_ is None or not with_gradient):
         result = torch.ops.megarlx.linear_token_loss(
             rows,
             weight,
@@ -117,6 +117,7 @@ def linear_token_loss(
             vocab_size,
             *spec.arguments,
             rows_per_chunk,
+            drop_masked,
             with_gradient,
         )[:4]
     else:
@@ -127,22 +128,25 @@ def linear_token_loss(
             spec,
             vocab_size,
             rows_per_chunk,
+            drop_masked,
             with_gradient,
             None if whole else group,
             weight_grad_,
             reduce_hidden_grad,
-            drop_masked,
         )
     return shaped(result, targets.shape)
 
 
 def default_rows(hidden: Tensor, weight: Tensor) -> int:
-    if hidden.device.type != "cuda":
-        return CPU_ROWS
-    return max(256, min(CUDA_ROWS, CUDA_LOGITS // weight.shape[0]))
+    on_cuda = hidden.device.type == "cuda"
+    least, most = CUDA_ROWS if on_cuda else CPU_ROWS
+    logits = CUDA_LOGITS if on_cuda else CPU_LOGITS
+    return max(least, min(most, logits // weight.shape[0]))
 
 
 def check_weight_grad(op: str, weight: Tensor, weight_grad_: Tensor) -> None:
+    if not isinstance(weight_grad_, Tensor):
+        refuse(op, "weight_grad_", f"a {type(weight_grad_).__name__}", "a tensor")
     expected = (weight.shape, precision_of(weight.dtype), weight.device, True)
     given = (
         weight_grad_.shape,
@@ -157,118 +161,86 @@ def check_weight_grad(op: str, weight: Tensor, weight_grad_: Tensor) -> None:
                 refuse(op, f"weight_grad_'s {name}", value, str(allowed))
 
 
-def chunk_loop(
+def sharded_chunks(
     hidden: Tensor,
     weight: Tensor,
     tokens: TokenInputs,
     spec: LossSpec,
     vocab_size: int,
     rows_per_chunk: int,
-    with_gradient: bool,
-    group: Group | None = None,
-    weight_grad_: Tensor | None = None,
-    drop_masked: bool = True,
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor, Tensor]:
-    """((loss, log-probs, entropy, metrics), grad_hidden, grad_weight); no gradient: both empty.
+    drop_masked: bool,
+    group: Group,
+    grad_weight: Tensor | None,
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """((loss, log-probs, entropy, metrics), this rank's part of grad_hidden).
 
-    The gradient of the weight is in fp32 (fp64), and is `weight_grad_` where that was given.
+    The chunk loop of csrc/linear_token_loss.cpp with two collectives in each chunk, which make the
+    partial sums of the shards whole. The weight's gradient is added to `grad_weight`; without one
+    there are no gradients.
     """
     total = hidden.shape[0]
     kept: Tensor | None = None
     if tokens.mask is not None and drop_masked:
         kept = tokens.mask.nonzero()[:, 0]
-        if kept.shape[0] == total:
-            kept = None
-        else:
-            hidden = hidden.index_select(0, kept)
-            tokens = tokens.select(kept)
-
+        hidden, tokens = hidden.index_select(0, kept), tokens.select(kept)
     count, vocabulary = hidden.shape[0], weight.shape[0]
     precision = precision_of(hidden.dtype)
     narrow = hidden.dtype != precision
-    on_cuda = hidden.device.type == "cuda"
-    if narrow and not on_cuda:
-        weight = weight.to(precision)  # a CPU has no mixed product worth having
+    mixed = narrow and hidden.device.type == "cuda"
+    if narrow and not mixed:
+        weight = weight.to(precision)
     rows = min(rows_per_chunk, max(count, 1))
     buffer = torch.empty(rows, vocabulary, dtype=precision, device=hidden.device)
-    gradient = None
-    if with_gradient:
-        gradient = buffer
-        if narrow and on_cuda:
-            gradient = torch.empty_like(buffer, dtype=hidden.dtype)
+    gradient_buffer = torch.empty_like(buffer, dtype=hidden.dtype) if mixed else buffer
     _, logprobs, entropy, _ = empty_results(hidden, count)
-    fields = torch.empty(count, FIELDS, dtype=precision, device=hidden.device)
-    vocab_start = 0 if group is None else group.rank * vocabulary
+    fields = logprobs.new_empty(count, FIELDS)
+    grad_hidden = torch.empty_like(hidden)
+    vocab_start = group.rank * vocabulary
+    ops = torch.ops.megarlx
 
-    grad_hidden = hidden.new_empty(hidden.shape if with_gradient else 0)
-    first = weight_grad_ is None
-    if not with_gradient:
-        weight_grad_ = weight.new_empty(0, dtype=precision)
-    elif weight_grad_ is None:
-        make = torch.empty if count else torch.zeros
-        weight_grad_ = make(weight.shape, dtype=precision, device=weight.device)
-    transposed = weight.t()
     for begin in range(0, count, rows):
         end = min(begin + rows, count)
+        logits, in_chunk = buffer[: end - begin], tokens.rows(begin, end)
         chunk_hidden = hidden[begin:end]
-        chunk_tokens = tokens.rows(begin, end) if rows < count else tokens
-        logits = buffer[: end - begin]
-        chunk_gradient = None if gradient is None else gradient[: end - begin]
-        if narrow and on_cuda:
-            torch.mm(chunk_hidden, transposed, out_dtype=precision, out=logits)
+        if mixed:
+            torch.mm(chunk_hidden, weight.t(), out_dtype=precision, out=logits)
         else:
             chunk_hidden = chunk_hidden.to(precision)
-            torch.mm(chunk_hidden, transposed, out=logits)
-        partials = None
-        if group is not None:
-            partials = torch.ops.megarlx.token_loss_partials(
-                logits,
-                chunk_tokens.targets,
-                chunk_tokens.mask,
-                tokens.temperature,
-                vocab_start,
-                vocab_size,
-            )
-            combine_partials_(partials, group)
-        torch.ops.megarlx._token_loss_rows_(
+            torch.mm(chunk_hidden, weight.t(), out=logits)
+        partials = ops.token_loss_partials(
+            logits, in_chunk.targets, in_chunk.mask, tokens.temperature, vocab_start, vocab_size
+        )
+        combine_partials_(partials, group)
+        gradient = None if grad_weight is None else gradient_buffer[: end - begin]
+        ops._token_loss_rows_(
             logits,
             partials,
-            *chunk_tokens.arguments,
+            *in_chunk.arguments,
             vocab_start,
             vocab_size,
             *spec.arguments,
-            chunk_gradient,
+            gradient,
             logprobs[begin:end],
             entropy[begin:end],
             fields[begin:end],
         )
-        if chunk_gradient is None:
+        if gradient is None or grad_weight is None:
             continue
-        if narrow and not on_cuda:
-            grad_hidden[begin:end] = torch.mm(chunk_gradient, weight)
+        grad_hidden[begin:end] = torch.mm(gradient, weight)
+        if mixed:
+            torch.addmm(
+                grad_weight, gradient.t(), chunk_hidden, out_dtype=precision, out=grad_weight
+            )
         else:
-            torch.mm(chunk_gradient, weight, out=grad_hidden[begin:end])
-        add_product_(weight_grad_, chunk_gradient, chunk_hidden, replace=first)
-        first = False
+            grad_weight.addmm_(gradient.t(), chunk_hidden)
 
-    loss, metrics = torch.ops.megarlx._token_loss_sums(fields)
+    loss, metrics = ops._token_loss_sums(fields)
     if kept is not None:
         logprobs = logprobs.new_zeros(total).index_copy_(0, kept, logprobs)
         entropy = entropy.new_zeros(total).index_copy_(0, kept, entropy)
-        if with_gradient:
-            spread = grad_hidden.new_zeros(total, grad_hidden.shape[1])
-            grad_hidden = spread.index_copy_(0, kept, grad_hidden)
-    return (loss, logprobs, entropy, metrics), grad_hidden, weight_grad_
-
-
-def add_product_(total: Tensor, gradient: Tensor, hidden: Tensor, *, replace: bool) -> None:
-    """total [V, d] += gradient [rows, V].T @ hidden [rows, d], or = where `replace`."""
-    if gradient.dtype == total.dtype:
-        total.addmm_(gradient.t(), hidden, beta=0 if replace else 1)
-    elif replace:
-        torch.mm(gradient.t(), hidden, out_dtype=total.dtype, out=total)
-    else:
-        torch.addmm(total, gradient.t(), hidden, out_dtype=total.dtype, out=total)
+        spread = grad_hidden.new_zeros(total, hidden.shape[1])
+        grad_hidden = spread.index_copy_(0, kept, grad_hidden)
+    return (loss, logprobs, entropy, metrics), grad_hidden
 
 
 class _LinearTokenLoss(torch.autograd.Function):
@@ -283,36 +255,47 @@ class _LinearTokenLoss(torch.autograd.Function):
         spec: LossSpec,
         vocab_size: int,
         rows_per_chunk: int,
+        drop_masked: bool,
         with_gradient: bool,
         group: Group | None,
         weight_grad_: Tensor | None,
         reduce_hidden_grad: bool,
-        drop_masked: bool,
     ) -> tuple[Tensor, ...]:
-        result, grad_hidden, grad_weight = chunk_loop(
-            hidden,
-            weight,
-            tokens,
-            spec,
-            vocab_size,
-            rows_per_chunk,
-            with_gradient,
-            group,
-            weight_grad_,
-            drop_masked,
-        )
-        if group is not None and with_gradient and reduce_hidden_grad:
-            from megarlx.comm.collectives import all_reduce_
-
-            all_reduce_(grad_hidden, group)
         ctx.accumulated = weight_grad_ is not None
         ctx.weight_dtype = weight.dtype
-        if ctx.accumulated:
-            ctx.save_for_backward(grad_hidden)
+        if group is None:
+            *result, grad_hidden = torch.ops.megarlx._linear_token_loss_(
+                hidden,
+                weight,
+                *tokens.arguments,
+                vocab_size,
+                *spec.arguments,
+                rows_per_chunk,
+                drop_masked,
+                weight_grad_,
+            )
         else:
-            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+            if with_gradient and weight_grad_ is None:
+                weight_grad_ = torch.zeros_like(weight, dtype=precision_of(weight.dtype))
+            shared, grad_hidden = sharded_chunks(
+                hidden,
+                weight,
+                tokens,
+                spec,
+                vocab_size,
+                rows_per_chunk,
+                drop_masked,
+                group,
+                weight_grad_ if with_gradient else None,
+            )
+            result = list(shared)
+            if with_gradient and reduce_hidden_grad:
+                all_reduce_(grad_hidden, group)
+        if with_gradient:
+            saved = (grad_hidden,) if ctx.accumulated else (grad_hidden, weight_grad_)
+            ctx.save_for_backward(*saved)
         ctx.mark_non_differentiable(*result[1:])
-        return result
+        return tuple(result)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -324,47 +307,18 @@ class _LinearTokenLoss(torch.autograd.Function):
                 upstream.item(),
                 "1 where weight_grad_ is given: the weight's gradient was added without it",
             )
-        gradients = [scaled(gradient, upstream) for gradient in ctx.saved_tensors]
-        return (gradients[0], None if ctx.accumulated else gradients[1], *[None] * 9)
-
-
-def _linear_token_loss(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    tokens = TokenInputs(*arguments[:8])
-    vocab_size, mode, kl, low, high, dual, kl_coefficient, entropy_coefficient = arguments[8:16]
-    spec = LossSpec(mode, low, high, dual, kl, kl_coefficient, entropy_coefficient)
-    rows_per_chunk, with_gradient = arguments[16:]
-    result, grad_hidden, grad_weight = chunk_loop(
-        hidden, weight, tokens, spec, vocab_size, rows_per_chunk, with_gradient
-    )
-    return (*result, grad_hidden, grad_weight.to(weight.dtype))
-
-
-for _backend in ("CPU", "CUDA"):
-    torch.library.impl("megarlx::linear_token_loss", _backend, _linear_token_loss)
+        grad_hidden, *of_weight = (scaled(gradient, upstream) for gradient in ctx.saved_tensors)
+        grad_weight = of_weight[0].to(ctx.weight_dtype) if of_weight else None
+        return (grad_hidden, grad_weight, *[None] * 9)
 
 
 @torch.library.register_fake("megarlx::linear_token_loss")
-def _fake(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _linear_token_loss_fake(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     with_gradient = arguments[-1]
     gradients = [x.new_empty(x.shape if with_gradient else 0) for x in (hidden, weight)]
     return (*empty_results(hidden, hidden.shape[0]), *gradients)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.inputs = len(inputs)
-    ctx.with_gradient = inputs[-1]
-    ctx.save_for_backward(output[4], output[5])
-    ctx.mark_non_differentiable(*output[1:])
-
-
-def _backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    if not ctx.with_gradient:
-        raise RuntimeError(
-            "megarlx.linear_token_loss: with_gradient is False; allowed: True to backward"
-        )
-    refuse_second_derivative("linear_token_loss")
-    gradients = [scaled(gradient, upstream) for gradient in ctx.saved_tensors]
-    return (*gradients, *[None] * (ctx.inputs - 2))
-
-
-torch.library.register_autograd("megarlx::linear_token_loss", _backward, setup_context=_save)
+@torch.library.register_fake("megarlx::_linear_token_loss_")
+def _linear_token_loss_accumulate_fake(hidden: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return (*empty_results(hidden, hidden.shape[0]), hidden.new_empty(hidden.shape))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,7 +34,16 @@ class TokenInputs:
 
     @property
     def arguments(self) -> tuple[Tensor | None, ...]:
-        return tuple(getattr(self, field.name) for field in fields(self))
+        return (
+            self.targets,
+            self.mask,
+            self.advantages,
+            self.old_logprobs,
+            self.ref_logprobs,
+            self.token_weights,
+            self.normalizer,
+            self.temperature,
+        )
 
     def rows(self, begin: int, end: int) -> TokenInputs:
         return self._each(lambda tensor: tensor[begin:end])
@@ -48,6 +57,12 @@ class TokenInputs:
             for value in self.arguments
         )
         return TokenInputs(*values)  # type: ignore[arg-type]
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """[tokens], contiguous."""
+    whole = tensor.dim() == 1 and tensor.is_contiguous()
+    return tensor if whole else tensor.reshape(-1).contiguous()
 
 
 def check_floats(op: str, argument: str, tensor: Any, least_dimensions: int) -> None:
@@ -87,7 +102,7 @@ def prepare(
     normalizer: Tensor | float,
     temperature: Tensor | float,
 ) -> TokenInputs:
-    """Flattens to [tokens]; `like` gives device and precision, `shape` the shape of a token input."""
+    """Flattens to [tokens]; `like` gives device and precision, `shape` that of a token input."""
     if not isinstance(spec, LossSpec):
         refuse(op, "spec", f"a {type(spec).__name__}", "a LossSpec")
     precision = precision_of(like.dtype)
@@ -107,7 +122,7 @@ def prepare(
         if tensor is None:
             return None
         check(argument, tensor, "floating")
-        return tensor.detach().to(precision).reshape(-1).contiguous()
+        return flat(tensor.detach().to(precision))
 
     def number(argument: str, value: Tensor | float) -> Tensor:
         if isinstance(value, Tensor):
@@ -123,7 +138,7 @@ def prepare(
     check("targets", targets, "torch.int64")
     if mask is not None:
         check("mask", mask, "torch.bool")
-        mask = mask.reshape(-1).contiguous()
+        mask = flat(mask)
     if (advantages is None) != (spec.mode == "nll"):
         given = "missing" if advantages is None else "given"
         refuse(op, "advantages", given, "one a token for reinforce, ppo_clip, cispo; none for nll")
@@ -132,7 +147,7 @@ def prepare(
     if isinstance(temperature, int | float) and not 0 < temperature < float("inf"):
         refuse(op, "temperature", temperature, "a number > 0")
     return TokenInputs(
-        targets.reshape(-1).contiguous(),
+        flat(targets),
         mask,
         floats("advantages", advantages),
         floats("old_logprobs", old_logprobs),

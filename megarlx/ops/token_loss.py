@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megarlx.comm.collectives import all_reduce_
 from megarlx.ops.loss_spec import LossSpec, TokenLoss
 from megarlx.ops.token_inputs import (
     TokenInputs,
@@ -83,7 +84,7 @@ def token_loss(
         normalizer=normalizer,
         temperature=temperature,
     )
-    rows = logits.reshape(-1, logits.shape[-1])
+    rows = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
     with_gradient = torch.is_grad_enabled() and logits.requires_grad
     if group is None or size == 1:
         result = torch.ops.megarlx.token_loss(
@@ -96,12 +97,9 @@ def token_loss(
 
 def shaped(result: tuple[Tensor, Tensor, Tensor, Tensor], shape: torch.Size) -> TokenLoss:
     loss, logprobs, entropy, metrics = result
-    return TokenLoss(
-        loss,
-        logprobs.detach().reshape(shape),
-        entropy.detach().reshape(shape),
-        metrics.detach(),
-    )
+    if len(shape) != 1:
+        logprobs, entropy = logprobs.reshape(shape), entropy.reshape(shape)
+    return TokenLoss(loss, logprobs, entropy, metrics)
 
 
 def move_to_maximum_(partials: Tensor, maximum: Tensor) -> Tensor:
@@ -116,8 +114,6 @@ def move_to_maximum_(partials: Tensor, maximum: Tensor) -> Tensor:
 
 def combine_partials_(partials: Tensor, group: Group) -> Tensor:
     """The partials of the whole vocabulary, in place: one maximum and one sum over the group."""
-    from megarlx.comm.collectives import all_reduce_
-
     maximum = all_reduce_(partials[0].clone(), group, op="max")
     move_to_maximum_(partials, maximum)
     all_reduce_(partials[1:], group, op="sum")
@@ -129,11 +125,6 @@ def scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
     if upstream.device.type == "cpu" and type(upstream) is Tensor and upstream.item() == 1:
         return gradient
     return gradient * upstream.to(gradient.dtype)
-
-
-def refuse_second_derivative(op: str) -> None:
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(f"megarlx.{op}: create_graph is True; its gradient has no derivative")
 
 
 class _ShardedTokenLoss(torch.autograd.Function):
@@ -171,23 +162,6 @@ class _ShardedTokenLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return (scaled(gradient, upstream), *[None] * 5)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.inputs = len(inputs)
-    ctx.with_gradient = inputs[-1]
-    ctx.save_for_backward(output[4])
-    ctx.mark_non_differentiable(*output[1:])
-
-
-def _backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    if not ctx.with_gradient:
-        raise RuntimeError("megarlx.token_loss: with_gradient is False; allowed: True to backward")
-    refuse_second_derivative("token_loss")
-    return (scaled(ctx.saved_tensors[0], upstream), *[None] * (ctx.inputs - 1))
-
-
-torch.library.register_autograd("megarlx::token_loss", _backward, setup_context=_save)
 
 
 def empty_results(like: Tensor, tokens: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -7,6 +7,7 @@ Pure data, so that a layout can be looked at (and refused) without a process gro
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -54,9 +55,7 @@ class PipelinePlan:
             counts = tuple(layers_per_stage)
             _check_layers_per_stage(counts, layers, stages)
         edges = [sum(counts[:stage]) for stage in range(stages + 1)]
-        return PipelinePlan(
-            schedule, size, virtual_stages, tuple(zip(edges[:-1], edges[1:], strict=True))
-        )
+        return PipelinePlan(schedule, size, virtual_stages, tuple(itertools.pairwise(edges)))
 
     @property
     def stages(self) -> int:

@@ -1,22 +1,46 @@
 """torch's PipelineStage with static shapes, where what is sent is counted and nothing is kept.
 
-torch makes receive buffers for all micro-batches at once and keeps them as long as the schedule;
-here each is made when it is asked for and dropped when it has been used, so memory follows the
-micro-batches in flight, not their number.
+torch makes receive buffers for all micro-batches at once and keeps them as long as the schedule,
+and keeps what it sent until the step is over. Here a buffer is made when it is asked for and
+dropped when it has been used, so memory follows the micro-batches in flight, not their number.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
 from megarlx.comm.groups import Group
 from megarlx.parallel.pipeline_plan import PipelinePlan
+
+
+class SendsUnderWay:
+    """The sends of a rank that may not have arrived: at most `limit`, then the oldest is awaited.
+
+    That cannot hang: the schedules' order of sends and receives holds even if each waits for its
+    other half before the next begins.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.works: deque[dist.Work] = deque()
+
+    def start(self, op: dist.P2POp) -> None:
+        work = dist.isend(op.tensor, group=op.group, group_dst=op.group_peer)
+        assert work is not None  # both ranks are in the group
+        self.works.append(work)
+        while len(self.works) > self.limit:
+            self.works.popleft().wait()
+
+    def wait(self) -> None:
+        while self.works:
+            self.works.popleft().wait()
 
 
 class ExchangedStage(PipelineStage):
@@ -26,16 +50,18 @@ class ExchangedStage(PipelineStage):
         index: int,
         plan: PipelinePlan,
         group: Group,
+        sends: SendsUnderWay | None,  # None: torch sends by itself
         *,
         shape: torch.Size,
         dtype: torch.dtype,
         device: torch.device,
         training: bool,
-        through_host: bool,
     ) -> None:
         # Given shapes keep torch from finding them out by running every stage once more, on
         # uninitialised memory. The last stage's output is not sent: its shape does not matter.
         hidden = torch.empty(shape, dtype=dtype, device="meta", requires_grad=training)
+        # gloo cannot send CUDA tensors: they travel through host memory, as in comm/collectives.py.
+        through_host = device.type == "cuda" and dist.get_backend(group.process_group) == "gloo"
         super().__init__(
             module,
             index,
@@ -46,6 +72,7 @@ class ExchangedStage(PipelineStage):
             group=group.process_group,
         )
         self.compute_device = device
+        self.sends = sends
         self.traffic = group.traffic
         self.axis = group.axis
         self.last_exchange = f"stage {index}: nothing exchanged yet"
@@ -67,9 +94,7 @@ class ExchangedStage(PipelineStage):
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         self._make_buffers(self.args_recv_info[fwd_chunk_id])
-        return self._noted(
-            super().get_fwd_recv_ops(fwd_chunk_id), "receive", "hidden", fwd_chunk_id
-        )
+        return self._received(super().get_fwd_recv_ops(fwd_chunk_id), "hidden", fwd_chunk_id)
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         infos = self.args_recv_info[fwd_chunk_id]
@@ -84,23 +109,26 @@ class ExchangedStage(PipelineStage):
         ops = super().get_fwd_send_ops(fwd_chunk_id)
         if not self.has_backward:
             del self.fwd_cache[fwd_chunk_id]
-        return self._noted(ops, "send", "hidden", fwd_chunk_id)
+        return self._sent(ops, "hidden", fwd_chunk_id)
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         if self.has_backward and not self.is_last:
             self._make_buffers(self.grad_recv_info[bwd_chunk_id])
-        return self._noted(
-            super().get_bwd_recv_ops(bwd_chunk_id), "receive", "gradient", bwd_chunk_id
-        )
+        return self._received(super().get_bwd_recv_ops(bwd_chunk_id), "gradient", bwd_chunk_id)
 
-    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> None:
         infos = self.grad_recv_info.get(bwd_chunk_id, ())
         self._move_to_compute_device(infos)
-        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        super().backward_one_chunk(bwd_chunk_id, loss, *args, **kwargs)
         _drop_buffers(infos)
+        if loss is not None:
+            # The schedule keeps the losses; their graphs would keep the hidden states received.
+            loss.detach_()
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        return self._noted(super().get_bwd_send_ops(bwd_chunk_id), "send", "gradient", bwd_chunk_id)
+        return self._sent(super().get_bwd_send_ops(bwd_chunk_id), "gradient", bwd_chunk_id)
 
     def _make_buffers(self, infos: Iterable[Any]) -> None:
         for info in infos:
@@ -113,17 +141,27 @@ class ExchangedStage(PipelineStage):
             if info.buffer is not None:
                 info.buffer = info.buffer.to(self.compute_device)
 
-    def _noted(self, ops: list[dist.P2POp], verb: str, what: str, chunk: int) -> list[dist.P2POp]:
+    def _received(self, ops: list[dist.P2POp], what: str, chunk: int) -> list[dist.P2POp]:
         for op in ops:
-            if verb == "send":
-                # A gradient can come out of backward with any strides; the wire has but one order.
-                op.tensor = op.tensor.to(self.device).contiguous()
-                self.traffic.add(self.axis, f"send_{what}", op.tensor.nbytes)
-            self.last_exchange = (
-                f"stage {self.stage_index} last began to {verb} the {what} of micro-batch {chunk} "
-                f"{'to' if verb == 'send' else 'from'} global rank {op.peer}"
-            )
+            self._note(f"receive the {what} of micro-batch {chunk} from", op.peer)
         return ops
+
+    def _sent(self, ops: list[dist.P2POp], what: str, chunk: int) -> list[dist.P2POp]:
+        for op in ops:
+            # A gradient can come out of backward with any strides; the wire has but one order.
+            op.tensor = op.tensor.to(self.device).contiguous()
+            self.traffic.add(self.axis, f"send_{what}", op.tensor.nbytes)
+            self._note(f"send the {what} of micro-batch {chunk} to", op.peer)
+        if self.sends is None:
+            return ops
+        for op in ops:
+            self.sends.start(op)
+        return []
+
+    def _note(self, exchange: str, global_rank: int) -> None:
+        self.last_exchange = (
+            f"stage {self.stage_index} last began to {exchange} global rank {global_rank}"
+        )
 
 
 def _drop_buffers(infos: Iterable[Any]) -> None:

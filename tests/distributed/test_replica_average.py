@@ -16,9 +16,7 @@ P, STEPS, BETAS, DECAY = 70_001, 3, (0.9, 0.95), 0.1  # more than one chunk of t
 
 
 def start(dtype: torch.dtype) -> Tensor:
-    return torch.randn(P, generator=torch.Generator().manual_seed(99), dtype=torch.float64).to(
-        dtype
-    )
+    return gradient(99, 0, dtype)
 
 
 def gradient(objective: int, step: int, dtype: torch.dtype) -> Tensor:

@@ -14,9 +14,10 @@ LAYERS = [
     ["ops"],
     ["parallel"],
     ["model"],
-    ["data", "generation", "optimizer", "checkpoint", "metrics", "hf"],
+    ["data", "generation", "optimizer", "learning_rate", "checkpoint", "metrics", "hf"],
     ["objectives", "averaging", "evaluation"],
     ["trainer"],
+    ["run"],
     ["excursion"],
     ["report", "doctor", "cli", "__main__"],
 ]

@@ -96,6 +96,19 @@ def test_a_build_that_cannot_work_says_what_is_missing(
     assert re.search(message, done.stderr, re.DOTALL), done.stderr
 
 
+def test_a_build_without_torch_says_so_and_downloads_nothing() -> None:
+    code = (
+        "import sys, setuptools, subprocess, runpy\n"
+        "sys.modules['torch'] = None\n"
+        "subprocess.run = lambda *a, **k: type('Done', (), {'stdout': ''})()\n"
+        "sys.argv = ['setup.py', 'build_ext', '--inplace']\n"
+        "runpy.run_path('setup.py', run_name='__main__')\n"
+    )
+    done = run(sys.executable, "-c", code)
+    assert done.returncode != 0
+    assert re.search("no torch to build against.*pip install 'torch==", done.stderr), done.stderr
+
+
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch is a CUDA build")
 def test_asking_for_cuda_beside_a_cpu_torch_is_refused_by_name() -> None:
     done = run(sys.executable, "setup.py", "build_ext", "--inplace", MEGARLX_CUDA="1")

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from megarlx.objectives.pretraining import Pretraining
 
 from megarlx.checkpoint import FlatShards, Saved, Saver
 from megarlx.checkpoint.manifest import NAME, sign
 from megarlx.comm.groups import Group, Mesh
 from megarlx.config.model import family_config
 from megarlx.model.build import build_model
-from megarlx.objectives.pretraining import Pretraining
 from megarlx.optimizer import AdamSettings
 from megarlx.parallel.data_parallel import FlatLayout
 from megarlx.parallel.metadata import ParameterLayout, Piece

@@ -15,8 +15,6 @@ from megarlx.model.metadata import TensorParallel, parameter_layouts
 from megarlx.model.transformer import Stage
 from megarlx.parallel.metadata import ParameterLayout, fill_
 
-WHOLE = {"first": 0, "last": 3, "embedding": True, "head": True}
-
 
 def layouts_of(
     config: ModelConfig, tp: int, rank: int, sequence_parallel: bool = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,9 +18,12 @@ from megarlx.model.kv_cache import CacheStep
 from megarlx.model.transformer import Stage
 
 
-def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor, **_: Any) -> SimpleNamespace:
-    """Stands for linear_token_loss; padding rows of the weight left out by hand."""
-    logits = F.linear(hidden, weight[:97])
+def summed_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int, **others: Any
+) -> SimpleNamespace:
+    """Stands for linear_token_loss."""
+    assert others.keys() == {"group", "reduce_hidden_grad"}
+    logits = F.linear(hidden, weight[:vocab_size])
     return SimpleNamespace(loss=F.cross_entropy(logits, targets, reduction="sum"))
 
 
@@ -158,7 +163,7 @@ def test_stages_one_after_another_are_the_model(family: str, cut: int) -> None:
     whole(tokens, documents=documents, loss=summed_loss, targets=targets).backward()
     # a pipeline sends offsets as a tensor, cut into rows a micro-batch
     offsets = torch.tensor([[0, 11, 15, 24, 24]], dtype=torch.int32)
-    hidden = front(tokens[None], documents=offsets)
+    hidden = front(tokens[None], documents=offsets, longest=11)
     back(hidden, documents=offsets, loss=summed_loss, targets=targets[None]).backward()
     expected = gradients(whole)
     parts = gradients(front)
@@ -184,7 +189,24 @@ def test_bad_calls_are_refused_with_the_numbers() -> None:
     stage = Stage(small("llama3")).initialise_(0)
     with pytest.raises(ValueError, match="7 tokens, but documents of 8"):
         stage(random_tokens(7), documents=Documents.of([8]))
+    with pytest.raises(ValueError, match=r"do not lie in \[0, 3\]"):
+        stage(random_tokens(7), documents=torch.tensor([0, 7]), longest=3)
     with pytest.raises(ValueError, match="where documents begin"):
         stage(random_tokens(7))
     with pytest.raises(ValueError, match="fp8 is 'delayed'"):
         Stage(small("llama3"), fp8="delayed").initialise_(0)(random_tokens(7)[None])
+
+
+def test_importing_and_running_the_model_imports_no_cuda_only_package() -> None:
+    program = (
+        "import sys, torch\n"
+        "from megarlx.config.model import family_config\n"
+        "from megarlx.model.transformer import Stage\n"
+        "sizes = dict(vocab_size=5, hidden_size=8, layers=1, heads=2, kv_heads=1, head_dim=4)\n"
+        "stage = Stage(family_config('qwen3', intermediate_size=6, **sizes)).initialise_(0)\n"
+        "stage(torch.zeros(1, 3, dtype=torch.long))\n"
+        "print(*(m for m in ('transformer_engine', 'flash_attn') if m in sys.modules))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ""

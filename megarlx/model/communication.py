@@ -1,0 +1,164 @@
+"""The bytes that one training step sends on each axis, from the layout alone.
+
+The same ring formulas as `megarlx.comm.groups.bytes_sent`, so that what is planned can be compared
+with what was counted, rank by rank and to the byte.
+
+Letters: T tokens of a micro-batch, H hidden size, n ranks of an axis.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil, prod
+
+from megarlx.comm.groups import Layout, bytes_sent
+from megarlx.config.model import ModelConfig
+from megarlx.model.metadata import TensorParallel, parameter_layouts
+from megarlx.parallel.data_parallel import FlatLayout
+from megarlx.parallel.metadata import ParameterLayout
+from megarlx.parallel.pipeline_plan import PipelinePlan
+
+Sent = Counter[tuple[str, str]]  # (axis, operation) -> bytes
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What one step does, as far as messages depend on it."""
+
+    tokens_per_microbatch: int
+    microbatches: int
+    sequence_parallel: bool = False
+    recompute: str = "none"
+    element_bytes: int = 4  # of weights and activations
+    wide_bytes: int = 4  # of gradients, losses and sums: 8 in fp64 runs
+    objectives: int = 1
+    rows_per_chunk: int = 512  # of the loss
+    bucket_elements: int = 25_000_000
+
+
+def bytes_per_step(
+    config: ModelConfig, layout: Layout, plan: PipelinePlan, step: StepShape, rank: int
+) -> Sent:
+    """What `rank` sends in one step of every objective, training on all of them."""
+    place = layout.coordinates(rank)
+    sequence_parallel = step.sequence_parallel and layout.tp > 1
+    tp = TensorParallel(layout.tp, place["tp"], sequence_parallel)
+    held = plan.stages_of(place["pp"])
+    layouts: dict[str, ParameterLayout] = {}
+    forward_backward: Sent = Counter()
+    for stage in held:
+        first, last = plan.layers[stage]
+        ends = {"embedding": stage == 0, "head": stage == plan.stages - 1}
+        layouts |= parameter_layouts(config, tp, first=first, last=last, **ends)
+        stage_bytes = _stage(config, layout.tp, step, last - first, sequence_parallel, ends)
+        for key, sent in stage_bytes.items():
+            forward_backward[key] += sent * step.microbatches
+    forward_backward += _pipeline(config, layout, plan, step, place["pp"])
+    forward_backward += _gradients(layouts, layout, step)
+    total: Sent = Counter({k: v * step.objectives for k, v in forward_backward.items()})
+    return total + _optimizer(layouts, layout, step)
+
+
+def _stage(
+    config: ModelConfig,
+    n: int,
+    step: StepShape,
+    layers: int,
+    sequence_parallel: bool,
+    ends: Mapping[str, bool],
+) -> Sent:
+    """One micro-batch through one stage, forward and backward, over tensor parallelism."""
+    sent: Sent = Counter()
+    hidden = step.tokens_per_microbatch * config.hidden_size * step.element_bytes
+
+    def add(operation: str, tensor_bytes: int, times: int = 1) -> None:
+        sent["tp", operation] += bytes_sent(operation, n, tensor_bytes) * times
+
+    def enter_and_leave(forwards: int, backwards: int, enter: int, leave: int) -> None:
+        """Entering a tensor-parallel part and leaving it, `enter` and `leave` times a pass."""
+        if sequence_parallel:
+            add("all_gather", hidden, forwards * enter + backwards * leave)
+            add("reduce_scatter", hidden, forwards * leave + backwards * enter)
+        else:
+            add("all_reduce", hidden, forwards * leave + backwards * enter)
+
+    full, selective = step.recompute == "full", step.recompute == "selective"
+    enter_and_leave(layers, layers, 2, 2)
+    if full:
+        # Run again up to the last thing that backward needs: behind the MLP that is only a norm.
+        enter_and_leave(layers, 0, 2, 2 if config.norm_position == "post" else 1)
+    if config.qk_norm == "full":
+        sums = step.tokens_per_microbatch * 2 * step.wide_bytes
+        add("all_reduce", sums, layers * (3 if full or selective else 2))
+    if ends["embedding"]:
+        enter_and_leave(1, 1, 0, 1)
+    if ends["head"]:
+        enter_and_leave(1, 1, 1, 0)
+        left = step.tokens_per_microbatch
+        while left > 0:
+            rows = min(step.rows_per_chunk, left)
+            add("all_reduce", rows * step.wide_bytes)  # maxima
+            add("all_reduce", 3 * rows * step.wide_bytes)  # sums
+            left -= rows
+    return sent
+
+
+def _pipeline(
+    config: ModelConfig, layout: Layout, plan: PipelinePlan, step: StepShape, rank: int
+) -> Sent:
+    split = layout.tp if step.sequence_parallel else 1
+    tokens = step.tokens_per_microbatch // split
+    forward, backward = plan.sends_per_step(rank, step.microbatches)
+    size = tokens * config.hidden_size * step.element_bytes
+    return Counter(
+        {("pp", "send_hidden"): forward * size, ("pp", "send_gradient"): backward * size}
+    )
+
+
+def _gradients(layouts: Mapping[str, ParameterLayout], layout: Layout, step: StepShape) -> Sent:
+    """Partial gradients made whole, then reduced over data parallelism; and the normaliser."""
+    sent: Sent = Counter()
+    parts = sum(
+        prod(piece.shape) * (layout.tp // len(piece.replicated_over))
+        for parameter in layouts.values()
+        for piece in parameter.pieces
+        if piece.sum_gradients
+    )
+    sent["tp", "all_reduce"] += bytes_sent("all_reduce", layout.tp, parts * step.wide_bytes)
+    tied = [p for p in layouts.values() if p.tied]
+    if len(tied) == 1 and layout.pp > 1:
+        whole = prod(tied[0].shape) * step.wide_bytes
+        sent["embedding", "all_reduce"] += bytes_sent("all_reduce", 2, whole)
+    for start, stop in _flat(layouts, layout, step).buckets:
+        whole = (stop - start) * step.wide_bytes
+        sent["dp", "reduce_scatter"] += bytes_sent("reduce_scatter", layout.dp, whole)
+    sent["dp", "all_reduce"] += bytes_sent("all_reduce", layout.dp, 8)
+    return sent
+
+
+def _optimizer(layouts: Mapping[str, ParameterLayout], layout: Layout, step: StepShape) -> Sent:
+    """The gradient norms over every axis and the new weights, once a step."""
+    sent: Sent = Counter()
+    for axis, size in (("dp", layout.dp), ("tp", layout.tp), ("pp", layout.pp)):
+        sent[axis, "all_reduce"] += bytes_sent("all_reduce", size, 8 * step.objectives)
+    for start, stop in _flat(layouts, layout, step).buckets:
+        whole = (stop - start) * step.element_bytes
+        sent["dp", "all_gather"] += bytes_sent("all_gather", layout.dp, whole)
+    return sent
+
+
+def _flat(layouts: Mapping[str, ParameterLayout], layout: Layout, step: StepShape) -> FlatLayout:
+    order = [(name, p.shape, p.weight_decay) for name, p in layouts.items()]
+    return FlatLayout.make(order[::-1], layout.dp, step.bucket_elements)
+
+
+def gigabytes(config: ModelConfig, layout: Layout, step: StepShape) -> float:
+    """The largest number of gigabytes that any one rank sends in a step."""
+    plan = PipelinePlan.make(config.layers, layout.pp)
+    most = max(
+        sum(bytes_per_step(config, layout, plan, step, rank).values())
+        for rank in range(layout.world_size)
+    )
+    return ceil(most / 1e6) / 1e3

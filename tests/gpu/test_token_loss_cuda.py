@@ -1,0 +1,162 @@
+"""The CUDA kernels of the token losses against the CPU's, and what only a GPU does."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megarlx.ops.linear_token_loss import linear_token_loss
+from megarlx.ops.loss_spec import KL_ESTIMATORS, MODES, LossSpec
+from megarlx.ops.native import load
+from megarlx.ops.token_loss import move_to_maximum_, token_loss
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(load().built_with["cuda"] is None, reason="built without CUDA"),
+]
+
+SPECS = [
+    LossSpec(mode, 0.2, 0.3, 0.0, kl, 0.0 if kl == "none" else 0.3, 0.1)
+    for mode in MODES
+    for kl in KL_ESTIMATORS
+]
+
+
+def example(
+    spec: LossSpec, vocabulary: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
+    generator = torch.Generator().manual_seed(vocabulary)
+    precision = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=precision)
+
+    logits = (normal(21, vocabulary) * 2).to(dtype)
+    targets = torch.randint(0, vocabulary, (21,), generator=generator)
+    lp = logits.to(precision).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    inputs = {
+        "mask": torch.rand(21, generator=generator) > 0.2,
+        "advantages": None if spec.mode == "nll" else normal(21),
+        "old_logprobs": lp + 0.3 * normal(21),
+        "ref_logprobs": lp + 0.3 * normal(21),
+        "token_weights": normal(21).abs() + 0.5,
+    }
+    return logits, targets, inputs
+
+
+def on_gpu(inputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    return {key: value if value is None else value.cuda() for key, value in inputs.items()}
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.mode}-{spec.kl}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+# Aligned rows and not; a row in shared memory, and one that is longer.
+@pytest.mark.parametrize("vocabulary", [7, 1024, 50257, 151936])
+def test_equals_the_cpu(spec: LossSpec, dtype: torch.dtype, vocabulary: int) -> None:
+    logits, targets, inputs = example(spec, vocabulary, dtype)
+    here = logits.clone().requires_grad_()
+    there = logits.cuda().requires_grad_()
+    common = {"normalizer": 5.0, "temperature": 0.9}
+    a = token_loss(here, targets, spec, **common, **inputs)
+    b = token_loss(there, targets.cuda(), spec, **common, **on_gpu(inputs))
+    a.loss.backward()
+    b.loss.backward()
+    close = (
+        {"rtol": 1e-10, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 2e-5}
+    )
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(y.detach().cpu(), x.detach(), **close)
+    difference = (there.grad.cpu().double() - here.grad.double()).norm()
+    bound = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3}[dtype]
+    assert difference <= bound * here.grad.double().norm()
+
+
+def test_rerun_is_bitwise_equal() -> None:
+    logits, targets, inputs = example(SPECS[-1], 50257, torch.bfloat16)
+    runs = []
+    for _ in range(3):
+        x = logits.cuda().requires_grad_()
+        result = token_loss(x, targets.cuda(), SPECS[-1], normalizer=3.0, **on_gpu(inputs))
+        result.loss.backward()
+        runs.append((*(r.detach() for r in result), x.grad))
+    for again in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_loss_equals_cross_entropy_in_fp64(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(300, 64, generator=generator).to(dtype).cuda().requires_grad_()
+    weight = (torch.randn(1000, 64, generator=generator) / 8).to(dtype).cuda().requires_grad_()
+    targets = torch.randint(0, 1000, (300,), generator=generator).cuda()
+    precise = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    F.cross_entropy(precise[0] @ precise[1].t(), targets).backward()
+    buffer = torch.zeros(1000, 64, device="cuda")
+    spec = LossSpec()
+    for into in (None, buffer):
+        hidden.grad = None
+        result = linear_token_loss(
+            hidden, weight, targets, spec, normalizer=300, rows_per_chunk=128, weight_grad_=into
+        )
+        result.loss.backward()
+        grad_weight = weight.grad if into is None else into
+        bound = 1e-5 if dtype == torch.float32 else 1e-2
+        for ours, expected in ((hidden.grad, precise[0].grad), (grad_weight, precise[1].grad)):
+            assert (ours.double() - expected).norm() <= bound * expected.norm()
+
+
+@pytest.mark.parametrize("shards", [2, 4])
+def test_vocabulary_shards_equal_the_whole(shards: int) -> None:
+    spec, vocabulary, width = SPECS[-1], 1000, 1024 // shards
+    logits, targets, inputs = example(spec, vocabulary, torch.float32)
+    x = logits.cuda().requires_grad_()
+    targets, given = targets.cuda(), on_gpu(inputs)
+    whole = token_loss(x, targets, spec, normalizer=2.0, **given)
+    whole.loss.backward()
+    one = torch.ones((), device="cuda")
+    padded = F.pad(x.detach(), (0, 24), value=50.0)
+    pieces = [piece.contiguous() for piece in padded.split(width, 1)]
+    ops = torch.ops.megarlx
+    partials = [
+        ops.token_loss_partials(p, targets, given["mask"], one, i * width, vocabulary)
+        for i, p in enumerate(pieces)
+    ]
+    maximum = torch.stack([p[0] for p in partials]).amax(0)
+    combined = torch.stack([move_to_maximum_(p, maximum) for p in partials]).sum(0)
+    combined[0] = maximum
+    gradients = []
+    for i, piece in enumerate(pieces):
+        place = (i * width, vocabulary, *spec.arguments, True)
+        out = ops.token_loss_finish(piece, combined, targets, *given.values(), one * 2, one, *place)
+        torch.testing.assert_close(out[0], whole.loss.detach(), rtol=1e-5, atol=1e-5)
+        gradients.append(out[4])
+    gradient = torch.cat(gradients, 1)
+    torch.testing.assert_close(gradient[:, :vocabulary], x.grad, rtol=1e-4, atol=1e-6)
+    assert (gradient[:, vocabulary:] == 0).all()
+
+
+def test_a_bad_target_or_row_makes_its_own_token_nan() -> None:
+    logits = torch.randn(4, 1030, device="cuda")
+    logits[1, 1029] = math.nan
+    logits.requires_grad_()
+    targets = torch.tensor([3, 4, 1030, 5], device="cuda")
+    result = token_loss(logits, targets, LossSpec(), normalizer=1)
+    result.loss.backward()
+    assert result.loss.isnan()
+    assert result.logprobs.isnan().tolist() == [False, True, True, False]
+    assert logits.grad[1:3].isnan().any(1).all()
+    assert torch.isfinite(logits.grad[[0, 3]]).all()
+
+
+def test_one_step_needs_no_synchronisation() -> None:
+    logits = torch.randn(8, 512, device="cuda", requires_grad=True)
+    targets = torch.randint(0, 512, (8,), device="cuda")
+    token_loss(logits, targets, LossSpec(), normalizer=8).loss.backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        token_loss(logits, targets, LossSpec(), normalizer=8).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
