@@ -50,15 +50,39 @@ def rms_norm_reference(
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) · up: [T, 2F], gate before up, to [T, F]."""
-    if not is_native(gate_up):
-        return swiglu_reference(gate_up)
-    out: Tensor = torch.ops.megarlx.swiglu(gate_up)
+    out: Tensor
+    if is_native(gate_up):
+        out = torch.ops.megarlx.swiglu(gate_up)
+    else:
+        out = _TorchSwiGLU.apply(gate_up)
     return out
 
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+class _TorchSwiGLU(torch.autograd.Function):
+    """With torch's kernels, keeping gate and up alone; backward fills one [T, 2F]."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor]:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        out = torch.empty_like(gate_up)
+        grad_gate, grad_up = out.chunk(2, dim=-1)
+        torch.mul(grads[0], F.silu(gate), out=grad_up)
+        torch.mul(grads[0], up, out=grad_gate)
+        torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
+        return (out,)
 
 
 class _Heads(torch.autograd.Function):
