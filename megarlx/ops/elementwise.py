@@ -29,6 +29,14 @@ def is_native(x: Tensor) -> bool:
     return x.is_cpu and x.dtype in (torch.float32, torch.float64)
 
 
+def refuse_second_derivative(op: str, upstream: Tensor) -> None:
+    """Backward records a graph only when it is to be differentiated again (or is traced)."""
+    if torch.is_grad_enabled() and type(upstream) is Tensor:
+        raise RuntimeError(
+            f"megarlx.{op}: create_graph is True; allowed: False, its gradient has no derivative"
+        )
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
     """weight · x / rms(x) over the last dimension, plus `residual`, of the shape of x."""
     if not is_native(x):
@@ -73,8 +81,8 @@ class _TorchSwiGLU(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor]:
+        refuse_second_derivative("swiglu", grads[0])
         (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
         out = torch.empty_like(gate_up)
@@ -108,8 +116,8 @@ class _Heads(torch.autograd.Function):
         return q, k, values_of(qkv, heads, kv_heads)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("attention_heads", grads[0])
         qkv, q_weight, k_weight, cos, sin, inverse = ctx.saved_tensors
         with_weights = any(ctx.needs_input_grad[1:3])
         grad_qkv, grad_q_weight, grad_k_weight = torch.ops.megarlx._heads_backward(
