@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from harness import Pool
+from megarlx.objectives.pretraining import Pretraining
 from safetensors.numpy import load_file
 from test_layout_grid import sequences
 
@@ -36,7 +37,6 @@ from megarlx.checkpoint.manifest import entry_name
 from megarlx.comm.groups import Mesh
 from megarlx.config.model import ModelConfig, family_config
 from megarlx.model.build import build_model
-from megarlx.objectives.pretraining import Pretraining
 from megarlx.optimizer import AdamSettings
 from megarlx.parallel.data_parallel import FlatLayout
 from megarlx.parallel.metadata import ParameterLayout, Piece
