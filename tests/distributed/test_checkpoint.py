@@ -20,7 +20,6 @@ import pytest
 import torch
 from grid import RandomSequences
 from harness import Pool
-from megarlx.objectives.pretraining import Pretraining
 from safetensors.numpy import load_file
 
 from megarlx.checkpoint import (
@@ -38,10 +37,7 @@ from megarlx.comm.groups import Mesh
 from megarlx.config.model import ModelConfig, family_config
 from megarlx.data.loader import BatchLayout, Loader
 from megarlx.model.build import build_model
-<<<<<<< HEAD
-=======
 from megarlx.objectives.supervised import Supervised
->>>>>>> checkpoint
 from megarlx.optimizer import AdamSettings
 from megarlx.parallel.data_parallel import FlatLayout
 from megarlx.parallel.metadata import ParameterLayout, Piece
