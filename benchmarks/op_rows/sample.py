@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from timing import Row, interleaved_seconds, row
 from torch import Tensor
 
 from megarlx.ops import sample
 
+Call = Callable[[], object]
 SIZES = [(V, B) for V in (97, 330, 50304, 151936) for B in (16, 128, 1024) if V * B <= 5e7]
 FILTERED = [(97, 1024), (50304, 16), (151936, 16)]
 HEAT = 0.7
@@ -25,6 +28,10 @@ def torch_top_p(logits: Tensor, heat: Tensor) -> Tensor:
     return ids.gather(-1, torch.multinomial(p, 1))
 
 
+def make(function: Callable[..., object], *arguments: object, **options: object) -> Call:
+    return lambda: function(*arguments, **options)
+
+
 def rows() -> list[Row]:
     found: list[Row] = []
     generator = torch.Generator().manual_seed(0)
@@ -36,13 +43,13 @@ def rows() -> list[Row]:
         target = torch.empty_like(logits)
         seconds = interleaved_seconds(
             {
-                "ours": lambda x=logits, k=keys: sample(x, seed=seed, keys=k, temperature=heat),
-                "ours at 1": lambda x=logits, k=keys: sample(x, seed=seed, keys=k, temperature=one),
-                "torch softmax + multinomial": lambda x=logits: torch_sample(x, heat),
-                "torch.compile of the same": lambda x=logits: compiled(x, heat),
-                "copy of the logits": lambda x=logits, t=target: t.copy_(x),
+                "ours": make(sample, logits, seed=seed, keys=keys, temperature=heat),
+                "ours at 1": make(sample, logits, seed=seed, keys=keys, temperature=one),
+                "torch softmax + multinomial": make(torch_sample, logits, heat),
+                "torch.compile of the same": make(compiled, logits, heat),
+                "copy of the logits": make(target.copy_, logits),
             },
-            budget_seconds=4.0,
+            budget_seconds=2.0,
         )
         shape = f"V {size} B {batch}"
         names = list(seconds)
@@ -61,12 +68,10 @@ def rows() -> list[Row]:
         keys = torch.stack([torch.arange(batch), torch.zeros(batch, dtype=torch.long)], 1)
         seconds = interleaved_seconds(
             {
-                "ours": lambda x=logits, k=keys: sample(
-                    x, seed=seed, keys=k, temperature=heat, top_p=TOP_P
-                ),
-                "torch sort-based top-p": lambda x=logits: torch_top_p(x, heat),
+                "ours": make(sample, logits, seed=seed, keys=keys, temperature=heat, top_p=TOP_P),
+                "torch sort-based top-p": make(torch_top_p, logits, heat),
             },
-            budget_seconds=4.0,
+            budget_seconds=2.0,
         )
         name = "torch sort-based top-p"
         ours, theirs = seconds["ours"] * 1e6, seconds[name] * 1e6

@@ -39,8 +39,8 @@ MEGARLX_HD float fused(float a, float b, float c) {
   return __fmaf_rn(a, b, c);
 #elif defined(__FP_FAST_FMAF)
   return __builtin_fmaf(a, b, c);
-#else  // no such instruction: the product is exact in double, the sum rounds twice
-  return static_cast<float>(static_cast<double>(a) * b + c);
+#else  // no such instruction: two roundings, so a token may differ from other machines' near a tie
+  return a * b + c;
 #endif
 }
 

@@ -170,7 +170,7 @@ def z_of_g(g: float, freedom: int) -> float:
 
 
 @pytest.mark.parametrize(
-    ("size", "draws"), [(7, 400_000), (127, 400_000), (50257, 20_000), (151936, 8_000)]
+    ("size", "draws"), [(7, 400_000), (127, 400_000), (50257, 10_000), (151936, 4_000)]
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_draws_follow_fp64_softmax(size: int, draws: int, dtype: torch.dtype) -> None:
@@ -181,7 +181,7 @@ def test_draws_follow_fp64_softmax(size: int, draws: int, dtype: torch.dtype) ->
     assert abs(z) < 5, z
 
 
-@pytest.mark.parametrize(("size", "draws"), [(7, 2_000_000), (151936, 8_000)])
+@pytest.mark.parametrize(("size", "draws"), [(7, 2_000_000), (151936, 4_000)])
 def test_tail_tokens_of_one_in_a_million_hold_their_share(size: int, draws: int) -> None:
     # Few heads hold what the tail does not; every other id has p = 1e-6.
     tail_ids = np.ones(size, dtype=bool)
@@ -619,7 +619,7 @@ def test_bad_partials_are_refused() -> None:
         torch.zeros(2, 13).long(), torch.zeros(1, 2, 12).long(), torch.zeros(1, 2, 13),
         torch.zeros(0, 2, 13).long(), torch.zeros(13, 2, 1).long().permute(2, 1, 0),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match=r"megarlx.sample_combine: .*partials.*allowed"):
+        with pytest.raises(ValueError, match=r"megarlx\.sample_combine: .*partials.*allowed"):
             ops.sample_combine(partials, heat)
     with pytest.raises(ValueError, match="first_id is 64; allowed: a multiple of 128"):
         ops.sample_partials(torch.zeros(2, 9), torch.ones(1).long(), keys_of(2), heat, 64, 100)
@@ -628,7 +628,7 @@ def test_bad_partials_are_refused() -> None:
 def test_random_arguments_never_crash() -> None:
     """Each call either gives tokens of the vocabulary (or -1), or a named error."""
     pick = np.random.default_rng(0)
-    drawn = refused = 0
+    drawn, messages = 0, []
     for _ in range(400):
         rows, size = int(pick.integers(0, 5)), int(pick.integers(1, 400))
         logits = random_logits(rows, size, seed=int(pick.integers(1000)))
@@ -658,13 +658,12 @@ def test_random_arguments_never_crash() -> None:
                 vocab_size=[None, size, 1, size + 1][pick.integers(4)],
             )
         except (ValueError, TypeError) as error:
-            assert "megarlx.sample: " in str(error)
-            assert "allowed: " in str(error)
-            refused += 1
+            messages.append(str(error))
         else:
             assert ((got.token >= -1) & (got.token < size)).all()
             assert (got.logprob.isnan() == (got.token < 0)).all()
             assert not (got.sampled_logprob > 1e-6).any()
             drawn += 1
     assert drawn > 20
-    assert refused > 20
+    assert len(messages) > 20
+    assert all("megarlx.sample: " in m and "allowed: " in m for m in messages)
