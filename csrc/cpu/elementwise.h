@@ -50,6 +50,10 @@ inline T sum_of_lanes(Vec<T> x) {
   return at::vec::vec_reduce_all<T>([](auto& a, auto& b) { return a + b; }, x);
 }
 
+// 20 ulp instead of 1 for fp32, and inline: its error is below 2e-6 of exp.
+inline Vec<float> exp_of(Vec<float> x) { return x.exp_u20(); }
+inline Vec<double> exp_of(Vec<double> x) { return x.exp(); }
+
 template <typename T>
 inline T inverse_rms(const T* x, std::int64_t n, double eps) {
   Vec<T> squares(T(0));
@@ -140,7 +144,7 @@ void swiglu_rows(const SwiGluArgs& args, std::int64_t begin, std::int64_t end) {
     T* out = static_cast<T*>(args.out) + row * args.width;
     each_vector<T>(args.width, [&](std::int64_t i, auto lanes) {
       const Vec<T> x = load(gate + i, lanes);
-      store(x / (one + x.neg().exp()) * load(up + i, lanes), out + i, lanes);
+      store(x / (one + exp_of(x.neg())) * load(up + i, lanes), out + i, lanes);
     });
   }
 }
@@ -156,7 +160,7 @@ void swiglu_backward_rows(const SwiGluArgs& args, std::int64_t begin, std::int64
     T* grad_up = grad_gate + args.width;
     each_vector<T>(args.width, [&](std::int64_t i, auto lanes) {
       const Vec<T> x = load(gate + i, lanes), upstream = load(grad + i, lanes);
-      const Vec<T> sigmoid = one / (one + x.neg().exp());
+      const Vec<T> sigmoid = one / (one + exp_of(x.neg()));
       const Vec<T> silu = x * sigmoid;
       const Vec<T> slope = at::vec::fmadd(silu, one - sigmoid, sigmoid);
       store(upstream * silu, grad_up + i, lanes);
