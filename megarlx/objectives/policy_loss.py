@@ -50,7 +50,8 @@ class Completions:
             expected = count if name == "truncated" else total
             if value is not None and value.shape != (expected,):
                 raise ValueError(
-                    f"completions: {name} has the shape {tuple(value.shape)}; expected ({expected},)"
+                    f"completions: {name} has the shape {tuple(value.shape)}; expected "
+                    f"({expected},)"
                 )
         if int(self.lengths.sum()) != total or (count and int(self.lengths.min()) < 1):
             raise ValueError(
@@ -111,9 +112,10 @@ def policy_fields(
     made = completions
     mask = made.written
     if config.overlong == "mask":
-        mask = mask & ~_required(made.truncated, "truncated", "overlong = 'mask'")[
-            made.sequence_of_token
-        ]
+        mask = (
+            mask
+            & ~_required(made.truncated, "truncated", "overlong = 'mask'")[made.sequence_of_token]
+        )
     if advantages.shape == made.lengths.shape and advantages.shape != made.tokens.shape:
         advantages = advantages[made.sequence_of_token]
     if advantages.shape != made.tokens.shape or not advantages.isfinite().all():
@@ -155,7 +157,12 @@ def policy_fields(
     if weights_of_token is not None:
         weights_of_token = weights_of_token.to(advantages.dtype)
     return PolicyFields(
-        mask, advantages, old, ref if config.needs_reference else None, weights_of_token, per_sequence
+        mask,
+        advantages,
+        old,
+        ref if config.needs_reference else None,
+        weights_of_token,
+        per_sequence,
     )
 
 

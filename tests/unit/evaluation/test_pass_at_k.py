@@ -37,7 +37,9 @@ def test_estimate_is_the_mean_over_questions_with_its_standard_error() -> None:
     assert pool.largest_k == 3
     for k in (1, 2, 3):
         values = pool.per_question(k)
-        assert values == [pass_at_k(n, c, k) for n, c in zip(pool.samples, pool.correct, strict=True)]
+        assert values == [
+            pass_at_k(n, c, k) for n, c in zip(pool.samples, pool.correct, strict=True)
+        ]
         found = pool.estimate(k)
         assert found.mean == pytest.approx(statistics.fmean(values))
         assert found.standard_error == pytest.approx(statistics.stdev(values) / 2)

@@ -19,7 +19,9 @@ MAX_COMPLETION_TOKENS = 11
 
 @dataclass(frozen=True)
 class Rectangle:
-    logits: Tensor  # [N, L, V], of the token at the same place (a model gives them one place before)
+    logits: (
+        Tensor  # [N, L, V], of the token at the same place (a model gives them one place before)
+    )
     ids: Tensor  # [N, L]
     real: Tensor  # bool [N, L]
     written: Tensor  # bool [N, L]

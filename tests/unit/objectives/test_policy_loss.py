@@ -149,9 +149,7 @@ def test_a_minibatch_keeps_each_sequences_own_fields() -> None:
     case = rectangle()
     chosen = torch.tensor([4, 0, 5])
     part = select(case.completions, chosen)
-    expected = Rectangle(
-        *(getattr(case, f.name)[chosen] for f in fields(Rectangle))
-    ).completions
+    expected = Rectangle(*(getattr(case, f.name)[chosen] for f in fields(Rectangle))).completions
     for field in fields(part):
         assert torch.equal(getattr(part, field.name), getattr(expected, field.name)), field.name
     assert len(select(case.completions, chosen[:0]).tokens) == 0

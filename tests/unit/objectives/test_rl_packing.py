@@ -185,7 +185,7 @@ def test_every_sequence_is_dealt_once_into_equal_shapes(
             pieces = offsets.diff()
             assert offsets[0] == 0
             assert offsets[-1] == dealt.width
-            assert 0 <= pieces.min()
+            assert pieces.min() >= 0
             assert pieces.max() <= layout.longest
             for a, b in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
                 piece = source[a:b]  # a document is one sequence's tokens in order, or padding
