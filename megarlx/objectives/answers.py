@@ -73,9 +73,9 @@ def number(text: str, words: bool = True) -> Fraction | None:
     around = text[: found[0].start()] + text[found[0].end() :]
     if around.strip("% ") and not (words and UNIT.fullmatch(around)):
         return None
-    bottom = int(found[0]["bottom"] or 1)
+    divisor = int(found[0]["bottom"] or 1)
     plain = re.sub(r"[\s$,]", "", found[0]["top"]).replace("−", "-")
-    return Fraction(plain) / bottom if bottom else None
+    return Fraction(plain) / divisor if divisor else None
 
 
 def final_number(samples: list[Sample], style: Style = "any") -> list[float]:

@@ -70,7 +70,7 @@ def score(label: str, ask: Ask, samples: list[Sample]) -> Outcome:
             return Outcome([None], {0: Failure(label, failed.kind, failed.detail, samples[0])})
         return joined([score(label, ask, [sample]) for sample in samples])
     kept: list[float | None] = []
-    failures = {}
+    failures: dict[int, Failure] = {}
     for at, value in enumerate(values):
         good = value is None or math.isfinite(value)
         kept.append(value if good else None)
@@ -81,7 +81,7 @@ def score(label: str, ask: Ask, samples: list[Sample]) -> Outcome:
 
 def joined(outcomes: Sequence[Outcome]) -> Outcome:
     values: list[float | None] = []
-    failures = {}
+    failures: dict[int, Failure] = {}
     for outcome in outcomes:
         failures |= {len(values) + at: failure for at, failure in outcome.failures.items()}
         values += outcome.values
