@@ -22,7 +22,11 @@ from megarlx.config.reward import RewardConfig
 from megarlx.objectives import reward_worker
 from megarlx.objectives.samples import Sample
 
-Kind = Literal["timeout", "crash", "error", "wrong_shape", "not_finite"]
+Kind = Literal["timeout", "crash", "error", "wrong_shape", "not_finite", "not_asked"]
+
+# With as many failures, and most samples among them, a reward is broken: waiting for the time limit
+# of each of the others would only delay the news.
+GIVE_UP = 8
 
 
 class RewardError(RuntimeError):
@@ -55,20 +59,42 @@ class Outcome:
     failures: dict[int, Failure]  # by the sample's place
 
 
+@dataclass
+class Tally:
+    """Of one batch of samples, over all its calls."""
+
+    answered: int = 0
+    failed: int = 0
+
+    @property
+    def hopeless(self) -> bool:
+        return self.failed >= GIVE_UP and 2 * self.failed > self.answered
+
+    def add(self, outcome: Outcome) -> Outcome:
+        self.answered += len(outcome.values)
+        self.failed += len(outcome.failures)
+        return outcome
+
+
 Ask = Callable[[list[Sample]], Sequence[Any]]
 
 
-def score(label: str, ask: Ask, samples: list[Sample]) -> Outcome:
+def score(label: str, ask: Ask, samples: list[Sample], tally: Tally) -> Outcome:
     """One call for all samples; if it fails, one for each, so that only the bad ones are lost."""
+    if tally.hopeless:
+        why = f"{tally.failed} of the {tally.answered} samples before it failed"
+        failed = [Failure(label, "not_asked", why, sample) for sample in samples]
+        return Outcome([None] * len(samples), dict(enumerate(failed)))
     try:
         values = ask(samples)
         if len(values) != len(samples):
             what = f"returned {len(values)} rewards for {len(samples)} samples"
             raise CallFailed("wrong_shape", what)
-    except CallFailed as failed:
+    except CallFailed as problem:
         if len(samples) == 1:
-            return Outcome([None], {0: Failure(label, failed.kind, failed.detail, samples[0])})
-        return joined([score(label, ask, [sample]) for sample in samples])
+            failure = Failure(label, problem.kind, problem.detail, samples[0])
+            return tally.add(Outcome([None], {0: failure}))
+        return joined([score(label, ask, [sample], tally) for sample in samples])
     kept: list[float | None] = []
     failures: dict[int, Failure] = {}
     for at, value in enumerate(values):
@@ -76,7 +102,7 @@ def score(label: str, ask: Ask, samples: list[Sample]) -> Outcome:
         kept.append(value if good else None)
         if not good:
             failures[at] = Failure(label, "not_finite", f"returned {value}", samples[at])
-    return Outcome(kept, failures)
+    return tally.add(Outcome(kept, failures))
 
 
 def joined(outcomes: Sequence[Outcome]) -> Outcome:
@@ -221,16 +247,16 @@ class RewardPool:
         self._threads = ThreadPoolExecutor(config.workers, thread_name_prefix="reward")
 
     def score(self, samples: list[Sample]) -> Outcome:
-        size = self.config.samples_per_call
+        size, tally = self.config.samples_per_call, Tally()
         calls = [samples[i : i + size] for i in range(0, len(samples), size)]
         if self._function is not None:
-            return joined([score(self.config.label, self._here, call) for call in calls])
-        return joined(list(self._threads.map(self._in_worker, calls)))
+            return joined([score(self.config.label, self._here, call, tally) for call in calls])
+        return joined(list(self._threads.map(lambda call: self._in_worker(call, tally), calls)))
 
-    def _in_worker(self, samples: list[Sample]) -> Outcome:
+    def _in_worker(self, samples: list[Sample], tally: Tally) -> Outcome:
         process = self._idle.get()
         try:
-            return score(self.config.label, process.ask, samples)
+            return score(self.config.label, process.ask, samples, tally)
         finally:
             self._idle.put(process)
 

@@ -157,6 +157,20 @@ def test_a_hanging_sample_costs_about_its_time_limit() -> None:
         assert 0.5 <= time.monotonic() - begin < 5
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_reward_that_always_fails_is_given_up_soon(workers: int) -> None:
+    text = "raise" if workers == 0 else "hang"
+    with rewards(config(workers=workers, time_limit_seconds=0.2)) as made:
+        scored = made.score(samples(*[text] * 200))
+        again = made.score(samples("abc"))
+    kinds = [f.kind for f in scored.failures]
+    assert len(kinds) == 200
+    assert kinds.index("not_asked") == 8
+    assert set(kinds[8:]) == {"not_asked"}
+    assert scored.failures[-1].detail == "8 of the 8 samples before it failed"
+    assert again.totals == [3]
+
+
 def test_built_in_names_stand_for_functions_that_exist() -> None:
     import importlib
 
