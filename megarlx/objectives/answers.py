@@ -103,7 +103,7 @@ def answer_format(
     for sample in samples:
         text = sample.completion
         answer = final_answer(text, style) if text.count(marker) == 1 else None
-        good = bool(answer) and sample.finish_reason == "stop"
+        good = bool(answer) and sample.finish_reason != "length"
         rewards.append(float(good and _ends(text[text.rindex(marker) :], style)))
     return rewards
 

@@ -16,9 +16,11 @@ weighs a token's whole loss. Letters: T tokens of all sequences one after anothe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megarlx.config.policy import PolicyConfig
@@ -60,6 +62,34 @@ class Completions:
             )
         if self.written[self.offsets[:-1]].any():
             raise ValueError("completions: the first token of a sequence cannot be one to learn")
+
+    @staticmethod
+    def of(
+        prompts: Sequence[Sequence[int]],
+        sampled: Sequence[Tensor],
+        *,
+        rollout_logprobs: Sequence[Tensor] | None = None,
+        truncated: Sequence[bool] | None = None,
+    ) -> Completions:
+        """From each sample's prompt, its sampled ids [n] and their log-probs [n]."""
+
+        def place(values: Sequence[Tensor]) -> Tensor:
+            """Each sample's values behind zeros for its prompt."""
+            pairs = zip(prompts, values, strict=True)
+            return torch.cat([F.pad(value, (len(prompt), 0)) for prompt, value in pairs])
+
+        whole = [
+            torch.cat((torch.tensor(list(prompt), dtype=torch.int64, device=ids.device), ids))
+            for prompt, ids in zip(prompts, sampled, strict=True)
+        ]
+        device = whole[0].device
+        return Completions(
+            torch.cat(whole),
+            torch.tensor([len(ids) for ids in whole], device=device),
+            place([torch.ones_like(ids, dtype=torch.bool) for ids in sampled]),
+            rollout_logprobs=None if rollout_logprobs is None else place(rollout_logprobs),
+            truncated=None if truncated is None else torch.tensor(truncated, device=device),
+        )
 
     @property
     def offsets(self) -> Tensor:
@@ -202,7 +232,7 @@ def select(completions: Completions, sequences: Tensor) -> Completions:
     )
 
 
-def logprob_gap(rollout: Tensor, training: Tensor, mask: Tensor) -> dict[str, Tensor]:
+def gap_sums(rollout: Tensor, training: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """How far sampler and trainer disagree about the tokens in `mask`: as sums (and one maximum),
     so that ranks can add theirs up; divide `gap` and `kl` by `tokens`."""
     gap = (training - rollout).where(mask, 0).double()

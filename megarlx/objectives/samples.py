@@ -13,7 +13,7 @@ class Sample:
     completion: str
     reference: str | None = None  # the answer of the prompt's line
     metadata: dict[str, Any] = field(default_factory=dict)  # its other fields, as JSON values
-    finish_reason: Literal["stop", "length"] = "stop"
+    finish_reason: Literal["stop", "stop_string", "length"] = "stop"
     tokens: int = 0  # of the completion
 
 

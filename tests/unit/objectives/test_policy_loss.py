@@ -11,7 +11,8 @@ from torch import Tensor
 
 from megarlx.config.policy import PRESETS, PolicyConfig
 from megarlx.objectives.policy_loss import (
-    logprob_gap,
+    Completions,
+    gap_sums,
     overlong_penalty,
     policy_fields,
     select,
@@ -155,12 +156,26 @@ def test_a_minibatch_keeps_each_sequences_own_fields() -> None:
     assert len(select(case.completions, chosen[:0]).tokens) == 0
 
 
+def test_completions_are_made_of_prompts_and_what_was_sampled() -> None:
+    made = Completions.of(
+        [[5, 6], [7]],
+        [torch.tensor([1]), torch.tensor([2, 3])],
+        rollout_logprobs=[torch.tensor([-0.5]), torch.tensor([-1.0, -2.0])],
+        truncated=[False, True],
+    )
+    assert made.tokens.tolist() == [5, 6, 1, 7, 2, 3]
+    assert made.lengths.tolist() == [3, 3]
+    assert made.written.tolist() == [False, False, True, False, True, True]
+    assert made.rollout_logprobs.tolist() == [0, 0, -0.5, 0, -1, -2]
+    assert made.truncated.tolist() == [False, True]
+
+
 def test_gap_is_zero_for_equal_logprobs_and_sums_what_differs() -> None:
     a = torch.tensor([0.0, -1.0, -2.0, -3.0])
     mask = torch.tensor([False, True, True, True])
-    assert all(v == 0 for k, v in logprob_gap(a, a, mask).items() if k != "tokens")
+    assert all(v == 0 for k, v in gap_sums(a, a, mask).items() if k != "tokens")
     b = torch.tensor([9.0, -1.5, -2.0, -2.0])
-    found = logprob_gap(a, b, mask)
+    found = gap_sums(a, b, mask)
     assert found["gap"] == 1.5
     assert found["gap_max"] == 1
     assert found["tokens"] == 3

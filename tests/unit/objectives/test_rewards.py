@@ -8,12 +8,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from megarlx.comm.groups import Group
+from megarlx.config.load import ConfigError, load_config
 from megarlx.config.reward import BUILT_IN, RewardConfig
 from megarlx.objectives.reward_process import RewardError
 from megarlx.objectives.rewards import Rewards, Scored
@@ -188,6 +190,17 @@ def test_built_in_names_stand_for_functions_that_exist() -> None:
 def test_what_names_no_function_is_refused(function: str) -> None:
     with pytest.raises(ValidationError, match="allowed are module:function"):
         RewardConfig(function=function)
+
+
+def test_a_wrong_reward_table_is_explained(tmp_path: Path) -> None:
+    path = tmp_path / "reward.toml"
+    path.write_text('function = "judge"\noptions = 3\nworker = 2\n')
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, (), RewardConfig)
+    assert any("options is 3; expected a table" in p for p in caught.value.problems)
+    assert any("did you mean 'workers'" in p for p in caught.value.problems)
+    path.write_text('function = "judge"\noptions = { url = "http://x", retries = 3 }\n')
+    assert load_config(path, (), RewardConfig).options == {"url": "http://x", "retries": 3}
 
 
 def test_rewards_need_different_names() -> None:
