@@ -10,6 +10,15 @@
 
 TORCH_LIBRARY(megarlx, m) {
   // sample
+  m.def(
+      "sample(Tensor logits, Tensor seed, Tensor keys, Tensor temperature, Tensor? top_k, "
+      "Tensor? top_p, Tensor? min_p, int vocab_size) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "sample_partials(Tensor logits, Tensor seed, Tensor keys, Tensor temperature, int first_id, "
+      "int vocab_size) -> Tensor");
+  m.def("sample_combine(Tensor partials, Tensor temperature) -> (Tensor, Tensor, Tensor)");
+  m.def("philox(Tensor counters, Tensor key) -> Tensor");
+  m.def("gumbel(Tensor bits) -> Tensor");
 
   // token_loss. "fields" [tokens, kFields] and "partials" [kPartials, tokens] are those of
   // math/token_loss.h; targets are global ids; columns whose global id is vocab_size or more are
@@ -61,6 +70,25 @@ TORCH_LIBRARY(megarlx, m) {
   m.def(
       "replica_average_apply_(Tensor(a!) target, Tensor summed, bool add, Tensor(b!)? param_out) "
       "-> ()");
+
+  // elementwise: CPU only. "inverse" is 1 / rms of each norm, for backward; gradients of weights
+  // are empty where none was asked for.
+  m.def(
+      "rms_norm(Tensor x, Tensor weight, float eps, Tensor? residual=None) -> "
+      "(Tensor y, Tensor inverse)");
+  m.def(
+      "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor inverse, bool with_weight) "
+      "-> (Tensor grad_x, Tensor grad_weight)");
+  m.def("swiglu(Tensor gate_up) -> Tensor");
+  m.def("swiglu_backward(Tensor grad, Tensor gate_up) -> Tensor");
+  // Private: without autograd; the values go past it.
+  m.def(
+      "_heads(Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, int heads, "
+      "int kv_heads, float eps) -> (Tensor q, Tensor k, Tensor inverse)");
+  m.def(
+      "_heads_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor qkv, Tensor? q_weight, "
+      "Tensor? k_weight, Tensor cos, Tensor sin, Tensor inverse, bool with_weights) -> "
+      "(Tensor grad_qkv, Tensor grad_q_weight, Tensor grad_k_weight)");
 }
 
 namespace megarlx {

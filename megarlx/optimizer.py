@@ -102,8 +102,11 @@ class AveragingAdamW:
     def restore(self, state: Mapping[str, Any]) -> None:
         """After `shards` were filled."""
         steps = state.get("steps")
-        fits = isinstance(steps, dict) and set(steps) == set(self.settings)
-        if not fits or any(type(n) is not int or n < 0 for n in steps.values()):  # type: ignore[union-attr]
+        if (
+            not isinstance(steps, dict)
+            or set(steps) != set(self.settings)
+            or any(type(n) is not int or n < 0 for n in steps.values())
+        ):
             raise CheckpointError(
                 f"optimizer steps are {steps!r}; expected one count each of "
                 f"{', '.join(self.settings)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,32 @@ class Trainer:
         loaded = load(checkpoint, shards, self.mesh.world, ignore=WEIGHTS_ONLY)
         self.optimizer.weights_from_masters()
         return loaded
+
+    @torch.no_grad()
+    def evaluate(self, objective: Objective) -> float:
+        """The objective's loss on its next batch, the same number on every rank; no update."""
+        batch = objective.next_batch()
+        normalizer = all_reduce_(batch.weight, self.mesh.dp)
+        results = self.model.pipeline.forward_only(
+            {**batch.inputs, "normalizer": normalizer, "loss": objective.loss}, batch.microbatches
+        )
+        loss = torch.zeros(1, device=normalizer.device)
+        if results.losses:
+            loss = torch.stack(results.losses).sum(0)
+        return self.global_loss({objective.name: loss})[objective.name]
+
+    def learning_rate(self, name: str, step: int) -> float:
+        return self.objectives[name].learning_rate(step)
+
+    def first_non_finite(self, name: str) -> str | None:
+        """The first tensor of this rank's shard whose gradient is not finite."""
+        data_parallel, gradient = self.model.data_parallel, self.optimizer.gradient_shard(name)
+        for piece, start, block in data_parallel.layout.chunks(
+            data_parallel.layouts, data_parallel.group.rank
+        ):
+            if not torch.isfinite(gradient[start : start + prod(block.size)]).all():
+                return piece.name
+        return None
 
     def global_loss(self, losses: Mapping[str, Tensor]) -> dict[str, float]:
         """The same numbers on every rank; waits for the device, so for logging only."""

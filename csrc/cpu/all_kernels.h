@@ -3,7 +3,9 @@
 #include <ATen/cpu/vec/vec.h>
 
 #include "cpu/averaging.h"
+#include "cpu/elementwise.h"
 #include "cpu/kernels.h"
+#include "cpu/sample.h"
 #include "cpu/token_loss.h"
 
 #define MEGARLX_STRING_(x) #x
@@ -14,6 +16,7 @@ extern "C" const megarlx::cpu::Kernels* megarlx_cpu_kernels() {
       megarlx::cpu::kKernelsVersion,
       MEGARLX_STRING(CPU_CAPABILITY),
       // sample
+      megarlx::cpu::sample,
       // token_loss
       megarlx::cpu::token_loss,
       megarlx::cpu::token_loss_partials,
@@ -21,6 +24,14 @@ extern "C" const megarlx::cpu::Kernels* megarlx_cpu_kernels() {
       megarlx::cpu::average_adamw,
       megarlx::cpu::replica_average_pack,
       megarlx::cpu::replica_average_apply,
+      // elementwise
+      megarlx::cpu::rms_norm,
+      megarlx::cpu::rms_norm_backward,
+      megarlx::cpu::swiglu,
+      megarlx::cpu::swiglu_backward,
+      megarlx::cpu::heads,
+      megarlx::cpu::heads_backward,
+      megarlx::cpu::sum_blocks,
   };
   return &table;
 }

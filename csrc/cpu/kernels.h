@@ -6,18 +6,21 @@
 
 #include "math/adamw.h"
 #include "math/common.h"
+#include "math/elementwise.h"
 #include "math/replica_average.h"
+#include "math/sample.h"
 #include "math/token_loss.h"
 
 namespace megarlx::cpu {
 
 // Changes whenever a signature below does, so that a stale shared object is refused by name.
-constexpr std::int64_t kKernelsVersion = 1;
+constexpr std::int64_t kKernelsVersion = 2;
 
 struct Kernels {
   std::int64_t version;
   const char* instruction_set;
   // sample
+  void (*sample)(const sampling::SampleArgs&, std::int64_t begin, std::int64_t end);
   // token_loss
   void (*token_loss)(const TokenLossArgs& args, bool sums_are_given, std::int64_t begin,
                      std::int64_t end);
@@ -27,6 +30,15 @@ struct Kernels {
                         std::int64_t end);
   void (*replica_average_pack)(const PackArgs&, std::int64_t begin_chunk, std::int64_t end_chunk);
   void (*replica_average_apply)(const ApplyArgs&, std::int64_t begin, std::int64_t end);
+  // elementwise
+  void (*rms_norm)(const RmsNormArgs&, std::int64_t begin_row, std::int64_t end_row);
+  void (*rms_norm_backward)(const RmsNormArgs&, std::int64_t begin_block, std::int64_t end_block);
+  void (*swiglu)(const SwiGluArgs&, std::int64_t begin_row, std::int64_t end_row);
+  void (*swiglu_backward)(const SwiGluArgs&, std::int64_t begin_row, std::int64_t end_row);
+  void (*heads)(const HeadsArgs&, std::int64_t begin_token, std::int64_t end_token);
+  void (*heads_backward)(const HeadsArgs&, std::int64_t begin_block, std::int64_t end_block);
+  void (*sum_blocks)(Dtype dtype, const void* sums, std::int64_t blocks, std::int64_t width,
+                     void* out);
 };
 
 }  // namespace megarlx::cpu

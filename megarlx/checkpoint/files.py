@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,22 +51,24 @@ def write_safetensors(path: Path, entries: Sequence[Entry], values: Iterable[Ten
         position += entry.bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the values after it are then aligned
-    digest = hashlib.sha256()
     try:
-        with open(path, "xb", buffering=0) as file:
-            write_all(file.fileno(), memoryview(len(text).to_bytes(8, "little") + text), digest)
+        with open(path, "xb", buffering=0) as file, _Stream(file.fileno()) as stream:
+            stream.write(memoryview(len(text).to_bytes(8, "little") + text))
             for entry, tensor in zip(entries, values, strict=True):
                 if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
                     raise ValueError(
                         f"{entry.name} is {tuple(tensor.shape)} {tensor.dtype}; planned was "
                         f"{entry.shape} {entry.dtype}"
                     )
-                write_all(file.fileno(), _bytes_of(tensor), digest)
-            os.fsync(file.fileno())
+                stream.write(_bytes_of(tensor))
+            digest = stream.finish()
             size = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise CheckpointError(f"writing {path}: {error.strerror or error}") from error
-    return SavedFile(path.name, size, digest.hexdigest())
+    return SavedFile(path.name, size, digest)
+
+
+_sync_data: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)  # not on every system
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -72,11 +76,46 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def write_all(file: int, data: memoryview, digest: hashlib._Hash) -> None:
-    while data:
-        written = os.write(file, data[:PIECE])
-        digest.update(data[:written])
-        data = data[written:]
+class _Stream:
+    """Writes a file while one thread hashes what was written and another sends it to the disk.
+
+    Syncing only at the end would leave the disk idle during the writing, and hashing in between
+    would leave it idle during the hashing: this is about twice as fast.
+    """
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self._hashing, self._syncing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._hashed: deque[Future[None]] = deque()
+        self._synced: list[Future[None]] = []
+        self._unsynced = 0
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hashing.shutdown()
+        self._syncing.shutdown()
+
+    def write(self, data: memoryview) -> None:
+        while data:
+            piece = data[: os.write(self._file, data[:PIECE])]
+            data = data[len(piece) :]
+            self._hashed.append(self._hashing.submit(self._digest.update, piece))
+            if len(self._hashed) > 64:  # a piece may hold memory of its own: not too many wait
+                self._hashed.popleft().result()
+            self._unsynced += len(piece)
+            if self._unsynced >= PIECE and all(future.done() for future in self._synced[-1:]):
+                self._synced.append(self._syncing.submit(_sync_data, self._file))
+                self._unsynced = 0
+
+    def finish(self) -> str:
+        """The digest, once everything is on the disk, which tells each of its errors only once."""
+        for future in (*self._hashed, *self._synced):
+            future.result()
+        os.fsync(self._file)
+        return self._digest.hexdigest()
 
 
 def sha256_of(path: Path) -> str:

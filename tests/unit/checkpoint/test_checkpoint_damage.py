@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -13,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_cases import WORLD, flat_shards, resign, saved
+from safetensors.torch import load_file
 
-from megarlx.checkpoint import WEIGHTS_ONLY, CheckpointError, latest, load, verify
+from megarlx.checkpoint import WEIGHTS_ONLY, CheckpointError, Saver, files, latest, load, verify
 from megarlx.checkpoint.folder import LATEST
 from megarlx.checkpoint.manifest import NAME
 
@@ -173,6 +175,32 @@ def test_another_type_is_refused_not_converted(tmp_path: Path) -> None:
     double = {prefix: shard.double() for prefix, shard in shards.shards.items()}
     with pytest.raises(CheckpointError, match=r"is float32 \[5, 3\]; expected float64 \[5, 3\]"):
         load(checkpoint, type(shards)(shards.layout, shards.layouts, 0, double), WORLD)
+
+
+@pytest.mark.parametrize("extra", [-1, 0, 1])
+def test_files_of_many_pieces_are_written_and_hashed_in_order(tmp_path: Path, extra: int) -> None:
+    rows = 5 * files.PIECE // (4 * 64) + extra
+    shards = flat_shards(0.0, {"embedding.weight": (rows, 64), "norm.weight": (3,)})
+    for shard in shards.shards.values():
+        shard.copy_(torch.arange(shard.numel()))
+    saver = Saver(tmp_path, WORLD)
+    saver.save(1, shards, {}, blocking=True)
+    verify(tmp_path / "iter_00000001")
+    tensors = load_file(tmp_path / "iter_00000001" / "model-00000.safetensors")
+    assert torch.equal(tensors["embedding.weight"].view(-1), torch.arange(rows * 64.0))
+
+
+def test_an_error_that_a_disk_tells_early_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(files, "_sync_data", fails)
+    shards = flat_shards(0.0, {"embedding.weight": (4 * files.PIECE // 4, 1)})
+    with pytest.raises(CheckpointError, match=r"model-00000.safetensors: Input/output"):
+        Saver(tmp_path, WORLD).save(1, shards, {}, blocking=True)
+    assert latest(tmp_path) is None
 
 
 def test_padding_is_zero_after_a_load(tmp_path: Path) -> None:

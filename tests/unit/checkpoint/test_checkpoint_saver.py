@@ -38,6 +38,11 @@ def fill_(shards: FlatShards, value: float) -> None:
         shard.fill_(value)
 
 
+def save_whole(saver: Saver, iteration: int, shards: FlatShards, blocking: bool) -> None:
+    saver.save(iteration, shards, {}, blocking=blocking)
+    saver.wait()
+
+
 def loaded_value(checkpoint: Path) -> float:
     """The one number that all weights of the checkpoint are."""
     shards = flat_shards(-3.0)
@@ -134,8 +139,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_good_and_says_so(
 
     monkeypatch.setattr("megarlx.checkpoint.files.os.fsync", full)
     with pytest.raises(CheckpointError) as error:
-        saver.save(2, shards, {}, blocking=blocking)
-        saver.wait()
+        save_whole(saver, 2, shards, blocking)
     text = str(error.value)
     assert "No space left on device" in text
     assert when in text
@@ -262,7 +266,7 @@ def test_no_checkpoint_is_none_and_only_damaged_ones_are_an_error(tmp_path: Path
     assert latest(tmp_path) is None
     found = saved(tmp_path)
     (found.path / "optimizer-00000.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="no complete checkpoint.*optimizer-00000"):
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint.*optimizer-00000"):
         latest(tmp_path)
 
 
@@ -309,6 +313,20 @@ def test_a_parent_that_an_excursion_refers_to_stays_until_it_is_released(tmp_pat
         refer(tmp_path, 1, "runs/c")
     with pytest.raises(CheckpointError, match="holds no reference"):
         release(tmp_path, 4, "runs/c")
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_only_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stuck(checkpoint: Path) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(checkpoint))
+
+    saver, shards = Saver(tmp_path, WORLD, Retention(last=1)), flat_shards(1.0)
+    saver.save(1, shards, {}, blocking=True)
+    monkeypatch.setattr("megarlx.checkpoint.retention.delete", stuck)
+    with pytest.warns(UserWarning, match="could not be deleted: .*iter_00000001"):
+        saver.save(2, shards, {}, blocking=True)
+    assert latest(tmp_path) == tmp_path / "iter_00000002"
 
 
 @pytest.mark.parametrize("rule", [{"last": 0}, {"every": -1}])
