@@ -206,6 +206,7 @@ def requirements(torch_requirement: str) -> tuple[list[str], dict[str, list[str]
         "data": ["pyarrow", "zstandard"],
         "mpi": ["mpi4py>=4"],
         "hf": ["transformers>=5"],
+        "math": ["math-verify>=0.9"],
         "eval": ["lm_eval>=0.4.13"],
         "peers": ["trl>=1.16", "transformers>=5", "accelerate", "megatron-core>=0.16"],
         "cuda": ["torch==2.11.0", "transformer-engine[pytorch]==2.12.0", "flash-attn==2.8.3"],

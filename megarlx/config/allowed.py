@@ -11,7 +11,13 @@ from pydantic.fields import FieldInfo
 
 from megarlx.config.section import Section
 
-WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+WORDS = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    Any: "anything",
+}
 
 
 def without_none(annotation: Any) -> Any:

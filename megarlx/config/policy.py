@@ -1,0 +1,129 @@
+"""What a policy-gradient loss is made of, and the settings that published methods gave names to."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from megarlx.config.section import Section
+
+PresetName = Literal["grpo", "dapo", "dr_grpo", "gspo", "rloo", "cispo"]
+
+# Only what differs from PolicyConfig's defaults; docs/rl.md shows all of it as a table.
+PRESETS: dict[str, dict[str, Any]] = {
+    "grpo": {"aggregation": "sequence_mean", "kl": "k3", "kl_coefficient": 0.04},
+    "dapo": {"clip_high": 0.28, "drop_uninformative": True, "overlong": "penalty"},
+    "dr_grpo": {"advantage": "dr_grpo", "aggregation": "sequence_sum_fixed"},
+    "gspo": {
+        "loss": "gspo",
+        "clip_low": 3e-4,
+        "clip_high": 4e-4,
+        "aggregation": "sequence_mean",
+    },
+    "rloo": {
+        "advantage": "rloo",
+        "loss": "reinforce",
+        "aggregation": "sequence_sum",
+        "kl": "k2",
+        "kl_coefficient": 0.05,
+    },
+    "cispo": {"loss": "cispo", "clip_low": 1.0, "clip_high": 4.0},
+}
+
+
+class PolicyConfig(Section):
+    """Advantages, loss, aggregation and penalties of policy optimisation."""
+
+    preset: PresetName | None = Field(
+        default=None, description="Published method whose settings hold where no others are given"
+    )
+    advantage: Literal["grpo", "dr_grpo", "rloo"] = Field(
+        default="grpo",
+        description="Reward minus its group's mean; grpo: over the group's standard deviation; "
+        "rloo: minus the mean of the others",
+    )
+    drop_uninformative: bool = Field(
+        default=False, description="Groups whose rewards are all equal are replaced by new ones"
+    )
+    loss: Literal["reinforce", "ppo_clip", "cispo", "gspo", "sapo"] = Field(
+        default="ppo_clip", description="How the ratio of new to old probability enters the loss"
+    )
+    clip_low: float = Field(default=0.2, ge=0, description="Ratios count down to 1 - clip_low")
+    clip_high: float = Field(default=0.2, ge=0, description="Ratios count up to 1 + clip_high")
+    dual_clip: float = Field(
+        default=0.0,
+        ge=0,
+        description="Ratios of bad samples count up to this, over 1; 0: all; for ppo_clip, gspo",
+    )
+    sapo_temperatures: tuple[float, float] = Field(
+        default=(1.0, 1.05),
+        strict=False,
+        description="Steepness of sapo's soft gate for positive and for other advantages",
+    )
+    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum", "sequence_sum_fixed"] = (
+        Field(
+            default="token_mean",
+            description="Mean over all tokens, or over sequences of their tokens' mean, sum, or "
+            "sum over the longest length allowed",
+        )
+    )
+    kl: Literal["none", "k1", "k2", "k3"] = Field(
+        default="none", description="Estimator of the divergence from the reference policy"
+    )
+    kl_coefficient: float = Field(default=0.0, ge=0, description="Weight of the divergence")
+    entropy_coefficient: float = Field(default=0.0, description="Weight of the entropy bonus")
+    importance_cap: float | None = Field(
+        default=None,
+        gt=0,
+        description="Upper limit of the weights that correct what was sampled to what is trained; "
+        "absent: no such weights",
+    )
+    sequence_mask: float | None = Field(
+        default=None,
+        gt=0,
+        description="Bad samples do not count once their mean log-ratio fell by more than this",
+    )
+    overlong: Literal["keep", "mask", "penalty"] = Field(
+        default="keep",
+        description="Samples that end at the length limit: as others, not learned from, or with a "
+        "reward that falls over the last overlong_buffer tokens",
+    )
+    overlong_buffer: float = Field(
+        default=0.2, gt=0, le=1, description="Share of the length limit in which the penalty grows"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_under_given(cls, given: Any) -> Any:
+        known = PRESETS.get(str(given.get("preset"))) if isinstance(given, dict) else None
+        return {**known, **given} if known else given
+
+    def problems(self) -> list[tuple[str, str]]:
+        found = []
+        if (self.kl == "none") != (self.kl_coefficient == 0):
+            needs = "0" if self.kl == "none" else "more than 0"
+            found.append(
+                ("kl_coefficient", f"is {self.kl_coefficient}; with kl = '{self.kl}' it is {needs}")
+            )
+        if self.dual_clip and (self.dual_clip <= 1 or self.loss not in ("ppo_clip", "gspo")):
+            found.append(
+                (
+                    "dual_clip",
+                    f"is {self.dual_clip} with loss = '{self.loss}'; allowed are 0, and numbers "
+                    "over 1 with ppo_clip and gspo",
+                )
+            )
+        if min(self.sapo_temperatures) <= 0:
+            found.append(("sapo_temperatures", f"are {self.sapo_temperatures}; both must be > 0"))
+        return found
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.kl != "none"
+
+    @property
+    def needs_current_logprobs(self) -> bool:
+        """Whether each minibatch takes a pass for its log-probs first, once the policy has moved
+        away from the one that the old log-probs are of."""
+        return self.loss in ("gspo", "sapo") or self.sequence_mask is not None

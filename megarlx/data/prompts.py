@@ -1,0 +1,194 @@
+"""Prompts for reinforcement learning: questions with reference answers, drawn epoch after epoch.
+
+A file holds one prompt a line, {"question": …, "answer": …}; other fields go to the rewards as
+metadata. Which prompt is drawn when is a function of the seed and of how many were drawn before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from megarlx.data.conversations import Conversation, Template, Turn
+from megarlx.data.documents import BadLineError, open_input
+from megarlx.data.order import key_of, shuffled
+from megarlx.data.tokenizer import Tokenizer
+
+
+class PromptError(ValueError):
+    """Prompts that cannot be used."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    question: str
+    answer: str | None = None  # what rewards compare with; some need none
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PromptKeys:
+    """Names of the fields of a line."""
+
+    question: str = "question"
+    answer: str = "answer"
+
+
+@dataclass(frozen=True)
+class FewShot:
+    """Solved examples before each question, for models that have not been trained to answer.
+
+    `separator` stands behind each example; without one, the token that ends a document does.
+    """
+
+    examples: tuple[Conversation, ...] = ()
+    separator: str | None = "\n\n"
+
+    def ids(self, template: Template, tokenizer: Tokenizer) -> list[int]:
+        found: list[int] = []
+        for example in self.examples:
+            ids, _ = template.encode(example, tokenizer)
+            if self.separator is None:
+                found += ids
+            else:
+                found += ids[:-1] + tokenizer.encode(self.separator)
+        return found
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A prompt that was drawn; `number` counts the draws of the whole run."""
+
+    number: int
+    epoch: int
+    prompt: Prompt
+    ids: tuple[int, ...]
+
+
+def read_prompts(
+    path: str | Path,
+    keys: PromptKeys | None = None,
+    on_bad_line: Literal["stop", "skip"] = "stop",
+    skipped: list[BadLineError] | None = None,
+) -> list[Prompt]:
+    """The prompts of a JSONL file (also .gz, .zst) in order. Bad lines stop, or are appended to
+    `skipped`."""
+    keys = keys or PromptKeys()
+    prompts = []
+    with open_input(str(path)) as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            found = _prompt(line, keys)
+            if isinstance(found, Prompt):
+                prompts.append(found)
+                continue
+            bad = BadLineError(str(path), number, found)
+            if on_bad_line == "stop":
+                raise bad
+            if skipped is not None:
+                skipped.append(bad)
+    return prompts
+
+
+def _prompt(line: bytes, keys: PromptKeys) -> Prompt | str:
+    """The prompt, or why there is none."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return f"not JSON: {error}"
+    if not isinstance(value, dict):
+        return f"holds a {type(value).__name__}; expected an object"
+    question, answer = value.pop(keys.question, None), value.pop(keys.answer, None)
+    if not isinstance(question, str) or not question.strip():
+        return f"'{keys.question}' is {question!r}; expected text (its keys: {', '.join(value)})"
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        answer = str(answer)
+    if answer is not None and not isinstance(answer, str):
+        return f"'{keys.answer}' is {answer!r}; expected text, a number, or nothing"
+    for name, text in ((keys.question, question), (keys.answer, answer or "")):
+        if any(0xD800 <= ord(c) < 0xE000 for c in text):
+            return f"'{name}' holds half a surrogate pair"
+    return Prompt(question, answer, value)
+
+
+class PromptData:
+    """Prompts in a seeded order, another in each epoch. The state is how many were drawn."""
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        template: Template,
+        tokenizer: Tokenizer,
+        seed: int,
+        *,
+        few_shot: FewShot | None = None,
+        max_prompt_tokens: int | None = None,
+        too_long: Literal["stop", "skip"] = "stop",
+        name: str = "rl",
+    ) -> None:
+        self.seed, self.name, self.drawn = seed, name, 0
+        shots = (few_shot or FewShot()).ids(template, tokenizer)
+        self.prompts: list[Prompt] = []
+        self.too_long = 0
+        self._ids: list[tuple[int, ...]] = []
+        for prompt in prompts:
+            ids = shots + template.prompt_ids((Turn("user", prompt.question),), tokenizer)
+            if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
+                if too_long == "stop":
+                    raise PromptError(
+                        f"{name}: the prompt {prompt.question[:80]!r} has {len(ids)} tokens; "
+                        f"max_prompt_tokens allows {max_prompt_tokens}"
+                    )
+                self.too_long += 1
+                continue
+            self.prompts.append(prompt)
+            self._ids.append(tuple(ids))
+        if not self.prompts:
+            raise PromptError(f"{name}: no prompt to draw ({self.too_long} were too long)")
+        content = hashlib.sha256()
+        for kept, prompt in zip(self._ids, self.prompts, strict=True):
+            content.update(json.dumps([kept, asdict(prompt)], sort_keys=True).encode())
+        self._fingerprint = {
+            "prompts": len(self.prompts),
+            "content": content.hexdigest(),
+            "seed": seed,
+            "name": name,
+        }
+        self._order: tuple[int, list[int]] = (-1, [])  # of one epoch
+
+    def take(self, count: int) -> list[Drawn]:
+        """The next prompts; the same on every rank that has drawn as many."""
+        taken = [self._at(self.drawn + i) for i in range(count)]
+        self.drawn += count
+        return taken
+
+    def _at(self, number: int) -> Drawn:
+        epoch, place = divmod(number, len(self.prompts))
+        if self._order[0] != epoch:
+            order = shuffled(len(self.prompts), key_of(self.seed, self.name, epoch))
+            self._order = (epoch, order.tolist())
+        at = self._order[1][place]
+        return Drawn(number, epoch, self.prompts[at], self._ids[at])
+
+    def state(self) -> dict[str, Any]:
+        return {"drawn_prompts": self.drawn, "dataset": dict(self._fingerprint)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on where `state` was taken; refuses prompts that are not the same."""
+        saved, now = state["dataset"], self._fingerprint
+        changed = [
+            f"{key} was {saved.get(key)}, is {now.get(key)}"
+            for key in sorted({*saved, *now})
+            if saved.get(key) != now.get(key)
+        ]
+        if changed:
+            raise PromptError(
+                f"{self.name}: the prompts are not what the run was saved with:\n  "
+                + "\n  ".join(changed)
+            )
+        self.drawn = int(state["drawn_prompts"])

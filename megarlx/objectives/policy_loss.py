@@ -1,0 +1,268 @@
+"""From sampled sequences and their advantages to the fields of `linear_token_loss`.
+
+The op knows reinforce, ppo_clip and cispo of single tokens. The rest is made of them here, from
+constants, so that one pass and one kernel serve all losses. With lp the log-prob under the weights
+that are trained now (`current`), r = exp(lp - old) and s = exp(mean of lp - old over a sequence):
+
+gspo            ppo_clip with old = lp - log s: each token's ratio is s, with the gradient s·∇lp
+sapo            reinforce with the advantage 4 σ(1 - σ) r A, σ = sigmoid(τ (r - 1)): the gradient of
+                4 σ A / τ. (The value of the loss is not sapo's; its gradient is.)
+importance cap  advantages times min(exp(old - rollout), cap)
+sequence mask   advantage 0
+
+All of these change advantages and ratios only: KL and entropy keep their weight. The aggregation
+weighs a token's whole loss. Letters: T tokens of all sequences one after another, N sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megarlx.config.policy import PolicyConfig
+from megarlx.ops import LossSpec
+
+LARGEST_LOG_RATIO = 80.0  # as in the op: exponentials stay finite
+
+
+@dataclass(frozen=True)
+class Completions:
+    """What was sampled. A token's log-prob stands at the token's own place, 0 where not `written`.
+
+    `old_logprobs` are those of the training pass, before the first update on these sequences.
+    Without them the policy has not moved. `rollout_logprobs` are those of the sampler.
+    """
+
+    tokens: Tensor  # int64 [T], each prompt with its completion
+    lengths: Tensor  # int64 [N]
+    written: Tensor  # bool [T], by the policy (its stop token too); a sequence's first never is
+    old_logprobs: Tensor | None = None  # [T]
+    rollout_logprobs: Tensor | None = None  # [T]
+    ref_logprobs: Tensor | None = None  # [T]
+    truncated: Tensor | None = None  # bool [N], ended by the length limit
+
+    def __post_init__(self) -> None:
+        total, count = len(self.tokens), len(self.lengths)
+        for name in ("written", "old_logprobs", "rollout_logprobs", "ref_logprobs", "truncated"):
+            value = getattr(self, name)
+            expected = count if name == "truncated" else total
+            if value is not None and value.shape != (expected,):
+                raise ValueError(
+                    f"completions: {name} has the shape {tuple(value.shape)}; expected "
+                    f"({expected},)"
+                )
+        if int(self.lengths.sum()) != total or (count and int(self.lengths.min()) < 1):
+            raise ValueError(
+                f"completions: lengths {self.lengths.tolist()} must be at least 1 and add up to "
+                f"the {total} tokens"
+            )
+        if self.written[self.offsets[:-1]].any():
+            raise ValueError("completions: the first token of a sequence cannot be one to learn")
+
+    @staticmethod
+    def of(
+        prompts: Sequence[Sequence[int]],
+        sampled: Sequence[Tensor],
+        *,
+        rollout_logprobs: Sequence[Tensor] | None = None,
+        truncated: Sequence[bool] | None = None,
+    ) -> Completions:
+        """From each sample's prompt, its sampled ids [n] and their log-probs [n]."""
+
+        def place(values: Sequence[Tensor]) -> Tensor:
+            """Each sample's values behind zeros for its prompt."""
+            pairs = zip(prompts, values, strict=True)
+            return torch.cat([F.pad(value, (len(prompt), 0)) for prompt, value in pairs])
+
+        whole = [
+            torch.cat((torch.tensor(list(prompt), dtype=torch.int64, device=ids.device), ids))
+            for prompt, ids in zip(prompts, sampled, strict=True)
+        ]
+        device = whole[0].device
+        return Completions(
+            torch.cat(whole),
+            torch.tensor([len(ids) for ids in whole], device=device),
+            place([torch.ones_like(ids, dtype=torch.bool) for ids in sampled]),
+            rollout_logprobs=None if rollout_logprobs is None else place(rollout_logprobs),
+            truncated=None if truncated is None else torch.tensor(truncated, device=device),
+        )
+
+    @property
+    def offsets(self) -> Tensor:
+        """[N + 1]"""
+        return torch.cat((self.lengths.new_zeros(1), self.lengths.cumsum(0)))
+
+    @property
+    def sequence_of_token(self) -> Tensor:
+        sequences = torch.arange(len(self.lengths), device=self.lengths.device)
+        return sequences.repeat_interleave(self.lengths)
+
+
+@dataclass(frozen=True)
+class PolicyFields:
+    """Per-token inputs of the loss, each at the place [T] of the token it is about."""
+
+    mask: Tensor  # bool
+    advantages: Tensor
+    old_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    token_weights: Tensor | None
+    sequence_weights: Tensor  # fp64 [N], what each sequence adds to the normaliser
+
+
+def loss_spec(config: PolicyConfig) -> LossSpec:
+    mode = {"gspo": "ppo_clip", "sapo": "reinforce"}.get(config.loss, config.loss)
+    return LossSpec(
+        mode=mode,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        dual_clip=config.dual_clip,
+        kl=config.kl,
+        kl_coefficient=config.kl_coefficient,
+        entropy_coefficient=config.entropy_coefficient,
+    )
+
+
+def policy_fields(
+    config: PolicyConfig,
+    completions: Completions,
+    advantages: Tensor,
+    *,
+    max_completion_tokens: int,
+    current_logprobs: Tensor | None = None,
+) -> PolicyFields:
+    """`advantages` are one a sequence [N], or one a token [T] (turns of an episode differ).
+
+    `current_logprobs` [T] are needed where config.needs_current_logprobs, once the policy moved.
+    """
+    made = completions
+    mask = made.written
+    if config.overlong == "mask":
+        mask = (
+            mask
+            & ~_required(made.truncated, "truncated", "overlong = 'mask'")[made.sequence_of_token]
+        )
+    if advantages.shape == made.lengths.shape and advantages.shape != made.tokens.shape:
+        advantages = advantages[made.sequence_of_token]
+    if advantages.shape != made.tokens.shape or not advantages.isfinite().all():
+        raise ValueError(
+            f"policy loss: advantages of shape {tuple(advantages.shape)}; they must be finite, one "
+            f"for each of {len(made.lengths)} sequences or each of {len(made.tokens)} tokens"
+        )
+    ref = made.ref_logprobs
+    if config.needs_reference:
+        ref = _required(ref, "ref_logprobs", f"kl = '{config.kl}'")
+    old = made.old_logprobs
+    if config.importance_cap is not None:
+        reason = f"importance_cap = {config.importance_cap}"
+        sampled = _required(made.rollout_logprobs, "rollout_logprobs", reason)
+        weights = _ratio(_required(old, "old_logprobs", reason), sampled)
+        advantages = advantages * weights.clamp_max(config.importance_cap)
+    if config.needs_current_logprobs and current_logprobs is not None:
+        before = _required(old, "old_logprobs", "current_logprobs")
+        if config.sequence_mask is not None:
+            sampled = before if made.rollout_logprobs is None else made.rollout_logprobs
+            fallen = sequence_mean(sampled - current_logprobs, mask, made)
+            gone = (fallen > config.sequence_mask)[made.sequence_of_token] & (advantages < 0)
+            advantages = advantages.masked_fill(gone, 0)
+        if config.loss == "gspo":
+            mean = sequence_mean(current_logprobs - before, mask, made)
+            old = current_logprobs - mean[made.sequence_of_token]
+        elif config.loss == "sapo":
+            advantages = advantages * _sapo_gate(config, advantages, current_logprobs, before)
+    if config.loss == "sapo":
+        old = None  # its ratio is in the advantage
+    counts = sequence_sum(mask.double(), made)
+    weights_of_token, per_sequence = None, counts
+    if config.aggregation != "token_mean":
+        per_sequence = (counts > 0).double()
+    if config.aggregation == "sequence_mean":
+        weights_of_token = (1 / counts.clamp_min(1))[made.sequence_of_token]
+    elif config.aggregation == "sequence_sum_fixed":
+        weights_of_token = torch.full_like(advantages, 1 / max_completion_tokens)
+    if weights_of_token is not None:
+        weights_of_token = weights_of_token.to(advantages.dtype)
+    return PolicyFields(
+        mask,
+        advantages,
+        old,
+        ref if config.needs_reference else None,
+        weights_of_token,
+        per_sequence,
+    )
+
+
+def sequence_sum(values: Tensor, completions: Completions) -> Tensor:
+    """[T] -> [N]"""
+    return torch.segment_reduce(values, "sum", lengths=completions.lengths)
+
+
+def sequence_mean(values: Tensor, mask: Tensor, completions: Completions) -> Tensor:
+    """[T] -> [N], over the tokens in `mask`; 0 without any."""
+    total = sequence_sum(values.where(mask, 0), completions)
+    return total / sequence_sum(mask.to(values.dtype), completions).clamp_min(1)
+
+
+def select(completions: Completions, sequences: Tensor) -> Completions:
+    """The sequences of these numbers, in this order: a minibatch."""
+    pieces = [
+        torch.arange(int(a), int(b), device=completions.tokens.device)
+        for a, b in zip(
+            completions.offsets[:-1][sequences], completions.offsets[1:][sequences], strict=True
+        )
+    ]
+    index = torch.cat(pieces) if pieces else completions.lengths.new_zeros(0)
+
+    def take(value: Tensor | None, where: Tensor) -> Tensor | None:
+        return None if value is None else value[where]
+
+    return replace(
+        completions,
+        tokens=completions.tokens[index],
+        written=completions.written[index],
+        lengths=completions.lengths[sequences],
+        old_logprobs=take(completions.old_logprobs, index),
+        rollout_logprobs=take(completions.rollout_logprobs, index),
+        ref_logprobs=take(completions.ref_logprobs, index),
+        truncated=take(completions.truncated, sequences),
+    )
+
+
+def gap_sums(rollout: Tensor, training: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """How far sampler and trainer disagree about the tokens in `mask`: as sums (and one maximum),
+    so that ranks can add theirs up; divide `gap` and `kl` by `tokens`."""
+    gap = (training - rollout).where(mask, 0).double()
+    return {
+        "gap": gap.abs().sum(),
+        "kl": (gap.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).expm1() - gap).sum(),
+        "gap_max": gap.abs().max() if len(gap) else gap.sum(),
+        "tokens": mask.sum(dtype=torch.float64),
+    }
+
+
+def overlong_penalty(tokens: Tensor, max_tokens: int, buffer: float) -> Tensor:
+    """0 down to -1 over the last `buffer` (a share) of the `max_tokens` a completion may have."""
+    width = buffer * max_tokens
+    return -((tokens - (max_tokens - width)) / width).clamp(0, 1)
+
+
+def _ratio(new: Tensor, old: Tensor) -> Tensor:
+    return (new - old).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
+
+
+def _sapo_gate(config: PolicyConfig, advantages: Tensor, current: Tensor, old: Tensor) -> Tensor:
+    ratio = _ratio(current, old)
+    positive, other = config.sapo_temperatures
+    temperature = torch.where(advantages > 0, positive, other).to(ratio.dtype)
+    gate = torch.sigmoid(temperature * (ratio - 1))
+    return 4 * gate * (1 - gate) * ratio
+
+
+def _required(value: Tensor | None, name: str, reason: str) -> Tensor:
+    if value is None:
+        raise ValueError(f"policy loss: {name} is missing; {reason} needs it")
+    return value

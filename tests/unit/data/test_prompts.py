@@ -1,0 +1,127 @@
+"""Prompts: reading, templates, order and resume."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megarlx.data.conversations import Conversation, Template, Turn
+from megarlx.data.documents import BadLineError
+from megarlx.data.prompts import (
+    Drawn,
+    FewShot,
+    Prompt,
+    PromptData,
+    PromptError,
+    PromptKeys,
+    read_prompts,
+)
+from megarlx.data.tokenizer import ByteTokenizer
+
+BYTES = ByteTokenizer()
+TEMPLATE = Template(user="Q: {content}\n", opening="A:", assistant=" {content}")
+
+
+def data(count: int = 7, seed: int = 3, **rest: Any) -> PromptData:
+    prompts = [Prompt(f"{i} + {i}?", str(2 * i), {"level": i}) for i in range(count)]
+    return PromptData(prompts, TEMPLATE, BYTES, seed, **rest)
+
+
+def questions(drawn: list[Drawn]) -> list[str]:
+    return [d.prompt.question for d in drawn]
+
+
+def test_lines_become_prompts_and_other_fields_metadata(tmp_path: Path) -> None:
+    lines = [{"question": "a?", "answer": "1", "level": 2}, {"question": "b?"}]
+    lines += [{"question": "c?", "answer": 5}]
+    expected = [Prompt("a?", "1", {"level": 2}), Prompt("b?"), Prompt("c?", "5")]
+    text = "\n".join(map(json.dumps, lines)) + "\n\n"
+    (tmp_path / "p.jsonl").write_text(text)
+    (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    assert read_prompts(tmp_path / "p.jsonl") == expected
+    assert read_prompts(tmp_path / "p.jsonl.gz") == expected
+    (tmp_path / "other.jsonl").write_text('{"problem": "x", "solution": "y"}')
+    keys = PromptKeys(question="problem", answer="solution")
+    assert read_prompts(tmp_path / "other.jsonl", keys) == [Prompt("x", "y")]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{oops", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ('"text"', "holds a str; expected an object"),
+        ('{"prompt": "x"}', r"'question' is None; expected text \(its keys: prompt\)"),
+        ('{"question": " "}', "'question' is ' '"),
+        ('{"question": "x", "answer": [1]}', r"'answer' is \[1\]; expected text"),
+        ('{"question": "x", "answer": true}', "'answer' is True"),
+        ('{"question": "\\ud800"}', "'question' holds half a surrogate pair"),
+    ],
+)
+def test_bad_lines_are_named_or_skipped_and_counted(tmp_path: Path, line: str, reason: str) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"question": "good"}\n\n' + line + '\n{"question": "also"}\n')
+    with pytest.raises(BadLineError, match=rf"p\.jsonl, line 3: {reason}"):
+        read_prompts(path)
+    skipped: list[BadLineError] = []
+    assert [p.question for p in read_prompts(path, on_bad_line="skip", skipped=skipped)] == [
+        "good", "also"
+    ]  # fmt: skip
+    assert len(skipped) == 1
+
+
+def test_a_prompt_ends_where_the_model_is_to_answer() -> None:
+    (drawn,) = data(count=1).take(1)
+    assert BYTES.decode(drawn.ids) == "Q: 0 + 0?\nA:"
+    example = Conversation((Turn("user", "1 + 1?"), Turn("assistant", "2")))
+    (shot,) = data(count=1, few_shot=FewShot((example, example))).take(1)
+    assert BYTES.decode(shot.ids) == "Q: 1 + 1?\nA: 2\n\n" * 2 + "Q: 0 + 0?\nA:"
+    (ended,) = data(count=1, few_shot=FewShot((example,), separator=None)).take(1)
+    assert BYTES.decode(ended.ids) == "Q: 1 + 1?\nA: 2<eos>Q: 0 + 0?\nA:"
+
+
+def test_every_epoch_holds_every_prompt_once_in_its_own_order() -> None:
+    found = data().take(21)
+    assert [d.number for d in found] == list(range(21))
+    assert [d.epoch for d in found] == [0] * 7 + [1] * 7 + [2] * 7
+    epochs = [questions(found[i : i + 7]) for i in (0, 7, 14)]
+    assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert questions(data(seed=4).take(7)) != epochs[0]
+    assert questions(data(name="other").take(7)) != epochs[0]
+
+
+@pytest.mark.parametrize("first", [0, 1, 6, 7, 8, 30])
+def test_resume_goes_on_exactly_through_the_ends_of_epochs(first: int) -> None:
+    whole, stopped, resumed = data(), data(), data()
+    expected = whole.take(first + 20)
+    stopped.take(first)
+    resumed.load_state(json.loads(json.dumps(stopped.state())))
+    sizes = (3, 7, 10)
+    assert [d for size in sizes for d in resumed.take(size)] == expected[first:]
+
+
+def test_resume_refuses_other_prompts_and_says_what_changed() -> None:
+    state = data().state()
+    for other, what in ((data(count=6), "prompts was 7, is 6"), (data(seed=9), "seed was 3, is 9")):
+        with pytest.raises(PromptError, match=what):
+            other.load_state(state)
+    changed = PromptData(
+        [*data().prompts[:-1], Prompt("6 + 6?", "13", {"level": 6})], TEMPLATE, BYTES, 3
+    )
+    with pytest.raises(PromptError, match="content was"):
+        changed.load_state(state)
+
+
+def test_prompts_that_are_too_long_stop_or_are_left_out_and_counted() -> None:
+    prompts = [Prompt("x"), Prompt("long " * 10)]
+    with pytest.raises(PromptError, match=r"'long long .* tokens; max_prompt_tokens allows 9"):
+        PromptData(prompts, TEMPLATE, BYTES, 0, max_prompt_tokens=9)
+    kept = PromptData(prompts, TEMPLATE, BYTES, 0, max_prompt_tokens=9, too_long="skip")
+    assert (kept.too_long, questions(kept.take(3))) == (1, ["x"] * 3)
+    with pytest.raises(PromptError, match=r"no prompt to draw \(1 were too long\)"):
+        PromptData(prompts[1:], TEMPLATE, BYTES, 0, max_prompt_tokens=9, too_long="skip")

@@ -1,0 +1,56 @@
+"""Rewards that do what rewards must not do, where the completion says so."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any
+
+from megarlx.objectives.samples import Sample
+
+
+def obedient(samples: list[Sample], factor: float = 1.0) -> Any:
+    print("a reward may print")
+    os.write(1, b'{"rewards": [9, 9, 9]}\n')  # and even try to answer by itself
+    said = {sample.completion for sample in samples}
+    if "hang" in said:
+        time.sleep(600)
+    if "spin" in said:
+        while True:
+            pass
+    if "crash" in said:
+        os.kill(os.getpid(), 11)
+    if "exit" in said:
+        sys.exit(3)
+    if "raise" in said:
+        raise RuntimeError("asked to")
+    if "hoard" in said:
+        return bytearray(1 << 40)
+    if "short" in said:
+        return []
+    if "scalar" in said:
+        return 1.0
+    if "text" in said:
+        return ["good"] * len(samples)
+    special = {"nan": float("nan"), "inf": float("inf"), "none": None}
+    return [special.get(s.completion, factor * len(s.completion)) for s in samples]
+
+
+class Counting:
+    """Keeps state between calls, as a model does."""
+
+    def __init__(self, start: float) -> None:
+        self.next = start
+
+    def __call__(self, samples: list[Sample]) -> list[float]:
+        self.next += len(samples)
+        return [self.next] * len(samples)
+
+
+def refuses(samples: list[Sample], never_given: int) -> list[float]:
+    raise AssertionError("unreachable")
+
+
+def process_id(samples: list[Sample]) -> list[float]:
+    return [float(os.getpid())] * len(samples)
