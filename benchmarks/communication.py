@@ -41,7 +41,7 @@ def formula(case: Case, rank: int) -> dict[tuple[str, str], int]:
     plan = PipelinePlan.make(
         config.layers,
         case.pp,
-        case.schedule,  # type: ignore[arg-type]
+        case.schedule,
         case.virtual_stages,
         case.layers_per_stage,
     )

@@ -192,15 +192,7 @@ Drawn sample_combine(const Tensor& partials, const Tensor& temperature) {
     return out;
   }
 #endif
-  for (std::int64_t row = 0; row < rows; ++row) {
-    sampling::Partial all = partial[row];
-    for (std::int64_t shard = 1; shard < shards; ++shard) all.merge(partial[shard * rows + row]);
-    const auto scale = sampling::scale_of(args.temperature[row * args.temperature_stride]);
-    const auto drawn = sampling::finish(all, scale, scale.is_model);
-    args.token[row] = drawn.token;
-    args.logprob[row] = drawn.logprob;
-    args.sampled_logprob[row] = drawn.sampled_logprob;
-  }
+  cpu_kernels().sample_combine(args, partial, shards);
   return out;
 }
 

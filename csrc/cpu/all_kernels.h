@@ -17,6 +17,7 @@ extern "C" const megarlx::cpu::Kernels* megarlx_cpu_kernels() {
       MEGARLX_STRING(CPU_CAPABILITY),
       // sample
       megarlx::cpu::sample,
+      megarlx::cpu::sample_combine,
       // token_loss
       megarlx::cpu::token_loss,
       megarlx::cpu::token_loss_partials,

@@ -14,13 +14,15 @@
 namespace megarlx::cpu {
 
 // Changes whenever a signature below does, so that a stale shared object is refused by name.
-constexpr std::int64_t kKernelsVersion = 2;
+constexpr std::int64_t kKernelsVersion = 3;
 
 struct Kernels {
   std::int64_t version;
   const char* instruction_set;
   // sample
   void (*sample)(const sampling::SampleArgs&, std::int64_t begin, std::int64_t end);
+  void (*sample_combine)(const sampling::SampleArgs&, const sampling::Partial*,
+                         std::int64_t shards);
   // token_loss
   void (*token_loss)(const TokenLossArgs& args, bool sums_are_given, std::int64_t begin,
                      std::int64_t end);

@@ -417,5 +417,21 @@ void sample(const SampleArgs& args, std::int64_t begin, std::int64_t end) {
     Rows<float>(args).run(begin, end);
 }
 
+// Here and not in the binding: rows must end in the same instructions whether they were split or
+// not.
+void sample_combine(const SampleArgs& args, const sampling::Partial* partials,
+                    std::int64_t shards) {
+  for (std::int64_t row = 0; row < args.rows; ++row) {
+    sampling::Partial all = partials[row];
+    for (std::int64_t shard = 1; shard < shards; ++shard)
+      all.merge(partials[shard * args.rows + row]);
+    const Scale scale = scale_of(args.temperature[row * args.temperature_stride]);
+    const Drawn drawn = finish(all, scale, scale.is_model);
+    args.token[row] = drawn.token;
+    args.logprob[row] = drawn.logprob;
+    args.sampled_logprob[row] = drawn.sampled_logprob;
+  }
+}
+
 }  // namespace
 }  // namespace megarlx::cpu

@@ -476,6 +476,8 @@ def test_defaults_in_the_description_are_the_defaults_in_use(tmp_path):
     for line in field_lines(Config):
         if line.default.startswith("(") or line.name in ("data.composition", "data.validation"):
             continue
+        if line.name.startswith("data.world."):  # goes without sources
+            continue
         value: Any = resolved
         for key in line.name.split("."):
             value = value[key.removesuffix("[]")]
