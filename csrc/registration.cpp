@@ -10,6 +10,15 @@
 
 TORCH_LIBRARY(megarlx, m) {
   // sample
+  m.def(
+      "sample(Tensor logits, Tensor seed, Tensor keys, Tensor temperature, Tensor? top_k, "
+      "Tensor? top_p, Tensor? min_p, int vocab_size) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "sample_partials(Tensor logits, Tensor seed, Tensor keys, Tensor temperature, int first_id, "
+      "int vocab_size) -> Tensor");
+  m.def("sample_combine(Tensor partials, Tensor temperature) -> (Tensor, Tensor, Tensor)");
+  m.def("philox(Tensor counters, Tensor key) -> Tensor");
+  m.def("gumbel(Tensor bits) -> Tensor");
 
   // token_loss. "fields" [tokens, kFields] and "partials" [kPartials, tokens] are those of
   // math/token_loss.h; targets are global ids; columns whose global id is vocab_size or more are
@@ -61,6 +70,15 @@ TORCH_LIBRARY(megarlx, m) {
   m.def(
       "replica_average_apply_(Tensor(a!) target, Tensor summed, bool add, Tensor(b!)? param_out) "
       "-> ()");
+
+  // decode: one step of cached generation between its matrix products, CPU only
+  m.def(
+      "decode_attention_(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor slots, "
+      "Tensor positions, Tensor cosines, Tensor sines, Tensor? q_weight, Tensor? k_weight, "
+      "Tensor? inverse, float eps, float scale, int rows, Tensor(c!) out) -> ()");
+  m.def(
+      "decode_norm_(Tensor(a!) x, Tensor? y, Tensor weight, float eps, Tensor(b!)? out) -> ()");
+  m.def("decode_swiglu_(Tensor gate_up, Tensor(a!) out) -> ()");
 }
 
 namespace megarlx {

@@ -3,7 +3,9 @@
 #include <ATen/cpu/vec/vec.h>
 
 #include "cpu/averaging.h"
+#include "cpu/decode.h"
 #include "cpu/kernels.h"
+#include "cpu/sample.h"
 #include "cpu/token_loss.h"
 
 #define MEGARLX_STRING_(x) #x
@@ -14,6 +16,7 @@ extern "C" const megarlx::cpu::Kernels* megarlx_cpu_kernels() {
       megarlx::cpu::kKernelsVersion,
       MEGARLX_STRING(CPU_CAPABILITY),
       // sample
+      megarlx::cpu::sample,
       // token_loss
       megarlx::cpu::token_loss,
       megarlx::cpu::token_loss_partials,
@@ -21,6 +24,10 @@ extern "C" const megarlx::cpu::Kernels* megarlx_cpu_kernels() {
       megarlx::cpu::average_adamw,
       megarlx::cpu::replica_average_pack,
       megarlx::cpu::replica_average_apply,
+      // decode
+      megarlx::cpu::decode_attention,
+      megarlx::cpu::decode_norm,
+      megarlx::cpu::decode_swiglu,
   };
   return &table;
 }

@@ -6,7 +6,9 @@
 
 #include "math/adamw.h"
 #include "math/common.h"
+#include "math/decode.h"
 #include "math/replica_average.h"
+#include "math/sample.h"
 #include "math/token_loss.h"
 
 namespace megarlx::cpu {
@@ -18,6 +20,7 @@ struct Kernels {
   std::int64_t version;
   const char* instruction_set;
   // sample
+  void (*sample)(const sampling::SampleArgs&, std::int64_t begin, std::int64_t end);
   // token_loss
   void (*token_loss)(const TokenLossArgs& args, bool sums_are_given, std::int64_t begin,
                      std::int64_t end);
@@ -27,6 +30,10 @@ struct Kernels {
                         std::int64_t end);
   void (*replica_average_pack)(const PackArgs&, std::int64_t begin_chunk, std::int64_t end_chunk);
   void (*replica_average_apply)(const ApplyArgs&, std::int64_t begin, std::int64_t end);
+  // decode
+  void (*decode_attention)(const DecodeAttentionArgs&, std::int64_t begin, std::int64_t end);
+  void (*decode_norm)(const DecodeNormArgs&, std::int64_t begin, std::int64_t end);
+  void (*decode_swiglu)(const DecodeSwigluArgs&, std::int64_t begin, std::int64_t end);
 };
 
 }  // namespace megarlx::cpu

@@ -5,9 +5,17 @@
 
 #include "math/adamw.h"
 #include "math/replica_average.h"
+#include "math/sample.h"
 #include "math/token_loss.h"
 
 namespace megarlx::cuda {
+
+// sample
+std::int64_t sample_workspace_bytes(const sampling::SampleArgs& args);
+void sample(const sampling::SampleArgs& args, void* workspace, cudaStream_t stream);
+// partials [shards, rows] -> the outputs of args
+void sample_combine(const sampling::SampleArgs& args, const sampling::Partial* partials,
+                    std::int64_t shards, cudaStream_t stream);
 
 // token_loss
 void token_loss(const TokenLossArgs& args, bool sums_are_given, cudaStream_t stream);

@@ -3,13 +3,17 @@
 from megarlx.ops.averaging import average_adamw_, replica_average_
 from megarlx.ops.linear_token_loss import linear_token_loss
 from megarlx.ops.loss_spec import LossSpec, TokenLoss
+from megarlx.ops.sample import Sample, sample, sample_reference
 from megarlx.ops.token_loss import token_loss
 
 __all__ = [
     "LossSpec",
+    "Sample",
     "TokenLoss",
     "average_adamw_",
     "linear_token_loss",
     "replica_average_",
+    "sample",
+    "sample_reference",
     "token_loss",
 ]
