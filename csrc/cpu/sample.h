@@ -240,7 +240,7 @@ class Rows {
     if (sampler.partial.invalid || largest == kMinusInfinity) return;
     const Mass& whole = sampler.scale.is_model ? sampler.partial.model : sampler.partial.sampled;
     const double total =
-        by_p ? std::exp2(whole.log2() - clamped_base(largest, sampler.scale.c)) : 0.0;
+        by_p ? exp2_of_double(whole.log2() - clamped_base(largest, sampler.scale.c)) : 0.0;
     sampler.partial.sampled.clear();
     const float threshold = find_threshold(row, p, largest, total, sampler.scale);
 

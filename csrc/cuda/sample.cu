@@ -106,7 +106,10 @@ __device__ __forceinline__ float tree_sum(const float* w) {
 }
 
 __device__ __forceinline__ Scale row_scale(const SampleArgs& args, std::int64_t row) {
-  return scale_of(args.temperature[row * args.temperature_stride]);
+  Scale scale = scale_of(args.temperature[row * args.temperature_stride]);
+  // Keeps the division, which is a call, here where few registers are live.
+  asm volatile("" : "+f"(scale.c));
+  return scale;
 }
 __device__ __forceinline__ RowKey row_noise(const SampleArgs& args, std::int64_t row) {
   return row_key(*args.seed, args.keys[2 * row], args.keys[2 * row + 1]);
@@ -439,8 +442,8 @@ __global__ void __launch_bounds__(kThresholdThreads)
     if (threadIdx.x == 0) {
       shared_largest = largest;
       stop = whole.invalid || !scale.valid || scale.greedy || largest == kMinusInfinity;
-      const Mass& mass = scale.is_model ? whole.model : whole.sampled;
-      shared_total = stop ? 0.0 : ::exp2(mass.log2() - clamped_base(largest, scale.c));
+      const double mass = scale.is_model ? whole.model.log2() : whole.sampled.log2();
+      shared_total = stop ? 0.0 : exp2_of_double(mass - clamped_base(largest, scale.c));
     }
   }
   __syncthreads();

@@ -46,11 +46,12 @@ MEGARLX_HD float fused(float a, float b, float c) {
 
 // What a row needs of its temperature.
 struct Scale {
-  float c;         // log2(e) / T
-  float floor;     // the most negative x - largest x that counts: its weight is about 2^-125
-  bool greedy;     // T = 0
-  bool valid;      // false: T is negative or not a number
-  bool is_model;   // T = 1: the distribution sampled from is the model's
+  float c;           // log2(e) / T
+  float floor;       // the most negative x - largest x that counts: its weight is about 2^-125
+  double inverse_c;  // 1 / c
+  bool greedy;       // T = 0
+  bool valid;        // false: T is negative or not a number
+  bool is_model;     // T = 1: the distribution sampled from is the model's (greedy rows too)
 };
 
 MEGARLX_HD Scale scale_of(float temperature) {
@@ -58,10 +59,11 @@ MEGARLX_HD Scale scale_of(float temperature) {
   s.valid = temperature >= 0.0f && temperature <= 3.4e38f;
   s.greedy = temperature == 0.0f;
   s.is_model = temperature == 1.0f || s.greedy;
-  const double c = kLog2E / (s.is_model || !s.valid ? 1.0 : static_cast<double>(temperature));
   // Beyond 1e+-30 a temperature changes nothing that fp32 logits can show.
-  s.c = static_cast<float>(c > 1e30 ? 1e30 : c < 1e-30 ? 1e-30 : c);
-  s.floor = -125.0f / s.c;
+  const float t = s.is_model || !s.valid ? 1.0f : fminf(fmaxf(temperature, 1e-30f), 1e30f);
+  s.c = static_cast<float>(kLog2E / static_cast<double>(t));
+  s.inverse_c = static_cast<double>(t) * kLn2;
+  s.floor = t * -86.643f;
   return s;
 }
 
@@ -106,6 +108,27 @@ MEGARLX_HD float log2_of(float v) {
   const std::int32_t exponent = static_cast<std::int32_t>(offset) >> 23;
   const float f = bits_as<float>((offset & 0x007fffffu) + 0x3f3504f3u) - 1.0f;
   return fused(log2_series(f), f, static_cast<float>(exponent));
+}
+
+// log2 of a normal positive number to 1e-7: that of the nearest fp32, and of what is left. Written
+// here so that both backends agree.
+MEGARLX_HD double log2_of_double(double v) {
+  const auto bits = bits_as<std::uint64_t>(v);
+  const auto exponent = static_cast<std::int64_t>(bits >> 52) - 1023;
+  const double mantissa = bits_as<double>((bits & 0xfffffffffffffull) | 0x3ff0000000000000ull);
+  const float near = static_cast<float>(mantissa);
+  const double rest = mantissa - static_cast<double>(near);
+  const double inverse = 1.457 - 0.5 * static_cast<double>(near);  // of near in [1, 2], roughly
+  return static_cast<double>(log2_of(near)) + rest * inverse * kLog2E +
+         static_cast<double>(exponent);
+}
+
+// 2^v to 1e-7, for v in [-1000, 1000]
+MEGARLX_HD double exp2_of_double(double v) {
+  const double whole = floor(v);
+  const auto exponent = static_cast<std::uint64_t>(static_cast<std::int64_t>(whole) + 1023);
+  return static_cast<double>(weight(static_cast<float>(v - whole), 1.0f, -125.0f)) *
+         bits_as<double>(exponent << 52);
 }
 
 // -log2(u) for u = (the upper 63 bits + 1/2) / 2^63. Near u = 1 it is taken from 1 - u, which the
@@ -198,7 +221,7 @@ struct Mass {
   MEGARLX_HD double log2() const {
     const double total = static_cast<double>(sum[0]) + static_cast<double>(sum[1]) * 0x1p-20 +
                          static_cast<double>(sum[2]) * 0x1p-40;
-    return ::log2(total) + static_cast<double>(top * kStep);
+    return log2_of_double(total) + static_cast<double>(top * kStep);
   }
 };
 
@@ -333,17 +356,18 @@ MEGARLX_HD float min_p_threshold(float min_p, float largest, const Scale& scale)
   if (!(min_p > 0.0f)) return kMinusInfinity;
   if (min_p >= 1.0f) return largest;
   return at_least(static_cast<double>(largest) +
-                  ::log2(static_cast<double>(min_p)) / static_cast<double>(scale.c));
+                  log2_of_double(static_cast<double>(min_p)) * scale.inverse_c);
 }
 
 // Ids below this logit hold, all `count` of them together, less than (1 - p) of `total` (in units
 // of the largest weight): the top-p threshold is not among them.
 MEGARLX_HD float top_p_lower_bound(float p, double total, std::int64_t count, float largest,
                                    const Scale& scale) {
-  const double each = (1.0 - static_cast<double>(p)) * total / static_cast<double>(count);
-  if (!(each > 1e-11)) return kMinusInfinity;
-  const double bound = static_cast<double>(largest) +
-                       ::log2(each) / static_cast<double>(scale.c) - 1e-6 * fabs(largest);
+  const double left = (1.0 - static_cast<double>(p)) * total;
+  if (!(left > 1e-7)) return kMinusInfinity;
+  const double each = log2_of_double(left) - log2_of_double(static_cast<double>(count)) - 1e-5;
+  const double bound = static_cast<double>(largest) + each * scale.inverse_c -
+                       1e-6 * fabs(static_cast<double>(largest));
   const float f = static_cast<float>(bound);
   return f < largest ? f : largest;
 }
