@@ -5,7 +5,7 @@
 #   PYTEST        further arguments for pytest
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS ?= dev,hf,mpi
+EXTRAS ?= dev,data,hf,mpi
 TORCH_INDEX ?=
 # With an NVIDIA driver: the torch that the tested pins of .[cuda] go with.
 TORCH ?= $(if $(shell command -v nvidia-smi),torch==2.11.0,torch==2.13.0)

@@ -203,10 +203,11 @@ def requirements(torch_requirement: str) -> tuple[list[str], dict[str, list[str]
             *("pytest", "hypothesis", "pre-commit"),
             *("ruff==0.17.5", "mypy==2.4.1", "clang-format==23.1.5"),  # their output is checked
         ],
+        "data": ["pyarrow", "zstandard"],
         "mpi": ["mpi4py>=4"],
         "hf": ["transformers>=5"],
         "eval": ["lm_eval>=0.4.13"],
-        "peers": ["trl>=1.16", "transformers>=5"],
+        "peers": ["trl>=1.16", "transformers>=5", "accelerate", "megatron-core>=0.16"],
         "cuda": ["torch==2.11.0", "transformer-engine[pytorch]==2.12.0", "flash-attn==2.8.3"],
     }
     return runtime, extras

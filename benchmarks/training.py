@@ -24,8 +24,10 @@ from torch import Tensor
 
 from megarlx.comm.groups import Mesh
 from megarlx.config.model import ModelConfig, family_config
+from megarlx.data.loader import BatchLayout, Loader
+from megarlx.data.samples import Sample
 from megarlx.model.build import build_model
-from megarlx.objectives.pretraining import Pretraining
+from megarlx.objectives.supervised import Supervised
 from megarlx.optimizer import AdamSettings
 from megarlx.trainer import TrainedObjective, Trainer
 
@@ -69,16 +71,30 @@ SIZES = {
 }
 
 
+class SameBatch:
+    """A dataset that is one batch over and over."""
+
+    def __init__(self, samples: Tensor) -> None:
+        self.samples = samples.numpy()
+        self.sequence_length = samples.shape[1] - 1
+
+    def sample(self, index: int) -> Sample:
+        row = self.samples[index % len(self.samples)]
+        return Sample(row[:-1], row[1:], None, (self.sequence_length,), 0)
+
+    def fingerprint(self) -> dict[str, object]:
+        return {}
+
+    def tokens_by_source(self, consumed_sequences: int) -> dict[str, int]:
+        return {"same": consumed_sequences * self.sequence_length}
+
+
 def our_step(size: Size, samples: Tensor) -> Callable[[], object]:
-    mesh = Mesh.alone()
-    objective = Pretraining(
-        lambda first, count: samples,
-        sequences_per_step=size.sequences,
-        sequences_per_microbatch=size.sequences,
-        data_parallel=mesh.dp,
+    loader = Loader(
+        SameBatch(samples), BatchLayout(size.sequences, size.sequences), prefetch_steps=0
     )
-    trained = TrainedObjective(objective, AdamSettings(), lambda step: 1e-3)
-    return Trainer(build_model(size.model, mesh, seed=0), [trained]).step
+    trained = TrainedObjective(Supervised("pretraining", loader), AdamSettings(), lambda step: 1e-3)
+    return Trainer(build_model(size.model, Mesh.alone(), seed=0), [trained]).step
 
 
 def with_transformers(size: Size, samples: Tensor, rounds: int, each: Callable[[], None]) -> list:

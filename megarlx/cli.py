@@ -26,6 +26,9 @@ class Command(NamedTuple):
 
 COMMANDS: Mapping[str, Command] = {
     "config": Command("megarlx.config.command", "check a configuration and print it in full"),
+    "train": Command(
+        "megarlx.run.command", "train a run, or go on with it where its folder holds checkpoints"
+    ),
     "doctor": Command(
         "megarlx.doctor.command", "what is installed, built and visible, and how to mend the rest"
     ),

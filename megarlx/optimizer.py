@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from megarlx.checkpoint import CheckpointError, FlatShards
 from megarlx.comm.collectives import all_reduce_
 from megarlx.comm.groups import Group
 from megarlx.ops import average_adamw_
@@ -72,6 +74,13 @@ class AveragingAdamW:
         alone = len(names) == 1 and data_parallel.group.size == 1
         self.gradients = {name: data_parallel.gradients if alone else zeros() for name in names}
         self._uncounted = data_parallel.uncounted_ranges()
+        # What a checkpoint holds of this rank, under the names that it gets there.
+        moments = [("exp_avg", self.exp_avgs), ("exp_avg_sq", self.exp_avg_sqs)]
+        self.weight_shards = self._shards({"": self.master})
+        self.shards = self._shards(
+            {"": self.master}
+            | {f"optimizer/{n}/{kind}/": shard[n] for n in names for kind, shard in moments}
+        )
         self._ones = torch.ones(len(names), dtype=dtype, device=weights.device)
 
     def _weights_out(self, shard: Tensor) -> Tensor | None:
@@ -80,6 +89,39 @@ class AveragingAdamW:
         if whole:
             return shard
         return None if shard.dtype == self.data_parallel.gradient_dtype else shard
+
+    def _shards(self, shards: Mapping[str, Tensor]) -> FlatShards:
+        data_parallel = self.data_parallel
+        rank = data_parallel.group.rank
+        return FlatShards(data_parallel.layout, data_parallel.layouts, rank, shards)
+
+    def state(self) -> dict[str, Any]:
+        """What of a checkpoint is not in `shards`."""
+        return {"steps": dict(zip(self.settings, self.steps.tolist(), strict=True))}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """After `shards` were filled."""
+        steps = state.get("steps")
+        if (
+            not isinstance(steps, dict)
+            or set(steps) != set(self.settings)
+            or any(type(n) is not int or n < 0 for n in steps.values())
+        ):
+            raise CheckpointError(
+                f"optimizer steps are {steps!r}; expected one count each of "
+                f"{', '.join(self.settings)}"
+            )
+        self.steps.copy_(torch.tensor([steps[name] for name in self.settings]))
+        self.weights_from_masters()
+
+    @torch.no_grad()
+    def weights_from_masters(self) -> None:
+        """The model's weights again, rounded as a step would round them."""
+        if self.weights_out is not None:
+            self.weights_out.copy_(self.master)
+        self.data_parallel.gather_weights(
+            self.master if self.weights_out is None else self.weights_out
+        )
 
     def gradient_shard(self, objective: str) -> Tensor:
         return self.gradients[objective]

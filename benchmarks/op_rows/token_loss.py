@@ -29,7 +29,7 @@ def backward_of(loss: Callable[[], Tensor], *inputs: Tensor) -> Callable[[], Non
     def run() -> None:
         for tensor in inputs:
             tensor.grad = None
-        loss().backward()  # type: ignore[no-untyped-call]
+        loss().backward()
 
     return run
 
@@ -111,7 +111,7 @@ def measure_peak(route: str, tokens: int, hidden_size: int, vocabulary: int) -> 
             loss = linear_token_loss(hidden, weight, targets, LossSpec(), normalizer=count).loss
         else:
             loss = F.cross_entropy(hidden @ weight.t(), targets)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     step(64, 32, 64)  # loads libraries and starts threads
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -71,8 +71,7 @@ inline void sum_tiles(Block& block, float c, float floor, float* out) {
     const float* x = block.x + t * kTile;
     const float base = block.base[t];
     for (int i = 0; i < 64; ++i)
-      block.folded[64 * t + i] =
-          weight(x[i] - base, c, floor) + weight(x[i + 64] - base, c, floor);
+      block.folded[64 * t + i] = weight(x[i] - base, c, floor) + weight(x[i + 64] - base, c, floor);
   }
   const auto plus = [](float a, float b) { return a + b; };
   fold(block.folded, block.terms, 64, block.tiles, out, plus);
@@ -250,8 +249,8 @@ class Rows {
       find_largest(block_);
       sum_tiles(block_, sampler.scale.c, sampler.scale.floor, block_.sum);
       for (int t = 0; t < block_.tiles; ++t)
-        sampler.partial.sampled.add_tile(
-            static_cast<double>(block_.largest[t]) * sampler.scale.c, block_.sum[t]);
+        sampler.partial.sampled.add_tile(static_cast<double>(block_.largest[t]) * sampler.scale.c,
+                                         block_.sum[t]);
       sampler.compete(block_, block_.sum);
       block_.tiles = 0;
     };
@@ -267,12 +266,12 @@ class Rows {
     finish_row(sampler, threshold);
   }
 
-  // The threshold of all filters together. `total`: the mass of the row, the largest weight being 1.
-  float find_threshold(std::int64_t row, float p, float largest, double total,
-                       const Scale& scale) {
-    float threshold = args_.min_p ? min_p_threshold(args_.min_p[row * args_.min_p_stride], largest,
-                                                    scale)
-                                  : kMinusInfinity;
+  // The threshold of all filters together. `total`: the mass of the row, the largest weight
+  // being 1.
+  float find_threshold(std::int64_t row, float p, float largest, double total, const Scale& scale) {
+    float threshold = args_.min_p
+                          ? min_p_threshold(args_.min_p[row * args_.min_p_stride], largest, scale)
+                          : kMinusInfinity;
     const std::int64_t k = args_.top_k ? args_.top_k[row * args_.top_k_stride] : 0;
     const bool by_k = k > 0 && k < args_.columns;
     const bool by_p = p < 1.0f;
@@ -301,8 +300,9 @@ class Rows {
         mass = static_cast<double>(kept);
       }
       const double target = std::ceil(std::max(0.0, static_cast<double>(p)) * mass);
-      threshold = std::max(
-          threshold, from_ordered_key(descend(keys_, &weights_, static_cast<std::uint64_t>(target))));
+      threshold =
+          std::max(threshold,
+                   from_ordered_key(descend(keys_, &weights_, static_cast<std::uint64_t>(target))));
     }
     return threshold;
   }

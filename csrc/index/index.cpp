@@ -238,8 +238,11 @@ std::vector<int64_t> whole_shares(const double* weights, int64_t sources) {
 // those that are owed something meets them all: between any two steps a and b no more items fall
 // due than there are steps. (Serving the largest debt first does
 // not.) In units of 1/W the debts are integers between -W and W.
+//
+// The debts follow from what was served alone, so the order can be gone on with from any of its
+// steps, and nobody needs to hold all of it.
 py::tuple blend(const py::array_t<double, py::array::c_style | py::array::forcecast>& weights,
-                const py::int_& n) {
+                const py::int_& n, const py::object& served_before) {
   const int64_t count = checked_size("n", n, 0);
   if (weights.ndim() != 1) refuse("weights.ndim", weights.ndim(), "1");
   const int64_t sources = weights.size();
@@ -249,13 +252,31 @@ py::tuple blend(const py::array_t<double, py::array::c_style | py::array::forcec
   int64_t whole = 0;
   for (int64_t w : share) whole += w;
 
+  std::vector<int64_t> owed(sources, 0), served(sources, 0);
+  if (!served_before.is_none()) {
+    const auto given = checked_array<int64_t>("served", py::array(served_before), "int64");
+    if (given.ndim() != 1 || given.size() != sources)
+      refuse("the size of served", given.size(), "one number a weight: " + std::to_string(sources));
+    Int128 steps = 0;
+    for (int64_t i = 0; i < sources; ++i) {
+      served[i] = given.data()[i];
+      if (served[i] < 0) refuse("served[" + std::to_string(i) + "]", served[i], "0 or more");
+      steps += served[i];
+    }
+    for (int64_t i = 0; i < sources; ++i) {
+      const Int128 debt = steps * share[i] - static_cast<Int128>(served[i]) * whole;
+      if (debt >= whole || debt <= -static_cast<Int128>(whole))
+        refuse("served[" + std::to_string(i) + "]", served[i],
+               "what these weights give in as many steps, to less than one item");
+      owed[i] = static_cast<int64_t>(debt);
+    }
+  }
   py::array_t<int16_t> source_array(count);
   py::array_t<int64_t> index_array(count);
   int16_t* source = source_array.mutable_data();
   int64_t* index = index_array.mutable_data();
   {
     py::gil_scoped_release release;
-    std::vector<int64_t> owed(sources, 0), served(sources, 0);
     for (int64_t t = 0; t < count; ++t) {
       int64_t next = -1;
       for (int64_t i = 0; i < sources; ++i) {
@@ -295,7 +316,9 @@ PYBIND11_MODULE(_index, m) {
       "sequence_length + 1 tokens from token offsets[s] of document positions[s] on, and the "
       "next one starts at its last token. S = (epochs * tokens - 1) // sequence_length.");
   m.def(
-      "blend", &index::blend, py::arg("weights"), py::arg("n"),
+      "blend", &index::blend, py::arg("weights"), py::arg("n"), py::kw_only(),
+      py::arg("served") = py::none(),
       "float64 weights, n -> (source int16 [n], index in the source int64 [n]): after every prefix "
-      "each source has had its weight's share of the items, to less than one item.");
+      "each source has had its weight's share of the items, to less than one item. With `served` "
+      "(int64, items each source has had) the n items that follow those.");
 }

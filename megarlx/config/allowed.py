@@ -28,6 +28,16 @@ def section_of(annotation: Any) -> type[Section] | None:
     return annotation if is_section else None
 
 
+def element_section(annotation: Any) -> type[Section] | None:
+    """The section that each entry of a list of tables holds."""
+    annotation = without_none(annotation)
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) is not tuple:
+        return None
+    return section_of(get_args(annotation)[0])
+
+
 def allowed(annotation: Any, metadata: Iterable[Any] = ()) -> str:
     """For example `an integer of at least 1`, `one of "pre", "post"`, `a list of 2 numbers`."""
     annotation = without_none(annotation)
@@ -39,6 +49,8 @@ def allowed(annotation: Any, metadata: Iterable[Any] = ()) -> str:
     if origin is tuple:
         number = "values" if arguments[-1] is Ellipsis else f"{len(arguments)} values"
         return f"a list of {number}, each {allowed(arguments[0])}"
+    if origin is dict:
+        return f"a table of names, each with {allowed(arguments[1])}"
     if section := section_of(annotation):
         return "a table with the keys " + ", ".join(section.model_fields)
     return " ".join(filter(None, [WORDS[annotation], ", ".join(_limits(metadata))]))

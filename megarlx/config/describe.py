@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from pydantic.fields import FieldInfo
 
-from megarlx.config.allowed import allowed, section_of
+from megarlx.config.allowed import allowed, element_section, section_of
 from megarlx.config.section import Section
 
 
@@ -38,6 +38,8 @@ def field_lines(kind: type[Section], before: str = "") -> list[FieldLine]:
                 field.description or "",
             )
         )
+        if section := element_section(field.annotation):
+            lines += field_lines(section, f"{before}{name}[].")
     return lines
 
 

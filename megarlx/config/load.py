@@ -171,7 +171,9 @@ def _declared(
         if get_origin(annotation := without_none(annotation)) is Annotated:
             annotation = get_args(annotation)[0]
         elements = get_args(annotation)
-        if get_origin(annotation) is tuple and isinstance(step, int):
+        if get_origin(annotation) is dict:
+            annotation, metadata = elements[1], ()
+        elif get_origin(annotation) is tuple and isinstance(step, int):
             annotation = elements[0] if elements[-1] is Ellipsis else elements[step]
             metadata = ()
     return annotation, metadata, field

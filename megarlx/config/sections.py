@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megarlx.config.model import ModelConfig
+from megarlx.config.run_sections import CheckpointConfig, DataConfig, LoggingConfig
 from megarlx.config.section import Section
 
 # A list in TOML and in JSON is a tuple here: frozen like the rest. What is in it stays strict.
@@ -162,6 +163,13 @@ class Config(Section):
         default=OptimizerConfig(), description="AdamW and the course of its learning rate"
     )
     training: TrainingConfig = Field(description="How much is trained, in what pieces")
+    data: DataConfig | None = Field(default=None, description="What pre-training reads")
+    checkpoints: CheckpointConfig = Field(
+        default=CheckpointConfig(), description="When the run is saved, and what is kept"
+    )
+    logging: LoggingConfig = Field(
+        default=LoggingConfig(), description="What is written down, and how often"
+    )
 
     def problems(self) -> list[tuple[str, str]]:
         model, layout, optimizer, training = self.model, self.layout, self.optimizer, self.training

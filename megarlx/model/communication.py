@@ -134,7 +134,7 @@ def _gradients(layouts: Mapping[str, ParameterLayout], layout: Layout, step: Ste
     for start, stop in _flat(layouts, layout, step).buckets:
         whole = (stop - start) * step.wide_bytes
         sent["dp", "reduce_scatter"] += bytes_sent("reduce_scatter", layout.dp, whole)
-    sent["dp", "all_reduce"] += bytes_sent("all_reduce", layout.dp, 4)
+    sent["dp", "all_reduce"] += bytes_sent("all_reduce", layout.dp, 8)
     return sent
 
 

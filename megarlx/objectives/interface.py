@@ -29,10 +29,18 @@ class Objective(Protocol):
 
     name: str
 
-    def next_batch(self, step: int) -> Batch:
-        """The batch of a step, a function of the step alone or of state that is saved with it."""
+    def next_batch(self) -> Batch:
+        """The batch of the next step, a function of `state` alone."""
         ...
 
     def loss(self, hidden: Tensor, weight: Tensor, **fields: Any) -> Any:
         """Runs inside the last stage's forward, with the signature of `linear_token_loss`."""
         ...
+
+    def state(self) -> dict[str, Any]:
+        """As JSON, what a resumed run needs to go on with the same batches."""
+        ...
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...

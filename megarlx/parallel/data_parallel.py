@@ -202,7 +202,9 @@ class DataParallel:
     def finish(self) -> None:
         """Reduces what is left, and waits: the shard then holds the summed gradients."""
         if self.complete_gradients is not None:
-            self.complete_gradients({name: p.grad for name, p in self.parameters.items()})
+            self.complete_gradients(
+                {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
+            )
         for bucket in range(len(self.layout.buckets)):
             if bucket not in self._pending:
                 self._reduce(bucket)

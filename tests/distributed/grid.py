@@ -11,8 +11,10 @@ import torch
 
 from megarlx.comm.groups import Mesh
 from megarlx.config.model import ModelConfig, family_config
+from megarlx.data.loader import BatchLayout, Loader
+from megarlx.data.samples import Sample
 from megarlx.model.build import build_model
-from megarlx.objectives.pretraining import Pretraining
+from megarlx.objectives.supervised import Supervised
 from megarlx.optimizer import AdamSettings
 from megarlx.trainer import TrainedObjective, Trainer
 
@@ -73,11 +75,20 @@ def model(family: str, tied: bool) -> ModelConfig:
     )
 
 
-def sequences(first: int, count: int) -> torch.Tensor:
-    rows = [
-        np.random.default_rng(i).integers(0, 203, LENGTH + 1) for i in range(first, first + count)
-    ]
-    return torch.from_numpy(np.stack(rows))
+class RandomSequences:
+    """A dataset: sample i is a function of i."""
+
+    sequence_length = LENGTH
+
+    def sample(self, index: int) -> Sample:
+        tokens = np.random.default_rng(index).integers(0, 203, LENGTH + 1)
+        return Sample(tokens[:-1], tokens[1:], None, (LENGTH,), 0)
+
+    def fingerprint(self) -> dict[str, object]:
+        return {}
+
+    def tokens_by_source(self, consumed_sequences: int) -> dict[str, int]:
+        return {"random": consumed_sequences * LENGTH}
 
 
 Chunks = list[tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]]
@@ -110,12 +121,10 @@ def train(case: Case) -> dict[str, Any]:
         dtype=torch.float64 if case.precision == "fp64" else torch.float32,
         bucket_elements=BUCKET,
     )
-    objective = Pretraining(
-        sequences,
-        sequences_per_step=SEQUENCES,
-        sequences_per_microbatch=SEQUENCES // case.dp // case.microbatches,
-        data_parallel=mesh.dp,
+    layout = BatchLayout(
+        SEQUENCES, SEQUENCES // case.dp // case.microbatches, mesh.dp.rank, mesh.dp.size
     )
+    objective = Supervised("pretraining", Loader(RandomSequences(), layout, prefetch_steps=0))
     adam = AdamSettings(weight_decay=0.1, clip_norm=0.5)
     trainer = Trainer(built, [TrainedObjective(objective, adam, lambda step: 1e-3)])
     losses, norms, gradient = [], [], None

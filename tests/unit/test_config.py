@@ -18,7 +18,7 @@ from megarlx.config import (
     family_config,
     load_config,
 )
-from megarlx.config.allowed import section_of
+from megarlx.config.allowed import element_section, section_of
 from megarlx.config.describe import field_lines
 
 SPARSE = """\
@@ -169,8 +169,38 @@ def test_unknown_table_names_the_nearest_table_and_a_hopeless_one_lists_them(tmp
     path = write(tmp_path, SPARSE + "[layuot]\n[zzz]\n")
     assert problems(path) == [
         "run.toml:13: layuot: unknown key; did you mean 'layout'?",
-        "run.toml:14: zzz: unknown key; allowed are model, layout, optimizer, training",
+        "run.toml:14: zzz: unknown key; allowed are model, layout, optimizer, training, data, "
+        "checkpoints, logging",
     ]
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ('[[data.sources]]\nname = "a"\n', "run.toml:13: data.sources[0].prefix is missing"),
+        (
+            '[[data.sources]]\nname = "a"\nprefix = "p"\nwieght = 2\n',
+            "run.toml:16: data.sources[0].wieght: unknown key; did you mean",
+        ),
+        (
+            '[[data.sources]]\nname = "a"\nprefix = "p"\n[[data.sources]]\nname = "a"\n'
+            'prefix = "q"\n',
+            "data.sources uses the name a more than once",
+        ),
+        (
+            '[[data.sources]]\nname = "a"\nprefix = "p"\n[[data.composition]]\nfrom_tokens = 0\n'
+            "weights = { b = 1.0 }\n",
+            "data.composition names b; sources are a",
+        ),
+        (
+            '[[data.sources]]\nname = "a"\nprefix = "p"\n[[data.composition]]\nfrom_tokens = 0\n'
+            "weights = { a = -1.0 }\n",
+            "weights.a is -1.0; expected a number of at least 0",
+        ),
+    ],
+)
+def test_errors_inside_lists_of_tables_name_the_table(tmp_path, data, said):
+    assert said in "\n".join(problems(write(tmp_path, SPARSE + data)))
 
 
 @pytest.mark.parametrize(
@@ -414,7 +444,8 @@ def test_any_overrides_give_a_clear_error_or_a_valid_configuration(tmp_path_fact
 
 
 def sections(kind: type[Section]) -> list[type[Section]]:
-    below = [section_of(field.annotation) for field in kind.model_fields.values()]
+    kinds = [field.annotation for field in kind.model_fields.values()]
+    below = [section_of(kind) or element_section(kind) for kind in kinds]
     return [kind, *(s for b in below if b is not None for s in sections(b))]
 
 
@@ -437,13 +468,18 @@ def test_description_tells_each_key_its_default_and_what_is_allowed(rich, monkey
 
 
 def test_defaults_in_the_description_are_the_defaults_in_use(tmp_path):
-    resolved = json.loads(load_config(write(tmp_path, SPARSE)).to_json())
+    data = (
+        '[[data.sources]]\nname = "web"\nprefix = "p"\n[[data.validation]]\nname = "held"\n'
+        'prefix = "q"\n[[data.composition]]\nfrom_tokens = 0\nweights = { web = 1.0 }\n'
+    )
+    resolved = json.loads(load_config(write(tmp_path, SPARSE + data)).to_json())
     for line in field_lines(Config):
-        if line.default.startswith("("):
+        if line.default.startswith("(") or line.name in ("data.composition", "data.validation"):
             continue
         value: Any = resolved
         for key in line.name.split("."):
-            value = value[key]
+            value = value[key.removesuffix("[]")]
+            value = value[0] if key.endswith("[]") else value
         assert json.loads(line.default) == value, line.name
 
 

@@ -17,6 +17,7 @@ LAYERS = [
     ["data", "generation", "optimizer", "learning_rate", "checkpoint", "metrics", "hf"],
     ["objectives", "averaging", "evaluation"],
     ["trainer"],
+    ["run"],
     ["excursion"],
     ["report", "doctor", "cli", "__main__"],
 ]

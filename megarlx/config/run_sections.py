@@ -1,0 +1,141 @@
+"""The sections about a run's data, checkpoints and logs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Annotated
+
+from pydantic import Field
+
+from megarlx.config.section import Section
+
+Weights = dict[str, Annotated[float, Field(ge=0)]]
+
+
+class SourceConfig(Section):
+    """One token file, as tools/prepare_tokens.py or Megatron writes it."""
+
+    name: str = Field(min_length=1, description="What the source is called in metrics")
+    prefix: str = Field(description="Path of the token file without .bin or .idx")
+    weight: float = Field(default=1.0, ge=0, description="Share of the tokens, relative to others")
+
+
+class CompositionConfig(Section):
+    """Weights that hold from a number of trained tokens on."""
+
+    from_tokens: int = Field(ge=0, description="Tokens trained on before these weights hold")
+    weights: Weights = Field(description="Share of each source, by its name; absent names get none")
+
+
+class WorldConfig(Section):
+    """A synthetic world, written as token files before training where they are not there yet."""
+
+    folder: str = Field(description="Where its token files are written and looked for")
+    seed: int = Field(default=0, ge=0, description="Seed of the world: its facts and its problems")
+    documents: int = Field(
+        default=40_000, ge=1, description="Training documents, shared out by the kinds' weights"
+    )
+    held_out_documents: int = Field(
+        default=500, ge=1, description="Validation documents of each kind"
+    )
+    problems_share: float = Field(default=0.52, ge=0, description="Share of word problems")
+    facts_share: float = Field(default=0.38, ge=0, description="Share of general knowledge")
+    stories_share: float = Field(default=0.10, ge=0, description="Share of short stories")
+
+
+class DataConfig(Section):
+    """What is trained on: token files in given shares, which may change on the way."""
+
+    world: WorldConfig | None = Field(
+        default=None, description="A synthetic world in place of sources, validation, tokenizer"
+    )
+
+    tokenizer: str | None = Field(
+        default=None, description="'bytes', or a tokenizer's JSON file, kept with the run"
+    )
+    sources: Annotated[tuple[SourceConfig, ...], Field(strict=False)] = Field(
+        default=(), description="Token files, each a [[data.sources]] table"
+    )
+    composition: Annotated[tuple[CompositionConfig, ...], Field(strict=False)] = Field(
+        default=(), description="A schedule of weights in place of the sources' own"
+    )
+    validation: Annotated[tuple[SourceConfig, ...], Field(strict=False)] = Field(
+        default=(), description="Token files whose loss is measured, never trained on"
+    )
+    documents_apart: bool = Field(
+        default=False, description="Whether attention stays inside a document of a sequence"
+    )
+
+    def problems(self) -> list[tuple[str, str]]:
+        found = []
+        names = [source.name for source in self.sources]
+        for field, sources in (("sources", self.sources), ("validation", self.validation)):
+            given = [source.name for source in sources]
+            if double := sorted({name for name in given if given.count(name) > 1}):
+                found.append((field, f"uses the name {', '.join(double)} more than once"))
+        if self.world is not None:
+            given = [f for f in ("sources", "validation", "tokenizer") if getattr(self, f)]
+            return [(f, "cannot be given together with data.world, which sets it") for f in given]
+        if not self.sources:
+            found.append(("sources", "is empty; give [[data.sources]] tables, or [data.world]"))
+        elif not self.composition and sum(source.weight for source in self.sources) <= 0:
+            found.append(("sources", "have no weight above 0"))
+        starts = [part.from_tokens for part in self.composition]
+        if starts and (starts[0] != 0 or any(b <= a for a, b in itertools.pairwise(starts))):
+            found.append(("composition", f"has from_tokens {starts}; it must rise from 0"))
+        for part in self.composition:
+            if unknown := sorted(set(part.weights) - set(names)):
+                found.append(
+                    (
+                        "composition",
+                        f"names {', '.join(unknown)}; sources are {', '.join(names)}",
+                    )
+                )
+            if not math.fsum(part.weights.values()) > 0:
+                found.append(("composition", f"from {part.from_tokens} tokens has no weight"))
+        return found
+
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class CheckpointConfig(Section):
+    """When the run is saved, and what is kept."""
+
+    save_every_steps: int | None = Field(
+        default=None, ge=1, description="Steps between checkpoints; absent: only at the end"
+    )
+    save_at_tokens: Annotated[tuple[Count, ...], Field(strict=False)] = Field(
+        default=(), description="Token counts at whose first step past them to save; always kept"
+    )
+    keep_last: int | None = Field(
+        default=None, ge=1, description="Newest checkpoints that are kept; absent: all"
+    )
+    keep_every_steps: int | None = Field(
+        default=None, ge=1, description="Checkpoints at multiples of this are kept besides"
+    )
+    in_background: bool = Field(
+        default=True, description="Whether training goes on while a checkpoint is written"
+    )
+
+
+class LoggingConfig(Section):
+    """What is written down, how often, and when the run stops by itself."""
+
+    log_every_steps: int = Field(default=10, ge=1, description="Steps between lines of metrics")
+    validate_every_steps: int | None = Field(
+        default=None, ge=1, description="Steps between validations; absent: only at the end"
+    )
+    validation_sequences: int = Field(
+        default=64, ge=1, description="Sequences of each validation source that are measured"
+    )
+    compare_replicas_every_steps: int | None = Field(
+        default=100, ge=1, description="Steps between comparisons of the weights of data replicas"
+    )
+    skipped_updates_allowed: int = Field(
+        default=10, ge=0, description="Non-finite gradients in a row after which the run stops"
+    )
+    stop_after_minutes: float | None = Field(
+        default=None, gt=0, description="Minutes after which the run saves and stops; absent: never"
+    )

@@ -1,0 +1,200 @@
+"""Conversations for supervised fine-tuning: reading them, and turning them into ids.
+
+A file holds one conversation a line, as {"messages": [{"role": …, "content": …}, …]} or as
+{"question": …, "answer": …} (or "answers": […], several demonstrations of one question).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megarlx.data.documents import BadLineError, open_input
+from megarlx.data.order import key_of
+from megarlx.data.tokenizer import Tokenizer
+
+Role = Literal["system", "user", "assistant"]
+ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+PLACE = "{content}"
+
+
+class ConversationError(ValueError):
+    """Conversations or a template that cannot be used."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns of which the last is the assistant's. What comes before it is the question."""
+
+    turns: tuple[Turn, ...]
+
+    @property
+    def question(self) -> tuple[Turn, ...]:
+        return self.turns[:-1]
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Names of the fields of a line."""
+
+    messages: str = "messages"
+    question: str = "question"
+    answer: str = "answer"
+    answers: str = "answers"
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a turn is written; {content} stands for its text.
+
+    `opening` is what the model is given before each of its answers. All of `assistant`, and after
+    it the token that ends a document, is what it learns to say itself. Special tokens of the
+    tokenizer may be written in the template; in the content of a turn they stay plain text.
+    """
+
+    user: str = "question : {content} answer :"
+    system: str = "{content}\n"
+    opening: str = ""
+    assistant: str = " {content}"
+
+    def __post_init__(self) -> None:
+        for role in ROLES:
+            if getattr(self, role).count(PLACE) != 1:
+                raise ConversationError(
+                    f"template: {role} is {getattr(self, role)!r}; it must hold {PLACE} once"
+                )
+
+    def prompt_ids(self, turns: Iterable[Turn], tokenizer: Tokenizer) -> list[int]:
+        """What stands before the next answer: the same ids in training and in generation."""
+        ids = []
+        for turn in turns:
+            given, said = self._turn_ids(turn, tokenizer)
+            ids += given + said
+        return ids + tokenizer.encode(self.opening, specials=True)
+
+    def encode(
+        self, conversation: Conversation, tokenizer: Tokenizer
+    ) -> tuple[list[int], list[bool]]:
+        """The ids, and for each whether the model is to learn to say it."""
+        ids: list[int] = []
+        learned: list[bool] = []
+        for turn in conversation.turns:
+            given, said = self._turn_ids(turn, tokenizer)
+            ids += given + said
+            learned += [False] * len(given) + [True] * len(said)
+        return ids, learned
+
+    def _turn_ids(self, turn: Turn, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+        ids = self._written(getattr(self, turn.role), turn.content, tokenizer)
+        if turn.role != "assistant":
+            return ids, []
+        return tokenizer.encode(self.opening, specials=True), [*ids, tokenizer.eos_id]
+
+    @staticmethod
+    def _written(frame: str, content: str, tokenizer: Tokenizer) -> list[int]:
+        """In one piece, so that words meet as they do in running text; in three where the frame
+        holds special tokens, which the content must not be able to write."""
+        before, after = frame.split(PLACE)
+        if not any(tokenizer.has_specials(part) for part in (before, after)):
+            return tokenizer.encode(before + content + after)
+        first, last = (tokenizer.encode(part, specials=True) for part in (before, after))
+        return first + tokenizer.encode(content) + last
+
+
+def read_conversations(
+    path: str | Path,
+    keys: Keys | None = None,
+    on_bad_line: Literal["stop", "skip"] = "stop",
+    skipped: list[BadLineError] | None = None,
+) -> Iterator[Conversation]:
+    """The conversations of a JSONL file (also .gz, .zst) in order; several answers to a question
+    are several conversations. Bad lines stop, or are appended to `skipped`."""
+    keys = keys or Keys()
+    with open_input(str(path)) as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                found = list(_conversations(json.loads(line), keys))
+            except (ValueError, RecursionError) as error:
+                reason = str(error) if isinstance(error, _Reason) else f"not JSON: {error}"
+                bad = BadLineError(str(path), number, reason)
+                if on_bad_line == "stop":
+                    raise bad from None
+                if skipped is not None:
+                    skipped.append(bad)
+                continue
+            yield from found
+
+
+class _Reason(ValueError):
+    """Why an object is no conversation."""
+
+
+def _conversations(value: Any, keys: Keys) -> Iterator[Conversation]:
+    if not isinstance(value, dict):
+        raise _Reason(f"holds a {type(value).__name__}; expected an object")
+    if keys.messages in value:
+        yield _from_messages(value[keys.messages], keys.messages)
+        return
+    if keys.question not in value or not (keys.answer in value or keys.answers in value):
+        found = ", ".join(list(value)[:10]) or "none"
+        raise _Reason(
+            f"has neither '{keys.messages}' nor '{keys.question}' with '{keys.answer}' or "
+            f"'{keys.answers}' (its keys: {found})"
+        )
+    answers = value[keys.answers] if keys.answers in value else [value[keys.answer]]
+    if not isinstance(answers, list) or not answers:
+        raise _Reason(f"'{keys.answers}' must be a list of at least one answer")
+    question = Turn("user", _string(value[keys.question], f"'{keys.question}'"))
+    for at, answer in enumerate(answers):
+        yield Conversation((question, Turn("assistant", _string(answer, f"answer {at}"))))
+
+
+def _from_messages(messages: Any, key: str) -> Conversation:
+    if not isinstance(messages, list) or not messages:
+        raise _Reason(f"'{key}' must be a list of at least one message")
+    turns = []
+    for at, message in enumerate(messages):
+        if not isinstance(message, dict) or {"role", "content"} - set(message):
+            raise _Reason(f"message {at} must be an object with role and content")
+        if message["role"] not in ROLES:
+            raise _Reason(f"message {at} has role {message['role']!r}; allowed {', '.join(ROLES)}")
+        turns.append(Turn(message["role"], _string(message["content"], f"message {at}'s content")))
+    if turns[-1].role != "assistant":
+        raise _Reason(f"the last message is the {turns[-1].role}'s; expected the assistant's")
+    return Conversation(tuple(turns))
+
+
+def _string(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise _Reason(f"{what} is {type(value).__name__}; expected a string")
+    if any(0xD800 <= ord(c) < 0xE000 for c in value):
+        raise _Reason(f"{what} holds half a surrogate pair")
+    return value
+
+
+def choose_demonstrations(
+    conversations: Sequence[Conversation], demonstrations: Literal["one", "all"], seed: int
+) -> list[Conversation]:
+    """All of them, or of each question one, drawn with the seed: the same in every epoch, and for
+    a question whatever other questions there are."""
+    if demonstrations == "all":
+        return list(conversations)
+    by_question: dict[tuple[Turn, ...], list[Conversation]] = {}
+    for conversation in conversations:
+        by_question.setdefault(conversation.question, []).append(conversation)
+    chosen = []
+    for question, found in by_question.items():
+        text = json.dumps([[turn.role, turn.content] for turn in question])
+        chosen.append(found[key_of(seed, "demonstration", text) % len(found)])
+    return chosen

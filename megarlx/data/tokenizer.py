@@ -1,0 +1,263 @@
+"""Tokenizers behind one small interface: any tokenizer.json, bytes, or a list of words.
+
+The last two need no file and no download. Each can be written as JSON with a run and read back
+from it, so that a run never depends on a file somewhere else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+EOS = "<eos>"
+# Looked for, in this order, where nothing says which token ends a document.
+USUAL_EOS = (
+    *("<|endoftext|>", "<eos>", "</s>", "<|end_of_text|>", "<|eos|>", "<|im_end|>", "[SEP]"),
+)
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that cannot be read, or text it has no ids for."""
+
+
+class Tokenizer:
+    """Text to ids and back. `specials` says whether "<eos>" and the like, written out in the text,
+    become their ids: never in documents, which could otherwise end themselves in the middle."""
+
+    kind: ClassVar[str]
+    name: str
+    vocab_size: int
+    eos_id: int
+
+    def encode(self, text: str, specials: bool = False) -> list[int]:
+        raise NotImplementedError
+
+    def decode(self, ids: Iterable[int]) -> str:
+        raise NotImplementedError
+
+    def definition(self) -> dict[str, Any]:
+        """All that is needed to build this tokenizer again, as JSON values."""
+        raise NotImplementedError
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        content = {"kind": self.kind, "definition": self.definition()}
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "definition": self.definition(),
+        }
+
+    def save(self, path: str | Path) -> None:
+        text = json.dumps(self.to_json(), ensure_ascii=False, indent=1)
+        Path(path).write_text(text + "\n", encoding="utf-8")
+
+    def has_specials(self, text: str) -> bool:
+        """Whether the text writes out a special token."""
+        return self.encode(text, specials=True) != self.encode(text)
+
+    def _ids(self, ids: Iterable[int]) -> list[int]:
+        found = [int(i) for i in ids]
+        for i in found:
+            if not 0 <= i < self.vocab_size:
+                raise TokenizerError(
+                    f"tokenizer {self.name}: id {i}; allowed 0 to {self.vocab_size - 1}"
+                )
+        return found
+
+
+class ByteTokenizer(Tokenizer):
+    """Ids 0 to 255 are the bytes of UTF-8, 256 ends a document."""
+
+    kind = "bytes"
+    name = "bytes"
+    vocab_size = 257
+    eos_id = 256
+
+    def encode(self, text: str, specials: bool = False) -> list[int]:
+        if not specials or EOS not in text:
+            return list(text.encode())
+        first, *rest = text.split(EOS)
+        ids = list(first.encode())
+        for part in rest:
+            ids += [self.eos_id, *part.encode()]
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """What is no valid UTF-8 (a model may sample anything) becomes U+FFFD."""
+        parts: list[bytes] = [b""]
+        for i in self._ids(ids):
+            parts[-1] += bytes([i]) if i < 256 else EOS.encode()
+        return parts[0].decode(errors="replace")
+
+    def definition(self) -> dict[str, Any]:
+        return {}
+
+
+class WordTokenizer(Tokenizer):
+    """One id a word, words separated by white space: for small synthetic worlds.
+
+    Id 0 ends a document, the words follow in their order. A word that is not in the list is an
+    error: in a closed world it is a mistake of whoever wrote the text.
+    """
+
+    kind = "words"
+
+    def __init__(self, words: Sequence[str], name: str = "words") -> None:
+        self.name = name
+        self.words = tuple(words)
+        self._id = {word: i for i, word in enumerate((EOS, *self.words))}
+        self.vocab_size = len(self.words) + 1
+        self.eos_id = 0
+        for word in self.words:
+            if word.split() != [word] or word == EOS:
+                raise TokenizerError(
+                    f"tokenizer {name}: word {word!r}; a word has no white space and is not {EOS}"
+                )
+        if len(self._id) != self.vocab_size:
+            twice = sorted({w for w in self.words if self.words.count(w) > 1})
+            raise TokenizerError(f"tokenizer {name}: words listed twice: {', '.join(twice)}")
+
+    def encode(self, text: str, specials: bool = False) -> list[int]:
+        words = text.split()
+        try:
+            ids = [self._id[word] for word in words]
+        except KeyError as error:
+            raise TokenizerError(
+                f"tokenizer {self.name}: {error.args[0]!r} is not among its {len(self.words)} words"
+            ) from None
+        if not specials and self.eos_id in ids:
+            raise TokenizerError(f"tokenizer {self.name}: the text contains {EOS}")
+        return ids
+
+    def has_specials(self, text: str) -> bool:
+        return EOS in text.split()
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return " ".join(self.words[i - 1] if i else EOS for i in self._ids(ids))
+
+    def definition(self) -> dict[str, Any]:
+        return {"words": list(self.words)}
+
+
+class FileTokenizer(Tokenizer):
+    """Any tokenizer.json of the tokenizers library."""
+
+    kind = "tokenizers"
+
+    def __init__(self, definition: dict[str, Any], eos: str | None, name: str) -> None:
+        from tokenizers import Tokenizer as Engine
+
+        self.name = name
+        # Special tokens keep their text in both; only `_with_specials` turns them into ids.
+        text = json.dumps(definition)
+        try:
+            self._plain, self._with_specials = Engine.from_str(text), Engine.from_str(text)
+        except Exception as error:  # the library raises nothing narrower
+            raise TokenizerError(f"tokenizer {name}: not a tokenizer.json: {error}") from error
+        for engine in (self._plain, self._with_specials):
+            engine.no_truncation()
+            engine.no_padding()
+        self._plain.encode_special_tokens = True
+        # Ids may have gaps: what counts is the largest.
+        vocabulary = self._plain.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        self._definition = definition
+        self.eos = eos if eos is not None else self._usual_eos(vocabulary)
+        if self.eos not in vocabulary:
+            raise TokenizerError(f"tokenizer {name}: its eos {self.eos!r} is not in its vocabulary")
+        self.eos_id = vocabulary[self.eos]
+
+    def _usual_eos(self, vocabulary: dict[str, int]) -> str:
+        for token in USUAL_EOS:
+            if token in vocabulary:
+                return token
+        added = [t["content"] for t in self._definition.get("added_tokens") or []]
+        raise TokenizerError(
+            f"tokenizer {self.name}: which token ends a document is not said, and none of "
+            f"{', '.join(USUAL_EOS)} is there; name one (its special tokens: {', '.join(added)})"
+        )
+
+    def encode(self, text: str, specials: bool = False) -> list[int]:
+        engine = self._with_specials if specials else self._plain
+        return engine.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        found = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in found]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._plain.decode(self._ids(ids), skip_special_tokens=False)
+
+    def definition(self) -> dict[str, Any]:
+        return {"eos": self.eos, "tokenizer": self._definition}
+
+
+def load_tokenizer(source: str | Path, eos: str | None = None) -> Tokenizer:
+    """`bytes`, a tokenizer saved with a run, a tokenizer.json, a folder that holds one, or a text
+    file with one word a line (its name ends in .words)."""
+    if str(source) == "bytes":
+        return ByteTokenizer()
+    path = Path(source)
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    if not path.is_file():
+        raise TokenizerError(
+            f"tokenizer '{source}': no such file; allowed are 'bytes', a tokenizer.json or its "
+            "folder, a tokenizer saved with a run, and a list of words (NAME.words)"
+        )
+    if path.suffix == ".words":
+        return WordTokenizer(path.read_text(encoding="utf-8").split("\n")[:-1], path.stem)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TokenizerError(f"tokenizer {path}: not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise TokenizerError(f"tokenizer {path}: holds a {type(found).__name__}, not an object")
+    if "kind" in found and "definition" in found:
+        return tokenizer_from_json(found, str(path))
+    name = path.parent.name if path.name == "tokenizer.json" else path.stem
+    return FileTokenizer(found, eos or _eos_beside(path), name)
+
+
+def tokenizer_from_json(saved: dict[str, Any], where: str = "saved tokenizer") -> Tokenizer:
+    kind, definition = saved.get("kind"), saved.get("definition")
+    name = str(saved.get("name"))
+    if not isinstance(definition, dict):
+        raise TokenizerError(f"{where}: definition is {type(definition).__name__}, not an object")
+    tokenizer: Tokenizer
+    if kind == "bytes":
+        tokenizer = ByteTokenizer()
+    elif kind == "words":
+        tokenizer = WordTokenizer(definition["words"], name)
+    elif kind == "tokenizers":
+        tokenizer = FileTokenizer(definition["tokenizer"], definition["eos"], name)
+    else:
+        raise TokenizerError(f"{where}: kind is {kind!r}; allowed are bytes, words, tokenizers")
+    if saved.get("fingerprint") != tokenizer.fingerprint:
+        raise TokenizerError(
+            f"{where}: fingerprint is {saved.get('fingerprint')}; its content gives "
+            f"{tokenizer.fingerprint}: the file was changed"
+        )
+    return tokenizer
+
+
+def _eos_beside(path: Path) -> str | None:
+    """What the tokenizer_config.json in the same folder calls eos_token, if it is there."""
+    config = path.with_name("tokenizer_config.json")
+    if not config.is_file():
+        return None
+    eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+    return eos["content"] if isinstance(eos, dict) else eos

@@ -1,0 +1,60 @@
+"""Next-token prediction: `pretraining` on all tokens, `sft` on the answers' only.
+
+They differ in their dataset and in nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megarlx.data.loader import Loader
+from megarlx.objectives.interface import Batch
+from megarlx.ops import LossSpec, TokenLoss, linear_token_loss
+
+
+class Supervised:
+    """What a loader deals out, as micro-batches of one shape."""
+
+    def __init__(self, name: str, loader: Loader, *, device: torch.device | str = "cpu") -> None:
+        self.name, self.loader, self.device = name, loader, torch.device(device)
+        self.spec = LossSpec("nll")
+
+    def next_batch(self) -> Batch:
+        parts = self.loader.next_step()
+        targets = torch.cat([part.targets for part in parts])
+        masks = [part.mask for part in parts if part.mask is not None]
+        mask = torch.cat(masks) if masks else torch.ones_like(targets, dtype=torch.bool)
+        fields = {
+            "tokens": torch.cat([part.inputs for part in parts]),
+            "targets": targets,
+            "mask": mask,
+            "documents": torch.stack([self._offsets(p.cu_seqlens, *p.inputs.shape) for p in parts]),
+        }
+        return Batch(
+            {name: field.to(self.device, non_blocking=True) for name, field in fields.items()},
+            microbatches=len(parts),
+            weight=mask.sum(dtype=torch.float64).to(self.device),
+            tokens=targets.numel(),
+        )
+
+    @staticmethod
+    def _offsets(cu_seqlens: Tensor | None, rows: int, length: int) -> Tensor:
+        if cu_seqlens is not None:
+            return cu_seqlens
+        return torch.arange(0, (rows + 1) * length, length, dtype=torch.int32)
+
+    def loss(self, hidden: Tensor, weight: Tensor, **fields: Any) -> TokenLoss:
+        targets = fields.pop("targets")
+        return linear_token_loss(hidden, weight, targets, self.spec, **fields)
+
+    def state(self) -> dict[str, Any]:
+        return self.loader.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.loader.load_state(state)
+
+    def close(self) -> None:
+        self.loader.close()

@@ -1,0 +1,71 @@
+"""`megarlx train`: trains a run, alone or under torchrun, Slurm or MPI; resumes by itself."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megarlx.config import Config, ConfigError, describe, load_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("config", nargs="?", metavar="CONFIG.toml", help="what to train")
+    what.add_argument("--help-config", action="store_true", help="print every key and its meaning")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="a.b=c",
+        dest="overrides",
+        help="override one key; may be given several times",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="RUN",
+        help="the run's folder (default: runs/ and the name of the configuration)",
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="refuse a folder that already holds checkpoints"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.help_config:
+        sys.stdout.write(describe(Config))
+        return 0
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    source = Path(arguments.config)
+    out = arguments.out or Path("runs") / source.stem
+    return _train(config, source, out, arguments.fresh)
+
+
+def _train(config: Config, source: Path, out: Path, fresh: bool) -> int:
+    from megarlx.checkpoint import CheckpointError
+    from megarlx.comm import launch
+    from megarlx.run.assemble import assemble, choose_device, choose_layout
+    from megarlx.run.loop import TrainingError, check_startable, train
+
+    try:
+        device = choose_device(config.training.device)
+        started = launch.read()
+        choose_layout(config, started.world_size)  # refused before any process group is made
+        launch.start(started, device, config.layout.time_limit_seconds)
+        try:
+            made = assemble(config, out, started, device)
+            check_startable(made, fresh)
+            if started.rank == 0:
+                made.directory.write_description(config, source)
+            return train(made)
+        finally:
+            launch.stop()
+    # What the user can mend is told in one line each; anything else keeps its traceback.
+    except (ValueError, OSError, CheckpointError, TrainingError, launch.LaunchError) as error:
+        print(f"megarlx train: {error}", file=sys.stderr)
+        return 1

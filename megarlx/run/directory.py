@@ -1,0 +1,110 @@
+"""The folder of a run.
+
+RUN/  config.toml resolved.json lineage.json metrics.jsonl tensorboard/ checkpoints/ logs/
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megarlx import __version__
+from megarlx.checkpoint import iterations
+from megarlx.config import Config
+from megarlx.data.token_files import write_atomically
+
+# What a resumed run may be told anew. Everything else makes it another run.
+MAY_CHANGE = (
+    "layout",
+    "checkpoints",
+    "logging",
+    "training.steps",
+    "training.sequences_per_microbatch",
+    "training.device",
+    "training.recompute",
+    "data.validation",
+)
+
+
+class RunError(ValueError):
+    """A run that cannot be started or gone on with as asked."""
+
+
+class RunDirectory:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+
+    @property
+    def has_checkpoints(self) -> bool:
+        return bool(iterations(self.checkpoints))
+
+    def check_fresh(self) -> None:
+        """`--fresh` never overwrites."""
+        if self.has_checkpoints:
+            raise RunError(
+                f"{self.path} holds checkpoints, up to step {iterations(self.checkpoints)[-1]}; "
+                "--fresh starts in an empty folder only: choose another --out or delete this one"
+            )
+
+    def check_same_run(self, config: Config) -> None:
+        """Refuses to go on with another model, data, seed or objective, and says what differs."""
+        path = self.path / "resolved.json"
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RunError(
+                f"{self.path} holds checkpoints but no resolved.json to compare with"
+            ) from None
+        except ValueError as error:
+            raise RunError(f"{path} is not JSON: {error}") from None
+        differences = [
+            f"  {key}: was {json.dumps(was)}, is {json.dumps(now)}"
+            for key, was, now in _differences(saved, json.loads(config.to_json()))
+            if not any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE)
+        ]
+        if differences:
+            raise RunError(
+                f"{self.path} was trained with another configuration:\n"
+                + "\n".join(differences)
+                + f"\nA resumed run may change {', '.join(MAY_CHANGE)}; for the rest, use --out "
+                "with another folder"
+            )
+
+    def write_description(self, config: Config, source: Path) -> None:
+        """What the run was told and where it comes from; by one process, before the first step."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if source.suffix == ".toml" and source.resolve() != (self.path / "config.toml").resolve():
+            shutil.copyfile(source, self.path / "config.toml")
+        write_atomically(self.path / "resolved.json", config.to_json())
+        lineage = self.path / "lineage.json"
+        if not lineage.exists():
+            write_atomically(lineage, json.dumps(self._lineage(config), indent=2) + "\n")
+
+    def _lineage(self, config: Config) -> dict[str, Any]:
+        return {
+            "parent": None,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "seed": config.training.seed,
+            "versions": {
+                "megarlx": __version__,
+                "torch": torch.__version__,
+                "python": sys.version.split()[0],
+            },
+        }
+
+
+def _differences(saved: Any, now: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(saved, Mapping) and isinstance(now, Mapping):
+        for key in [*saved, *(k for k in now if k not in saved)]:
+            inside = f"{where}.{key}" if where else str(key)
+            yield from _differences(saved.get(key), now.get(key), inside)
+    elif saved != now:
+        yield where, saved, now

@@ -1,0 +1,274 @@
+"""The loop around the trainer's steps: log, validate, save, stop."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from megarlx.checkpoint import latest
+from megarlx.comm.collectives import all_reduce_, gather_values
+from megarlx.metrics import MetricsWriter
+from megarlx.objectives.supervised import Supervised
+from megarlx.run.assemble import Run, steps_at_tokens
+from megarlx.run.directory import RunError
+
+REQUEUE = 75  # exit code of a run that was told to stop, saved, and wants to be started again
+GPU_PEAK_FLOP_PER_SECOND = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: which step, which objective, what went wrong."""
+
+
+class StopRequest:
+    """A signal or the clock asks for the end of the run, after the step that is under way."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self.reason = ""
+        self._until = math.inf if minutes is None else time.monotonic() + 60 * minutes
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        def asked(number: int, _: FrameType | None) -> None:
+            self.reason = signal.Signals(number).name
+
+        before = {n: signal.signal(n, asked) for n in (signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def agreed(self, run: Run) -> bool:
+        """Whether any rank was asked: all ranks stop after the same step."""
+        if not self.reason and time.monotonic() >= self._until:
+            self.reason = "stop_after_minutes"
+        asked = torch.tensor([int(bool(self.reason))])
+        return bool(all_reduce_(asked, run.mesh.world, "max").item())
+
+
+def train(run: Run) -> int:
+    """Trains to `training.steps`; returns the exit code."""
+    resumed = _resume(run)
+    first = run.mesh.rank == 0
+    logging = run.config.logging
+    writer = MetricsWriter(run.directory.path, resume_at=resumed + 1) if first else None
+    stop = StopRequest(logging.stop_after_minutes)
+    loop = _Loop(run, writer)
+    with writer or nullcontext(), stop.listening(), loop.progress():
+        try:
+            code = loop.until(run.config.training.steps, stop)
+        finally:
+            run.pretraining.close()
+    if code == REQUEUE and first:
+        print(f"stopped by {stop.reason or 'another rank'}; saved, start again to go on")
+    return code
+
+
+def _resume(run: Run) -> int:
+    checkpoint = latest(run.directory.checkpoints, run.mesh.world)
+    if checkpoint is None:
+        return 0
+    loaded = run.trainer.resume(checkpoint)
+    saved = loaded.state["run"]
+    run.pretraining.load_state(saved["objectives"]["pretraining"])
+    if run.mesh.rank == 0:
+        print(f"going on from {checkpoint}, step {run.trainer.steps_done}")
+    return run.trainer.steps_done
+
+
+class _Loop:
+    def __init__(self, run: Run, writer: MetricsWriter | None) -> None:
+        self.run, self.writer = run, writer
+        training = run.config.training
+        self.tokens_per_step = training.sequences_per_step * training.sequence_length
+        self.listed = set(steps_at_tokens(run.config))
+        self.skipped_in_a_row: dict[str, int] = dict.fromkeys(run.trainer.objectives, 0)
+        self.skipped = 0
+        self.bar: Progress | None = None
+        self.since = (time.perf_counter(), run.trainer.steps_done)
+        self.peak = _peak_flop_per_second(run.device) * run.mesh.world.size
+        self.saved_at = run.trainer.steps_done
+
+    @contextmanager
+    def progress(self) -> Iterator[None]:
+        if self.run.mesh.rank or not sys.stderr.isatty():
+            yield
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns) as self.bar:
+            total = self.run.config.training.steps
+            self.task = self.bar.add_task(
+                "training", total=total, completed=self.run.trainer.steps_done
+            )
+            yield
+        self.bar = None
+
+    def until(self, steps: int, stop: StopRequest) -> int:
+        trainer, config = self.run.trainer, self.run.config
+        while trainer.steps_done < steps:
+            losses, report = trainer.step()
+            done = trainer.steps_done
+            last = done == steps
+            self._check_finite(report.found_inf)
+            if last or done % config.logging.log_every_steps == 0:
+                self._log(losses, report)
+            every = config.logging.compare_replicas_every_steps
+            if every and done % every == 0:
+                self._compare_replicas()
+            every = config.logging.validate_every_steps
+            if last or (every and done % every == 0):
+                self._validate()
+            stopping = stop.agreed(self.run)
+            every = config.checkpoints.save_every_steps
+            due = done in self.listed or bool(every and done % every == 0)
+            if last or stopping or due:
+                self._save(blocking=last or stopping or not config.checkpoints.in_background)
+            else:
+                self.run.saver.poll()
+            if self.bar is not None:
+                self.bar.update(self.task, completed=done)
+            if stopping and not last:
+                return REQUEUE
+        if self.saved_at < trainer.steps_done:
+            self.run.saver.wait()
+        return 0
+
+    def _check_finite(self, found_inf: dict[str, torch.Tensor]) -> None:
+        for name, flag in found_inf.items():
+            if not flag.item():
+                self.skipped_in_a_row[name] = 0
+                continue
+            self.skipped += 1
+            self.skipped_in_a_row[name] += 1
+            if self.skipped_in_a_row[name] > self.run.config.logging.skipped_updates_allowed:
+                where = gather_values(self.run.trainer.first_non_finite(name), self.run.mesh.world)
+                bad = next((place for place in where if place), "no single parameter")
+                raise TrainingError(
+                    f"step {self.run.trainer.steps_done - 1}: the gradient of '{name}' is not "
+                    f"finite, {self.skipped_in_a_row[name]} steps in a row; first in {bad}. "
+                    "logging.skipped_updates_allowed is "
+                    f"{self.run.config.logging.skipped_updates_allowed}"
+                )
+
+    def _log(self, losses: dict[str, torch.Tensor], report: Any) -> None:
+        trainer = self.run.trainer
+        values = {f"loss/{name}": value for name, value in trainer.global_loss(losses).items()}
+        now, done = time.perf_counter(), trainer.steps_done
+        seconds, steps = now - self.since[0], done - self.since[1]
+        self.since = (now, done)
+        rate = self.tokens_per_step * steps / seconds
+        model, length = self.run.config.model, self.run.config.training.sequence_length
+        values |= {f"grad_norm/{n}": float(v) for n, v in report.gradient_norms.items()}
+        values |= {f"lr/{n}": trainer.learning_rate(n, done - 1) for n in trainer.objectives}
+        values |= {
+            "perf/tokens_per_second": rate,
+            "perf/step_seconds": seconds / steps,
+            "perf/mfu": rate * model.flops_per_token(length) / self.peak,
+            "perf/skipped_updates": float(self.skipped),
+        }
+        consumed = self.run.pretraining.loader.consumed_sequences
+        values |= {
+            f"data/{name}_tokens": float(count)
+            for name, count in self.run.blend.tokens_by_source(consumed).items()
+        }
+        text = f"loss {values['loss/pretraining']:.4f}  {rate:,.0f} tokens/s  "
+        text += f"mfu {values['perf/mfu']:.2f}"
+        self._say(done, text, values)
+
+    def _say(self, step: int, text: str, values: dict[str, float]) -> None:
+        if self.writer is None:
+            return
+        self.writer.scalars(step, values)
+        if self.bar is not None:
+            self.bar.update(self.task, description=text)
+        else:
+            print(f"step {step}: {text}", flush=True)
+
+    def _validate(self) -> None:
+        values = {}
+        for name, data in self.run.validation.items():
+            values[f"eval/loss/{name}"] = self._validation_loss(data)
+        if values:
+            text = "  ".join(f"{key} {value:.4f}" for key, value in values.items())
+            self._say(self.run.trainer.steps_done, text, values)
+
+    def _validation_loss(self, data: Supervised) -> float:
+        data.loader.consumed_sequences = 0
+        return self.run.trainer.evaluate(data)
+
+    def _save(self, *, blocking: bool) -> None:
+        trainer = self.run.trainer
+        state = {
+            "objectives": {"pretraining": self.run.pretraining.state()},
+            "tokens": trainer.steps_done * self.tokens_per_step,
+        }
+        pause = trainer.save(self.run.saver, state, blocking=blocking)
+        self.saved_at = trainer.steps_done
+        if self.writer is not None:
+            self.writer.scalars(trainer.steps_done, {"perf/save_pause_seconds": pause.seconds})
+
+    def _compare_replicas(self) -> None:
+        """The weights of data replicas are the same bits, or something has gone wrong for good."""
+        group = self.run.mesh.data
+        if group.size == 1:
+            return
+        weights = self.run.trainer.model.data_parallel.weights
+        raw = weights.detach().cpu().view(torch.uint8).numpy()
+        digests = gather_values(hashlib.blake2b(raw.data, digest_size=16).hexdigest(), group)
+        different = [group.ranks[i] for i, d in enumerate(digests) if d != digests[0]]
+        if different:
+            raise TrainingError(
+                f"step {self.run.trainer.steps_done}: the weights of rank "
+                f"{', '.join(map(str, different))} differ from those of rank {group.ranks[0]}, "
+                "though they are replicas; go on from a checkpoint before this step"
+            )
+
+
+def _peak_flop_per_second(device: torch.device) -> float:
+    """What MFU is measured against: a GPU's data sheet in bf16, or this machine's own sgemm."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for known, peak in GPU_PEAK_FLOP_PER_SECOND.items():
+            if known in name:
+                return peak
+        return math.inf
+    a = torch.randn(512, 512)
+    torch.mm(a, a)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        torch.mm(a, a)
+        times.append(time.perf_counter() - start)
+    return 2 * 512**3 / min(times)
+
+
+def check_startable(run: Run, fresh: bool) -> None:
+    """On every rank, with one answer: a folder that can be trained in."""
+    problem = ""
+    if run.mesh.rank == 0:
+        try:
+            if fresh:
+                run.directory.check_fresh()
+            elif run.directory.has_checkpoints:
+                run.directory.check_same_run(run.config)
+        except RunError as error:
+            problem = str(error)
+    problem = gather_values(problem, run.mesh.world)[0]
+    if problem:
+        raise RunError(problem)
