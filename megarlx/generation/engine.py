@@ -248,8 +248,9 @@ class _Run:
                 before = last.pop(sequence.sequence_id, None)
                 if before is not None:
                     yield before
+                logprob, sampled = logprobs[row]
                 last[sequence.sequence_id] = NewToken(
-                    sequence.sequence_id, int(drawn[row]), *logprobs[row], None
+                    sequence.sequence_id, int(drawn[row]), logprob, sampled, None
                 )
         yield from self._ended(last)
 

@@ -104,7 +104,7 @@ class FusedDecoder:
         ]
 
     def hidden(self, width: int) -> Tensor:
-        """[W, hidden]: where `forward` leaves its result, and takes it where there is no embedding."""
+        """[W, hidden]: what `forward` leaves, and what it starts from where nothing is embedded."""
         buffer: Tensor = self._buffers(width).x
         return buffer
 

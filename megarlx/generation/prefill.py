@@ -1,7 +1,7 @@
 """Prompts into the cache, several of one padded length at a time.
 
-Nothing is sampled here: a prompt's last token is the first one that its samples decode, so a prefill
-runs over the tokens before it and its output only feeds the next stage.
+Nothing is sampled here: a prompt's last token is the first one that its samples decode, so a
+prefill runs over the tokens before it and its output only feeds the next stage.
 
 Letters: n prompts of a chunk, L their padded length.
 """
