@@ -9,7 +9,8 @@ namespace megarlx {
 namespace {
 using at::Tensor;
 
-constexpr std::int64_t kGrain = 1 << 15;  // multiplications for which another thread is worth waking
+constexpr std::int64_t kGrain =
+    1 << 15;  // multiplications for which another thread is worth waking
 
 Dtype checked_dtype(const char* op, const Tensor& like) {
   const auto type = like.scalar_type();
@@ -39,9 +40,9 @@ void check_indices(const char* op, const char* name, const Tensor& t, std::int64
 // Only the first `rows` rows are worked on; those behind them are padding of the products.
 void decode_attention_(const Tensor& qkv, Tensor keys, Tensor values, const Tensor& slots,
                        const Tensor& positions, const Tensor& cosines, const Tensor& sines,
-                       const std::optional<Tensor>& q_weight,
-                       const std::optional<Tensor>& k_weight, const std::optional<Tensor>& inverse,
-                       double eps, double scale, std::int64_t rows, Tensor out) {
+                       const std::optional<Tensor>& q_weight, const std::optional<Tensor>& k_weight,
+                       const std::optional<Tensor>& inverse, double eps, double scale,
+                       std::int64_t rows, Tensor out) {
   const char* op = "decode_attention_";
   DecodeAttentionArgs args = {};
   args.dtype = checked_dtype(op, qkv);
@@ -117,10 +118,9 @@ void decode_norm_(Tensor x, const std::optional<Tensor>& y, const Tensor& weight
   args.out = out ? out->mutable_data_ptr() : nullptr;
   args.eps = eps;
   args.width = x.size(1);
-  at::parallel_for(0, x.size(0), std::max<std::int64_t>(1, kGrain / (x.size(1) + 1)),
-                   [&](std::int64_t begin, std::int64_t end) {
-                     cpu_kernels().decode_norm(args, begin, end);
-                   });
+  at::parallel_for(
+      0, x.size(0), std::max<std::int64_t>(1, kGrain / (x.size(1) + 1)),
+      [&](std::int64_t begin, std::int64_t end) { cpu_kernels().decode_norm(args, begin, end); });
 }
 
 void decode_swiglu_(const Tensor& gate_up, Tensor out) {
@@ -133,10 +133,9 @@ void decode_swiglu_(const Tensor& gate_up, Tensor out) {
   args.gate_up = gate_up.const_data_ptr();
   args.out = out.mutable_data_ptr();
   args.width = out.size(1);
-  at::parallel_for(0, out.size(0), std::max<std::int64_t>(1, kGrain / (4 * out.size(1) + 1)),
-                   [&](std::int64_t begin, std::int64_t end) {
-                     cpu_kernels().decode_swiglu(args, begin, end);
-                   });
+  at::parallel_for(
+      0, out.size(0), std::max<std::int64_t>(1, kGrain / (4 * out.size(1) + 1)),
+      [&](std::int64_t begin, std::int64_t end) { cpu_kernels().decode_swiglu(args, begin, end); });
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "math/decode.h"
@@ -23,7 +24,14 @@ inline DecodeVec<double> decode_exp(DecodeVec<double> x) { return x.exp(); }
 
 template <class T>
 inline T lane_sum(DecodeVec<T> x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, float>)
+    return _mm512_reduce_add_ps(x);
+  else
+    return _mm512_reduce_add_pd(x);
+#else
   return at::vec::vec_reduce_all<T>([](DecodeVec<T>& a, DecodeVec<T>& b) { return a + b; }, x);
+#endif
 }
 
 // The lanes behind `n` are zero when they are read.
@@ -69,9 +77,9 @@ void norm_and_rotate(const DecodeAttentionArgs& args, T* x, std::int64_t heads, 
   }
 }
 
-// scores [n] of one query to the exponentials of its softmax; returns their sum.
+// scores [n] of one query to their softmax.
 template <class T>
-T exponentials(T* scores, std::int64_t n) {
+void softmax(T* scores, std::int64_t n) {
   constexpr std::int64_t kLanes = DecodeVec<T>::size();
   T largest = scores[0];
   for (std::int64_t t = 1; t < n; ++t) largest = scores[t] > largest ? scores[t] : largest;
@@ -83,49 +91,45 @@ T exponentials(T* scores, std::int64_t n) {
     e.store(scores + t, count);
     sum = sum + DecodeVec<T>::set(DecodeVec<T>(T(0)), e, count);
   }
-  return lane_sum(sum);
+  const T factor = T(1) / lane_sum(sum);
+  for (std::int64_t t = 0; t < n; ++t) scores[t] *= factor;
 }
 
-// out [dim] = factor · sum over t of p[t] · values[t · stride + …]
-template <class T>
-void weighted_sum(const T* p, const T* values, std::int64_t n, std::int64_t stride,
-                  std::int64_t dim, T factor, T* out) {
+// out [dim] += p[0] · values + p[1] · (values + stride) + … of kCount places
+template <int kCount, class T>
+inline void add_weighted(const T* p, const T* values, std::int64_t stride, std::int64_t dim,
+                         T* out) {
   using Vec = DecodeVec<T>;
-  constexpr std::int64_t kLanes = Vec::size(), kAtOnce = 4;
+  Vec weights[kCount];
+  for (int j = 0; j < kCount; ++j) weights[j] = Vec(p[j]);
   std::int64_t d = 0;
-  for (; d + kAtOnce * kLanes <= dim; d += kAtOnce * kLanes) {
-    Vec sums[kAtOnce] = {Vec(T(0)), Vec(T(0)), Vec(T(0)), Vec(T(0))};
-    for (std::int64_t t = 0; t < n; ++t)
-      for (std::int64_t j = 0; j < kAtOnce; ++j)
-        sums[j] =
-            at::vec::fmadd(Vec(p[t]), Vec::loadu(values + t * stride + d + j * kLanes), sums[j]);
-    for (std::int64_t j = 0; j < kAtOnce; ++j) (sums[j] * Vec(factor)).store(out + d + j * kLanes);
+  for (; d + Vec::size() <= dim; d += Vec::size()) {
+    Vec sum = Vec::loadu(out + d);
+    for (int j = 0; j < kCount; ++j)
+      sum = at::vec::fmadd(weights[j], Vec::loadu(values + j * stride + d), sum);
+    sum.store(out + d);
   }
-  for (; d < dim; d += kLanes) {
-    const std::int64_t count = std::min(kLanes, dim - d);
-    Vec even(T(0)), odd(T(0));  // two chains, so that one addition need not wait for the last
-    std::int64_t t = 0;
-    for (; t + 2 <= n; t += 2) {
-      even = at::vec::fmadd(Vec(p[t]), Vec::loadu(values + t * stride + d, count), even);
-      odd = at::vec::fmadd(Vec(p[t + 1]), Vec::loadu(values + (t + 1) * stride + d, count), odd);
-    }
-    if (t < n) even = at::vec::fmadd(Vec(p[t]), Vec::loadu(values + t * stride + d, count), even);
-    ((even + odd) * Vec(factor)).store(out + d, count);
+  if (d < dim) {
+    Vec sum = Vec::loadu(out + d, dim - d);
+    for (int j = 0; j < kCount; ++j)
+      sum = at::vec::fmadd(weights[j], Vec::loadu(values + j * stride + d, dim - d), sum);
+    sum.store(out + d, dim - d);
   }
 }
 
+// Place by place, all heads of it at once: so the slot is read from memory in one stream.
 template <class T>
 void decode_attention_rows(const DecodeAttentionArgs& args, std::int64_t begin, std::int64_t end) {
   const std::int64_t dim = args.head_dim, heads = args.heads, kv_heads = args.kv_heads;
-  const std::int64_t q_width = heads * dim, kv_width = kv_heads * dim;
+  const std::int64_t q_width = heads * dim, kv_width = kv_heads * dim, places = args.places;
   const std::int64_t queries_per_key = heads / kv_heads;
-  std::vector<T> scratch(q_width + args.places + DecodeVec<T>::size());
+  std::vector<T> scratch(q_width + heads * places);
   T* q = scratch.data();
-  T* scores = q + q_width;
+  T* scores = q + q_width;  // [H, M]
   for (std::int64_t row = begin; row < end; ++row) {
     const T* qkv = static_cast<const T*>(args.qkv) + row * (q_width + 2 * kv_width);
     const std::int64_t position = args.positions[row], n = position + 1;
-    const std::int64_t slot = args.slots[row] * args.places * kv_width;
+    const std::int64_t slot = args.slots[row] * places * kv_width;
     T* keys = static_cast<T*>(args.keys) + slot;
     T* values = static_cast<T*>(args.values) + slot;
     T* key = keys + position * kv_width;
@@ -139,14 +143,23 @@ void decode_attention_rows(const DecodeAttentionArgs& args, std::int64_t begin, 
     norm_and_rotate(args, q, heads, static_cast<const T*>(args.q_weight), inverse, cosine, sine);
     norm_and_rotate(args, key, kv_heads, static_cast<const T*>(args.k_weight),
                     inverse ? inverse + 1 : nullptr, cosine, sine);
-    for (std::int64_t h = 0; h < heads; ++h) {
-      const std::int64_t offset = h / queries_per_key * dim;
-      for (std::int64_t t = 0; t < n; ++t)
-        scores[t] = T(args.scale) * dot(q + h * dim, keys + t * kv_width + offset, dim);
-      const T sum = exponentials(scores, n);
-      weighted_sum(scores, values + offset, n, kv_width, dim, T(1) / sum,
-                   static_cast<T*>(args.out) + row * q_width + h * dim);
-    }
+    for (std::int64_t i = 0; i < q_width; ++i) q[i] *= T(args.scale);
+    for (std::int64_t t = 0; t < n; ++t)
+      for (std::int64_t h = 0; h < heads; ++h)
+        scores[h * places + t] =
+            dot(q + h * dim, keys + t * kv_width + h / queries_per_key * dim, dim);
+    for (std::int64_t h = 0; h < heads; ++h) softmax(scores + h * places, n);
+    T* out = static_cast<T*>(args.out) + row * q_width;
+    std::fill(out, out + q_width, T(0));
+    std::int64_t t = 0;
+    for (; t + 4 <= n; t += 4)
+      for (std::int64_t h = 0; h < heads; ++h)
+        add_weighted<4>(scores + h * places + t, values + t * kv_width + h / queries_per_key * dim,
+                        kv_width, dim, out + h * dim);
+    for (; t < n; ++t)
+      for (std::int64_t h = 0; h < heads; ++h)
+        add_weighted<1>(scores + h * places + t, values + t * kv_width + h / queries_per_key * dim,
+                        kv_width, dim, out + h * dim);
   }
 }
 

@@ -7,18 +7,18 @@ namespace megarlx {
 
 // Element types are those of `dtype` unless said otherwise.
 struct DecodeAttentionArgs {
-  Dtype dtype;  // fp32 or fp64
+  Dtype dtype;      // fp32 or fp64
   const void* qkv;  // [B, (H + 2K) D], as the fused projection leaves them
-  void* keys;  // [S, M, K, D] of one layer; the new key is written at its position
+  void* keys;       // [S, M, K, D] of one layer; the new key is written at its position
   void* values;
-  const std::int64_t* slots;  // [B]
+  const std::int64_t* slots;      // [B]
   const std::int64_t* positions;  // [B] of the new token: it sees 0 … position
-  const void* cosines;  // [at least M, D / 2]
+  const void* cosines;            // [at least M, D / 2]
   const void* sines;
   const void* q_weight;  // of the QK-norm: [H D] (full), [D] (per head) or null (none)
   const void* k_weight;
   const void* inverse;  // [B, 2] 1 / rms of the queries and keys where other ranks hold heads too
-  void* out;  // [B, H D]
+  void* out;            // [B, H D]
   double eps, scale;
   std::int64_t heads, kv_heads, head_dim, places;
   bool full_norm;

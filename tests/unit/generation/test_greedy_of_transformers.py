@@ -52,7 +52,7 @@ def their_olmo2(stage: Any) -> Any:
 
 
 def test_greedy_tokens_equal_those_of_transformers() -> None:
-    stage = small_stage("olmo2", head_dim=13, init_std=0.3)
+    stage = small_stage("olmo2", hidden_size=40, init_std=0.3)
     model = their_olmo2(stage)
     prompts = [prompt(11, seed) for seed in range(8)]
     with torch.no_grad():
