@@ -53,15 +53,16 @@ def generated(
     mine = requests(9, 6)[mesh.dp.rank :: mesh.dp.size]
     mesh.traffic.reset()
     found = engine.generate(mine, settings, seed=5)
-    sent = dict(mesh.traffic.counts)
+    sent = {key: (c.calls, c.bytes) for key, c in mesh.traffic.counts.items()}
+    counts = engine.counts
     gap = logprob_gap(model, found, tokens_per_pass=256)
     streamed = [(n.sequence_id, n.token) for n in engine.stream(mine, settings, seed=5)]
     return {
         "found": [plain(c) for c in found],
         "gap": (gap.mean, gap.max, gap.kl, gap.tokens),
-        "counts": engine.counts,
+        "counts": counts,
         "streamed": streamed,
-        "sent": {key: (c.calls, c.bytes) for key, c in sent.items()},
+        "sent": sent,
         "last": model.pipeline.holds_last_stage,
         "dp": mesh.dp.rank,
     }
