@@ -1,6 +1,6 @@
 """The ops against torch eager, torch.compile and this machine's own copy and product speed.
 
-python benchmarks/ops.py [--only sample token_loss averaging] [--json PATH] [--markdown PATH]
+python benchmarks/ops.py [--only sample token_loss averaging elementwise] [--json PATH] …
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from timing import Row, machine, markdown, number, write_json
 
-OPS = ("sample", "token_loss", "averaging")
+OPS = ("sample", "token_loss", "averaging", "elementwise")
 
 
 def main() -> None:

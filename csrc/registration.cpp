@@ -79,6 +79,25 @@ TORCH_LIBRARY(megarlx, m) {
   m.def(
       "decode_norm_(Tensor(a!) x, Tensor? y, Tensor weight, float eps, Tensor(b!)? out) -> ()");
   m.def("decode_swiglu_(Tensor gate_up, Tensor(a!) out) -> ()");
+
+  // elementwise: CPU only. "inverse" is 1 / rms of each norm, for backward; gradients of weights
+  // are empty where none was asked for.
+  m.def(
+      "rms_norm(Tensor x, Tensor weight, float eps, Tensor? residual=None) -> "
+      "(Tensor y, Tensor inverse)");
+  m.def(
+      "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor inverse, bool with_weight) "
+      "-> (Tensor grad_x, Tensor grad_weight)");
+  m.def("swiglu(Tensor gate_up) -> Tensor");
+  m.def("swiglu_backward(Tensor grad, Tensor gate_up) -> Tensor");
+  // Private: without autograd; the values go past it.
+  m.def(
+      "_heads(Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, int heads, "
+      "int kv_heads, float eps) -> (Tensor q, Tensor k, Tensor inverse)");
+  m.def(
+      "_heads_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor qkv, Tensor? q_weight, "
+      "Tensor? k_weight, Tensor cos, Tensor sin, Tensor inverse, bool with_weights) -> "
+      "(Tensor grad_qkv, Tensor grad_q_weight, Tensor grad_k_weight)");
 }
 
 namespace megarlx {

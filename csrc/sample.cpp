@@ -3,11 +3,12 @@
 //     sample_partials   what one vocabulary shard knows of each row, 13 words of 64 bits
 //     sample_combine    the partials of all shards -> a token for each row
 //     philox, gumbel    the noise itself, for tests and for other uses (CPU)
+#include "math/sample.h"
+
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include "dispatch.h"
-#include "math/sample.h"
 #ifdef MEGARLX_CUDA
 #include "cuda/launchers.h"
 #include "cuda/stream.h"
@@ -102,7 +103,8 @@ void launch(const char* op, const SampleArgs& args, const Tensor& logits) {
   }
 #endif
   // About 16k ids are worth a thread.
-  const std::int64_t grain = std::max<std::int64_t>(1, 16384 / std::max<std::int64_t>(1, args.columns));
+  const std::int64_t grain =
+      std::max<std::int64_t>(1, 16384 / std::max<std::int64_t>(1, args.columns));
   at::parallel_for(0, args.rows, grain, [&](std::int64_t begin, std::int64_t end) {
     cpu_kernels().sample(args, begin, end);
   });
@@ -204,8 +206,9 @@ Drawn sample_combine(const Tensor& partials, const Tensor& temperature) {
 
 // counters [N, 4] and key [2], words of 32 bits held as int64 -> [N, 4]
 Tensor philox_words(const Tensor& counters, const Tensor& key) {
-  MEGARLX_CHECK("philox", counters.scalar_type() == at::kLong && counters.dim() == 2 &&
-                              counters.size(1) == 4 && counters.is_contiguous(),
+  MEGARLX_CHECK("philox",
+                counters.scalar_type() == at::kLong && counters.dim() == 2 &&
+                    counters.size(1) == 4 && counters.is_contiguous(),
                 "counters", shape_of(counters), "contiguous Long [N, 4]");
   MEGARLX_CHECK("philox", key.scalar_type() == at::kLong && key.numel() == 2 && key.is_contiguous(),
                 "key", shape_of(key), "contiguous Long [2]");

@@ -4,6 +4,7 @@
 
 #include "cpu/averaging.h"
 #include "cpu/decode.h"
+#include "cpu/elementwise.h"
 #include "cpu/kernels.h"
 #include "cpu/sample.h"
 #include "cpu/token_loss.h"
@@ -28,6 +29,14 @@ extern "C" const megarlx::cpu::Kernels* megarlx_cpu_kernels() {
       megarlx::cpu::decode_attention,
       megarlx::cpu::decode_norm,
       megarlx::cpu::decode_swiglu,
+      // elementwise
+      megarlx::cpu::rms_norm,
+      megarlx::cpu::rms_norm_backward,
+      megarlx::cpu::swiglu,
+      megarlx::cpu::swiglu_backward,
+      megarlx::cpu::heads,
+      megarlx::cpu::heads_backward,
+      megarlx::cpu::sum_blocks,
   };
   return &table;
 }

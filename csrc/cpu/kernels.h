@@ -7,6 +7,7 @@
 #include "math/adamw.h"
 #include "math/common.h"
 #include "math/decode.h"
+#include "math/elementwise.h"
 #include "math/replica_average.h"
 #include "math/sample.h"
 #include "math/token_loss.h"
@@ -14,7 +15,7 @@
 namespace megarlx::cpu {
 
 // Changes whenever a signature below does, so that a stale shared object is refused by name.
-constexpr std::int64_t kKernelsVersion = 1;
+constexpr std::int64_t kKernelsVersion = 2;
 
 struct Kernels {
   std::int64_t version;
@@ -34,6 +35,15 @@ struct Kernels {
   void (*decode_attention)(const DecodeAttentionArgs&, std::int64_t begin, std::int64_t end);
   void (*decode_norm)(const DecodeNormArgs&, std::int64_t begin, std::int64_t end);
   void (*decode_swiglu)(const DecodeSwigluArgs&, std::int64_t begin, std::int64_t end);
+  // elementwise
+  void (*rms_norm)(const RmsNormArgs&, std::int64_t begin_row, std::int64_t end_row);
+  void (*rms_norm_backward)(const RmsNormArgs&, std::int64_t begin_block, std::int64_t end_block);
+  void (*swiglu)(const SwiGluArgs&, std::int64_t begin_row, std::int64_t end_row);
+  void (*swiglu_backward)(const SwiGluArgs&, std::int64_t begin_row, std::int64_t end_row);
+  void (*heads)(const HeadsArgs&, std::int64_t begin_token, std::int64_t end_token);
+  void (*heads_backward)(const HeadsArgs&, std::int64_t begin_block, std::int64_t end_block);
+  void (*sum_blocks)(Dtype dtype, const void* sums, std::int64_t blocks, std::int64_t width,
+                     void* out);
 };
 
 }  // namespace megarlx::cpu

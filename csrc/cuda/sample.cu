@@ -106,10 +106,7 @@ __device__ __forceinline__ float tree_sum(const float* w) {
 }
 
 __device__ __forceinline__ Scale row_scale(const SampleArgs& args, std::int64_t row) {
-  Scale scale = scale_of(args.temperature[row * args.temperature_stride]);
-  // Keeps the division, which is a call, here where few registers are live.
-  asm volatile("" : "+f"(scale.c));
-  return scale;
+  return scale_of(args.temperature[row * args.temperature_stride]);
 }
 __device__ __forceinline__ RowKey row_noise(const SampleArgs& args, std::int64_t row) {
   return row_key(*args.seed, args.keys[2 * row], args.keys[2 * row + 1]);
@@ -122,7 +119,7 @@ struct Workspace {
 };
 
 template <class T, Mode kMode, bool kAligned>
-__global__ void __launch_bounds__(32 * kWarps)
+__global__ void __launch_bounds__(32 * kWarps, 1)
     tile_kernel(SampleArgs args, Workspace work, int tiles, int groups) {
   const int lane = threadIdx.x % 32;
   const int q = lane % 8;
@@ -145,8 +142,7 @@ __global__ void __launch_bounds__(32 * kWarps)
 #pragma unroll
     for (int i = 0; i < 16; ++i) x[i] = kMinusInfinity;
     bool wanted = tile < tiles;
-    if (kMode == Mode::kDraw && wanted)
-      wanted = work.tile_largest[row * tiles + tile] >= threshold;
+    if (kMode == Mode::kDraw && wanted) wanted = work.tile_largest[row * tiles + tile] >= threshold;
     // All lanes of the warp take part in the shuffles below, wanted or not.
     if (!__any_sync(kAll, wanted)) continue;
     if (wanted) {
@@ -229,7 +225,7 @@ __global__ void __launch_bounds__(32 * kWarps)
 }
 
 template <class T>
-__global__ void __launch_bounds__(32 * kWarps)
+__global__ void __launch_bounds__(32 * kWarps, 1)
     finish_kernel(SampleArgs args, Workspace work, int groups, bool filtered) {
   const int lane = threadIdx.x % 32;
   const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
@@ -259,8 +255,7 @@ __global__ void __launch_bounds__(32 * kWarps)
     std::int64_t through = own;  // of this lane and those below it
 #pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) {
-      const std::int64_t below =
-          __shfl_up_sync(kAll, static_cast<long long>(through), distance);
+      const std::int64_t below = __shfl_up_sync(kAll, static_cast<long long>(through), distance);
       if (lane >= distance) through += below;
     }
     const std::int64_t total = __shfl_sync(kAll, static_cast<long long>(through), 31);
@@ -292,7 +287,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   args.sampled_logprob[row] = drawn.sampled_logprob;
 }
 
-constexpr int kThresholdThreads = 512;
+constexpr int kThresholdThreads = 256;
 constexpr int kBins = 2048;
 
 // One row, worked on by a block.
@@ -371,9 +366,9 @@ struct RowFilter {
       __syncthreads();
       each(from_ordered_key(low), [&](std::uint32_t key, float x) {
         if (key < low || key > high) return;
-        atomicAdd(bins + ((key - low) >> shift),
-                  by_weight ? static_cast<unsigned long long>(filter_weight(x, largest, scale))
-                            : 1ull);
+        atomicAdd(
+            bins + ((key - low) >> shift),
+            by_weight ? static_cast<unsigned long long>(filter_weight(x, largest, scale)) : 1ull);
       });
       __syncthreads();
       // Thread t owns bins [last - kOwn + 1, last], counted from the top.
@@ -393,7 +388,7 @@ struct RowFilter {
       for (int i = 0; i < static_cast<int>(threadIdx.x) / 32; ++i) through += scratch[i];
       __syncthreads();
       if (threadIdx.x == 0) {
-        scratch[0] = 0;     // the bin, and what lies above it, where the target is never reached
+        scratch[0] = 0;  // the bin, and what lies above it, where the target is never reached
         scratch[1] = above;
       }
       __syncthreads();
@@ -407,7 +402,8 @@ struct RowFilter {
       __syncthreads();
       const std::uint32_t first = low + (static_cast<std::uint32_t>(scratch[0]) << shift);
       above = scratch[1];
-      const std::uint64_t end = static_cast<std::uint64_t>(first) + ((std::uint64_t{1} << shift) - 1);
+      const std::uint64_t end =
+          static_cast<std::uint64_t>(first) + ((std::uint64_t{1} << shift) - 1);
       high = end < high ? static_cast<std::uint32_t>(end) : high;
       low = first;
       __syncthreads();
@@ -417,7 +413,7 @@ struct RowFilter {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThresholdThreads)
+__global__ void __launch_bounds__(kThresholdThreads, 1)
     threshold_kernel(SampleArgs args, Workspace work, int tiles, int groups) {
   __shared__ unsigned long long bins[kBins];
   __shared__ unsigned long long scratch[32];
@@ -454,8 +450,10 @@ __global__ void __launch_bounds__(kThresholdThreads)
   const float largest = shared_largest;
   const double total = shared_total;
   const RowFilter<T> filter{
-      args,  static_cast<const T*>(args.logits) + row * args.row_stride,
-      tile_largest, tiles, largest, scale, bins, scratch};
+      args,         static_cast<const T*>(args.logits) + row * args.row_stride,
+      tile_largest, tiles,
+      largest,      scale,
+      bins,         scratch};
   const std::int64_t k = args.top_k ? args.top_k[row * args.top_k_stride] : 0;
   const bool by_k = k > 0 && k < args.columns;
   const bool by_p = p < 1.0f;

@@ -20,7 +20,6 @@ from megarlx.checkpoint.errors import CheckpointError
 from megarlx.checkpoint.manifest import SavedFile
 
 PIECE = 16 * 2**20  # bytes that are written, and hashed, at a time
-SYNC_EVERY = 4  # pieces
 
 # safetensors' names of the types that a checkpoint holds
 TYPE_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16"}
@@ -90,7 +89,7 @@ class _Stream:
         self._hashing, self._syncing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._hashed: deque[Future[None]] = deque()
         self._synced: list[Future[None]] = []
-        self._pieces = 0
+        self._unsynced = 0
 
     def __enter__(self) -> _Stream:
         return self
@@ -106,12 +105,13 @@ class _Stream:
             self._hashed.append(self._hashing.submit(self._digest.update, piece))
             if len(self._hashed) > 64:  # a piece may hold memory of its own: not too many wait
                 self._hashed.popleft().result()
-            self._pieces += len(piece) == PIECE
-            if len(piece) == PIECE and self._pieces % SYNC_EVERY == 0:
+            self._unsynced += len(piece)
+            if self._unsynced >= PIECE and all(future.done() for future in self._synced[-1:]):
                 self._synced.append(self._syncing.submit(_sync_data, self._file))
+                self._unsynced = 0
 
     def finish(self) -> str:
-        """The digest, once everything is on the disk. A disk tells each error once: all are read."""
+        """The digest, once everything is on the disk, which tells each of its errors only once."""
         for future in (*self._hashed, *self._synced):
             future.result()
         os.fsync(self._file)

@@ -82,13 +82,18 @@ def render(manifest: Manifest) -> str:
             "files": block("[]", [json.dumps(asdict(file)) for file in manifest.files]),
             "tensors": block(
                 "{}",
-                [f"{json.dumps(n)}: {json.dumps(asdict(t))}" for n, t in manifest.tensors.items()],
+                [f"{json.dumps(n)}: {json.dumps(_entry(t))}" for n, t in manifest.tensors.items()],
             ),
             "state": json.dumps(manifest.state, allow_nan=False),
         }
     except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"state cannot be written as JSON: {error}") from error
     return sign("{\n" + "".join(f'"{key}": {text},\n' for key, text in parts.items()))
+
+
+def _entry(tensor: SavedTensor) -> dict[str, Any]:
+    chunks = [{"file": c.file, "offset": c.offset, "size": c.size} for c in tensor.chunks]
+    return {"dtype": tensor.dtype, "shape": tensor.shape, "chunks": chunks}
 
 
 def sign(head: str) -> str:

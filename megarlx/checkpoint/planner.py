@@ -74,7 +74,11 @@ def plan_save(
     """This rank's planner, every rank's plan and what all of them hold together."""
     planner = SavePlanner(tensors)
     gathered = gather_values(_as_json(planner.create_local_plan()), world)
-    plans, metadata = planner.create_global_plan([_from_json(one) for one in gathered])
+    try:
+        # Where several ranks hold a block, as replicas do the weights, one of them is chosen.
+        plans, metadata = planner.create_global_plan([_from_json(one) for one in gathered])
+    except ValueError as error:
+        raise CheckpointError(f"the ranks' parts do not make up the tensors: {error}") from error
     for name, saved in metadata.state_dict_metadata.items():
         assert isinstance(saved, TensorStorageMetadata)
         boxes = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in saved.chunks]

@@ -2,9 +2,9 @@
 
 A save is called by all ranks. Each copies its shards to the host (or, blocking, does not) and
 writes its files in a thread. No thread talks to another rank: when all are done is found out in
-the main threads, in `poll` (one number summed over the ranks, while a save is under way), `wait` or
-the next save. Then the first rank writes the manifest, gives the folder its name, and only then
-moves `latest`.
+the main threads, in `poll` (one number reduced over the ranks, while a save is under way), `wait`
+or the next save. Then a thread of the first rank writes the manifest, gives the folder its name,
+moves `latest`, and deletes what is old; when it is done is found out in the same way.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import secrets
 import shutil
 import threading
 import time
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -88,6 +90,8 @@ class _Job:
     thread: threading.Thread | None = None
     results: list[WriteResult] = field(default_factory=list)
     problem: str | None = None
+    committing: bool = False  # every rank has written
+    committed: tuple[str, list[int]] = ("", [])  # digest, deleted iterations; on the first rank
 
 
 class Saver:
@@ -121,28 +125,29 @@ class Saver:
         writer.iteration, writer.state = iteration, state
         job = _Job(iteration, folder, writer, plans.metadata, started)
         self._job = job
+        self._in_background(job, self._write, plans.live if blocking else self._copy(plans))
         if blocking:
-            self._write(job, plans.live)
             self.wait()
-        else:
-            planner = self._copy(plans)
-            job.thread = threading.Thread(
-                target=self._write, args=(job, planner), name=f"save-{iteration}"
-            )
-            job.thread.start()
         now = time.perf_counter()
         return Pause(now - begun, begun - started, shards.bytes)
 
     def poll(self) -> Saved | None:
-        """Finishes the save under way if every rank has written its files; cheap to call often.
+        """Takes the save under way further, if every rank is ready for it; cheap to call often.
 
-        All ranks must call it at the same point of their work.
+        All ranks must call it at the same point of their work. The Saved comes once.
         """
-        if self._job is None:
+        job = self._job
+        if job is None:
             return None
-        thread = self._job.thread
-        done = torch.tensor([int(thread is None or not thread.is_alive())])
-        return self._finish() if all_reduce_(done, self.world, "min").item() else None
+        ready = torch.tensor([int(job.thread is None or not job.thread.is_alive())])
+        if not all_reduce_(ready, self.world, "min").item():
+            return None
+        if job.thread is not None:
+            job.thread.join()
+        if job.committing:
+            return self._conclude(job)
+        self._begin_commit(job)
+        return None
 
     def wait(self) -> Saved | None:
         """Finishes the save under way, however long it takes; None if there is none."""
@@ -174,6 +179,8 @@ class Saver:
         rows = gather_values([name, text], self.world)
         for rank, (_, other) in enumerate(rows):
             if other != rows[0][1]:
+                if self.world.is_first:
+                    (self.folder / name).rmdir()
                 raise CheckpointError(
                     f"{task}: the state differs between rank {self.world.ranks[0]} and rank "
                     f"{self.world.ranks[rank]}: {_first_difference(rows[0][1], other)}"
@@ -207,42 +214,35 @@ class Saver:
             torch.cuda.current_stream().synchronize()
         return plans.copied
 
-    def _write(self, job: _Job, planner: SavePlanner) -> None:
-        """Runs in the background; whatever happens here is told in the main thread."""
-        try:
-            plan = job.writer.plans[self.world.rank]
-            job.results = job.writer.write_data(plan, planner).wait()
-        except CheckpointError as error:
-            job.problem = str(error)
-        except BaseException as error:  # noqa: BLE001  the main threads must all hear of it
-            job.problem = f"{type(error).__name__}: {error}"
+    def _in_background(self, job: _Job, function: Callable[..., None], *arguments: Any) -> None:
+        """Whatever happens there is told in the main thread, to all ranks."""
 
-    def _finish(self) -> Saved:
+        def run() -> None:
+            try:
+                function(job, *arguments)
+            except (CheckpointError, OSError) as error:
+                job.problem = str(error)
+            except BaseException as error:  # noqa: BLE001  a thread's error would be nobody's
+                job.problem = f"{type(error).__name__}: {error}"
+
+        job.thread = threading.Thread(target=run, name=f"save-{job.iteration}")
+        job.thread.start()
+
+    def _write(self, job: _Job, planner: SavePlanner) -> None:
+        plan = job.writer.plans[self.world.rank]
+        job.results = job.writer.write_data(plan, planner).wait()
+
+    def _begin_commit(self, job: _Job) -> None:
         """Every rank has written, or failed to."""
-        job, self._job = self._job, None
-        assert job is not None
-        if job.thread is not None:
-            job.thread.join()
-        task = f"saving iteration {job.iteration} (the last good checkpoint is {self._last_good()})"
         mine = [[r.index.fqn, r.size_in_bytes, r.storage_data] for r in job.results]
         everyone = gather_values({"problem": job.problem, "files": mine}, self.world)
-        if self.world.is_first and any(rank["problem"] for rank in everyone):
-            shutil.rmtree(job.folder, ignore_errors=True)
-        raise_together(self.world, task, job.problem)
-        result: list[Any] = []
-        with together(self.world, task):
-            if self.world.is_first:
-                try:
-                    result = self._commit(job, [rank["files"] for rank in everyone])
-                finally:
-                    shutil.rmtree(job.folder, ignore_errors=True)  # gone by now, if all went well
-        digest, deleted = gather_values(result, self.world)[0]
-        path = self.folder / checkpoint_name(job.iteration)
-        seconds = time.perf_counter() - job.started
-        self.last = Saved(path, job.iteration, digest, seconds, tuple(deleted))
-        return self.last
+        if any(rank["problem"] for rank in everyone):
+            self._give_up(job)
+        job.committing, job.thread = True, None
+        if self.world.is_first:
+            self._in_background(job, self._commit, [rank["files"] for rank in everyone])
 
-    def _commit(self, job: _Job, files: list[list[Any]]) -> list[Any]:
+    def _commit(self, job: _Job, files: list[list[Any]]) -> None:
         results = [
             [WriteResult(MetadataIndex(name), size, digest) for name, size, digest in rank]
             for rank in files
@@ -251,7 +251,30 @@ class Saver:
         digest = read_manifest(job.folder).digest
         path = commit(job.folder, self.folder, job.iteration)
         point_latest_at(path, digest)
-        return [digest, self.retention.apply(self.folder)]
+        deleted: list[int] = []
+        try:
+            deleted = self.retention.apply(self.folder)
+        except OSError as error:  # the new checkpoint is good all the same
+            warnings.warn(f"an old checkpoint could not be deleted: {error}", stacklevel=2)
+        job.committed = digest, deleted
+
+    def _conclude(self, job: _Job) -> Saved:
+        problem, (digest, deleted) = gather_values([job.problem, job.committed], self.world)[0]
+        if problem is not None:
+            self._give_up(job)
+        self._job = None
+        path = self.folder / checkpoint_name(job.iteration)
+        seconds = time.perf_counter() - job.started
+        self.last = Saved(path, job.iteration, digest, seconds, tuple(deleted))
+        return self.last
+
+    def _give_up(self, job: _Job) -> NoReturn:
+        self._job = None
+        if self.world.is_first:
+            shutil.rmtree(job.folder, ignore_errors=True)
+        task = f"saving iteration {job.iteration} (the last good checkpoint is {self._last_good()})"
+        raise_together(self.world, task, job.problem)
+        raise AssertionError("a save without a problem was given up")
 
     def _last_good(self) -> str:
         if self.last is not None:

@@ -101,7 +101,7 @@ class RowLinear(te.Linear):
 
 
 class RMSNorm(te.RMSNorm):
-    """Over the last dimension."""
+    """Over the last dimension; a residual is added to the result."""
 
     def __init__(
         self,
@@ -115,6 +115,10 @@ class RMSNorm(te.RMSNorm):
         super().__init__(
             size, eps=eps, sequence_parallel=sequence_parallel, dtype=dtype, device=device
         )
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y: Tensor = super().forward(x)
+        return y if residual is None else residual + y
 
 
 class CoreAttention(torch.nn.Module):

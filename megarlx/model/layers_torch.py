@@ -21,8 +21,8 @@ from megarlx.comm import collectives
 from megarlx.comm.groups import Group
 from megarlx.model import attention as attention_paths
 from megarlx.model.documents import Documents
-from megarlx.model.fused import rms_norm
 from megarlx.model.kv_cache import LayerCache
+from megarlx.ops.elementwise import rms_norm
 
 
 class ColumnLinear(nn.Module):
@@ -101,7 +101,7 @@ class VocabEmbedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Over the last dimension."""
+    """Over the last dimension; a residual is added to the result."""
 
     def __init__(
         self,
@@ -116,8 +116,8 @@ class RMSNorm(nn.Module):
         self.eps, self.sequence_parallel = eps, sequence_parallel
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return rms_norm(x, self.weight, self.eps, residual)
 
 
 class CoreAttention(nn.Module):

@@ -19,7 +19,6 @@ from megarlx.comm.groups import Group
 from megarlx.config.model import ModelConfig
 from megarlx.model import rope
 from megarlx.model.documents import Documents
-from megarlx.model.fused import swiglu
 from megarlx.model.initialise import initialise_
 from megarlx.model.kv_cache import CacheStep, KVCache, LayerCache
 from megarlx.model.layers import layers
@@ -29,6 +28,7 @@ from megarlx.model.metadata import (
     local_kv_heads,
     parameter_layouts,
 )
+from megarlx.ops.elementwise import attention_heads, is_native, swiglu
 from megarlx.parallel.metadata import ParameterLayout
 
 # none: keep every activation. full: keep a layer's input and run the layer again in backward.
@@ -98,7 +98,12 @@ class Attention(nn.Module):
     ) -> Tensor:
         dim = self.config.head_dim
         qk_heads = self.heads + self.kv_heads
-        if self.config.qk_norm == "none":
+        spans_ranks = self.config.qk_norm == "full" and self.group.size > 1
+        if is_native(qkv) and not spans_ranks:
+            q, k, v = attention_heads(
+                qkv, *rotation, self.heads, self.kv_heads, **self._norm_weights()
+            )
+        elif self.config.qk_norm == "none":
             qk, v = qkv.view(len(qkv), -1, dim).split((qk_heads, self.kv_heads), dim=1)
             q, k = rope.rotate(qk, *rotation).split((self.heads, self.kv_heads), dim=1)
         else:
@@ -110,6 +115,12 @@ class Attention(nn.Module):
             v = v.unflatten(1, (-1, dim))
         out: Tensor = self.core(q, k, v, documents, cache)
         return out.flatten(1)
+
+    def _norm_weights(self) -> dict[str, Any]:
+        if self.config.qk_norm == "none":
+            return {}
+        weights = {"q_weight": self.q_norm.weight, "k_weight": self.k_norm.weight}
+        return weights | {"eps": self.config.norm_eps}
 
     def _normalise(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         if self.config.qk_norm == "per_head":
@@ -177,8 +188,10 @@ class Layer(nn.Module):
         self, x: Tensor, rotation: Rotation, documents: Documents, cache: LayerCache | None
     ) -> Tensor:
         if self.post:
-            x = x + self.attention_norm(self.attention(x, rotation, documents, cache))
-            return x + self.mlp_norm(self.mlp(x))
+            attended = self.attention(x, rotation, documents, cache)
+            x = self.attention_norm(attended, residual=x)
+            out: Tensor = self.mlp_norm(self.mlp(x), residual=x)
+            return out
         x = x + self.attention(self.attention_norm(x), rotation, documents, cache)
         return x + self.mlp(self.mlp_norm(x))
 

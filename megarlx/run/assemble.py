@@ -57,6 +57,11 @@ def choose_device(wanted: str) -> torch.device:
 def choose_layout(config: Config, world_size: int) -> Layout:
     """The configured layout; data parallelism takes the processes that are left."""
     given = config.layout
+    if given.replica != 1:
+        raise RunError(
+            f"layout.replica is {given.replica}; replicas run one objective each, and this run has "
+            "one objective: allowed is 1"
+        )
     others = given.pipeline * given.replica * given.tensor
     data = given.data if given.data is not None else max(1, world_size // others)
     layout = Layout(pp=given.pipeline, replica=given.replica, dp=data, tp=given.tensor)

@@ -6,7 +6,6 @@ the layout that loaded it.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 import random
@@ -19,6 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from harness import Pool
+from megarlx.objectives.pretraining import Pretraining
 from safetensors.numpy import load_file
 from test_layout_grid import sequences
 
@@ -34,10 +35,11 @@ from megarlx.checkpoint import (
 )
 from megarlx.checkpoint.manifest import entry_name
 from megarlx.comm.groups import Mesh
-from megarlx.config.model import family_config
+from megarlx.config.model import ModelConfig, family_config
 from megarlx.model.build import build_model
-from megarlx.objectives.pretraining import Pretraining
 from megarlx.optimizer import AdamSettings
+from megarlx.parallel.data_parallel import FlatLayout
+from megarlx.parallel.metadata import ParameterLayout, Piece
 from megarlx.trainer import TrainedObjective, Trainer
 
 SEQUENCES = 24
@@ -81,9 +83,20 @@ PLACES = [
 FAMILIES = {"llama3": False, "qwen2": True}  # tied or not
 
 
-def build(place: Place, family: str, seed: int, *objectives: str) -> Trainer:
-    mesh = Mesh.build(pp=place.pp, dp=place.dp, tp=place.tp, timeout_seconds=30)
-    config = family_config(
+def nothing() -> None:
+    pass
+
+
+@pytest.fixture(scope="module", autouse=True)
+def started(pool: Pool) -> None:
+    """A few at a time: eight processes that import all of this at once on a busy machine of two
+    cores can take longer than a process group waits for its members."""
+    for count in (2, 4, 6, 8):
+        pool.run(count, nothing)
+
+
+def config_of(family: str) -> ModelConfig:
+    return family_config(
         family,
         vocab_size=203,
         hidden_size=24,
@@ -94,8 +107,12 @@ def build(place: Place, family: str, seed: int, *objectives: str) -> Trainer:
         intermediate_size=40,
         tied_embeddings=FAMILIES[family],
     )
+
+
+def build(place: Place, family: str, seed: int, *objectives: str) -> Trainer:
+    mesh = Mesh.build(pp=place.pp, dp=place.dp, tp=place.tp, timeout_seconds=30)
     model = build_model(
-        config,
+        config_of(family),
         mesh,
         seed=seed,
         schedule=place.schedule,  # type: ignore[arg-type]
@@ -195,9 +212,8 @@ def test_a_checkpoint_of_every_layout_goes_on_in_every_layout(
     compare(run, tmp_path, source, target)
 
 
-@functools.cache
 def shapes_of(family: str) -> dict[str, tuple[int, ...]]:
-    return build(Place(), family, 7).model.config.tensor_shapes()
+    return config_of(family).tensor_shapes()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -354,6 +370,61 @@ def test_a_state_that_differs_between_ranks_is_refused(
         assert '"cursor": 11' in text
 
 
+def save_replicas(folder: Path) -> bool:
+    """Each replica has the weights and the moments of one objective; so has it after a load."""
+    mesh = Mesh.build(replica=2, timeout_seconds=30)
+    own = ("pretraining", "rl")[mesh.replica.rank]
+    model = build_model(config_of("llama3"), mesh, seed=7, dtype=torch.float64)
+    layout, layouts = model.data_parallel.layout, model.data_parallel.layouts
+    weights = model.data_parallel.weights
+    moment = torch.full_like(weights, 1.0 + mesh.replica.rank)
+    shards = FlatShards(layout, layouts, 0, {"": weights, f"optimizer/{own}/exp_avg/": moment})
+    Saver(folder, mesh.world).save(1, shards, {}, blocking=True)
+    zeros = {prefix: torch.zeros_like(shard) for prefix, shard in shards.shards.items()}
+    target = FlatShards(layout, layouts, 0, zeros)
+    load(folder / "iter_00000001", target, mesh.world)
+    wanted = shards.tensors(counted_only=False)
+    return all(
+        torch.equal(found, expected)
+        for name, tensor in target.tensors(counted_only=False).items()
+        for (_, found), (_, expected) in zip(tensor.blocks, wanted[name].blocks, strict=True)
+    )
+
+
+def test_weights_that_replicas_share_are_saved_once_and_moments_by_their_owner(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    assert run(2, save_replicas, tmp_path) == [True, True]
+    manifest = verify(tmp_path / "iter_00000001")
+    shapes = shapes_of("llama3")
+    expected = {f"optimizer/{o}/exp_avg/" for o in ("pretraining", "rl")} | {""}
+    assert set(manifest.tensors) == {prefix + name for prefix in expected for name in shapes}
+    # The planner shares the work: both ranks write some of the weights.
+    assert {f.name for f in manifest.files} == {
+        f"{kind}-0000{rank}.safetensors" for kind in ("model", "optimizer") for rank in (0, 1)
+    }
+    weights = [t for n, t in manifest.tensors.items() if not n.startswith("optimizer/")]
+    written = {manifest.files[chunk.file].name for t in weights for chunk in t.chunks}
+    assert written == {"model-00000.safetensors", "model-00001.safetensors"}
+
+
+def overlapping(folder: Path) -> str:
+    mesh = Mesh.build(dp=2, timeout_seconds=30)
+    rows = [4, 5][mesh.dp.rank]  # rank 1 claims a row that rank 0 has
+    piece = Piece("w", (8, 3), 0, 0, 3 * mesh.dp.rank, rows, (mesh.dp.rank,), False, True)
+    layouts = {"w": ParameterLayout((rows, 3), (piece,), True)}
+    flat = FlatLayout.make([("w", (rows, 3), True)], 1)
+    shards = FlatShards(flat, layouts, 0, {"": torch.zeros(flat.shard_size)})
+    return refused(lambda: Saver(folder, mesh.world).save(1, shards, {}))
+
+
+def test_ranks_whose_parts_overlap_are_refused(run: Callable[..., Any], tmp_path: Path) -> None:
+    for text in run(2, overlapping, tmp_path / "checkpoints"):
+        assert "parts do not make up the tensors: " in text
+        assert "overlapping chunks" in text
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def poll_in_step(folder: Path) -> list[bool]:
     """One rank's disk is slow: no rank may think the save done before it is."""
     trainer = build(Place(dp=2), "llama3", 7)
@@ -385,7 +456,6 @@ def load_weights_elsewhere(place: Place, checkpoint: Path) -> list[tuple[str, li
     """The global tensors of which this rank holds a part, after loading the weights alone."""
     trainer = build(place, "qwen2", 8)
     shards = trainer.optimizer.weight_shards
-    assert isinstance(shards, FlatShards)
     load(checkpoint, shards, trainer.mesh.world, ignore=WEIGHTS_ONLY)
     expected = whole(checkpoint)
     for name, tensor in shards.tensors(counted_only=False).items():

@@ -116,6 +116,7 @@ def test_checkpoints_are_saved_at_listed_token_counts_and_kept(
     [
         ("model.vocab_size=200", "vocab_size is 200"),
         ("layout.tensor=2", "needs 2 processes; there are 1"),
+        ("layout.replica=2", "layout.replica is 2; replicas run one objective each"),
         ("training.device=cuda", "torch sees no GPU"),
     ],
 )

@@ -198,7 +198,7 @@ def test_an_error_that_a_disk_tells_early_is_not_lost(
 
     monkeypatch.setattr(files, "_sync_data", fails)
     shards = flat_shards(0.0, {"embedding.weight": (4 * files.PIECE // 4, 1)})
-    with pytest.raises(CheckpointError, match="model-00000.safetensors: Input/output error"):
+    with pytest.raises(CheckpointError, match=r"model-00000.safetensors: Input/output"):
         Saver(tmp_path, WORLD).save(1, shards, {}, blocking=True)
     assert latest(tmp_path) is None
 

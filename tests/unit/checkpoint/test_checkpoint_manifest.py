@@ -34,6 +34,7 @@ JSON = st.recursive(
 )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(state=st.dictionaries(st.text(), JSON, max_size=4), iteration=st.integers(0, 10**9))
 def test_a_manifest_comes_back_as_it_was_written(state: dict[str, Any], iteration: int) -> None:
     manifest = Manifest(
@@ -62,6 +63,7 @@ boxes = st.tuples(
 )
 
 
+@settings(deadline=None)
 @given(shape=st.tuples(st.integers(1, 5), st.integers(1, 5)), found=st.lists(boxes, max_size=5))
 def test_a_tiling_is_right_exactly_when_every_element_is_covered_once(
     shape: tuple[int, int], found: list[Any]
@@ -74,6 +76,7 @@ def test_a_tiling_is_right_exactly_when_every_element_is_covered_once(
     assert (tiling_problem(shape, found) is None) == bool((count == inside).all())
 
 
+@settings(deadline=None)
 @given(
     rows=st.lists(st.integers(1, 4), min_size=1, max_size=4),
     columns=st.lists(st.integers(1, 4), min_size=1, max_size=4),
@@ -113,7 +116,9 @@ def _changed(content: Any, path: tuple[Any, ...], value: Any, remove: bool) -> A
     return content
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_a_changed_manifest_with_a_digest_that_fits_is_refused_or_loads_what_was_saved(
     tmp_path: Path, data: st.DataObject
@@ -140,7 +145,9 @@ def test_a_changed_manifest_with_a_digest_that_fits_is_refused_or_loads_what_was
         assert all((values == expected).all() for _, values in tensor.blocks), path
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(place=st.integers(0), bit=st.integers(0, 7))
 def test_a_flipped_bit_anywhere_in_a_manifest_is_noticed(
     tmp_path: Path, place: int, bit: int

@@ -315,6 +315,20 @@ def test_a_parent_that_an_excursion_refers_to_stays_until_it_is_released(tmp_pat
         release(tmp_path, 4, "runs/c")
 
 
+def test_an_old_checkpoint_that_cannot_be_deleted_is_only_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stuck(checkpoint: Path) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(checkpoint))
+
+    saver, shards = Saver(tmp_path, WORLD, Retention(last=1)), flat_shards(1.0)
+    saver.save(1, shards, {}, blocking=True)
+    monkeypatch.setattr("megarlx.checkpoint.retention.delete", stuck)
+    with pytest.warns(UserWarning, match="could not be deleted: .*iter_00000001"):
+        saver.save(2, shards, {}, blocking=True)
+    assert latest(tmp_path) == tmp_path / "iter_00000002"
+
+
 @pytest.mark.parametrize("rule", [{"last": 0}, {"every": -1}])
 def test_impossible_rules_are_refused(rule: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="allowed: 1 or more"):

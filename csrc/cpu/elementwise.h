@@ -1,0 +1,348 @@
+// RMSNorm, SwiGLU and the attention's heads on the CPU. A row is read from memory once; what is
+// read a second time comes from the L1 cache.
+#pragma once
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+
+#include "math/elementwise.h"
+
+namespace megarlx::cpu {
+namespace {
+namespace elementwise {
+
+template <typename T>
+using Vec = at::vec::Vectorized<T>;
+
+// Calls visit(i, lanes) over [0, n) vector by vector; `lanes` is a constant but for the last one.
+template <typename T, typename Visit>
+inline void each_vector(std::int64_t n, const Visit& visit) {
+  constexpr std::int64_t kLanes = Vec<T>::size();
+  std::int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) visit(i, std::integral_constant<int, kLanes>());
+  if (i < n) visit(i, static_cast<int>(n - i));
+}
+
+// Lanes beyond the end are zero.
+template <typename T, typename Lanes>
+inline Vec<T> load(const T* from, Lanes lanes) {
+  if constexpr (std::is_same_v<Lanes, int>) {
+    return Vec<T>::loadu(from, lanes);
+  } else {
+    return Vec<T>::loadu(from);
+  }
+}
+
+template <typename T, typename Lanes>
+inline void store(Vec<T> value, T* to, Lanes lanes) {
+  if constexpr (std::is_same_v<Lanes, int>) {
+    value.store(to, lanes);
+  } else {
+    value.store(to);
+  }
+}
+
+template <typename T>
+inline T sum_of_lanes(Vec<T> x) {
+  return at::vec::vec_reduce_all<T>([](auto& a, auto& b) { return a + b; }, x);
+}
+
+template <typename T>
+inline T inverse_rms(const T* x, std::int64_t n, double eps) {
+  Vec<T> squares(T(0));
+  each_vector<T>(n, [&](std::int64_t i, auto lanes) {
+    const Vec<T> value = load(x + i, lanes);
+    squares = at::vec::fmadd(value, value, squares);
+  });
+  return T(1) / std::sqrt(sum_of_lanes(squares) / static_cast<T>(n) + static_cast<T>(eps));
+}
+
+// Gradient of x · inverse · weight; grad_x may be grad itself. Adds to weight_sums unless null.
+template <typename T>
+inline void norm_backward(const T* grad, const T* x, const T* weight, T inverse, std::int64_t n,
+                          T* grad_x, T* weight_sums) {
+  const Vec<T> scale(inverse);
+  Vec<T> products(T(0));
+  if (weight_sums == nullptr) {
+    each_vector<T>(n, [&](std::int64_t i, auto lanes) {
+      const Vec<T> product = load(grad + i, lanes) * load(x + i, lanes);
+      products = at::vec::fmadd(product, load(weight + i, lanes), products);
+    });
+  } else {
+    each_vector<T>(n, [&](std::int64_t i, auto lanes) {
+      const Vec<T> product = load(grad + i, lanes) * load(x + i, lanes);
+      products = at::vec::fmadd(product, load(weight + i, lanes), products);
+      T* sums = weight_sums + i;
+      store(at::vec::fmadd(product, scale, load<T>(sums, lanes)), sums, lanes);
+    });
+  }
+  const T mean = sum_of_lanes(products) / static_cast<T>(n);
+  const Vec<T> shared(-mean * inverse * inverse * inverse);
+  each_vector<T>(n, [&](std::int64_t i, auto lanes) {
+    const Vec<T> straight = load(grad + i, lanes) * load(weight + i, lanes) * scale;
+    store(at::vec::fmadd(load(x + i, lanes), shared, straight), grad_x + i, lanes);
+  });
+}
+
+template <typename T>
+void rms_norm_rows(const RmsNormArgs& args, std::int64_t begin, std::int64_t end) {
+  const std::int64_t n = args.width;
+  const T* weight = static_cast<const T*>(args.weight);
+  for (std::int64_t row = begin; row < end; ++row) {
+    const T* x = static_cast<const T*>(args.x) + row * n;
+    T* y = static_cast<T*>(args.y) + row * n;
+    const T inverse = inverse_rms(x, n, args.eps);
+    static_cast<T*>(args.inverse)[row] = inverse;
+    const Vec<T> scale(inverse);
+    if (args.residual == nullptr) {
+      each_vector<T>(n, [&](std::int64_t i, auto lanes) {
+        store(load(x + i, lanes) * scale * load(weight + i, lanes), y + i, lanes);
+      });
+    } else {
+      const T* residual = static_cast<const T*>(args.residual) + row * n;
+      each_vector<T>(n, [&](std::int64_t i, auto lanes) {
+        const Vec<T> scaled = load(x + i, lanes) * scale;
+        store(at::vec::fmadd(scaled, load(weight + i, lanes), load(residual + i, lanes)), y + i,
+              lanes);
+      });
+    }
+  }
+}
+
+template <typename T>
+void rms_norm_backward_blocks(const RmsNormArgs& args, std::int64_t begin, std::int64_t end) {
+  const std::int64_t n = args.width;
+  for (std::int64_t block = begin; block < end; ++block) {
+    T* sums = static_cast<T*>(args.weight_sums);
+    if (sums != nullptr) {
+      sums += block * n;
+      std::fill_n(sums, n, T(0));
+    }
+    const std::int64_t stop = std::min((block + 1) * kRowsPerBlock, args.rows);
+    for (std::int64_t row = block * kRowsPerBlock; row < stop; ++row) {
+      norm_backward(static_cast<const T*>(args.grad) + row * n,
+                    static_cast<const T*>(args.x) + row * n, static_cast<const T*>(args.weight),
+                    static_cast<const T*>(args.inverse)[row], n,
+                    static_cast<T*>(args.grad_x) + row * n, sums);
+    }
+  }
+}
+
+template <typename T>
+void swiglu_rows(const SwiGluArgs& args, std::int64_t begin, std::int64_t end) {
+  const Vec<T> one(T(1));
+  for (std::int64_t row = begin; row < end; ++row) {
+    const T* gate = static_cast<const T*>(args.gate_up) + row * args.gate_up_stride;
+    const T* up = gate + args.width;
+    T* out = static_cast<T*>(args.out) + row * args.width;
+    each_vector<T>(args.width, [&](std::int64_t i, auto lanes) {
+      const Vec<T> x = load(gate + i, lanes);
+      store(x / (one + x.neg().exp()) * load(up + i, lanes), out + i, lanes);
+    });
+  }
+}
+
+template <typename T>
+void swiglu_backward_rows(const SwiGluArgs& args, std::int64_t begin, std::int64_t end) {
+  const Vec<T> one(T(1));
+  for (std::int64_t row = begin; row < end; ++row) {
+    const T* gate = static_cast<const T*>(args.gate_up) + row * args.gate_up_stride;
+    const T* up = gate + args.width;
+    const T* grad = static_cast<const T*>(args.grad) + row * args.width;
+    T* grad_gate = static_cast<T*>(args.grad_gate_up) + row * 2 * args.width;
+    T* grad_up = grad_gate + args.width;
+    each_vector<T>(args.width, [&](std::int64_t i, auto lanes) {
+      const Vec<T> x = load(gate + i, lanes), upstream = load(grad + i, lanes);
+      const Vec<T> sigmoid = one / (one + x.neg().exp());
+      const Vec<T> silu = x * sigmoid;
+      const Vec<T> slope = at::vec::fmadd(silu, one - sigmoid, sigmoid);
+      store(upstream * silu, grad_up + i, lanes);
+      store(upstream * load(up + i, lanes) * slope, grad_gate + i, lanes);
+    });
+  }
+}
+
+// One head, normalised if it has a weight, turned by its angles.
+template <typename T, bool normalised>
+inline void rotate_head(const T* x, const T* weight, T inverse, const T* cos, const T* sin,
+                        std::int64_t half, T* out) {
+  const Vec<T> scale(inverse);
+  each_vector<T>(half, [&](std::int64_t i, auto lanes) {
+    Vec<T> first = load(x + i, lanes), second = load(x + half + i, lanes);
+    if constexpr (normalised) {
+      first = first * scale * load(weight + i, lanes);
+      second = second * scale * load(weight + half + i, lanes);
+    }
+    const Vec<T> c = load(cos + i, lanes), s = load(sin + i, lanes);
+    store(first * c - second * s, out + i, lanes);
+    store(second * c + first * s, out + half + i, lanes);
+  });
+}
+
+template <typename T>
+inline void turn_back(const T* grad, const T* cos, const T* sin, std::int64_t half, T* out) {
+  each_vector<T>(half, [&](std::int64_t i, auto lanes) {
+    const Vec<T> first = load(grad + i, lanes), second = load(grad + half + i, lanes);
+    const Vec<T> c = load(cos + i, lanes), s = load(sin + i, lanes);
+    store(first * c + second * s, out + i, lanes);
+    store(second * c - first * s, out + half + i, lanes);
+  });
+}
+
+// The query heads of a token, or its key heads: how many, and where their things are.
+template <typename T>
+struct Kind {
+  std::int64_t heads, offset;  // offset in the token's row
+  const T* weight;
+  std::int64_t first_norm, first_sum;  // in the token's inverses, in a block's sums
+};
+
+template <typename T>
+inline void rotate_heads(const HeadsArgs& args, const Kind<T>& kind, std::int64_t token, T* out) {
+  const std::int64_t dim = args.head_dim, half = dim / 2;
+  const T* x = static_cast<const T*>(args.qkv) + token * args.qkv_stride + kind.offset;
+  const T* cos = static_cast<const T*>(args.cos) + token * half;
+  const T* sin = static_cast<const T*>(args.sin) + token * half;
+  T* inverses = static_cast<T*>(args.inverse) + token * norms_of_token(args) + kind.first_norm;
+  out += token * kind.heads * dim;
+  const std::int64_t width = norm_width(args, kind.heads);
+  if (args.norm == HeadNorm::kFull) inverses[0] = inverse_rms(x, width, args.eps);
+  for (std::int64_t head = 0; head < kind.heads; ++head, x += dim, out += dim) {
+    switch (args.norm) {
+      case HeadNorm::kNone:
+        rotate_head<T, false>(x, nullptr, T(1), cos, sin, half, out);
+        break;
+      case HeadNorm::kFull:
+        rotate_head<T, true>(x, kind.weight + head * dim, inverses[0], cos, sin, half, out);
+        break;
+      case HeadNorm::kPerHead:
+        inverses[head] = inverse_rms(x, dim, args.eps);
+        rotate_head<T, true>(x, kind.weight, inverses[head], cos, sin, half, out);
+        break;
+    }
+  }
+}
+
+template <typename T>
+inline void rotate_heads_backward(const HeadsArgs& args, const Kind<T>& kind, std::int64_t token,
+                                  const T* grad, T* sums) {
+  const std::int64_t dim = args.head_dim, half = dim / 2;
+  const std::int64_t row = (args.heads + 2 * args.kv_heads) * dim;
+  const T* cos = static_cast<const T*>(args.cos) + token * half;
+  const T* sin = static_cast<const T*>(args.sin) + token * half;
+  T* out = static_cast<T*>(args.grad_qkv) + token * row + kind.offset;
+  grad += token * kind.heads * dim;
+  for (std::int64_t head = 0; head < kind.heads; ++head)
+    turn_back(grad + head * dim, cos, sin, half, out + head * dim);
+  if (args.norm == HeadNorm::kNone) return;
+  const T* x = static_cast<const T*>(args.qkv) + token * args.qkv_stride + kind.offset;
+  const T* inverses =
+      static_cast<const T*>(args.inverse) + token * norms_of_token(args) + kind.first_norm;
+  if (sums != nullptr) sums += kind.first_sum;
+  const std::int64_t width = norm_width(args, kind.heads), norms = kind.heads * dim / width;
+  for (std::int64_t i = 0; i < norms; ++i, x += width, out += width)
+    norm_backward(out, x, kind.weight, inverses[i], width, out, sums);
+}
+
+template <typename T>
+Kind<T> queries(const HeadsArgs& args) {
+  return {args.heads, 0, static_cast<const T*>(args.q_weight), 0, 0};
+}
+
+template <typename T>
+Kind<T> keys(const HeadsArgs& args) {
+  return {args.kv_heads, args.heads * args.head_dim, static_cast<const T*>(args.k_weight),
+          args.norm == HeadNorm::kFull ? 1 : args.heads, norm_width(args, args.heads)};
+}
+
+template <typename T>
+void heads_tokens(const HeadsArgs& args, std::int64_t begin, std::int64_t end) {
+  for (std::int64_t token = begin; token < end; ++token) {
+    rotate_heads(args, queries<T>(args), token, static_cast<T*>(args.q));
+    rotate_heads(args, keys<T>(args), token, static_cast<T*>(args.k));
+  }
+}
+
+template <typename T>
+void heads_backward_blocks(const HeadsArgs& args, std::int64_t begin, std::int64_t end) {
+  const Kind<T> q = queries<T>(args), k = keys<T>(args);
+  const std::int64_t widths = norm_width(args, args.heads) + norm_width(args, args.kv_heads);
+  const std::int64_t values = args.kv_heads * args.head_dim, row = k.offset + 2 * values;
+  for (std::int64_t block = begin; block < end; ++block) {
+    T* sums = static_cast<T*>(args.weight_sums);
+    if (sums != nullptr) {
+      sums += block * widths;
+      std::fill_n(sums, widths, T(0));
+    }
+    const std::int64_t stop = std::min((block + 1) * kRowsPerBlock, args.tokens);
+    for (std::int64_t token = block * kRowsPerBlock; token < stop; ++token) {
+      rotate_heads_backward(args, q, token, static_cast<const T*>(args.grad_q), sums);
+      rotate_heads_backward(args, k, token, static_cast<const T*>(args.grad_k), sums);
+      std::copy_n(static_cast<const T*>(args.grad_v) + token * values, values,
+                  static_cast<T*>(args.grad_qkv) + (token + 1) * row - values);
+    }
+  }
+}
+
+template <typename T>
+void sum_blocks_of(const T* sums, std::int64_t blocks, std::int64_t width, T* out) {
+  std::fill_n(out, width, T(0));
+  for (std::int64_t block = 0; block < blocks; ++block, sums += width) {
+    each_vector<T>(width, [&](std::int64_t i, auto lanes) {
+      store(load<T>(out + i, lanes) + load(sums + i, lanes), out + i, lanes);
+    });
+  }
+}
+
+}  // namespace elementwise
+
+void rms_norm(const RmsNormArgs& args, std::int64_t begin_row, std::int64_t end_row) {
+  if (args.dtype == Dtype::kFloat64)
+    return elementwise::rms_norm_rows<double>(args, begin_row, end_row);
+  elementwise::rms_norm_rows<float>(args, begin_row, end_row);
+}
+
+void rms_norm_backward(const RmsNormArgs& args, std::int64_t begin_block, std::int64_t end_block) {
+  if (args.dtype == Dtype::kFloat64)
+    return elementwise::rms_norm_backward_blocks<double>(args, begin_block, end_block);
+  elementwise::rms_norm_backward_blocks<float>(args, begin_block, end_block);
+}
+
+void swiglu(const SwiGluArgs& args, std::int64_t begin_row, std::int64_t end_row) {
+  if (args.dtype == Dtype::kFloat64)
+    return elementwise::swiglu_rows<double>(args, begin_row, end_row);
+  elementwise::swiglu_rows<float>(args, begin_row, end_row);
+}
+
+void swiglu_backward(const SwiGluArgs& args, std::int64_t begin_row, std::int64_t end_row) {
+  if (args.dtype == Dtype::kFloat64)
+    return elementwise::swiglu_backward_rows<double>(args, begin_row, end_row);
+  elementwise::swiglu_backward_rows<float>(args, begin_row, end_row);
+}
+
+void heads(const HeadsArgs& args, std::int64_t begin_token, std::int64_t end_token) {
+  if (args.dtype == Dtype::kFloat64)
+    return elementwise::heads_tokens<double>(args, begin_token, end_token);
+  elementwise::heads_tokens<float>(args, begin_token, end_token);
+}
+
+void heads_backward(const HeadsArgs& args, std::int64_t begin_block, std::int64_t end_block) {
+  if (args.dtype == Dtype::kFloat64)
+    return elementwise::heads_backward_blocks<double>(args, begin_block, end_block);
+  elementwise::heads_backward_blocks<float>(args, begin_block, end_block);
+}
+
+// [blocks, width] to [width], block by block.
+void sum_blocks(Dtype dtype, const void* sums, std::int64_t blocks, std::int64_t width, void* out) {
+  if (dtype == Dtype::kFloat64)
+    return elementwise::sum_blocks_of(static_cast<const double*>(sums), blocks, width,
+                                      static_cast<double*>(out));
+  elementwise::sum_blocks_of(static_cast<const float*>(sums), blocks, width,
+                             static_cast<float*>(out));
+}
+
+}  // namespace
+}  // namespace megarlx::cpu
