@@ -25,10 +25,6 @@ extern "C" const megarlx::cpu::Kernels* megarlx_cpu_kernels() {
       megarlx::cpu::average_adamw,
       megarlx::cpu::replica_average_pack,
       megarlx::cpu::replica_average_apply,
-      // decode
-      megarlx::cpu::decode_attention,
-      megarlx::cpu::decode_norm,
-      megarlx::cpu::decode_swiglu,
       // elementwise
       megarlx::cpu::rms_norm,
       megarlx::cpu::rms_norm_backward,
@@ -37,6 +33,10 @@ extern "C" const megarlx::cpu::Kernels* megarlx_cpu_kernels() {
       megarlx::cpu::heads,
       megarlx::cpu::heads_backward,
       megarlx::cpu::sum_blocks,
+      // decode
+      megarlx::cpu::decode_attention,
+      megarlx::cpu::decode_norm,
+      megarlx::cpu::decode_swiglu,
   };
   return &table;
 }

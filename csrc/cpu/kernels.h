@@ -31,10 +31,6 @@ struct Kernels {
                         std::int64_t end);
   void (*replica_average_pack)(const PackArgs&, std::int64_t begin_chunk, std::int64_t end_chunk);
   void (*replica_average_apply)(const ApplyArgs&, std::int64_t begin, std::int64_t end);
-  // decode
-  void (*decode_attention)(const DecodeAttentionArgs&, std::int64_t begin, std::int64_t end);
-  void (*decode_norm)(const DecodeNormArgs&, std::int64_t begin, std::int64_t end);
-  void (*decode_swiglu)(const DecodeSwigluArgs&, std::int64_t begin, std::int64_t end);
   // elementwise
   void (*rms_norm)(const RmsNormArgs&, std::int64_t begin_row, std::int64_t end_row);
   void (*rms_norm_backward)(const RmsNormArgs&, std::int64_t begin_block, std::int64_t end_block);
@@ -44,6 +40,10 @@ struct Kernels {
   void (*heads_backward)(const HeadsArgs&, std::int64_t begin_block, std::int64_t end_block);
   void (*sum_blocks)(Dtype dtype, const void* sums, std::int64_t blocks, std::int64_t width,
                      void* out);
+  // decode
+  void (*decode_attention)(const DecodeAttentionArgs&, std::int64_t begin, std::int64_t end);
+  void (*decode_norm)(const DecodeNormArgs&, std::int64_t begin, std::int64_t end);
+  void (*decode_swiglu)(const DecodeSwigluArgs&, std::int64_t begin, std::int64_t end);
 };
 
 }  // namespace megarlx::cpu

@@ -67,13 +67,11 @@ class Scheduler:
         self._text: dict[int, list[int]] = {}  # by sequence id, for stop strings
 
     def fill(self, group: int) -> Admission:
-        """Starts samples in the group's free rows, as many as there are of both."""
+        """The first samples of each group, in the order of the groups: even shares of them."""
         rows, admission = self.rows[group], Admission()
-        if rows.live < len(self._slots[group]) and self.queue:
-            used = set(rows.host_slots[: rows.live].tolist())
-            free = deque(s for s in self._slots[group] if s not in used)
-            while free and self.queue:
-                self._start(rows, rows.live, free.popleft(), admission)
+        share = -(-len(self.queue) // (len(self.rows) - group))
+        for slot in self._slots[group][:share]:
+            self._start(rows, rows.live, slot, admission)
         rows.upload()
         return admission
 
