@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from grid import RandomSequences
 from harness import Pool
-from megarlx.objectives.pretraining import Pretraining
 from safetensors.numpy import load_file
-from test_layout_grid import sequences
 
 from megarlx.checkpoint import (
     WEIGHTS_ONLY,
@@ -36,7 +35,9 @@ from megarlx.checkpoint import (
 from megarlx.checkpoint.manifest import entry_name
 from megarlx.comm.groups import Mesh
 from megarlx.config.model import ModelConfig, family_config
+from megarlx.data.loader import BatchLayout, Loader
 from megarlx.model.build import build_model
+from megarlx.objectives.supervised import Supervised
 from megarlx.optimizer import AdamSettings
 from megarlx.parallel.data_parallel import FlatLayout
 from megarlx.parallel.metadata import ParameterLayout, Piece
@@ -121,18 +122,24 @@ def build(place: Place, family: str, seed: int, *objectives: str) -> Trainer:
         dtype=torch.float64,
         bucket_elements=1500,
     )
+    sequences = SEQUENCES // place.dp // (2 if place.dp == 4 else 4)
+    batches = BatchLayout(SEQUENCES, sequences, mesh.dp.rank, mesh.dp.size)
     made = [
-        Pretraining(
-            sequences,
-            sequences_per_step=SEQUENCES,
-            sequences_per_microbatch=SEQUENCES // place.dp // (2 if place.dp == 4 else 4),
-            data_parallel=mesh.dp,
-            name=name,
-        )
+        Supervised(name, Loader(RandomSequences(), batches, prefetch_steps=0))
         for name in objectives or ("pretraining",)
     ]
     adam = AdamSettings(weight_decay=0.1, clip_norm=0.5)
     return Trainer(model, [TrainedObjective(o, adam, lambda step: 1e-3) for o in made])
+
+
+def objectives_of(trainer: Trainer) -> dict[str, Any]:
+    return {name: trained.objective.state() for name, trained in trainer.objectives.items()}
+
+
+def resume(trainer: Trainer, checkpoint: Path) -> None:
+    loaded = trainer.resume(checkpoint)
+    for name, trained in trainer.objectives.items():
+        trained.objective.load_state(loaded.state["run"][name])
 
 
 def steps(trainer: Trainer, count: int) -> list[float]:
@@ -144,7 +151,7 @@ def train_and_save(place: Place, family: str, folder: Path, blocking: bool) -> l
     trainer = build(place, family, 7)
     steps(trainer, 2)
     saver = Saver(folder, trainer.mesh.world)
-    trainer.save(saver, {"cursor": 2}, blocking=blocking)
+    trainer.save(saver, objectives_of(trainer), blocking=blocking)
     after = steps(trainer, 2)
     saver.wait()
     return after
@@ -152,9 +159,8 @@ def train_and_save(place: Place, family: str, folder: Path, blocking: bool) -> l
 
 def resume_and_save(place: Place, family: str, checkpoint: Path, folder: Path) -> list[float]:
     trainer = build(place, family, 8)
-    loaded = trainer.resume(checkpoint)
-    assert loaded.state["run"] == {"cursor": 2}
-    trainer.save(Saver(folder, trainer.mesh.world), {"cursor": 2}, blocking=True)
+    resume(trainer, checkpoint)
+    trainer.save(Saver(folder, trainer.mesh.world), objectives_of(trainer), blocking=True)
     return steps(trainer, 2)
 
 
@@ -240,13 +246,13 @@ def resume_twice(place: Place, folder: Path) -> bool:
     first = build(place, "llama3", 7, "pretraining", "sft")
     steps(first, 2)
     saver = Saver(folder, first.mesh.world)
-    first.save(saver, {})
+    first.save(saver, objectives_of(first))
     losses = steps(first, 2)
     saver.wait()
     second = build(place, "llama3", 8, "pretraining", "sft")
     found = latest(folder, second.mesh.world)
     assert found is not None
-    second.resume(found)
+    resume(second, found)
     same = steps(second, 2) == losses
     for a, b in zip(
         first.optimizer.shards.shards.values(),

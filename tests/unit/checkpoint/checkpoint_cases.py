@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from megarlx.objectives.pretraining import Pretraining
 
-from megarlx.checkpoint import FlatShards, Saved, Saver
+from megarlx.checkpoint import FlatShards, Loaded, Saved, Saver
 from megarlx.checkpoint.manifest import NAME, sign
 from megarlx.comm.groups import Group, Mesh
 from megarlx.config.model import family_config
+from megarlx.data.loader import BatchLayout, Loader, Sample
 from megarlx.model.build import build_model
+from megarlx.objectives.supervised import Supervised
 from megarlx.optimizer import AdamSettings
 from megarlx.parallel.data_parallel import FlatLayout
 from megarlx.parallel.metadata import ParameterLayout, Piece
@@ -20,9 +23,31 @@ from megarlx.trainer import TrainedObjective, Trainer
 WORLD = Group.alone("world")
 
 
-def samples(first: int, count: int) -> torch.Tensor:
-    rows = [torch.Generator().manual_seed(i) for i in range(first, first + count)]
-    return torch.stack([torch.randint(61, (9,), generator=row) for row in rows])
+class Sequences:
+    """A dataset: sample i is a function of i."""
+
+    sequence_length = 8
+
+    def sample(self, index: int) -> Sample:
+        tokens = np.random.default_rng(index).integers(0, 61, 9)
+        return Sample(tokens[:-1], tokens[1:], None, (8,), 0)
+
+    def fingerprint(self) -> dict[str, object]:
+        return {}
+
+    def tokens_by_source(self, consumed_sequences: int) -> dict[str, int]:
+        return {"random": consumed_sequences * 8}
+
+
+def objectives_of(one: Trainer) -> dict[str, Any]:
+    return {name: trained.objective.state() for name, trained in one.objectives.items()}
+
+
+def resume(one: Trainer, checkpoint: Path) -> Loaded:
+    loaded = one.resume(checkpoint)
+    for name, trained in one.objectives.items():
+        trained.objective.load_state(loaded.state["run"][name])
+    return loaded
 
 
 def trainer(
@@ -47,12 +72,9 @@ def trainer(
     )
     mesh = Mesh.alone()
     made = [
-        Pretraining(
-            samples,
-            sequences_per_step=4,
-            sequences_per_microbatch=4 // microbatches,
-            data_parallel=mesh.dp,
-            name=name,
+        Supervised(
+            name,
+            Loader(Sequences(), BatchLayout(4, 4 // microbatches, 0, 1), prefetch_steps=0),
         )
         for name in objectives
     ]

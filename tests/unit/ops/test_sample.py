@@ -619,7 +619,7 @@ def test_bad_partials_are_refused() -> None:
         torch.zeros(2, 13).long(), torch.zeros(1, 2, 12).long(), torch.zeros(1, 2, 13),
         torch.zeros(0, 2, 13).long(), torch.zeros(13, 2, 1).long().permute(2, 1, 0),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match="megarlx.sample_combine: .*partials.*allowed"):
+        with pytest.raises(ValueError, match=r"megarlx.sample_combine: .*partials.*allowed"):
             ops.sample_combine(partials, heat)
     with pytest.raises(ValueError, match="first_id is 64; allowed: a multiple of 128"):
         ops.sample_partials(torch.zeros(2, 9), torch.ones(1).long(), keys_of(2), heat, 64, 100)
