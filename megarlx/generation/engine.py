@@ -34,7 +34,7 @@ from megarlx.generation.rows import Rows
 from megarlx.generation.scheduler import Admission, Finished, Scheduler
 from megarlx.generation.stage_decode import StageDecoder
 from megarlx.generation.stop import Detokenize, StopStrings
-from megarlx.generation.widths import ladder, narrowest, rows_agree
+from megarlx.generation.widths import NARROW, ladder, narrowest, rows_agree
 from megarlx.model.build import ParallelModel
 from megarlx.model.documents import padded_length
 from megarlx.model.transformer import Stage
@@ -100,8 +100,12 @@ class Engine:
         self.slots = [range(g * each, (g + 1) * each) for g in range(self.ranks)]
         self.idle_slot = self.ranks * each  # where rows of padding write
         self.prefill_tokens = prefill_tokens
-        if one_width is None:
-            one_width = self.device.type == "cpu" and not self._rows_agree()
+        if one_width is None and self.device.type == "cpu":
+            one_width = not self._rows_agree(self.widths)
+            # sequence parallelism splits the rows of the model's own layers
+            if not one_width and not self.stages[0].sequence_parallel:
+                narrow = (*NARROW, *self.widths)
+                self.widths = narrow if self._rows_agree(narrow) else self.widths
         if one_width:
             self.widths, self.prefill_tokens = self.widths[-1:], 0
         most, places = self.widths[-1], padded_length(longest)
@@ -138,9 +142,9 @@ class Engine:
         """Every token as soon as it is drawn."""
         return _Run(self, requests, sampling, seed).new_tokens()
 
-    def _rows_agree(self) -> bool:
+    def _rows_agree(self, widths: Sequence[int]) -> bool:
         weights = [p.detach() for stage in self.stages for p in stage.parameters()]
-        agree = rows_agree(weights, (*self.widths, 1024))
+        agree = rows_agree(weights, (*widths, 1024))
         everyone = torch.tensor([float(agree)])
         for group in (self.mesh.model, self.mesh.dp):
             all_reduce_(everyone, group, op="min")

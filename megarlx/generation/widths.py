@@ -2,9 +2,9 @@
 
 A row of a matrix product may differ in its last bits between products of different heights: the
 library picks its kernel, and with it the order of its sums, by the shape. Heights that are
-multiples of 16 mostly take the same kernel. `rows_agree` looks whether they do here: then
-decoding runs at the narrowest width of the ladder that holds its rows. Where they do not, an engine
-keeps to one width from beginning to end.
+multiples of 16 mostly take the same kernel, and often 4 and 8 do too. `rows_agree` looks whether
+they do here: then decoding runs at the narrowest width of the ladder that holds its rows. Where
+they do not, an engine keeps to one width from beginning to end.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 TILE = 16
+NARROW = (4, 8)  # for the last rows of a batch, where they agree with the others
 
 
 def ladder(rows: int) -> tuple[int, ...]:
