@@ -76,8 +76,7 @@ TORCH_LIBRARY(megarlx, m) {
       "decode_attention_(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor slots, "
       "Tensor positions, Tensor cosines, Tensor sines, Tensor? q_weight, Tensor? k_weight, "
       "Tensor? inverse, float eps, float scale, int rows, Tensor(c!) out) -> ()");
-  m.def(
-      "decode_norm_(Tensor(a!) x, Tensor? y, Tensor weight, float eps, Tensor(b!)? out) -> ()");
+  m.def("decode_norm_(Tensor(a!) x, Tensor? y, Tensor weight, float eps, Tensor(b!)? out) -> ()");
   m.def("decode_swiglu_(Tensor gate_up, Tensor(a!) out) -> ()");
 
   // elementwise: CPU only. "inverse" is 1 / rms of each norm, for backward; gradients of weights

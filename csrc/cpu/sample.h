@@ -12,7 +12,7 @@ namespace megarlx::cpu {
 namespace {
 using namespace megarlx::sampling;
 
-constexpr int kTilesAtOnce = 16;  // tiles worked on together: 8 KB of logits, which stay in the L1 cache
+constexpr int kBlock = 16;  // tiles worked on together: 8 KB of logits, which stay in the L1 cache
 
 inline void load_tile(const float* row, std::int64_t count, float* __restrict out) {
   std::memcpy(out, row, count * sizeof(float));
@@ -24,14 +24,14 @@ inline void load_tile(const c10::BFloat16* row, std::int64_t count, float* __res
 
 // The tiles of a block side by side, [tiles, kTile].
 struct Block {
-  alignas(64) float x[kTilesAtOnce * kTile];
-  alignas(64) float terms[kTilesAtOnce * kTile];
-  alignas(64) float folded[kTilesAtOnce * kTile / 2];
-  alignas(64) float largest[kTilesAtOnce];
-  alignas(64) float base[kTilesAtOnce];  // `largest`, or 0 where the tile holds no finite logit
-  alignas(64) float sum[kTilesAtOnce];
-  alignas(64) float model_sum[kTilesAtOnce];
-  std::int64_t tile[kTilesAtOnce];
+  alignas(64) float x[kBlock * kTile];
+  alignas(64) float terms[kBlock * kTile];
+  alignas(64) float folded[kBlock * kTile / 2];
+  alignas(64) float largest[kBlock];
+  alignas(64) float base[kBlock];  // `largest`, or 0 where the tile holds no finite logit
+  alignas(64) float sum[kBlock];
+  alignas(64) float model_sum[kBlock];
+  std::int64_t tile[kBlock];
   int tiles;
 };
 
@@ -103,18 +103,18 @@ struct RowSampler {
   }
 
   void compete(const Block& block, const float* sum) {
-    Score score[kTilesAtOnce];
-    std::uint64_t inner[kTilesAtOnce];
+    Score score[kBlock];
+    std::uint64_t inner[kBlock];
     if (scale.greedy) {
       for (int t = 0; t < block.tiles; ++t) score[t] = {block.largest[t], 0.0}, inner[t] = 0;
     } else {
-      std::uint64_t noise[kTilesAtOnce];
+      std::uint64_t noise[kBlock];
       for (int t = 0; t < block.tiles; ++t) {
         const Random128 random = tile_noise(key, block.tile[t]);
         noise[t] = random.low();
         inner[t] = random.high();
       }
-      float gumbel[kTilesAtOnce];
+      float gumbel[kBlock];
       for (int t = 0; t < block.tiles; ++t) gumbel[t] = tile_gumbel(sum[t], noise[t]);
       for (int t = 0; t < block.tiles; ++t)
         score[t] = tile_score(static_cast<double>(block.largest[t]) * scale.c, gumbel[t]);
@@ -204,8 +204,8 @@ class Rows {
   }
 
   void run_unfiltered(RowSampler& sampler) {
-    for (std::int64_t first = 0; first < tiles_; first += kTilesAtOnce) {
-      load_block(first, static_cast<int>(std::min<std::int64_t>(kTilesAtOnce, tiles_ - first)));
+    for (std::int64_t first = 0; first < tiles_; first += kBlock) {
+      load_block(first, static_cast<int>(std::min<std::int64_t>(kBlock, tiles_ - first)));
       find_largest(block_);
       sampler.add_masses(block_, false);
       sampler.compete(block_, sampler.one_mass ? block_.model_sum : block_.sum);
@@ -227,8 +227,8 @@ class Rows {
     float largest = kMinusInfinity;
     // The mass of the whole row under the temperature is wanted by top-p alone.
     const bool model_only = !by_p || sampler.scale.is_model;
-    for (std::int64_t first = 0; first < tiles_; first += kTilesAtOnce) {
-      load_block(first, static_cast<int>(std::min<std::int64_t>(kTilesAtOnce, tiles_ - first)));
+    for (std::int64_t first = 0; first < tiles_; first += kBlock) {
+      load_block(first, static_cast<int>(std::min<std::int64_t>(kBlock, tiles_ - first)));
       find_largest(block_);
       sampler.add_masses(block_, model_only);
       for (int t = 0; t < block_.tiles; ++t) {
@@ -260,7 +260,7 @@ class Rows {
       load(tile, x);
       mask_below(x, kTile, threshold);
       block_.tile[block_.tiles++] = args_.first_id / kTile + tile;
-      if (block_.tiles == kTilesAtOnce) flush();
+      if (block_.tiles == kBlock) flush();
     }
     flush();
     finish_row(sampler, threshold);
