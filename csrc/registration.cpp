@@ -71,6 +71,14 @@ TORCH_LIBRARY(megarlx, m) {
       "replica_average_apply_(Tensor(a!) target, Tensor summed, bool add, Tensor(b!)? param_out) "
       "-> ()");
 
+  // decode: one step of cached generation between its matrix products, CPU only
+  m.def(
+      "decode_attention_(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor slots, "
+      "Tensor positions, Tensor cosines, Tensor sines, Tensor? q_weight, Tensor? k_weight, "
+      "Tensor? inverse, float eps, float scale, int rows, Tensor(c!) out) -> ()");
+  m.def("decode_norm_(Tensor(a!) x, Tensor? y, Tensor weight, float eps, Tensor(b!)? out) -> ()");
+  m.def("decode_swiglu_(Tensor gate_up, Tensor(a!) out) -> ()");
+
   // elementwise: CPU only. "inverse" is 1 / rms of each norm, for backward; gradients of weights
   // are empty where none was asked for.
   m.def(

@@ -3,6 +3,7 @@
 #include <ATen/cpu/vec/vec.h>
 
 #include "cpu/averaging.h"
+#include "cpu/decode.h"
 #include "cpu/elementwise.h"
 #include "cpu/kernels.h"
 #include "cpu/sample.h"
@@ -33,6 +34,10 @@ extern "C" const megarlx::cpu::Kernels* megarlx_cpu_kernels() {
       megarlx::cpu::heads,
       megarlx::cpu::heads_backward,
       megarlx::cpu::sum_blocks,
+      // decode
+      megarlx::cpu::decode_attention,
+      megarlx::cpu::decode_norm,
+      megarlx::cpu::decode_swiglu,
   };
   return &table;
 }

@@ -6,6 +6,7 @@
 
 #include "math/adamw.h"
 #include "math/common.h"
+#include "math/decode.h"
 #include "math/elementwise.h"
 #include "math/replica_average.h"
 #include "math/sample.h"
@@ -41,6 +42,10 @@ struct Kernels {
   void (*heads_backward)(const HeadsArgs&, std::int64_t begin_block, std::int64_t end_block);
   void (*sum_blocks)(Dtype dtype, const void* sums, std::int64_t blocks, std::int64_t width,
                      void* out);
+  // decode
+  void (*decode_attention)(const DecodeAttentionArgs&, std::int64_t begin, std::int64_t end);
+  void (*decode_norm)(const DecodeNormArgs&, std::int64_t begin, std::int64_t end);
+  void (*decode_swiglu)(const DecodeSwigluArgs&, std::int64_t begin, std::int64_t end);
 };
 
 }  // namespace megarlx::cpu

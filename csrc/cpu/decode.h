@@ -1,0 +1,213 @@
+// One step of cached decoding on the CPU. Every row is worked on alone and reads its slot as far as
+// it is filled, so its bits depend on nothing else: not on its neighbours, not on the longest of
+// them. Letters as in math/decode.h.
+#pragma once
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include "math/decode.h"
+
+namespace megarlx::cpu {
+namespace {
+
+template <class T>
+using DecodeVec = at::vec::Vectorized<T>;
+
+inline DecodeVec<float> decode_exp(DecodeVec<float> x) { return x.exp_u20(); }
+inline DecodeVec<double> decode_exp(DecodeVec<double> x) { return x.exp(); }
+
+template <class T>
+inline T lane_sum(DecodeVec<T> x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, float>)
+    return _mm512_reduce_add_ps(x);
+  else
+    return _mm512_reduce_add_pd(x);
+#else
+  return at::vec::vec_reduce_all<T>([](DecodeVec<T>& a, DecodeVec<T>& b) { return a + b; }, x);
+#endif
+}
+
+// The lanes behind `n` are zero when they are read.
+template <class T>
+inline T dot(const T* a, const T* b, std::int64_t n) {
+  constexpr std::int64_t kLanes = DecodeVec<T>::size();
+  DecodeVec<T> sum(T(0));
+  std::int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    sum = at::vec::fmadd(DecodeVec<T>::loadu(a + i), DecodeVec<T>::loadu(b + i), sum);
+  if (i < n)
+    sum = at::vec::fmadd(DecodeVec<T>::loadu(a + i, n - i), DecodeVec<T>::loadu(b + i, n - i), sum);
+  return lane_sum(sum);
+}
+
+template <class T>
+inline T inverse_rms(const T* x, std::int64_t n, double eps) {
+  return T(1) / std::sqrt(dot(x, x, n) / T(n) + T(eps));
+}
+
+// out = x · inverse · weight; out may be x.
+template <class T>
+inline void scale_by(const T* x, T inverse, const T* weight, T* out, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) out[i] = x[i] * inverse * weight[i];
+}
+
+template <class T>
+void norm_and_rotate(const DecodeAttentionArgs& args, T* x, std::int64_t heads, const T* weight,
+                     const T* given_inverse, const T* cosine, const T* sine) {
+  const std::int64_t dim = args.head_dim, half = dim / 2;
+  if (weight != nullptr && args.full_norm) {
+    const T inverse = given_inverse ? *given_inverse : inverse_rms(x, heads * dim, args.eps);
+    scale_by(x, inverse, weight, x, heads * dim);
+  }
+  for (std::int64_t h = 0; h < heads; ++h, x += dim) {
+    if (weight != nullptr && !args.full_norm)
+      scale_by(x, inverse_rms(x, dim, args.eps), weight, x, dim);
+    for (std::int64_t i = 0; i < half; ++i) {
+      const T a = x[i], b = x[i + half];
+      x[i] = a * cosine[i] - b * sine[i];
+      x[i + half] = b * cosine[i] + a * sine[i];
+    }
+  }
+}
+
+// scores [n] of one query to their softmax.
+template <class T>
+void softmax(T* scores, std::int64_t n) {
+  constexpr std::int64_t kLanes = DecodeVec<T>::size();
+  T largest = scores[0];
+  for (std::int64_t t = 1; t < n; ++t) largest = scores[t] > largest ? scores[t] : largest;
+  DecodeVec<T> sum(T(0));
+  const DecodeVec<T> base(largest);
+  for (std::int64_t t = 0; t < n; t += kLanes) {
+    const std::int64_t count = std::min(kLanes, n - t);
+    const auto e = decode_exp(DecodeVec<T>::loadu(scores + t, count) - base);
+    e.store(scores + t, count);
+    sum = sum + DecodeVec<T>::set(DecodeVec<T>(T(0)), e, count);
+  }
+  const T factor = T(1) / lane_sum(sum);
+  for (std::int64_t t = 0; t < n; ++t) scores[t] *= factor;
+}
+
+// out [dim] += p[0] · values + p[1] · (values + stride) + … of kCount places
+template <int kCount, class T>
+inline void add_weighted(const T* p, const T* values, std::int64_t stride, std::int64_t dim,
+                         T* out) {
+  using Vec = DecodeVec<T>;
+  Vec weights[kCount];
+  for (int j = 0; j < kCount; ++j) weights[j] = Vec(p[j]);
+  std::int64_t d = 0;
+  for (; d + Vec::size() <= dim; d += Vec::size()) {
+    Vec sum = Vec::loadu(out + d);
+    for (int j = 0; j < kCount; ++j)
+      sum = at::vec::fmadd(weights[j], Vec::loadu(values + j * stride + d), sum);
+    sum.store(out + d);
+  }
+  if (d < dim) {
+    Vec sum = Vec::loadu(out + d, dim - d);
+    for (int j = 0; j < kCount; ++j)
+      sum = at::vec::fmadd(weights[j], Vec::loadu(values + j * stride + d, dim - d), sum);
+    sum.store(out + d, dim - d);
+  }
+}
+
+// Place by place, all heads of it at once: so the slot is read from memory in one stream.
+template <class T>
+void decode_attention_rows(const DecodeAttentionArgs& args, std::int64_t begin, std::int64_t end) {
+  const std::int64_t dim = args.head_dim, heads = args.heads, kv_heads = args.kv_heads;
+  const std::int64_t q_width = heads * dim, kv_width = kv_heads * dim, places = args.places;
+  const std::int64_t queries_per_key = heads / kv_heads;
+  std::vector<T> scratch(q_width + heads * places);
+  T* q = scratch.data();
+  T* scores = q + q_width;  // [H, M]
+  for (std::int64_t row = begin; row < end; ++row) {
+    const T* qkv = static_cast<const T*>(args.qkv) + row * (q_width + 2 * kv_width);
+    const std::int64_t position = args.positions[row], n = position + 1;
+    const std::int64_t slot = args.slots[row] * places * kv_width;
+    T* keys = static_cast<T*>(args.keys) + slot;
+    T* values = static_cast<T*>(args.values) + slot;
+    T* key = keys + position * kv_width;
+    std::memcpy(q, qkv, q_width * sizeof(T));
+    std::memcpy(key, qkv + q_width, kv_width * sizeof(T));
+    std::memcpy(values + position * kv_width, qkv + q_width + kv_width, kv_width * sizeof(T));
+    const T* cosine = static_cast<const T*>(args.cosines) + position * (dim / 2);
+    const T* sine = static_cast<const T*>(args.sines) + position * (dim / 2);
+    const T* inverse = static_cast<const T*>(args.inverse);
+    if (inverse != nullptr) inverse += 2 * row;
+    norm_and_rotate(args, q, heads, static_cast<const T*>(args.q_weight), inverse, cosine, sine);
+    norm_and_rotate(args, key, kv_heads, static_cast<const T*>(args.k_weight),
+                    inverse ? inverse + 1 : nullptr, cosine, sine);
+    for (std::int64_t i = 0; i < q_width; ++i) q[i] *= T(args.scale);
+    for (std::int64_t t = 0; t < n; ++t)
+      for (std::int64_t h = 0; h < heads; ++h)
+        scores[h * places + t] =
+            dot(q + h * dim, keys + t * kv_width + h / queries_per_key * dim, dim);
+    for (std::int64_t h = 0; h < heads; ++h) softmax(scores + h * places, n);
+    T* out = static_cast<T*>(args.out) + row * q_width;
+    std::fill(out, out + q_width, T(0));
+    std::int64_t t = 0;
+    for (; t + 4 <= n; t += 4)
+      for (std::int64_t h = 0; h < heads; ++h)
+        add_weighted<4>(scores + h * places + t, values + t * kv_width + h / queries_per_key * dim,
+                        kv_width, dim, out + h * dim);
+    for (; t < n; ++t)
+      for (std::int64_t h = 0; h < heads; ++h)
+        add_weighted<1>(scores + h * places + t, values + t * kv_width + h / queries_per_key * dim,
+                        kv_width, dim, out + h * dim);
+  }
+}
+
+template <class T>
+void decode_norm_rows(const DecodeNormArgs& args, std::int64_t begin, std::int64_t end) {
+  const std::int64_t n = args.width;
+  const T* weight = static_cast<const T*>(args.weight);
+  for (std::int64_t row = begin; row < end; ++row) {
+    T* x = static_cast<T*>(args.x) + row * n;
+    const T* y = args.y == nullptr ? nullptr : static_cast<const T*>(args.y) + row * n;
+    if (args.out == nullptr) {
+      const T inverse = inverse_rms(y, n, args.eps);
+      for (std::int64_t i = 0; i < n; ++i) x[i] += y[i] * inverse * weight[i];
+      continue;
+    }
+    if (y != nullptr)
+      for (std::int64_t i = 0; i < n; ++i) x[i] += y[i];
+    scale_by(x, inverse_rms(x, n, args.eps), weight, static_cast<T*>(args.out) + row * n, n);
+  }
+}
+
+template <class T>
+void decode_swiglu_rows(const DecodeSwigluArgs& args, std::int64_t begin, std::int64_t end) {
+  using Vec = DecodeVec<T>;
+  const std::int64_t n = args.width;
+  for (std::int64_t row = begin; row < end; ++row) {
+    const T* gate = static_cast<const T*>(args.gate_up) + row * 2 * n;
+    T* out = static_cast<T*>(args.out) + row * n;
+    for (std::int64_t i = 0; i < n; i += Vec::size()) {
+      const std::int64_t count = std::min<std::int64_t>(Vec::size(), n - i);
+      const Vec g = Vec::loadu(gate + i, count), up = Vec::loadu(gate + n + i, count);
+      (g / (Vec(T(1)) + decode_exp(g.neg())) * up).store(out + i, count);
+    }
+  }
+}
+
+void decode_attention(const DecodeAttentionArgs& args, std::int64_t begin, std::int64_t end) {
+  args.dtype == Dtype::kFloat64 ? decode_attention_rows<double>(args, begin, end)
+                                : decode_attention_rows<float>(args, begin, end);
+}
+void decode_norm(const DecodeNormArgs& args, std::int64_t begin, std::int64_t end) {
+  args.dtype == Dtype::kFloat64 ? decode_norm_rows<double>(args, begin, end)
+                                : decode_norm_rows<float>(args, begin, end);
+}
+void decode_swiglu(const DecodeSwigluArgs& args, std::int64_t begin, std::int64_t end) {
+  args.dtype == Dtype::kFloat64 ? decode_swiglu_rows<double>(args, begin, end)
+                                : decode_swiglu_rows<float>(args, begin, end);
+}
+
+}  // namespace
+}  // namespace megarlx::cpu

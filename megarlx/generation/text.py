@@ -1,0 +1,44 @@
+"""Text in, text out as it is drawn: what `megarlx generate` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from megarlx.generation.engine import Engine
+from megarlx.generation.requests import FinishReason, Request, SamplingSettings
+
+INCOMPLETE = "\ufffd"  # what a tokenizer makes of the first bytes of a character
+
+
+@dataclass(frozen=True)
+class TextPiece:
+    """A drawn token, and the text that is certain with it ('' inside of a character)."""
+
+    text: str
+    token: int
+    logprob: float
+    finish_reason: FinishReason | None
+
+
+def stream_text(
+    engine: Engine,
+    prompt: str,
+    *,
+    encode: Callable[[str], Sequence[int]],
+    decode: Callable[[Sequence[int]], str],
+    sampling: SamplingSettings,
+    max_new_tokens: int,
+    seed: int = 0,
+) -> Iterator[TextPiece]:
+    """One completion of the prompt, piece by piece."""
+    request = Request(encode(prompt), (0,), max_new_tokens)
+    tokens: list[int] = []
+    shown = ""
+    for new in engine.stream([request], sampling, seed):
+        tokens.append(new.token)
+        text = decode(tokens)
+        if new.finish_reason is None and text.endswith(INCOMPLETE):
+            text = shown
+        yield TextPiece(text[len(shown) :], new.token, new.logprob, new.finish_reason)
+        shown = text

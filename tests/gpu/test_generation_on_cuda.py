@@ -1,0 +1,96 @@
+"""The captured decode step against the CPU's engine and against a full recomputation."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from megarlx.config.model import ModelConfig, family_config
+from megarlx.generation.engine import Engine
+from megarlx.generation.requests import Completion, Request, SamplingSettings
+from megarlx.model.transformer import Stage
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+HAS_FLASH = importlib.util.find_spec("flash_attn") is not None
+DTYPES = [torch.float32, *([torch.bfloat16] if HAS_FLASH else [])]
+
+
+def small() -> ModelConfig:
+    return family_config(
+        "olmo2",
+        vocab_size=301,
+        hidden_size=192,
+        layers=3,
+        heads=4,
+        kv_heads=2,
+        head_dim=64,
+        intermediate_size=320,
+        init_std=0.1,
+    )
+
+
+def requests() -> list[Request]:
+    generator = torch.Generator().manual_seed(4)
+    return [
+        Request(
+            torch.randint(301, ((9 * g) % 50 + 1,), generator=generator).tolist(),
+            [g * 8 + s for s in range(8)],
+            16 + g % 5,
+        )
+        for g in range(8)
+    ]
+
+
+def generated(stage: Stage, slots: int, settings: SamplingSettings) -> list[Completion]:
+    return Engine([stage], slots=slots, longest=96).generate(requests(), settings, seed=5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logprobs_of_the_captured_step_are_the_models(dtype: torch.dtype) -> None:
+    stage = Stage(small(), dtype=dtype, device="cuda").initialise_(3)
+    found = generated(stage, 64, SamplingSettings())
+    bound = 1e-4 if dtype == torch.float32 else 0.1
+    for completion in found:
+        prompt = torch.tensor(list(completion.request.prompt))
+        whole = torch.cat((prompt, completion.tokens)).cuda()
+        with torch.no_grad():
+            logits = stage.logits(stage(whole[None, :-1]))[len(prompt) - 1 :]
+        expected = logits.log_softmax(-1).gather(1, completion.tokens.cuda()[:, None])[:, 0].cpu()
+        assert (completion.logprobs - expected).abs().max() < bound
+
+
+def test_cpu_and_cuda_draw_the_same_samples_in_fp32() -> None:
+    settings = SamplingSettings(stop_tokens=(11, 60))
+    ours = generated(Stage(small(), device="cuda").initialise_(3), 64, settings)
+    theirs = generated(Stage(small()).initialise_(3), 64, settings)
+    differing = sum(not torch.equal(a.tokens, b.tokens) for a, b in zip(ours, theirs, strict=True))
+    assert differing <= 0.02 * len(ours)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_few_slots_give_the_samples_of_many(dtype: torch.dtype) -> None:
+    """Slots are taken again, prompts copied, and graphs of several widths replayed."""
+    stage = Stage(small(), dtype=dtype, device="cuda").initialise_(3)
+    settings = SamplingSettings(stop_tokens=(11, 60))
+    many, few = generated(stage, 64, settings), generated(stage, 20, settings)
+    differing = sum(not torch.equal(a.tokens, b.tokens) for a, b in zip(many, few, strict=True))
+    # products of other widths: in bf16 a last bit is large
+    assert differing <= (0.02 if dtype == torch.float32 else 0.5) * len(many)
+
+
+def test_graphs_read_the_live_weights() -> None:
+    stage = Stage(small(), device="cuda").initialise_(3)
+    kept = Engine([stage], slots=64, longest=96)
+    before = kept.generate(requests(), SamplingSettings(), seed=5)
+    with torch.no_grad():
+        for parameter in stage.parameters():
+            parameter.mul_(1.2)
+    after = kept.generate(requests(), SamplingSettings(), seed=5)
+    fresh = generated(stage, 64, SamplingSettings())
+    assert any(not torch.equal(a.tokens, b.tokens) for a, b in zip(before, after, strict=True))
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(after, fresh, strict=True))
