@@ -15,7 +15,7 @@
 namespace megarlx::cpu {
 
 // Changes whenever a signature below does, so that a stale shared object is refused by name.
-constexpr std::int64_t kKernelsVersion = 3;
+constexpr std::int64_t kKernelsVersion = 4;
 
 struct Kernels {
   std::int64_t version;

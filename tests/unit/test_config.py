@@ -467,6 +467,9 @@ def test_description_tells_each_key_its_default_and_what_is_allowed(rich, monkey
         assert line.name in text
 
 
+SET_ABOVE = ("data.sources", "data.composition", "data.validation")
+
+
 def test_defaults_in_the_description_are_the_defaults_in_use(tmp_path):
     data = (
         '[[data.sources]]\nname = "web"\nprefix = "p"\n[[data.validation]]\nname = "held"\n'
@@ -474,7 +477,7 @@ def test_defaults_in_the_description_are_the_defaults_in_use(tmp_path):
     )
     resolved = json.loads(load_config(write(tmp_path, SPARSE + data)).to_json())
     for line in field_lines(Config):
-        if line.default.startswith("(") or line.name in ("data.composition", "data.validation"):
+        if line.default.startswith("(") or line.name in SET_ABOVE:
             continue
         if line.name.startswith("data.world."):  # goes without sources
             continue
