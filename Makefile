@@ -32,6 +32,9 @@ $(BUILT): $(INSTALLED) $(NATIVE)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $(BUILT)
 
+# Tests start many processes: with more than one OpenMP thread each they would wait for each other.
+test test-all test-instruction-sets: export OMP_NUM_THREADS ?= 1
+
 test: $(BUILT)
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST)
 
@@ -57,8 +60,11 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
+# Each alone on the machine: its timings are ratios of what runs in turn in one process.
+bench: export PYTHONPATH = $(CURDIR)
 bench: $(BUILT)
 	$(BIN)/python benchmarks/ops.py --markdown benchmarks/results/ops-cpu.md
+	$(BIN)/python benchmarks/training.py --markdown benchmarks/results/training-cpu.md
 
 cuda-check:
 	$(PYTHON) tools/cuda_check.py

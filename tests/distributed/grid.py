@@ -35,6 +35,8 @@ class Case:
     tied: bool = False
     recompute: str = "none"
     precision: str = "fp64"
+    sequences: int = SEQUENCES
+    device: str = "cpu"
 
     @property
     def world_size(self) -> int:
@@ -42,7 +44,13 @@ class Case:
 
     @property
     def single(self) -> Case:
-        return Case(self.family, microbatches=1, tied=self.tied, precision=self.precision)
+        return Case(
+            self.family,
+            microbatches=1,
+            tied=self.tied,
+            precision=self.precision,
+            sequences=self.sequences,
+        )
 
     def __str__(self) -> str:
         parts = [
@@ -101,14 +109,22 @@ def chunks(trainer: Trainer, shard: torch.Tensor) -> Chunks:
         data_parallel.layouts, data_parallel.group.rank
     ):
         if piece.counts_in_norm:
-            part = shard[start : start + int(np.prod(block.size))].clone().numpy()
+            part = shard[start : start + int(np.prod(block.size))].cpu().clone().numpy()
             found.append((piece.name, block.start, block.size, part.reshape(block.size)))
     return found
 
 
 def train(case: Case) -> dict[str, Any]:
     """Runs on every rank: the chunks of the first gradient and of the last weights."""
-    mesh = Mesh.build(pp=case.pp, dp=case.dp, tp=case.tp, timeout_seconds=30)
+    # gloo also for CUDA tensors: NCCL refuses two ranks on one GPU
+    mesh = Mesh.build(
+        pp=case.pp,
+        dp=case.dp,
+        tp=case.tp,
+        timeout_seconds=30,
+        backend="gloo",
+        device=case.device,
+    )
     built = build_model(
         model(case.family, case.tied),
         mesh,
@@ -120,11 +136,14 @@ def train(case: Case) -> dict[str, Any]:
         recompute=case.recompute,  # type: ignore[arg-type]
         dtype=torch.float64 if case.precision == "fp64" else torch.float32,
         bucket_elements=BUCKET,
+        device=case.device,
     )
     layout = BatchLayout(
-        SEQUENCES, SEQUENCES // case.dp // case.microbatches, mesh.dp.rank, mesh.dp.size
+        case.sequences, case.sequences // case.dp // case.microbatches, mesh.dp.rank, mesh.dp.size
     )
-    objective = Supervised("pretraining", Loader(RandomSequences(), layout, prefetch_steps=0))
+    objective = Supervised(
+        "pretraining", Loader(RandomSequences(), layout, prefetch_steps=0), device=case.device
+    )
     adam = AdamSettings(weight_decay=0.1, clip_norm=0.5)
     trainer = Trainer(built, [TrainedObjective(objective, adam, lambda step: 1e-3)])
     losses, norms, gradient = [], [], None

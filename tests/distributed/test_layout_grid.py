@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from grid import Case, assemble, model, train
+from grid import SEQUENCES, Case, assemble, model, train
 
 from megarlx.comm.groups import Layout
 from megarlx.model.check_layout import LayoutError, check_layout
@@ -47,13 +47,20 @@ def compare(run: Callable[..., list[Any]], case: Case) -> None:
 FAMILIES = ("olmo2", "llama3", "qwen2", "qwen3")
 SIZES = [
     (tp, pp, dp)
-    for tp, pp, dp in itertools.product((1, 2, 4, 8), repeat=3)
+    for tp, pp, dp in itertools.product((1, 2, 4, 8), range(1, 9), range(1, 9))
     if 1 < tp * pp * dp <= 8
 ]
 EVERY_LAYOUT = [
-    Case(family, tp, pp, dp, microbatches=m, tied=family == "qwen2")
+    Case(
+        family,
+        tp,
+        pp,
+        dp,
+        microbatches=2,
+        tied=family == "qwen2",
+        sequences=2 * dp * -(-SEQUENCES // (2 * dp)),
+    )
     for (tp, pp, dp), family in itertools.product(SIZES, FAMILIES)
-    for m in (2,)
 ]
 # Every pair of (family, axis sizes, schedule, sequence parallel, micro-batches, tied, recompute)
 # that can meet, at least once.
