@@ -1,4 +1,4 @@
-"""Layouts whose ranks share one GPU: gloo collectives on CUDA tensors, the pipeline through the host.
+"""Layouts whose ranks share one GPU: gloo collectives on CUDA tensors, pipeline through the host.
 
 NCCL refuses two ranks on one device, so this proves the functions, not the transport.
 """
