@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from importlib.machinery import PathFinder
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -92,6 +93,22 @@ def is_there(name: str) -> bool:
     return spec is not None
 
 
+def alone(name: str) -> Any:
+    """A module without the package it lies in: what is asked is whether the compiled code loads."""
+    package, _, last = name.rpartition(".")
+    found = importlib.util.find_spec(package.split(".")[0])
+    assert found is not None
+    assert found.submodule_search_locations is not None
+    place = Path(found.submodule_search_locations[0], *package.split(".")[1:], f"{last}.py")
+    spec = importlib.util.spec_from_file_location(name, place)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 def main(name: str) -> None:
     # What the module prints goes to stderr; only the answer goes to stdout.
     answer = os.fdopen(os.dup(1), "w")
@@ -106,9 +123,7 @@ def main(name: str) -> None:
     sys.excepthook = report
     if not is_there(name):
         raise ModuleNotFoundError(name, name=name)
-    if name.startswith("megarlx._"):
-        importlib.import_module("torch")  # whose libraries it is linked to; megarlx does the same
-    module = importlib.import_module(name)
+    module = alone(name) if name == "megarlx.ops.native" else importlib.import_module(name)
     facts = {"version": str(getattr(module, "__version__", ""))}
     facts |= FACTS[name](module) if name in FACTS else {}
     json.dump({"facts": facts}, answer)

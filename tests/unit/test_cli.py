@@ -48,7 +48,7 @@ def test_help_lists_every_command_and_each_command_has_help(capsys):
     assert main([]) == 2
     listed = capsys.readouterr().out
     for name, command in COMMANDS.items():
-        assert f"  {name}  {command.summary}" in listed
+        assert f"  {name:<6}  {command.summary}" in listed  # as wide as the longest name
         with pytest.raises(SystemExit) as ended:
             main([name, "--help"])
         assert ended.value.code == 0
@@ -59,7 +59,8 @@ def test_unknown_command_names_the_nearest(capsys):
     assert main(["docter"]) == 2
     said = capsys.readouterr().err
     assert said == (
-        "megarlx: unknown command 'docter'; did you mean 'doctor'? Commands: config, doctor\n"
+        "megarlx: unknown command 'docter'; did you mean 'doctor'? "
+        "Commands: config, train, doctor\n"
     )
     assert main(["zzz"]) == 2
     assert "did you mean" not in capsys.readouterr().err
