@@ -32,6 +32,11 @@ def main() -> None:
                 f"{found['unit']}  {number(found['ratio']):>6} × {found['baseline_name']}",
                 flush=True,
             )
+        publish(options, facts, rows)
+
+
+def publish(options: argparse.Namespace, facts: dict[str, object], rows: list[Row]) -> None:
+    """After each op, so that a run that is cut off leaves what it measured."""
     if options.json:
         write_json(options.json, facts, rows)
     if options.markdown:

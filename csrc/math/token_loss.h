@@ -26,7 +26,7 @@ enum Field { kLoss, kTokens, kClipped, kKl, kOldKl, kRatio, kNll, kEntropy, kFie
 
 // Rows of the `partials` tensor [kPartials, tokens]: over vocabulary shards the first combines by
 // maximum; the others by sum, after the two exponential sums were moved to the common maximum.
-enum Partial { kMaximum, kExpSum, kExpZSum, kTarget, kPartials };
+enum LossPartial { kMaximum, kExpSum, kExpZSum, kTarget, kPartials };
 
 template <typename T>
 struct RowSums {
