@@ -15,7 +15,7 @@ namespace {
 
 constexpr std::int64_t kLossBlock = 1024;
 
-// 20 ulp instead of 1 for fp32, at about a third of the time: an error of 2e-6 relative to p.
+// 20 ulp instead of 1 for fp32, an error of 2e-6 relative to p; inlined, not a call.
 inline at::vec::Vectorized<float> fast_exp(at::vec::Vectorized<float> x) { return x.exp_u20(); }
 inline at::vec::Vectorized<double> fast_exp(at::vec::Vectorized<double> x) { return x.exp(); }
 
