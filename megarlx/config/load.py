@@ -125,7 +125,10 @@ def _explain(
     for detail in error.errors(include_url=False):
         location: KeyPath = detail["loc"]
         if detail["type"] == "problems":
-            fields = [(*location, *field.split(".")) for field, _ in detail["ctx"]["problems"]]
+            fields = [
+                (*location, *(int(key) if key.isdecimal() else key for key in field.split(".")))
+                for field, _ in detail["ctx"]["problems"]
+            ]
             whats = [what for _, what in detail["ctx"]["problems"]]
             texts = [(f, f"{_dotted(f)} {what}") for f, what in zip(fields, whats, strict=True)]
         else:

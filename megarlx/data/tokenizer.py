@@ -7,6 +7,7 @@ from it, so that a run never depends on a file somewhere else.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 EOS = "<eos>"
+UNKNOWN = "\ufffd"
 # Looked for, in this order, where nothing says which token ends a document.
 USUAL_EOS = (
     *("<|endoftext|>", "<eos>", "</s>", "<|end_of_text|>", "<|eos|>", "<|im_end|>", "[SEP]"),
@@ -32,6 +34,7 @@ class Tokenizer:
     name: str
     vocab_size: int
     eos_id: int
+    between: ClassVar[str] = ""  # what stands between two pieces of decoded text
 
     def encode(self, text: str, specials: bool = False) -> list[int]:
         raise NotImplementedError
@@ -67,6 +70,14 @@ class Tokenizer:
     def has_specials(self, text: str) -> bool:
         """Whether the text writes out a special token."""
         return self.encode(text, specials=True) != self.encode(text)
+
+    def decode_sampled(self, ids: Iterable[int]) -> str:
+        """Of what a model said: it may have more ids than its tokenizer. Those become U+FFFD."""
+        parts = []
+        for known, run in itertools.groupby(ids, key=lambda i: i < self.vocab_size):
+            here = list(run)
+            parts.append(self.decode(here) if known else UNKNOWN * len(here))
+        return self.between.join(parts)
 
     def _ids(self, ids: Iterable[int]) -> list[int]:
         found = [int(i) for i in ids]
@@ -114,6 +125,7 @@ class WordTokenizer(Tokenizer):
     """
 
     kind = "words"
+    between = " "
 
     def __init__(self, words: Sequence[str], name: str = "words") -> None:
         self.name = name

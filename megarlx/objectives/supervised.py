@@ -5,17 +5,18 @@ They differ in their dataset and in nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megarlx.data.loader import Loader
-from megarlx.objectives.interface import Batch
+from megarlx.objectives.interface import Batch, Objective
 from megarlx.ops import LossSpec, TokenLoss, linear_token_loss
 
 
-class Supervised:
+class Supervised(Objective):
     """What a loader deals out, as micro-batches of one shape."""
 
     def __init__(self, name: str, loader: Loader, *, device: torch.device | str = "cpu") -> None:
@@ -50,10 +51,15 @@ class Supervised:
         targets = fields.pop("targets")
         return linear_token_loss(hidden, weight, targets, self.spec, **fields)
 
+    def metrics(self) -> dict[str, float]:
+        consumed = self.loader.consumed_sequences
+        counts = self.loader.dataset.tokens_by_source(consumed)
+        return {f"data/{source}_tokens": float(count) for source, count in counts.items()}
+
     def state(self) -> dict[str, Any]:
         return self.loader.state()
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: Mapping[str, Any]) -> None:
         self.loader.load_state(state)
 
     def close(self) -> None:

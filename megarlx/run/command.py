@@ -61,7 +61,7 @@ def _train(config: Config, source: Path, out: Path, fresh: bool) -> int:
             made = assemble(config, out, started, device)
             check_startable(made, fresh)
             if started.rank == 0:
-                made.directory.write_description(config, source)
+                made.directory.write_description(config, source, made.tokenizer)
             return train(made)
         finally:
             launch.stop()
