@@ -9,7 +9,7 @@ import pytest
 import torch
 from checkpoint_cases import WORLD, objectives_of, resume, trainer
 
-from megarlx.checkpoint import CheckpointError, Saver, latest, load, verify
+from megarlx.checkpoint import CheckpointError, Saver, latest, load, read_manifest, verify
 from megarlx.trainer import Trainer
 
 
