@@ -18,7 +18,7 @@ from megarlx.report.settings import settings_hash, told_apart
 
 BASE = "base"
 FEW_SHOT = "_few_shot"
-PROBE = "readiness"  # a suite's name: samples of the base at the training temperature
+PROBE = "-readiness"  # ends the name of a suite that samples the base as RL will
 KS = (1, 8, 32)
 
 
@@ -114,7 +114,7 @@ class Study:
         counts: Counter[str] = Counter()
         for run in self.runs:
             for suite in {e.suite for e in run.evaluations if e.kind == "pass_at_k"}:
-                if not suite.endswith(FEW_SHOT) and suite != PROBE:
+                if not suite.endswith((FEW_SHOT, PROBE)):
                     counts[suite] += 1 if run.parent is None else len(self.runs)
         return min(counts, key=lambda suite: (-counts[suite], suite), default=None)
 
@@ -205,6 +205,14 @@ class Study:
 
     def of_recipe(self, recipe: str) -> list[Cell]:
         return [cell for cell in self.cells if cell.recipe == recipe]
+
+    def readiness_of(self, cell: Cell) -> Evaluation | None:
+        """What was measured before an excursion: in its own run before training, or of its base."""
+        base = self.base_of(cell)
+        before = [*cell.run.at(0).values(), *(base.evaluations.values() if base else ())]
+        probes = [e for e in before if "informative_groups" in e.metrics]
+        probes.sort(key=lambda e: not e.suite.endswith(PROBE))
+        return probes[0] if probes else None
 
     @property
     def seeds(self) -> list[int]:
