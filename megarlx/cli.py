@@ -29,6 +29,8 @@ COMMANDS: Mapping[str, Command] = {
     "train": Command(
         "megarlx.run.command", "train a run, or go on with it where its folder holds checkpoints"
     ),
+    "report": Command("megarlx.report.command", "figures, a page and summary.json of many runs"),
+    "tree": Command("megarlx.report.tree", "which run came from which, and what it reached"),
     "doctor": Command(
         "megarlx.doctor.command", "what is installed, built and visible, and how to mend the rest"
     ),

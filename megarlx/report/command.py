@@ -1,0 +1,103 @@
+"""`megarlx report DIR`: figures, one page and summary.json, from the files of the runs alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from megarlx.data.token_files import write_atomically
+from megarlx.report.predicates import PREDICATES, Finding
+from megarlx.report.runs import ReportError
+from megarlx.report.study import Study
+
+SHOWN_MISSING = 10
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, metavar="DIR", help="holds runs, at any depth")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where the report goes (default: DIR/report)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    out = arguments.out or arguments.directory / "report"
+    try:
+        study = Study.of(arguments.directory)
+        findings = write_report(study, out)
+    except (ReportError, OSError) as error:
+        print(f"megarlx report: {error}", file=sys.stderr)
+        return 1
+    _print(study, findings, out)
+    return 0
+
+
+def write_report(study: Study, out: Path) -> dict[str, Finding]:
+    """index.html, summary.json and figures/; returns the verdicts."""
+    import matplotlib
+
+    from megarlx.report import figures, figures_of_runs
+    from megarlx.report.drawing import Figure, save
+    from megarlx.report.page import page
+    from megarlx.report.predicates import judge_all
+    from megarlx.report.samples import examples
+    from megarlx.report.style import PARAMETERS
+    from megarlx.report.summary import summary
+
+    out.mkdir(parents=True, exist_ok=True)
+    findings = judge_all(study)
+    drawn: list[tuple[str, list[Figure]]] = []
+    with matplotlib.rc_context(PARAMETERS):
+        for number, variant in enumerate(study.variants):
+            made = [
+                draw(study, variant)
+                for draw in (
+                    figures.pass_at_k,
+                    figures.gains,
+                    figures.capability,
+                    figures.held_out,
+                )
+            ]
+            suffix = f"-{number + 1}" if len(study.variants) > 1 else ""
+            kept = [replace(f, name=f"{f.name}{suffix}") for f in made if f is not None]
+            drawn.append((variant, kept))
+        of_runs = [
+            draw(study)
+            for draw in (
+                figures_of_runs.dynamics,
+                figures_of_runs.single_questions,
+                figures_of_runs.readiness,
+                figures_of_runs.cost,
+            )
+        ]
+        drawn.append(("", [figure for figure in of_runs if figure is not None]))
+        for _, several in drawn:
+            for figure in several:
+                save(figure, out / "figures")
+    shown = examples(study)
+    made_summary = json.dumps(summary(study, findings), indent=2, allow_nan=False)
+    write_atomically(out / "summary.json", made_summary + "\n")
+    write_atomically(out / "index.html", page(study, findings, drawn, shown))
+    return findings
+
+
+def _print(study: Study, findings: dict[str, Finding], out: Path) -> None:
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+    table = Table(box=None, pad_edge=False)
+    for name in ("", "claim", "verdict"):
+        table.add_column(name)
+    for name, finding in findings.items():
+        table.add_row(name, PREDICATES[name].claim, finding.verdict)
+    console.print(table)
+    missing = study.missing()
+    for line in missing[:SHOWN_MISSING]:
+        console.print(f"missing: {line}", markup=False)
+    if len(missing) > SHOWN_MISSING:
+        console.print(f"missing: {len(missing) - SHOWN_MISSING} more; the page names all")
+    console.print(str(out / "index.html"), markup=False, soft_wrap=True)
