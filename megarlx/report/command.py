@@ -5,16 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from megarlx.data.token_files import write_atomically
-from megarlx.report.predicates import PREDICATES, Finding
+from megarlx.report.predicates import PREDICATES, SEEDS_NEEDED, Finding
 from megarlx.report.runs import ReportError
-from megarlx.report.study import Study
+from megarlx.report.settings import quantity
+from megarlx.report.study import BASE, KS, Cell, Study
+from megarlx.report.style import name_of
 
 SHOWN_MISSING = 10
 
@@ -88,16 +92,58 @@ def write_report(study: Study, out: Path) -> dict[str, Finding]:
 
 
 def _print(study: Study, findings: dict[str, Finding], out: Path) -> None:
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
-    table = Table(box=None, pad_edge=False)
-    for name in ("", "claim", "verdict"):
-        table.add_column(name)
-    for name, finding in findings.items():
-        table.add_row(name, PREDICATES[name].claim, finding.verdict)
-    console.print(table)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console.print(_results(study))
+    if len(study.seeds) < SEEDS_NEEDED:
+        console.print("One seed: no verdict on the claims of the paper is made.")
+    else:
+        table = Table(box=None, pad_edge=False)
+        for name in ("", "claim", "verdict"):
+            table.add_column(name)
+        for name, finding in findings.items():
+            table.add_row(name, PREDICATES[name].claim, finding.verdict)
+        console.print(table)
     missing = study.missing()
     for line in missing[:SHOWN_MISSING]:
         console.print(f"missing: {line}", markup=False)
     if len(missing) > SHOWN_MISSING:
         console.print(f"missing: {len(missing) - SHOWN_MISSING} more; the page names all")
     console.print(str(out / "index.html"), markup=False, soft_wrap=True)
+
+
+def _results(study: Study) -> Table:
+    """A row for each checkpoint and recipe: means over seeds in percent, guessing beside them."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("tokens")
+    table.add_column("recipe")
+    for name in (*(f"pass@{k} (guessing)" for k in KS), "capability", "seconds"):
+        table.add_column(name, justify="right")
+    rows: dict[tuple[str, int, str], list[Cell]] = {}
+    for cell in study.cells:
+        if cell.recipe != BASE or cell.checkpoint_tokens in study.checkpoints:
+            rows.setdefault((cell.variant, cell.checkpoint_tokens, cell.label), []).append(cell)
+    for (variant, tokens, label), cells in rows.items():
+        shown = [_with_guessing(cells, f"pass_at_{k}") for k in KS]
+        capability = _mean([c.capability for c in cells])
+        seconds = _mean([c.cost.get("seconds") for c in cells])
+        table.add_row(
+            " ".join(filter(None, (quantity(tokens), escape(variant)))),
+            escape(name_of(label)),
+            *shown,
+            "–" if capability is None else f"{100 * capability:.1f}",
+            "–" if seconds is None else f"{seconds:,.0f}",
+        )
+    return table
+
+
+def _with_guessing(cells: Sequence[Cell], metric: str) -> str:
+    found = [c.headline for c in cells if c.headline]
+    value = _mean([e.metrics.get(metric) for e in found])
+    guessing = _mean([e.guessing.get(metric) for e in found])
+    text = "–" if value is None else f"{100 * value:.1f}"
+    return text if guessing is None else f"{text} ({100 * guessing:.1f})"
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

@@ -34,11 +34,16 @@ class Figure:
     canvas: Canvas
 
 
-def panels(titles: Sequence[str], height: float, *, share_x: bool = True) -> tuple[Canvas, list]:
-    """One below the other: side by side they could not be read on a phone."""
-    canvas = Canvas(figsize=(WIDTH_INCHES, height * len(titles) + 0.5), layout="constrained")
+def panels(
+    titles: Sequence[str], height: float | Sequence[float], *, share_x: bool = True
+) -> tuple[Canvas, list[Axes]]:
+    """One below the other: side by side they could not be read on a phone. Heights in inches."""
+    heights = [height] * len(titles) if isinstance(height, int | float) else list(height)
+    canvas = Canvas(figsize=(WIDTH_INCHES, sum(heights) + 0.5), layout="constrained")
     FigureCanvasAgg(canvas)
-    axes = canvas.subplots(len(titles), 1, sharex=share_x, squeeze=False)[:, 0]
+    axes = canvas.subplots(len(titles), 1, sharex=share_x, squeeze=False, height_ratios=heights)[
+        :, 0
+    ]
     for ax, title in zip(axes, titles, strict=True):
         ax.set_title(fill(title, 48))
     return canvas, list(axes)
@@ -56,14 +61,15 @@ def tokens_axis(ax: Axes, ticks: Sequence[float]) -> None:
 
 
 def draw_courses(ax: Axes, courses: Mapping[str, Course], labels: Sequence[str]) -> None:
-    """A line for each recipe, its interval as a band."""
+    """A line for each recipe, its interval as a band; many bands are paler."""
+    strength = 0.14 if len(courses) <= 6 else 0.06
     for label, course in courses.items():
         look = look_of(label, labels)
         xs = sorted(course)
         ys = [course[x].estimate for x in xs]
         ax.plot(xs, ys, color=look.color, marker=look.marker, linestyle=look.dashes)
         low, high = ([_finite(v, y) for v, y in zip(vs, ys, strict=True)] for vs in _ends(course))
-        ax.fill_between(xs, low, high, color=look.color, alpha=0.13, linewidth=0)
+        ax.fill_between(xs, low, high, color=look.color, alpha=strength, linewidth=0)
 
 
 def draw_dots(

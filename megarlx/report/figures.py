@@ -6,6 +6,7 @@ nothing to draw. Seeds are pooled; bands and bars are 95% intervals over questio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -75,7 +76,7 @@ def gains(study: Study, variant: str) -> Figure | None:
         "What RL adds",
         "Gain in percentage points of RL over the checkpoint it starts from, and of SFT→RL over "
         "SFT, on the same questions.",
-        {title: 0.0 for title in data},
+        dict.fromkeys(data, 0.0),
         lines_are="metric",
     )
 
@@ -83,9 +84,7 @@ def gains(study: Study, variant: str) -> Figure | None:
 def capability(study: Study, variant: str) -> Figure | None:
     cells = _cells(study, variant)
     suites = sorted({s for c in cells for s in c.accuracy_suites})
-    data = {
-        f"{suite}, accuracy in %": _courses(cells, _accuracy(suite)) for suite in suites
-    }
+    data = {f"{suite}, accuracy in %": _courses(cells, _accuracy(suite)) for suite in suites}
     return _figure(
         data,
         "capability",
@@ -118,12 +117,7 @@ def held_out(study: Study, variant: str) -> Figure | None:
     )
     data: Panels = {}
     for suite, metric, name in found:
-        data[f"{suite}: {name}"] = _ranges(
-            cells,
-            lambda c, suite=suite, metric=metric: (
-                c.evaluations[suite].metrics.get(metric) if suite in c.evaluations else None
-            ),
-        )
+        data[f"{suite}: {name}"] = _ranges(cells, suite, metric)
     return _figure(
         data,
         "held_out",
@@ -173,9 +167,7 @@ def _figure(
         caption += f" One checkpoint, at {quantity(ticks[0])} tokens: drawn in rows."
     names = ", ".join(look_of(label, labels).name for label in labels)
     alt = f"{title}: {'; '.join(data)}; for {names}. The numbers are in the table."
-    return Figure(
-        name, title, caption, alt, _table(data, labels, ticks, lines_are, digits), canvas
-    )
+    return Figure(name, title, caption, alt, _table(data, labels, ticks, lines_are, digits), canvas)
 
 
 def _table(data: Panels, labels: list[str], ticks: list[float], what: str, digits: int) -> Table:
@@ -213,7 +205,7 @@ def _guessing(cell: Cell, k: int) -> float | None:
 
 
 def _courses(cells: list[Cell], read: Read) -> dict[str, Course]:
-    found = {}
+    found: dict[str, Course] = {}
     for label in {cell.label for cell in cells}:
         course = _pooled(
             (cell.checkpoint_tokens, values)
@@ -234,11 +226,12 @@ def _pooled(points: Any) -> dict[float, Interval]:
     return {tokens: interval for tokens, interval in found.items() if interval is not None}
 
 
-def _ranges(cells: list[Cell], read: Callable[[Cell], float | None]) -> dict[str, Course]:
+def _ranges(cells: list[Cell], suite: str, metric: str) -> dict[str, Course]:
     found: dict[str, dict[float, list[float]]] = {}
     for cell in cells:
-        value = read(cell)
-        if value is not None:
+        evaluation = cell.evaluations.get(suite)
+        value = evaluation.metrics.get(metric) if evaluation else None
+        if value is not None and math.isfinite(value):
             by_tokens = found.setdefault(cell.label, {})
             by_tokens.setdefault(cell.checkpoint_tokens, []).append(value)
     return {

@@ -41,14 +41,14 @@ def dynamics(study: Study) -> Figure | None:
             if len(course := _course_of(study, cell)) > 1
         ]
         steps = sorted(set.intersection(*(set(c) for c in courses))) if courses else []
-        lines = {}
+        lines: dict[str, Course] = {}
         for k in KS:
             points = {
                 float(step): interval_of_mean([c[step].percent(f"pass_at_{k}") for c in courses])
                 for step in steps
             }
             found = {step: interval for step, interval in points.items() if interval}
-            if len(found) > 1:
+            if len(found) > 2:  # start and end alone are in the other figures
                 lines[f"pass@{k}"] = found
         if lines:
             data[label] = lines
@@ -118,17 +118,14 @@ def single_questions(study: Study) -> Figure | None:
     order = in_order(set(excursions))
     rows: dict[str, dict[str, Moves]] = {}
     if through:
-        rows["From checkpoint to checkpoint"] = {
+        rows["Checkpoint to checkpoint"] = {
             f"{quantity(a)} → {quantity(b)}": moves for (a, b), moves in through.items()
         }
     if excursions:
-        rows["From the checkpoint to the recipe's end"] = {
-            label: excursions[label] for label in order
-        }
+        rows["Checkpoint to recipe"] = {label: excursions[label] for label in order}
     if not rows:
         return None
-    total = sum(len(moves) for moves in rows.values())
-    canvas, axes = panels(list(rows), 0.4 * total / len(rows) + 0.6)
+    canvas, axes = panels(list(rows), [0.33 * len(moves) + 0.5 for moves in rows.values()])
     table: Table = [
         ["from → to", "retained", "acquired", "forgotten", "flips", "pass@1", "pass@k", "kind"]
     ]
@@ -164,9 +161,7 @@ def _draw_moves(ax: Axes, moves_of: Mapping[str, Moves], labels: list[str]) -> N
         left = 0.0
         for kind, color, hatch, _ in KINDS:
             share = 100 * getattr(moves, kind) / moves.questions
-            ax.barh(
-                row, share, left=left, height=0.66, color=color, hatch=hatch, edgecolor="white"
-            )
+            ax.barh(row, share, left=left, height=0.66, color=color, hatch=hatch, edgecolor="white")
             left += share
     ax.set_yticks(range(len(moves_of)), [fill(_name(n, labels), 20) for n in moves_of])
     ax.set_ylim(len(moves_of) - 0.5, -0.5)
@@ -200,9 +195,9 @@ def cost(study: Study) -> Figure | None:
     labels = in_order(set(by_label))
     means = {
         key: {
-            label: sum(values) / len(values)
+            label: sum(known) / len(known)
             for label in labels
-            if (values := [c[key] for c in by_label[label] if math.isfinite(c.get(key, math.nan))])
+            if (known := [c[key] for c in by_label[label] if math.isfinite(c.get(key, math.nan))])
         }
         for key in COSTS
     }
@@ -210,12 +205,12 @@ def cost(study: Study) -> Figure | None:
     if not shown:
         return None
     canvas, axes = panels([COSTS[k] for k in shown], 0.34 * len(labels) + 0.55, share_x=False)
-    for ax, values in zip(axes, shown.values(), strict=True):
+    for ax, (key, values) in zip(axes, shown.items(), strict=True):
         for row, label in enumerate(labels):
             value = values.get(label, 0.0)
             ax.barh(row, value, height=0.66, color=look_of(label, labels).color)
             ax.annotate(
-                quantity(value) if label in values else "not logged",
+                _amount(key, value) if label in values else "not logged",
                 (value, row),
                 xytext=(4, 0),
                 textcoords="offset points",
@@ -224,13 +219,13 @@ def cost(study: Study) -> Figure | None:
             )
         ax.set_yticks(range(len(labels)), [fill(look_of(x, labels).name, 22) for x in labels])
         ax.set_ylim(len(labels) - 0.5, -0.5)
-        ax.set_xlim(0, 1.18 * max(values.values()))
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: quantity(x)))
+        ax.set_xlim(0, 1.22 * max(values.values()))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _, key=key: _amount(key, x)))
         ax.locator_params(axis="x", nbins=5)
         ax.grid(axis="y", visible=False)
     table: Table = [["recipe", *(COSTS[k] for k in shown), "runs"]]
     for label in labels:
-        numbers = [quantity(v[label]) if label in v else "–" for v in shown.values()]
+        numbers = [_amount(k, v[label]) if label in v else "–" for k, v in shown.items()]
         table.append([look_of(label, labels).name, *numbers, str(len(by_label[label]))])
     return Figure(
         "cost",
@@ -241,6 +236,12 @@ def cost(study: Study) -> Figure | None:
         table,
         canvas,
     )
+
+
+def _amount(kind: str, value: float) -> str:
+    if kind == "seconds":
+        return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+    return f"{value:.1e}" if kind == "flop" and value else quantity(value)
 
 
 def readiness(study: Study) -> Figure | None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from megarlx.report.drawing import Figure, Table
-from megarlx.report.predicates import PREDICATES, Finding
+from megarlx.report.predicates import PREDICATES, SEEDS_NEEDED, Finding
 from megarlx.report.samples import Example
 from megarlx.report.settings import quantity
 from megarlx.report.study import BASE, Study
@@ -36,19 +36,26 @@ nav { display: flex; flex-wrap: wrap; gap: .2rem 1rem; padding: .5rem 0;
   border-bottom: 1px solid var(--line); }
 .facts { color: var(--dim); }
 .note { border-left: 4px solid #e69f00; background: #fff8e8; padding: .5rem .8rem; }
+.beside .scroll { max-height: 44rem; }
 .beside { display: grid; gap: 1rem; grid-template-columns: minmax(0, 1fr); align-items: start; }
 @media (min-width: 60rem) {
   .beside { grid-template-columns: 27rem minmax(0, 1fr); } }
 figure { margin: 0; }
 figure img { display: block; width: 100%; max-width: 30rem; height: auto; }
 figcaption { color: var(--dim); font-size: .85rem; }
-.scroll { overflow: auto; max-height: 44rem; border: 1px solid var(--line); border-radius: 4px; }
+.scroll { overflow: auto; border: 1px solid var(--line); border-radius: 4px; }
 table { border-collapse: collapse; width: 100%; font-size: .85rem;
   font-variant-numeric: tabular-nums; }
 th, td { padding: .28rem .6rem; text-align: left; vertical-align: top; white-space: nowrap; }
 td.wrap { white-space: normal; min-width: 12rem; }
-thead th { position: sticky; top: 0; background: var(--soft); border-bottom: 1px solid var(--line); }
+thead th { position: sticky; top: 0; background: var(--soft); }
 tbody tr:nth-child(even) { background: #fafaf9; }
+@media (max-width: 44rem) {
+  .claims thead { position: absolute; left: -200vw; }
+  .claims tr { display: grid; grid-template-columns: 2.6rem minmax(0, 1fr); }
+  .claims th { grid-row: span 4; }
+  .claims td { grid-column: 2; padding: .12rem .6rem;
+    white-space: normal; overflow-wrap: anywhere; } }
 .verdict { font-weight: 600; }
 .held { color: #00664a; } .not-held { color: #a34200; } .undetermined { color: var(--dim); }
 pre { margin: .2rem 0 .8rem; padding: .6rem .8rem; background: var(--soft); border-radius: 4px;
@@ -72,11 +79,10 @@ def page(
 ) -> str:
     """`figures`: of each variant of the trunks, by the variant's name."""
     title = f"megarlx report: {study.root.resolve().name}"
-    sections = [
-        ("predicates", "The claims", _claims(study, findings)),
-        *_figure_sections(figures),
-        ("lineage", "Lineage", _lineage(study)),
-    ]
+    sections = [*_figure_sections(figures), ("lineage", "Lineage", _lineage(study))]
+    claims = ("predicates", "The claims", _claims(study, findings))
+    # With one seed nothing is claimed: the numbers come first.
+    sections.insert(0 if len(study.seeds) >= SEEDS_NEEDED else len(sections) - 1, claims)
     if examples:
         sections.append(("samples", "Completions", _examples(examples)))
     links = "".join(f'<a href="#{text(i)}">{text(t)}</a>' for i, t, _ in sections)
@@ -104,7 +110,7 @@ def _facts(study: Study) -> str:
         f"{study.headline or 'none yet'}; settings {study.settings_hash[:12]}."
     )
     found = [f'<p class="facts">{text(facts)}</p>']
-    if len(study.seeds) < 2:
+    if len(study.seeds) < SEEDS_NEEDED:
         found.append('<p class="note">One seed: numbers are shown, no verdict is claimed.</p>')
     missing = study.missing()
     if missing:
@@ -126,15 +132,15 @@ def _plural(things: Sequence[Any], noun: str) -> str:
 
 
 def _claims(study: Study, findings: dict[str, Finding]) -> str:
-    head = ["", "claim of the paper", "verdict", "difference in points, 95% interval", "why"]
+    head = ["", "verdict", "claim of the paper", "difference in points, 95% interval", "why"]
     rows = []
     for name, finding in findings.items():
         sign = f"{SIGNS[finding.verdict]} {finding.verdict}"
         comparisons = finding.evidence.get("comparisons", [])
         rows.append(
             f'<tr><th scope="row">{text(name)}</th>'
-            f'<td class="wrap">{text(PREDICATES[name].claim)}</td>'
             f'<td class="verdict {text(finding.verdict.replace(" ", "-"))}">{text(sign)}</td>'
+            f'<td class="wrap">{text(PREDICATES[name].claim)}</td>'
             f"<td>{'<br>'.join(text(_difference(c)) for c in comparisons)}</td>"
             f'<td class="wrap">{text(_why(finding))}</td></tr>'
         )
@@ -145,7 +151,8 @@ def _claims(study: Study, findings: dict[str, Finding]) -> str:
     )
     return (
         f'<p>{text(told)}<a href="summary.json">summary.json</a>.</p>'
-        f'<div class="scroll"><table>{_head(head)}<tbody>{"".join(rows)}</tbody></table></div>'
+        f'<div class="scroll"><table class="claims">{_head(head)}<tbody>{"".join(rows)}</tbody>'
+        "</table></div>"
     )
 
 

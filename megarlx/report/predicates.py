@@ -17,6 +17,7 @@ from megarlx.report.comparison import Comparison, Verdict, all_of, of_capability
 from megarlx.report.predicates_of_sweeps import group_sizes, more_data_or_more_parameters
 from megarlx.report.runs import Evaluation
 from megarlx.report.study import BASE, Cell, Study
+from megarlx.report.style import name_of
 
 SEEDS_NEEDED = 2
 TIMES_GUESSING = 2.0
@@ -96,7 +97,8 @@ def counted(
 
 def pass_at(k: int, recipe: str, other: str, low: float, high: float) -> Callable[..., Comparison]:
     def make(study: Study) -> Comparison:
-        made = Comparison(f"{recipe} pass@{k} − {other} pass@{k}", low, high)
+        what = f"{name_of(recipe)} − {name_of(other)}, pass@{k}"
+        made = Comparison(what, low, high)
         for cell, before in counted(study, made, study.pairs(recipe, other)):
             made.add(cell, of_suite(cell.headline, before.headline, f"pass_at_{k}"))
         return made
@@ -114,7 +116,7 @@ def lower(k: int, recipe: str, than: str) -> Callable[[Study], Comparison]:
 
 def capability(recipe: str, low: float, high: float) -> Callable[[Study], Comparison]:
     def make(study: Study) -> Comparison:
-        made = Comparison(f"{recipe} capability − base capability", low, high)
+        made = Comparison(f"{name_of(recipe)} − base, capability", low, high)
         for cell, base in counted(study, made, study.pairs(recipe, BASE)):
             made.add(cell, of_capability(cell, base))
         return made
@@ -163,7 +165,7 @@ def start_of_rl(study: Study, cell: Cell) -> Evaluation | None:
 
 def within(recipe: str, k: int, low: float, high: float) -> Callable[[Study], Comparison]:
     def make(study: Study) -> Comparison:
-        made = Comparison(f"{recipe} pass@{k} at its end − when RL began", low, high)
+        made = Comparison(f"{name_of(recipe)}, end − start of RL, pass@{k}", low, high)
         cells = [(cell, cell) for cell in study.of_recipe(recipe)]
         for cell, _ in counted(study, made, cells):
             made.add(cell, of_suite(cell.headline, start_of_rl(study, cell), f"pass_at_{k}"))

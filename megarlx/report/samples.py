@@ -1,4 +1,4 @@
-"""A few completions of each run, of the newest file it has: one that was right, one that was not."""
+"""Completions of each run, from the newest file it has: one that was right, one that was not."""
 
 from __future__ import annotations
 

@@ -111,8 +111,8 @@ def _short(value: Any) -> str:
 
 
 def quantity(number: float) -> str:
-    """Tokens, parameters and FLOP in a few characters: 2.1M."""
-    for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    """Tokens and parameters in a few characters: 2.1M, 4B."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size:
             return f"{number / size:.3g}{unit}"
     return f"{number:.3g}"

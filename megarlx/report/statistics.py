@@ -32,7 +32,9 @@ class Interval:
 
 def differences(after: Values, before: Values) -> dict[str, float]:
     """Of the questions that both hold."""
-    return {question: after[question] - before[question] for question in after if question in before}
+    return {
+        question: after[question] - before[question] for question in after if question in before
+    }
 
 
 def interval_of_mean(cells: Sequence[Values]) -> Interval | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from megarlx.report.runs import ACCURACY_KINDS, Evaluation, ReportError, Run, find_runs
 from megarlx.report.settings import settings_hash, told_apart
+from megarlx.report.style import in_order
 
 BASE = "base"
 FEW_SHOT = "_few_shot"
@@ -121,9 +122,9 @@ class Study:
     @cached_property
     def cells(self) -> list[Cell]:
         found = [*self._base_cells(), *self._excursion_cells()]
-        order = {r: i for i, r in enumerate(dict.fromkeys([BASE, *(c.recipe for c in found)]))}
+        order = in_order({cell.label for cell in found})
         return sorted(
-            found, key=lambda c: (c.variant, c.checkpoint_tokens, order[c.recipe], c.label, c.seed)
+            found, key=lambda c: (c.variant, c.checkpoint_tokens, order.index(c.label), c.seed)
         )
 
     @cached_property

@@ -16,7 +16,7 @@ MARKERS = "oXPdhp<>*"
 
 # Narrow figures with large letters: a phone shows them at about the size they are drawn in.
 WIDTH_INCHES = 4.6
-PARAMETERS: dict[str, Any] = {
+PARAMETERS: Any = {
     "font.size": 10.5,
     "axes.titlesize": 11,
     "axes.titlelocation": "left",
@@ -33,6 +33,7 @@ PARAMETERS: dict[str, Any] = {
     "lines.markersize": 5.5,
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
+    "text.parse_math": False,  # names are told as they are, dollar signs too
     "svg.hashsalt": "megarlx",  # the same data give the same file
     "svg.fonttype": "path",
 }
@@ -59,8 +60,15 @@ LOOKS: dict[str, Look] = {
     "alternate": Look("alternating", ORANGE, "X", "-"),
     "pretraining_with_rl": Look("pre-training with RL", ORANGE, "p", "--"),
     "chord": Look("CHORD", GREY, "*", "--"),
+    "pass@1": Look("pass@1", BLUE, "o", "-"),
+    "pass@8": Look("pass@8", VERMILION, "s", "--"),
+    "pass@32": Look("pass@32", GREEN, "D", ":"),
 }
 ORDER = list(LOOKS)
+
+
+def name_of(recipe: str) -> str:
+    return LOOKS[recipe].name if recipe in LOOKS else recipe
 
 
 def look_of(label: str, labels: Sequence[str]) -> Look:
