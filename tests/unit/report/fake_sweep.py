@@ -72,13 +72,14 @@ class Sweep:
     prefix: str = ""  # of the trunks' names
     steps: int = 60
     rl_settings: dict[str, Any] = field(default_factory=dict)
+    halfway: float = 0.5  # of what RL changes, in the middle of its steps
     grows: float = 0.02  # what every pass@1 gains from checkpoint to checkpoint
 
     def write(self, recipes: Sequence[str] | None = None) -> Path:
         for seed in self.seeds:
             trunk = self.trunk(seed)
             for tokens in self.checkpoints:
-                for recipe in recipes or [r for r in self.outcomes if r != "base"]:
+                for recipe in recipes or [r for r in self.outcomes if r != "base" and "@" not in r]:
                     self.excursion(trunk, recipe, tokens, seed)
         return self.root
 
@@ -105,7 +106,9 @@ class Sweep:
         return run
 
     def outcome(self, recipe: str, tokens: int) -> Outcome:
-        found = self.outcomes[recipe]
+        """Of a recipe everywhere, or ("rl@2000000") at one checkpoint."""
+        found = self.outcomes.get(f"{recipe}@{tokens}", self.outcomes.get(recipe))
+        assert found is not None, f"no outcome of {recipe}"
         return replace(found, mean=found.mean + self.grows * self.checkpoints.index(tokens))
 
     def excursion(
@@ -136,7 +139,8 @@ class Sweep:
         lines = []
         for step in range(1, self.steps + 1):
             values = {"cost/seconds": step * 1.5, "cost/trained_tokens": step * 4000.0}
-            values |= {"cost/generated_tokens": step * 9000.0, "cost/flop": step * 1e9}
+            flop = step * 1e9 * rl["samples_per_prompt"]
+            values |= {"cost/generated_tokens": step * 9000.0, "cost/flop": flop}
             is_rl = "rl" in names and step > first
             values |= {"rl/reward": 0.5} if is_rl else {"loss/sft": 1.0}
             lines.append({"step": step, **values})
@@ -147,7 +151,7 @@ class Sweep:
             self.evaluate(run, first, tokens, start, seed, only_headline=True)
         if "rl" in names:
             middle = (first + self.steps) // 2
-            halfway = start.between(end, 0.5)
+            halfway = start.between(end, self.halfway)
             self.evaluate(run, middle, tokens, halfway, seed, only_headline=True)
         self.evaluate(run, self.steps, tokens, end, seed)
         return run
