@@ -77,8 +77,26 @@ class Comparison:
                 for tokens in self.checkpoints
                 for interval in [self.interval(tokens)]
             },
+            "by_group": self._by_group(),
             "left_out": self.left_out,
         }
+
+    def _by_group(self) -> dict[str, float | None]:
+        """Where questions are sorted into groups, easy and hard say: the difference in each."""
+        groups: dict[str, str] = {}
+        for cell, _ in self.cells:
+            groups |= cell.headline.groups if cell.headline else {}
+        found: dict[str, float | None] = {}
+        for group in sorted(set(groups.values())):
+            chosen = [
+                {q: v for q, v in values.items() if groups.get(q) == group}
+                for _, suites in self.cells
+                for values in suites.values()
+            ]
+            interval = interval_of_suites([chosen])
+            if interval is not None:
+                found[group] = _number(interval.estimate)
+        return found
 
 
 def all_of(verdicts: Sequence[Verdict]) -> Verdict:

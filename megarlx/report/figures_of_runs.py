@@ -127,14 +127,15 @@ def single_questions(study: Study) -> Figure | None:
         return None
     canvas, axes = panels(list(rows), [0.33 * len(moves) + 0.5 for moves in rows.values()])
     table: Table = [
-        ["from → to", "retained", "acquired", "forgotten", "flips", "pass@1", "pass@k", "kind"]
+        ["from → to", "kind", "retained", "acquired", "forgotten", "flips", "Δ pass@1", "Δ pass@k"]
     ]
     for ax, moves_of in zip(axes, rows.values(), strict=True):
         _draw_moves(ax, moves_of, order)
         for name, moves in moves_of.items():
             rates = (moves.retention, moves.acquisition, moves.forgetting, moves.flip_rate)
             shown = ["–" if math.isnan(r) else f"{100 * r:.0f}%" for r in rates]
-            table.append([_name(name, order), *shown, *_coverage(study, name)])
+            kind, *changes = _coverage(study, name)
+            table.append([_name(name, order), kind, *shown, *changes])
     axes[-1].set_xlabel("share of the questions, %")
     patches = [Patch(facecolor=c, hatch=h, edgecolor="white", label=t) for _, c, h, t in KINDS]
     legend(canvas, [], patches)
@@ -143,8 +144,8 @@ def single_questions(study: Study) -> Figure | None:
         "Single questions",
         "A question is solved when at least half of its samples are right. Retained and forgotten "
         "are shares of what was solved before, acquired of what was not, flips of all. Expansion: "
-        "the pass@k of many samples rose against the base; sharpening: it fell while pass@1 rose; "
-        "both with 95% intervals.",
+        "pass@k rose against the base, at the largest k that was measured; sharpening: it fell "
+        "while pass@1 rose; both by 95% intervals.",
         "Bars with the shares of questions solved before and after, only after, only before and "
         "never. The rates are in the table.",
         table,
@@ -174,8 +175,7 @@ def _coverage(study: Study, label: str) -> list[str]:
     found = consistency.coverage([p for p in pairs if p[0].recipe != BASE], KS)
     if found is None:
         return ["–", "–", "–"]
-    at_k = f"@{found.k}: {with_interval(found.at_k)}"
-    return [with_interval(found.at_1), at_k, found.kind]
+    return [found.kind, with_interval(found.at_1), with_interval(found.at_k)]
 
 
 COSTS = {

@@ -48,7 +48,7 @@ table { border-collapse: collapse; width: 100%; font-size: .85rem;
   font-variant-numeric: tabular-nums; }
 th, td { padding: .28rem .6rem; text-align: left; vertical-align: top; white-space: nowrap; }
 td.wrap { white-space: normal; min-width: 12rem; }
-thead th { position: sticky; top: 0; background: var(--soft); }
+thead th { position: sticky; top: 0; background: var(--soft); white-space: normal; }
 tbody tr:nth-child(even) { background: #fafaf9; }
 @media (max-width: 44rem) {
   .claims thead { position: absolute; left: -200vw; }

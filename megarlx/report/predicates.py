@@ -52,7 +52,8 @@ class Predicate:
         without = [c.what for c in made if not c.cells]
         seeds = sorted({seed for c in made for seed in c.seeds})
         if without or not made:
-            evidence["reason"] = "no data for " + ("; ".join(without) or "this claim")
+            some = len(without) < len(made)
+            evidence["reason"] = f"no data for {'; '.join(without)}" if some else "no data"
         elif len(seeds) < SEEDS_NEEDED:
             verdict = "undetermined"
             evidence["reason"] = f"one seed ({seeds[0]}): no verdict is claimed"
@@ -163,6 +164,17 @@ def start_of_rl(study: Study, cell: Cell) -> Evaluation | None:
     return base.headline if base else None
 
 
+def beginnings(recipe: str) -> Callable[[Study], dict[str, Any]]:
+    """Which evaluation stands for the beginning of RL in each run."""
+
+    def note(study: Study) -> dict[str, Any]:
+        starts = {c.run.name: start_of_rl(study, c) for c in study.of_recipe(recipe)}
+        said = {name: f"{e.suite} of step {e.iteration}" for name, e in starts.items() if e}
+        return {"rl_began_with": said}
+
+    return note
+
+
 def within(recipe: str, k: int, low: float, high: float) -> Callable[[Study], Comparison]:
     def make(study: Study) -> Comparison:
         made = Comparison(f"{name_of(recipe)}, end − start of RL, pass@{k}", low, high)
@@ -206,10 +218,12 @@ PREDICATES: dict[str, Predicate] = {
     "P6": Predicate(
         "within SFT→RL, pass@32 falls while pass@1 rises",
         together(within("sft_then_rl", 1, 0.0, inf), within("sft_then_rl", 32, -inf, 0.0)),
+        notes=beginnings("sft_then_rl"),
     ),
     "P7": Predicate(
         "within direct RL, pass@1 and pass@32 rise",
         together(within("rl", 1, 0.0, inf), within("rl", 32, 0.0, inf)),
+        notes=beginnings("rl"),
     ),
     "P8": Predicate(
         "SFT-Gold pass@8 and pass@32 > RL",

@@ -64,7 +64,6 @@ class Cell:
 class Study:
     def __init__(self, root: Path, runs: list[Run], problems: Iterable[str] = ()) -> None:
         self.root, self.runs, self.problems = root, runs, list(problems)
-        self.by_name = {run.name: run for run in runs}
 
     @staticmethod
     def of(root: Path) -> Study:
@@ -79,16 +78,28 @@ class Study:
         return [run for run in self.runs if run.parent is not None]
 
     def parent_of(self, run: Run) -> Run | None:
-        """The run it started from, if it is here; paths may be relative, or from before a move."""
+        """The run it started from, if it is here."""
+        return self._parents[run.name]
+
+    @cached_property
+    def _parents(self) -> dict[str, Run | None]:
+        here = {os.path.realpath(run.path): run for run in self.runs}
+        return {run.name: self._find_parent(run, here) for run in self.runs}
+
+    def _find_parent(self, run: Run, here: dict[str, Run]) -> Run | None:
+        """Paths may be relative, or from before the sweep was moved."""
         if run.parent is None:
             return None
         given = Path(run.parent.run)
-        here = {os.path.realpath(other.path): other for other in self.runs if other is not run}
         for base in (run.path, run.path.parent, self.root, Path.cwd()):
             found = here.get(os.path.realpath(base / given))
-            if found is not None:
+            if found is not None and found is not run:
                 return found
-        moved = [o for o in here.values() if ("/" + given.as_posix()).endswith("/" + o.name)]
+        moved = [
+            other
+            for other in self.runs
+            if other is not run and f"/{given.as_posix()}".endswith(f"/{other.name}")
+        ]
         return max(moved, key=lambda other: len(other.name), default=None)
 
     def trunk_of(self, run: Run) -> Run | None:

@@ -9,14 +9,27 @@ from megarlx.cli import main
 from megarlx.report.predicates import PREDICATES
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    sweep = Sweep(tmp_path / "sweep", checkpoints=(2_000_000,), questions=40, tests=20)
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sweep = Sweep(tmp_path_factory.mktemp("runs") / "sweep", questions=40, tests=20)
+    sweep.checkpoints = (2_000_000,)
     return sweep.write(["rl", "sft", "parallel"])
 
 
-def test_summary_has_the_agreed_form(root: Path) -> None:
+@pytest.fixture
+def root(written: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(written, tmp_path / "sweep"))
+
+
+def test_two_seeds_give_numbers_verdicts_and_the_agreed_summary(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["report", str(root)]) == 0
+    said = capsys.readouterr().out
+    assert "pass@32 (guessing)" in said
+    assert "(9.0)" in said
+    assert "P15" in said
+    assert said.splitlines()[-1] == str(root / "report" / "index.html")
     found = json.loads((root / "report" / "summary.json").read_text())
     assert list(found) == ["predicates", "results", "settings_hash"]
     assert list(found["predicates"]) == list(PREDICATES)
@@ -26,17 +39,6 @@ def test_summary_has_the_agreed_form(root: Path) -> None:
         assert judged["held"] is (judged["verdict"] == "held")
     assert found["predicates"]["P3"]["held"]
     assert len(found["results"]) == 8
-
-
-def test_the_terminal_shows_results_with_guessing_verdicts_and_the_pages_path(
-    root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["report", str(root)]) == 0
-    said = capsys.readouterr().out
-    assert "pass@32 (guessing)" in said
-    assert "(9.0)" in said
-    assert "P15" in said
-    assert said.splitlines()[-1] == str(root / "report" / "index.html")
 
 
 def test_one_seed_prints_numbers_and_no_verdicts(
@@ -70,6 +72,8 @@ def test_out_takes_the_report_and_the_runs_stay_as_they_are(root: Path, tmp_path
     def files() -> dict[Path, bytes]:
         return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
+    for folder in root.glob("*/*/evaluations"):  # nothing to draw: quick
+        shutil.rmtree(folder)
     before = files()
     assert main(["report", str(root), "--out", str(tmp_path / "out")]) == 0
     assert files() == before
@@ -101,5 +105,5 @@ def test_the_tree_shows_who_came_from_whom(root: Path, capsys: pytest.CaptureFix
     assert depth["trunks/seed0"] < depth["excursions/sft-2000000-seed0"] < depth["excursions/on"]
     assert any("[rl]" in line for line in lines)
     rl = next(line for line in lines if "excursions/rl-2000000-seed0" in line)
-    assert "seed 0  from 2M tokens  math pass@1/8/32 4" in rl
+    assert "seed 0  from 2M tokens  math pass@1/8/32 39.4/60.0/60.0% at step 60" in rl
     assert "trunks/seed1 (not below this folder)" in "".join(lines)
