@@ -114,6 +114,9 @@ def _print(study: Study, findings: dict[str, Finding], out: Path) -> None:
 def _results(study: Study) -> Table:
     """A row for each checkpoint and recipe: means over seeds in percent, guessing beside them."""
     table = Table(box=None, pad_edge=False)
+    several = len(study.variants) > 1
+    if several:
+        table.add_column("trunk")
     table.add_column("tokens")
     table.add_column("recipe")
     for name in (*(f"pass@{k} (guessing)" for k in KS), "capability", "seconds"):
@@ -127,7 +130,8 @@ def _results(study: Study) -> Table:
         capability = _mean([c.capability for c in cells])
         seconds = _mean([c.cost.get("seconds") for c in cells])
         table.add_row(
-            " ".join(filter(None, (quantity(tokens), escape(variant)))),
+            *([escape(variant)] if several else []),
+            quantity(tokens),
             escape(name_of(label)),
             *shown,
             "–" if capability is None else f"{100 * capability:.1f}",

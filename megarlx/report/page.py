@@ -48,13 +48,14 @@ table { border-collapse: collapse; width: 100%; font-size: .85rem;
   font-variant-numeric: tabular-nums; }
 th, td { padding: .28rem .6rem; text-align: left; vertical-align: top; white-space: nowrap; }
 td.wrap { white-space: normal; min-width: 12rem; }
+td.differences { white-space: normal; min-width: 24rem; }
 thead th { position: sticky; top: 0; background: var(--soft); white-space: normal; }
 tbody tr:nth-child(even) { background: #fafaf9; }
 @media (max-width: 44rem) {
   .claims thead { position: absolute; left: -200vw; }
   .claims tr { display: grid; grid-template-columns: 2.6rem minmax(0, 1fr); }
   .claims th { grid-row: span 4; }
-  .claims td { grid-column: 2; padding: .12rem .6rem;
+  .claims td { grid-column: 2; padding: .12rem .6rem; min-width: 0 !important;
     white-space: normal; overflow-wrap: anywhere; } }
 .verdict { font-weight: 600; }
 .held { color: #00664a; } .not-held { color: #a34200; } .undetermined { color: var(--dim); }
@@ -141,7 +142,7 @@ def _claims(study: Study, findings: dict[str, Finding]) -> str:
             f'<tr><th scope="row">{text(name)}</th>'
             f'<td class="verdict {text(finding.verdict.replace(" ", "-"))}">{text(sign)}</td>'
             f'<td class="wrap">{text(PREDICATES[name].claim)}</td>'
-            f"<td>{'<br>'.join(text(_difference(c)) for c in comparisons)}</td>"
+            f'<td class="differences">{"<br>".join(text(_difference(c)) for c in comparisons)}</td>'
             f'<td class="wrap">{text(_why(finding))}</td></tr>'
         )
     told = (
