@@ -148,7 +148,7 @@ def with_trl(case: Case, rounds: int, each: Callable[[], None]) -> list[float]:
             taken.append(time.perf_counter() - self.start)
             each()
 
-    def reward(completions: list[str], **_: Any) -> list[float]:
+    def reward(completions: list[str], **_: Any) -> list[float | None]:
         return [_even(completion or "w1") for completion in completions]
 
     with tempfile.TemporaryDirectory() as folder:
