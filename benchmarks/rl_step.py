@@ -149,7 +149,8 @@ def with_trl(case: Case, rounds: int, each: Callable[[], None]) -> list[float]:
             each()
 
     def reward(completions: list[str], **_: Any) -> list[float | None]:
-        return [_even(completion or "w1") for completion in completions]
+        found: list[float | None] = [_even(completion or "w1") for completion in completions]
+        return found
 
     with tempfile.TemporaryDirectory() as folder:
         GRPOTrainer(
