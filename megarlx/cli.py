@@ -35,6 +35,9 @@ COMMANDS: Mapping[str, Command] = {
     "generate": Command(
         "megarlx.run.generate_command", "what a checkpoint says to a prompt, as it is drawn"
     ),
+    "branch": Command(
+        "megarlx.run.branch_command", "an excursion: start from a checkpoint, follow a recipe"
+    ),
     "doctor": Command(
         "megarlx.doctor.command", "what is installed, built and visible, and how to mend the rest"
     ),

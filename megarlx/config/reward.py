@@ -10,6 +10,7 @@ from megarlx.config.section import Section
 
 # Short names of what comes with megarlx
 BUILT_IN = {
+    "marked_answer": "megarlx.objectives.answers:marked_answer",
     "final_number": "megarlx.objectives.answers:final_number",
     "answer_format": "megarlx.objectives.answers:answer_format",
     "length_penalty": "megarlx.objectives.answers:length_penalty",

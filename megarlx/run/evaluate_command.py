@@ -85,7 +85,7 @@ def chosen(config: Config, arguments: argparse.Namespace) -> EvaluationConfig:
     if arguments.config is not None:
         evaluation = load_config(arguments.config, (), EvaluationConfig)
     else:
-        evaluation = getattr(config, "evaluation", None) or EvaluationConfig()
+        evaluation = config.evaluation
         if not evaluation.suites and config.data is not None and config.data.world is not None:
             evaluation = world_suites()
     names = [suite.name for suite in evaluation.suites]
@@ -119,7 +119,8 @@ def _evaluate(
     references: list[Any], config: Config, evaluation: EvaluationConfig, started: Any, device: Any
 ) -> None:
     from megarlx.evaluation.suites import Parent, Subject, evaluate
-    from megarlx.run.opened import load_weights, open_run, read_lineage, world_of
+    from megarlx.run.opened import load_weights, open_run, read_lineage
+    from megarlx.run.world import world_of
 
     opened = open_run(references[0], config, started, device)
     world = world_of(config)

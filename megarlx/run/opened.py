@@ -14,17 +14,14 @@ from megarlx.checkpoint import WEIGHTS_ONLY, FlatShards, Loaded, load
 from megarlx.comm import launch
 from megarlx.comm.groups import Mesh
 from megarlx.config import Config, load_config
+from megarlx.config.objectives import PRETRAINING
 from megarlx.data.conversations import Template
-from megarlx.data.synthetic.settings import WorldSettings
-from megarlx.data.synthetic.tokens import DESCRIPTION
-from megarlx.data.synthetic.world import World
-from megarlx.data.tokenizer import Tokenizer, load_tokenizer
+from megarlx.data.tokenizer import Tokenizer
 from megarlx.model.build import ParallelModel, build_model
-from megarlx.run.assemble import DTYPES, choose_layout, load_data_tokenizer, world_data
-from megarlx.run.directory import RunError
+from megarlx.run.assemble import DTYPES, choose_layout
+from megarlx.run.directory import RunDirectory, RunError
 from megarlx.run.reference import RunReference, tokens_of
-
-POST_TRAINING = ("sft", "rl")
+from megarlx.run.world import load_tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -44,12 +41,12 @@ class OpenedRun:
 
     @property
     def trunk_tokens(self) -> int:
-        return self.tokens.get("pretraining", 0)
+        return self.tokens.get(PRETRAINING, 0)
 
     @property
     def is_base(self) -> bool:
         """Whether the weights have seen pre-training only: such a model is shown examples."""
-        return not any(self.tokens.get(name, 0) for name in POST_TRAINING)
+        return not any(count for name, count in self.tokens.items() if name != PRETRAINING)
 
 
 def open_config(
@@ -80,13 +77,7 @@ def open_config(
 
 def open_tokenizer(run: Path, config: Config) -> Tokenizer:
     """The one kept with the run; for runs that keep none, where their data was prepared."""
-    kept = run / "tokenizer.json"
-    if kept.exists():
-        return load_tokenizer(kept)
-    data = config.data
-    if data is not None and data.world is not None:
-        data = world_data(data, data.world)
-    found = None if data is None else load_data_tokenizer(data)
+    found = load_tokenizer_of(config, RunDirectory(run))
     if found is None:
         raise RunError(
             f"{run} keeps no tokenizer.json, and its configuration names no data.tokenizer: "
@@ -96,19 +87,7 @@ def open_tokenizer(run: Path, config: Config) -> Tokenizer:
 
 
 def template_of(config: Config) -> Template:
-    section: Any = getattr(config, "template", None)
-    return Template() if section is None else Template(**section.model_dump())
-
-
-def world_of(config: Config) -> World | None:
-    """The synthetic world that the run was trained on, with its tests."""
-    if config.data is None or config.data.world is None:
-        return None
-    written = Path(config.data.world.folder) / DESCRIPTION
-    if not written.exists():
-        return World(WorldSettings(seed=config.data.world.seed))
-    settings = json.loads(written.read_text(encoding="utf-8"))["settings"]
-    return World(WorldSettings.from_json(settings))
+    return Template(**config.template.model_dump())
 
 
 def read_lineage(run: Path) -> dict[str, Any]:
@@ -164,11 +143,6 @@ def open_run(
 ) -> OpenedRun:
     """Needs `launch.start` to have been called; `config` is `open_config`'s."""
     tokenizer = open_tokenizer(reference.run, config)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise RunError(
-            f"model.vocab_size is {config.model.vocab_size}; the tokenizer {tokenizer.name} has "
-            f"{tokenizer.vocab_size} ids"
-        )
     layout = choose_layout(config, started.world_size)
     mesh = Mesh.build(
         layout.pp,
