@@ -213,7 +213,11 @@ def _tests_of_world(suite: SuiteConfig, world: World) -> Iterator[CapabilityTest
     own = (test for test in world.facts.tests(suite.choices) if test["suite"] == wanted)
     for number, test in enumerate(own):
         yield CapabilityTest(
-            f"fact/{number}", test["context"], tuple(test["choices"]), test["answer"]
+            f"fact/{number}",
+            test["context"],
+            tuple(test["choices"]),
+            test["answer"],
+            test.get("group"),
         )
 
 

@@ -166,6 +166,21 @@ def test_a_finished_suite_is_not_computed_again_unless_its_settings_changed(
     assert result(copy, "problems")["items"][0]["samples"] == 6
 
 
+def test_masters_are_rounded_for_a_model_that_computes_in_bf16(
+    trained: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(trained, copy)
+    assert evaluate(str(copy), trained.parent, "--suite", "stories") == 0
+    exact = result(copy, "stories")["metrics"]["nll"]
+    (copy / "evaluations" / "iter_00000012.stories.json").unlink()
+    bf16 = ("--set", "training.precision=bf16")
+    assert evaluate(str(copy), trained.parent, "--suite", "stories", *bf16) == 0
+    rounded = result(copy, "stories")["metrics"]["nll"]
+    assert rounded == pytest.approx(exact, rel=1e-2)
+    assert rounded != exact
+
+
 @pytest.mark.parametrize("layout", ["tensor", "pipeline", "data"])
 def test_layouts_under_torchrun_find_what_one_process_finds(
     trained: Path, tmp_path: Path, layout: str
