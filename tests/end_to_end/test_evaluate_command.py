@@ -181,10 +181,10 @@ def test_masters_are_rounded_for_a_model_that_computes_in_bf16(
     assert rounded != exact
 
 
-@pytest.mark.parametrize("layout", ["tensor", "pipeline", "data"])
-def test_layouts_under_torchrun_find_what_one_process_finds(
-    trained: Path, tmp_path: Path, layout: str
+def test_a_pipeline_under_torchrun_finds_what_one_process_finds(
+    trained: Path, tmp_path: Path
 ) -> None:
+    """Other layouts: tests/distributed/test_evaluation_layouts.py."""
     copy = tmp_path / "run"
     shutil.copytree(trained, copy)
     assert evaluate(str(copy), trained.parent) == 0
@@ -192,7 +192,7 @@ def test_layouts_under_torchrun_find_what_one_process_finds(
     shutil.rmtree(copy / "evaluations")
     words = command(Path("unused"), copy, processes=2)
     words = [*words[: words.index("train")], "evaluate", str(copy), "--config"]
-    words += [str(trained.parent / "suites.toml"), "--set", f"layout.{layout}=2"]
+    words += [str(trained.parent / "suites.toml"), "--set", "layout.pipeline=2"]
     done = run(words)
     assert done.returncode == 0, done.stdout + done.stderr
     for name, one in alone.items():
