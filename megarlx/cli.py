@@ -38,6 +38,8 @@ COMMANDS: Mapping[str, Command] = {
     "branch": Command(
         "megarlx.run.branch_command", "an excursion: start from a checkpoint, follow a recipe"
     ),
+    "demo": Command("megarlx.sweeps.demo", "a trunk, excursions and their report, in minutes"),
+    "sweep": Command("megarlx.sweeps.command", "all runs of a study, resumed where they stopped"),
     "doctor": Command(
         "megarlx.doctor.command", "what is installed, built and visible, and how to mend the rest"
     ),
