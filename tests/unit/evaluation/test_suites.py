@@ -13,6 +13,7 @@ from evaluated_models import WORLD, logits_behind, small_model, subject
 from megarlx.config.evaluation import EvaluationConfig, SuiteConfig, world_suites
 from megarlx.data.conversations import Template, Turn
 from megarlx.data.prompts import FewShot
+from megarlx.data.synthetic import guessing_pass_at_k
 from megarlx.evaluation.questions import SuiteError, few_shot_of, questions_of
 from megarlx.evaluation.results import ResultError, read_result, result_path, results_of
 from megarlx.evaluation.sampling import sample_and_score
@@ -55,6 +56,9 @@ def test_every_reward_of_every_sample_is_counted(tmp_path: Path) -> None:
     assert read_result(result_path(tmp_path, 7, "s")) == json.loads(json.dumps(found))
     assert metrics_of([found])["eval/s/pass_at_1"] == found["metrics"]["pass_at_1"]
     assert "(guessing " in described(found)
+    for k in (1, 4):
+        expected = guessing_pass_at_k(WORLD.settings, k)
+        assert found["guessing"][f"pass_at_{k}"] == pytest.approx(expected, abs=1e-9)
 
 
 def test_rounds_do_not_change_samples() -> None:
