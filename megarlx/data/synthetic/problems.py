@@ -160,12 +160,17 @@ def _apply(
     return tuple(after) if 0 <= after[at] <= largest else None
 
 
+def guesses(settings: WorldSettings, questions: int = 4000) -> list[tuple[int, ...]]:
+    """Answers as they are distributed over this world's questions."""
+    return [problem_at(settings, "train", i, "guessing").answer for i in range(questions)]
+
+
 def guessing_pass_at_k(settings: WorldSettings, k: int, questions: int = 4000) -> float:
     """pass@k of a model that ignores the question and draws answers from their distribution.
 
     Each question's own answer is left out of the counts: an answer seen once is then worth
     nothing, instead of 1 / questions too much.
     """
-    counts = Counter(problem_at(settings, "train", i, "guessing").answer for i in range(questions))
+    counts = Counter(guesses(settings, questions))
     solved = sum(c * (1 - (1 - (c - 1) / (questions - 1)) ** k) for c in counts.values())
     return solved / questions

@@ -67,6 +67,9 @@ class WorldSettings:
     attributes: int = 5
     values: int = 12  # of each attribute
     facts_per_document: int = 4
+    # How unevenly facts are told: the n-th most frequent one with the weight n ** -fact_skew.
+    # At 0 all are alike, and tests of them soon saturate; rare facts are learned late.
+    fact_skew: float = 0.0
     choices: int = 4
 
     # Prompts with a behaviour to follow
@@ -149,6 +152,7 @@ class WorldSettings:
         need(2 <= self.choices <= self.values, f"choices is {self.choices}; 2 to {self.values}")
         need(1 <= self.attributes <= 8, f"attributes is {self.attributes}; allowed 1 to 8")
         need(1 <= self.entities <= 2000, f"entities is {self.entities}; allowed 1 to 2000")
+        need(0 <= self.fact_skew <= 4, f"fact_skew is {self.fact_skew}; allowed 0 to 4")
         need(2 <= self.values <= 200, f"values is {self.values}; allowed 2 to 200")
         need(
             0 <= self.behaviour_followed <= 1,
