@@ -50,6 +50,7 @@ class WorldSettings:
     )
     operations: tuple[Operation, ...] = PLAIN_OPERATIONS
     quantities: int = 2  # an answer is that many numbers: guessing gets harder with each
+    answer: Literal["last", "first_and_last"] = "last"  # after the last step, or the first too
     steps: tuple[float, ...] = (1.0,) * 6  # share of problems with 1, 2, 3 … steps; up to 12
     start: tuple[int, int] = (2, 15)
     largest: int = 40  # no value ever goes above, nor below 0
@@ -106,6 +107,10 @@ class WorldSettings:
         need(
             0 <= low <= high <= self.largest,
             f"start is {self.start}; both must lie in 0 to largest = {self.largest}, in order",
+        )
+        need(
+            self.answer in ("last", "first_and_last"),
+            f"answer is '{self.answer}'; allowed are last, first_and_last",
         )
         need(bool(self.operations), "operations is empty")
         for operation in self.operations:
