@@ -12,6 +12,7 @@ import hashlib
 import json
 import mmap
 import os
+import secrets
 import struct
 from array import array
 from collections.abc import Iterable
@@ -276,8 +277,8 @@ class TokenFileWriter:
         self._lengths = array("i")
         self.tokens = 0
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary_bin = Path(f"{bin_path(prefix)}.partial-{os.getpid()}")
-        self._temporary_idx = Path(f"{idx_path(prefix)}.partial-{os.getpid()}")
+        self._temporary_bin = temporary_beside(bin_path(prefix))
+        self._temporary_idx = temporary_beside(idx_path(prefix))
         self._stream: BinaryIO = open(self._temporary_bin, "wb", buffering=1 << 20)  # noqa: SIM115
 
     @property
@@ -383,10 +384,15 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def temporary_beside(path: Path) -> Path:
+    """A name that no other process uses, not even one with the same number on another node."""
+    return path.with_name(f"{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
+
+
 def write_atomically(path: Path, text: str, sync: bool = True) -> None:
     """A small text file that is either there whole or not at all (without `sync`: to other
     processes, not after a power cut)."""
-    temporary = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    temporary = temporary_beside(path)
     with open(temporary, "w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()

@@ -16,6 +16,8 @@ from megarlx.data.token_files import TokenFile, TokenFileError, check_tokenizer
 from megarlx.data.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[3]
+# Beside the interpreter too: a virtual environment that is not activated has it only there.
+MPIRUN = shutil.which("mpirun") or shutil.which("mpirun", path=Path(sys.executable).parent)
 TOOL = REPOSITORY / "tools" / "prepare_tokens.py"
 
 
@@ -80,12 +82,12 @@ def _interrupt() -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed")
+@pytest.mark.skipif(MPIRUN is None, reason="mpirun is not installed")
 def test_mpirun_gives_the_same_bytes(tmp_path: Path) -> None:
     corpus(tmp_path)
     alone, under_mpi = settings_for(tmp_path, "alone"), settings_for(tmp_path, "mpi")
     prepare(alone, show=False)
-    launcher = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2"]
+    launcher = [str(MPIRUN), "--allow-run-as-root", "--oversubscribe", "-n", "2"]
     done = tool(under_mpi, before=launcher)
     assert done.returncode == 0, done.stderr
     assert result(under_mpi) == result(alone)
