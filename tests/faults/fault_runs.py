@@ -18,12 +18,18 @@ from training_runs import command, environment, losses, run, tensors
 
 from megarlx.checkpoint import iterations, latest, read_manifest, verify
 
-FOUR = ("layout.tensor=2", "layout.data=2")  # what four processes are laid out as
+# How so many processes are laid out.
+LAYOUTS = {
+    1: (),
+    2: ("layout.data=2",),
+    4: ("layout.tensor=2", "layout.data=2"),
+}
 
 
-def settings(steps: int) -> tuple[str, ...]:
+def settings(steps: int, processes: int = 1) -> tuple[str, ...]:
     """A checkpoint at every second step: about as much saving as training."""
     return (
+        *LAYOUTS[processes],
         f"training.steps={steps}",
         "checkpoints.save_every_steps=2",
         "checkpoints.keep_last=2",
@@ -100,7 +106,6 @@ def newest_complete(out: Path) -> Path | None:
 def kill_again_and_again(
     config: Path,
     out: Path,
-    overrides: tuple[str, ...],
     *,
     steps: int,
     kills: int,
@@ -109,7 +114,7 @@ def kill_again_and_again(
     longest_wait: float = 0.1,
 ) -> None:
     """Starts a run and kills it at `kills` moments spread over its steps, then lets it end."""
-    draw = random.Random(seed)
+    draw, overrides = random.Random(seed), settings(steps, processes)
     resumed: Path | None = None
     for number in range(kills):
         background = draw.choice(("true", "false"))

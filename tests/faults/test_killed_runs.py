@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from fault_runs import (
-    FOUR,
     check_same,
     children,
     command,
@@ -30,10 +29,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_config(folder, folder / "world")
 
 
-@pytest.fixture(scope="module")
-def undisturbed_four(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("four")
-    done = run(command(config, out, *settings(SHORT), *FOUR, processes=4))
+def undisturbed(config: Path, out: Path, steps: int, processes: int) -> Path:
+    words = command(config, out, *settings(steps, processes), processes=processes)
+    done = run(words, seconds=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return out
 
@@ -42,60 +40,41 @@ def test_a_run_killed_at_random_moments_ends_as_the_undisturbed_one(
     tmp_path: Path, config: Path
 ) -> None:
     assert train(config, tmp_path / "whole", *settings(SHORT)) == 0
-    kill_again_and_again(config, tmp_path / "killed", settings(SHORT), steps=SHORT, kills=2, seed=0)
+    kill_again_and_again(config, tmp_path / "killed", steps=SHORT, kills=2, seed=0)
     check_same(tmp_path / "killed", tmp_path / "whole", SHORT)
 
 
 @pytest.mark.slow
-def test_a_run_killed_forty_times_ends_as_the_undisturbed_one(tmp_path: Path, config: Path) -> None:
-    assert train(config, tmp_path / "whole", *settings(LONG)) == 0
-    kill_again_and_again(config, tmp_path / "killed", settings(LONG), steps=LONG, kills=40, seed=1)
-    check_same(tmp_path / "killed", tmp_path / "whole", LONG)
-
-
-@pytest.mark.slow
-def test_four_processes_killed_forty_times_end_as_undisturbed_ones(
-    tmp_path: Path, config: Path
+@pytest.mark.parametrize("processes", [1, 4])
+def test_a_run_killed_forty_times_ends_as_the_undisturbed_one(
+    tmp_path: Path, config: Path, processes: int
 ) -> None:
-    words = (*settings(LONG), *FOUR)
-    done = run(command(config, tmp_path / "whole", *words, processes=4), seconds=600)
-    assert done.returncode == 0, done.stdout + done.stderr
+    """With four processes: torchrun and all its workers at once."""
+    whole = undisturbed(config, tmp_path / "whole", LONG, processes)
     kill_again_and_again(
-        config, tmp_path / "killed", words, steps=LONG, kills=40, seed=2, processes=4
+        config, tmp_path / "killed", steps=LONG, kills=40, seed=processes, processes=processes
     )
-    check_same(tmp_path / "killed", tmp_path / "whole", LONG)
+    check_same(tmp_path / "killed", whole, LONG)
 
 
-def kill_ranks(config: Path, out: Path, whole: Path, kills: int, seed: int) -> None:
-    """kill -9 of one rank, several times; the launcher is never told to start again."""
-    draw = random.Random(seed)
-    words = command(config, out, *settings(SHORT), *FOUR, processes=4, restarts=kills)
-    with started(words) as process:
+@pytest.mark.parametrize(
+    ("processes", "kills"), [(2, 1), pytest.param(4, 3, marks=pytest.mark.slow)]
+)
+def test_ranks_that_are_killed_come_back_by_themselves(
+    tmp_path: Path, config: Path, processes: int, kills: int
+) -> None:
+    """kill -9 of one rank after another, under a torchrun that is left alone."""
+    draw, out = random.Random(kills), tmp_path / "killed"
+    overrides = settings(SHORT, processes)
+    words = command(config, out, *overrides, processes=processes, restarts=kills)
+    with started(words) as torchrun:
         for number in range(kills):
-            until_step(process, (number + 1) * SHORT // (kills + 2))
-            ranks = children(process.pid)
-            assert len(ranks) >= 4
-            with_signal(draw.choice(ranks[:4]), signal.SIGKILL)
-            line = ""
-            assert process.stdout is not None
-            for line in process.stdout:
-                if "going on from" in line:
-                    break
-            assert "going on from" in line
-        said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said
-    check_same(out, whole, SHORT)
-
-
-def test_a_rank_that_is_killed_comes_back_by_itself(
-    tmp_path: Path, config: Path, undisturbed_four: Path
-) -> None:
-    kill_ranks(config, tmp_path, undisturbed_four, kills=1, seed=0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2])
-def test_ranks_that_are_killed_three_times_come_back_by_themselves(
-    tmp_path: Path, config: Path, undisturbed_four: Path, seed: int
-) -> None:
-    kill_ranks(config, tmp_path, undisturbed_four, kills=3, seed=seed)
+            until_step(torchrun, (number + 1) * SHORT // (kills + 2))
+            ranks = children(torchrun.pid)[:processes]
+            assert len(ranks) == processes
+            with_signal(draw.choice(ranks), signal.SIGKILL)
+            assert torchrun.stdout is not None
+            assert any("going on from" in line for line in torchrun.stdout)
+        said, _ = torchrun.communicate(timeout=120)
+    assert torchrun.returncode == 0, said
+    check_same(out, undisturbed(config, tmp_path / "whole", SHORT, processes), SHORT)

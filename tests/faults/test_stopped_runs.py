@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from fault_runs import FOUR, check_same, command, run, settings, started, until_step
+from fault_runs import check_same, command, run, settings, started, until_step
 from training_runs import train, write_config
 
 STEPS = 30
@@ -52,7 +52,7 @@ def test_a_signal_finishes_the_step_saves_and_asks_to_be_started_again(
 
 @pytest.mark.slow
 def test_a_signal_to_torchrun_saves_on_all_ranks(tmp_path: Path, config: Path) -> None:
-    overrides = (*settings(STEPS), *FOUR, "checkpoints.save_every_steps=1000")
+    overrides = (*settings(STEPS, 4), "checkpoints.save_every_steps=1000")
     code, said = told_to_stop(command(config, tmp_path, *overrides, processes=4), signal.SIGTERM)
     assert code != 0  # torchrun has codes of its own
     assert "stopped by SIGTERM; saved" in said
