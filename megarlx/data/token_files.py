@@ -235,14 +235,6 @@ class TokenFile:
         }
 
 
-def check_fingerprint(prefix: Path, saved: dict[str, int | str], now: dict[str, int | str]) -> None:
-    """Refuses data that is not what the run was started with."""
-    changed = [k for k in sorted({*saved, *now}) if saved.get(k) != now.get(k)]
-    if changed:
-        what = "; ".join(f"{k} was {saved.get(k)}, is {now.get(k)}" for k in changed)
-        raise TokenFileError(f"{prefix}: the data changed since the run was saved: {what}")
-
-
 def check_tokenizer(prefix: str | Path, fingerprint: str) -> None:
     """Refuses token files that PREFIX.json says were made with another tokenizer. Files without
     a PREFIX.json (other tools' files) say nothing and pass."""

@@ -133,3 +133,31 @@ def test_a_pickle_in_the_place_of_any_file_of_a_run_is_named_and_never_run(
     assert train(config, tmp_path / "run", *settings(STEPS)) == 1
     assert Path(place).name in capsys.readouterr().err
     assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("cut", "documents_problems.bin: is truncated"),
+        ("changed", "problems lies in {world}/documents_problems.bin"),
+        ("foreign", "documents_problems.bin: token"),
+    ],
+)
+def test_damaged_data_is_named_and_never_trained_on(
+    tmp_path: Path, damage: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`foreign`: ids that the vocabulary does not have, in a run that is new."""
+    config, out = write_config(tmp_path, tmp_path / "world"), tmp_path / "run"
+    half(config, out)
+    tokens = tmp_path / "world" / "documents_problems.bin"
+    data = tokens.read_bytes()
+    changed = {
+        "cut": data[:-2],
+        "changed": data[2:4] + data[:2] + data[4:],
+        "foreign": b"\xff" * len(data),
+    }
+    tokens.write_bytes(changed[damage])
+    out = out if damage != "foreign" else tmp_path / "new"
+    assert train(config, out, *settings(STEPS)) == 1
+    assert said.format(world=tmp_path / "world") in capsys.readouterr().err
+    assert not (out / "checkpoints" / "iter_00000006").exists()
