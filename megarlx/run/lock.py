@@ -1,6 +1,6 @@
 """One job at a time in a run's folder.
 
-    with run_lock(run):         # on the first rank, before anything is written
+    with run_lock(run, mesh.world):         # on all ranks; the first one holds it
         ...
 
 Two jobs in one folder clear away each other's unfinished checkpoints and mix their metrics. The
@@ -17,8 +17,11 @@ import socket
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+from megarlx.comm.collectives import gather_values
+from megarlx.comm.groups import Group
 
 NAME = ".lock"
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # some network file systems
@@ -29,7 +32,23 @@ class RunLockedError(ValueError):
 
 
 @contextmanager
-def run_lock(run: Path) -> Iterator[None]:
+def run_lock(run: Path, world: Group) -> Iterator[None]:
+    """Raises on all ranks where the first is refused."""
+    with ExitStack() as held:
+        problem = ""
+        if world.is_first:
+            try:
+                held.enter_context(_locked(run))
+            except RunLockedError as error:
+                problem = str(error)
+        problem = gather_values(problem, world)[0]
+        if problem:
+            raise RunLockedError(problem)
+        yield
+
+
+@contextmanager
+def _locked(run: Path) -> Iterator[None]:
     run.mkdir(parents=True, exist_ok=True)
     path = run / NAME
     with open(path, "a+", encoding="utf-8") as file:
@@ -45,7 +64,7 @@ def run_lock(run: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in UNSUPPORTED:
                 raise
-            warnings.warn(f"{path}: this file system has no locks ({error.strerror})", stacklevel=3)
+            warnings.warn(f"{path}: this file system has no locks ({error.strerror})", stacklevel=5)
         file.truncate(0)
         since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")

@@ -12,14 +12,17 @@ from typing import Any
 
 import pytest
 
+from megarlx.comm.groups import Group
 from megarlx.run.lock import RunLockedError, run_lock
 
+WORLD = Group.alone("world")
 ROOT = Path(__file__).resolve().parents[3]
 HOLD = """
 import sys, time
 from pathlib import Path
 from megarlx.run.lock import run_lock
-with run_lock(Path(sys.argv[1])):
+from megarlx.comm.groups import Group
+with run_lock(Path(sys.argv[1]), Group.alone("world")):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -36,17 +39,17 @@ def test_a_folder_in_use_is_refused_with_its_user_until_that_is_killed(tmp_path:
     try:
         assert holder.stdout.readline() == b"held\n"
         refused = pytest.raises(RunLockedError, match=f"is in use by process {holder.pid} on ")
-        with refused, run_lock(run):
+        with refused, run_lock(run, WORLD):
             pass
-        with run_lock(tmp_path / "runs" / "two"):  # folders do not know each other
+        with run_lock(tmp_path / "runs" / "two", WORLD):  # folders do not know each other
             pass
     finally:
         holder.kill()
         holder.wait()
         holder.stdout.close()
-    with run_lock(run):
+    with run_lock(run, WORLD):
         assert f"process {os.getpid()} on " in (run / ".lock").read_text()
-    with run_lock(run):
+    with run_lock(run, WORLD):
         assert (run / ".lock").read_text().count("\n") == 1
 
 
@@ -57,5 +60,5 @@ def test_a_file_system_without_locks_is_a_warning(
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    with pytest.warns(UserWarning, match="has no locks"), run_lock(tmp_path):
+    with pytest.warns(UserWarning, match="has no locks"), run_lock(tmp_path, WORLD):
         pass
