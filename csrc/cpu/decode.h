@@ -162,14 +162,23 @@ inline void add_weighted(const T* p, const T* values, std::int64_t stride, std::
   }
 }
 
+// Slots are short streams in memory of their own, too short for the hardware to foresee: while one
+// thing is computed, what comes next is asked for.
+inline void fetch_ahead(const void* at, std::int64_t bytes) {
+  const char* next = static_cast<const char*>(at);
+  for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
+}
+
 // out [H, D] += the values of the places [begin, end) of a slot, weighted; scores [H, stride].
 // Every output is one chain from place to place, however many of them are added at once.
 template <class T>
 inline void add_values(const DecodeAttentionArgs& args, const T* scores, std::int64_t stride,
-                       const T* values, std::int64_t begin, std::int64_t end, T* out) {
+                       const T* values, std::int64_t begin, std::int64_t end, T* out,
+                       const T* next_keys) {
   const std::int64_t dim = args.head_dim, kv_width = args.kv_heads * dim;
   const std::int64_t queries_per_key = args.heads / args.kv_heads;
   const auto add = [&](auto count, std::int64_t t) {
+    if (next_keys != nullptr) fetch_ahead(next_keys + t * kv_width, count * kv_width * sizeof(T));
     for (std::int64_t h = 0; h < args.heads; ++h)
       add_weighted<count>(scores + h * stride + t,
                           values + t * kv_width + h / queries_per_key * dim, kv_width, dim,
@@ -218,15 +227,20 @@ void decode_attention_rows(const DecodeAttentionArgs& args, std::int64_t begin, 
         const std::int64_t place = std::min(t + i, position);  // behind the end: read and dropped
         seen[i] = (place < shared ? first_keys : keys) + place * kv_width;
       }
+      if (t >= shared)
+        fetch_ahead(values + t * kv_width, std::min(kDots, n - t) * kv_width * sizeof(T));
       for (std::int64_t h = 0; h < heads; ++h)
         dots(q + h * dim, seen, h / queries_per_key * dim, dim, scores + h * stride + t);
     }
     for (std::int64_t h = 0; h < heads; ++h) softmax(scores + h * stride, n);
     T* out = static_cast<T*>(args.out) + row * q_width;
     std::fill(out, out + q_width, T(0));
-    add_values(args, scores, stride, static_cast<const T*>(args.values) + elsewhere, 0, shared,
-               out);
-    add_values<T>(args, scores, stride, values, shared, n, out);
+    const T* next_keys =
+        row + 1 < end ? static_cast<const T*>(args.keys) + args.slots[row + 1] * places * kv_width
+                      : nullptr;
+    add_values<T>(args, scores, stride, static_cast<const T*>(args.values) + elsewhere, 0, shared,
+                  out, nullptr);
+    add_values<T>(args, scores, stride, values, shared, n, out, next_keys);
   }
 }
 

@@ -38,6 +38,7 @@ class Rows:
         )
         self.last_positions = np.zeros(most, dtype=np.int64)  # of the last token allowed
         self._requests = np.zeros(most, dtype=np.int64)
+        self._before_last = np.zeros(most, dtype=np.int64)  # tokens of the prompt
         self._shared = torch.zeros(2, most, dtype=torch.int64)
         self._shared_is_old = True
         self.sequences: list[Sequence] = []
@@ -67,6 +68,7 @@ class Rows:
         self.host_keys[row] = sequence.sequence_id, len(prompt)
         self.last_positions[row] = len(prompt) + sequence.request.max_new_tokens - 1
         self._requests[row] = sequence.request_index
+        self._before_last[row] = len(prompt) - 1
         self._shared_is_old = True
 
     def remove(self, row: int) -> None:
@@ -76,6 +78,7 @@ class Rows:
             table[row] = table[last]
         self.last_positions[row] = self.last_positions[last]
         self._requests[row] = self._requests[last]
+        self._before_last[row] = self._before_last[last]
         self._shared_is_old = True
         self.sequences[row] = self.sequences[last]
         self.sequences.pop()
@@ -93,7 +96,7 @@ class Rows:
             n = self.live
             _, first, of_row = np.unique(self._requests[:n], return_index=True, return_inverse=True)
             slots.numpy()[:n] = self.host_slots[first[of_row]]
-            lengths.numpy()[:n] = [len(s.request.prompt) - 1 for s in self.sequences]
+            lengths.numpy()[:n] = self._before_last[:n]
             self._shared_is_old = False
         return slots, lengths
 
