@@ -17,7 +17,7 @@ LAYERS = [
     ["data", "generation", "optimizer", "learning_rate", "checkpoint", "metrics", "hf"],
     ["objectives", "averaging", "evaluation"],
     ["trainer"],
-    ["run"],
+    ["planning", "run"],
     ["excursion"],
     ["report", "doctor", "cli", "__main__"],
 ]
