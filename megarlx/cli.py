@@ -29,6 +29,9 @@ COMMANDS: Mapping[str, Command] = {
     "train": Command(
         "megarlx.run.command", "train a run, or go on with it where its folder holds checkpoints"
     ),
+    "plan": Command(
+        "megarlx.planning.command", "memory, messages and time of a layout, without the GPUs"
+    ),
     "doctor": Command(
         "megarlx.doctor.command", "what is installed, built and visible, and how to mend the rest"
     ),

@@ -36,6 +36,15 @@ class StagePart:
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """What a rank of one kind holds."""
+
+    parameters: int  # numbers, vocabulary padding and copies included
+    flat: int  # of the flat buffer, which pads between parameters
+    completes_gradients: bool  # some are parts of a sum over other axes: reduced after backward
+
+
+@dataclass(frozen=True)
 class Job:
     """One layout of one training run. Frozen: a search changes it with `replace`."""
 
@@ -60,6 +69,13 @@ class Job:
     def of(config: Config, gpus: int, *, objectives: int = 1, on_gpu: bool = True) -> Job:
         """The configured layout; data parallelism takes the processes that are left."""
         layout, training = config.layout, config.training
+        if layout.replica != 1:
+            raise LayoutError(
+                f"layout.replica is {layout.replica}; plans are for 1, where every rank runs all "
+                "objectives"
+            )
+        if gpus < 1:
+            raise ValueError(f"gpus is {gpus}; it must be at least 1")
         held = layout.pipeline * layout.tensor
         job = Job(
             config.model,
@@ -86,6 +102,10 @@ class Job:
 
     def check(self, gpus: int | None = None) -> None:
         """Raises LayoutError or ValueError with the numbers and what is near and works."""
+        self.check_layout(gpus)
+        self.check_batch()
+
+    def check_layout(self, gpus: int | None = None) -> None:
         check_layout(
             self.model,
             self.layout,
@@ -95,6 +115,8 @@ class Job:
             stages_per_rank=self.virtual_stages,
             layers_per_stage=self.layers_per_stage,
         )
+
+    def check_batch(self) -> None:
         if self.objectives < 1:
             raise ValueError(f"objectives is {self.objectives}; it must be at least 1")
         at_once = self.sequences_per_microbatch * self.dp
@@ -177,13 +199,39 @@ class Job:
             )
         return layouts
 
-    def parameters(self, rank: int) -> int:
-        """Numbers that a global rank holds, vocabulary padding and copies included."""
-        return sum(prod(layout.shape) for layout in self.parameter_layouts(rank).values())
-
     def flat_layout(self, rank: int) -> FlatLayout:
         order = [(n, p.shape, p.weight_decay) for n, p in self.parameter_layouts(rank).items()]
         return FlatLayout.make(order[::-1], self.dp, self.bucket_elements)
+
+    def kind(self, pp_rank: int) -> tuple[StagePart, ...]:
+        """Pipeline ranks of one kind hold the same shapes: most of a long pipeline does."""
+        return tuple(replace(stage, index=0) for stage in self.stages(pp_rank))
+
+    def kinds(self) -> list[int]:
+        """The first pipeline rank of every kind."""
+        return list({self.kind(pp): pp for pp in reversed(range(self.pp))}.values())
+
+    def sizes(self, pp_rank: int) -> Sizes:
+        kind = self.kind(pp_rank)
+        if kind not in self._sizes:
+            rank = self.layout.rank_at(pp=pp_rank, replica=0, dp=0, tp=0)
+            layouts = self.parameter_layouts(rank).values()
+            self._sizes[kind] = Sizes(
+                sum(prod(layout.shape) for layout in layouts),
+                self.flat_layout(rank).size,
+                any(p.tied or any(piece.sum_gradients for piece in p.pieces) for p in layouts),
+            )
+        return self._sizes[kind]
+
+    @cached_property
+    def _sizes(self) -> dict[tuple[StagePart, ...], Sizes]:
+        return {}
+
+    def cut(self, sequences_per_microbatch: int, recompute: str) -> Job:
+        """The same layout with other pieces of work: its ranks hold the same parameters."""
+        job = replace(self, sequences_per_microbatch=sequences_per_microbatch, recompute=recompute)
+        job.__dict__["_sizes"] = self._sizes
+        return job
 
     @property
     def step_shape(self) -> StepShape:

@@ -6,6 +6,7 @@ memory, libraries and what a product packs for itself are not torch's tensors an
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,7 @@ def measure(job: Job, rank: int = 0) -> Measured:
     if job.on_gpu:
         raise ValueError("measure: the job is planned for a GPU; allowed: a job with on_gpu=False")
     device = torch.device("cpu")
+    gc.collect()  # what an earlier measurement left in cycles must not be released in this one
     with fake_world(rank, job.gpus):
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             trainer = trainer_of(job, build(job, device), device)
@@ -38,7 +40,7 @@ def measure(job: Job, rank: int = 0) -> Measured:
             with torch.profiler.record_function("megarlx: after"):
                 pass
         del trainer
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = profiler.profiler.kineto_results.events()
     begins = {e.name(): e.start_ns() for e in events if e.name().startswith("megarlx: ")}
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     held = peak = 0

@@ -34,7 +34,12 @@ class Rollouts:
     """Generation beside training: how many sequences at once on one copy of the model."""
 
     slots: int
-    longest: int  # tokens of a prompt and its completion
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def longest(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
 
 
 @dataclass(frozen=True)
@@ -64,8 +69,8 @@ class Memory:
 
 def rank_memory(job: Job, rank: int, rollouts: Rollouts | None = None) -> Memory:
     """What a global rank needs."""
-    flat = job.flat_layout(rank)
     pp_rank = job.layout.coordinates(rank)["pp"]
+    numbers = job.sizes(pp_rank).flat
     n = Widths.of(job)
     stages = list(job.stages(pp_rank))
     kept = sum(stage_kept(job, n, stage) for stage in stages)
@@ -73,9 +78,9 @@ def rank_memory(job: Job, rank: int, rollouts: Rollouts | None = None) -> Memory
     backward = layer_backward_workspace(job, n) if any(s.layers for s in stages) else 0
     loss = loss_workspace(job, n) if any(s.head for s in stages) else 0
     return Memory(
-        weights=flat.size * n.e,
-        gradients=flat.size * n.w,
-        optimizer=optimizer_bytes(job, flat.size),
+        weights=numbers * n.e,
+        gradients=numbers * n.w,
+        optimizer=optimizer_bytes(job, numbers),
         activations=kept * flying // len(stages),
         workspace=max(backward, loss),
         batch=job.tokens_per_microbatch * job.microbatches * BYTES_OF_A_TOKEN,
@@ -124,8 +129,9 @@ def kv_cache_bytes(job: Job, pp_rank: int, rollouts: Rollouts) -> int:
 
 
 def worst_rank(job: Job, rollouts: Rollouts | None = None) -> tuple[int, Memory]:
-    """The rank with the highest peak: ranks differ by their place in the pipeline alone."""
-    candidates = [job.layout.rank_at(pp=pp, replica=0, dp=0, tp=0) for pp in range(job.pp)]
+    """The rank with the highest peak. Ranks differ by their place in the pipeline alone, and of
+    those that hold the same shapes the first has the most micro-batches in flight."""
+    candidates = [job.layout.rank_at(pp=pp, replica=0, dp=0, tp=0) for pp in job.kinds()]
     memories = {rank: rank_memory(job, rank, rollouts) for rank in candidates}
     worst = max(memories, key=lambda rank: memories[rank].peak)
     return worst, memories[worst]
