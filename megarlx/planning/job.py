@@ -98,7 +98,12 @@ class Job:
         return job
 
     def changed(self, **changes: Any) -> Job:
-        return replace(self, **changes)
+        """Another layout, or other pieces, of the same model and batch."""
+        job = replace(self, **changes)
+        job.__dict__["_sizes"] = self._sizes
+        if job.objectives == self.objectives:
+            job.__dict__["flops_per_step"] = self.flops_per_step
+        return job
 
     def check(self, gpus: int | None = None) -> None:
         """Raises LayoutError or ValueError with the numbers and what is near and works."""
@@ -212,26 +217,27 @@ class Job:
         return list({self.kind(pp): pp for pp in reversed(range(self.pp))}.values())
 
     def sizes(self, pp_rank: int) -> Sizes:
-        kind = self.kind(pp_rank)
-        if kind not in self._sizes:
+        key = (self.kind(pp_rank), self.tp, self.dp, self.splits_sequence, self.bucket_elements)
+        if key not in self._sizes:
             rank = self.layout.rank_at(pp=pp_rank, replica=0, dp=0, tp=0)
             layouts = self.parameter_layouts(rank).values()
-            self._sizes[kind] = Sizes(
+            self._sizes[key] = Sizes(
                 sum(prod(layout.shape) for layout in layouts),
                 self.flat_layout(rank).size,
                 any(p.tied or any(piece.sum_gradients for piece in p.pieces) for p in layouts),
             )
-        return self._sizes[kind]
+        return self._sizes[key]
 
     @cached_property
-    def _sizes(self) -> dict[tuple[StagePart, ...], Sizes]:
+    def _sizes(self) -> dict[Any, Sizes]:
+        """Known to all jobs that were made from one by `changed`: a search asks again and again."""
         return {}
 
-    def cut(self, sequences_per_microbatch: int, recompute: str) -> Job:
-        """The same layout with other pieces of work: its ranks hold the same parameters."""
-        job = replace(self, sequences_per_microbatch=sequences_per_microbatch, recompute=recompute)
-        job.__dict__["_sizes"] = self._sizes
-        return job
+    @cached_property
+    def flops_per_step(self) -> float:
+        """The model's own, without recomputation."""
+        each = self.model.flops_per_token(self.sequence_length)
+        return each * self.tokens_per_step * self.objectives
 
     @property
     def step_shape(self) -> StepShape:

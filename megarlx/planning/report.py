@@ -46,14 +46,13 @@ def make_plan(
     pp_rank = job.layout.coordinates(rank)["pp"]
     numbers = job.sizes(pp_rank).flat
     counts = range(1, max(2, job.objectives) + 1)
-    each = job.sequences_per_microbatch
     return Plan(
         gpu,
         configured,
         rollouts,
         rollout_time(job, gpu, rollouts),
         kv_cache_bytes(job, pp_rank, rollouts),
-        {r: rank_memory(job.cut(each, r), rank).activations for r in RECOMPUTE},
+        {r: rank_memory(job.changed(recompute=r), rank).activations for r in RECOMPUTE},
         {n: optimizer_bytes(job.changed(objectives=n), numbers) for n in counts},
         {k: v for k, v in _formula(job, rank).items() if v},
         search(job, job.gpus, gpu, rollouts=held, count=best),

@@ -98,11 +98,12 @@ def _pieces(job: Job) -> Iterator[Job]:
     each = 1
     while each <= LARGEST_MICROBATCH:
         try:
-            job.cut(each, "none").check_batch()
+            job.changed(sequences_per_microbatch=each).check_batch()
         except ValueError:
             pass
         else:
-            yield from (job.cut(each, recompute) for recompute in RECOMPUTE)
+            for recompute in RECOMPUTE:
+                yield job.changed(sequences_per_microbatch=each, recompute=recompute)
         each *= 2
 
 

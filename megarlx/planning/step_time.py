@@ -77,8 +77,7 @@ def step_time(job: Job, gpu: Gpu) -> StepTime:
 
 def mfu(job: Job, gpu: Gpu, seconds: float) -> float:
     """The model's own arithmetic, without recomputation, as a share of all GPUs' peak."""
-    flops = job.model.flops_per_token(job.sequence_length) * job.tokens_per_step * job.objectives
-    return flops / (seconds * job.gpus * gpu.flops)
+    return job.flops_per_step / (seconds * job.gpus * gpu.flops)
 
 
 def _microbatch(job: Job, gpu: Gpu, rank: int) -> _Microbatch:
