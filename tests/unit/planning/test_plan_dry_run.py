@@ -39,7 +39,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def test_a_walked_step_sends_what_the_formula_says(
     model: ModelConfig, layout: dict[str, Any]
 ) -> None:
-    job = Job(model, 8, 1, 32, bucket_elements=50_000, **layout)
+    job = Job(model, 4, 1, 32, bucket_elements=50_000, **layout)
     job.check()
     for rank in (0, job.gpus - 1):
         rows = compare(dry_run(job, rank), job)

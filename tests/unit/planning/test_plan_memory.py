@@ -19,8 +19,14 @@ from megarlx.parallel.pipeline_stage import ExchangedStage
 from megarlx.planning.dry_run import build, fake_world, trainer_of
 from megarlx.planning.job import Job
 from megarlx.planning.measure import measure
-from megarlx.planning.memory import Rollouts, in_flight, kv_cache_bytes, optimizer_bytes
-from megarlx.planning.memory import rank_memory, worst_rank
+from megarlx.planning.memory import (
+    Rollouts,
+    in_flight,
+    kv_cache_bytes,
+    optimizer_bytes,
+    rank_memory,
+    worst_rank,
+)
 
 MEASURED = {
     "everything kept": (cpu_job(olmo2()), 0),
