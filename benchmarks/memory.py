@@ -49,7 +49,7 @@ QWEN3 = family_config(
 
 
 def job(model: object, **changes: object) -> Job:
-    batch = {"sequences_per_step": 8, "sequences_per_microbatch": 2, "sequence_length": 512}
+    batch = {"sequences_per_step": 4, "sequences_per_microbatch": 2, "sequence_length": 128}
     made = Job(model, **{**batch, "precision": "fp32", "on_gpu": False, **changes})  # type: ignore[arg-type]
     made.check()
     return made
@@ -57,13 +57,13 @@ def job(model: object, **changes: object) -> Job:
 
 CASES: dict[str, tuple[Job, int]] = {
     "olmo2 22M, everything kept": (job(OLMO2), 0),
-    "llama3 38M, full recomputation": (job(LLAMA3, recompute="full", sequence_length=1024), 0),
+    "llama3 38M, full recomputation": (job(LLAMA3, recompute="full", sequence_length=256), 0),
     "qwen3 tied, selective, 2 objectives, DP 2": (
         job(QWEN3, recompute="selective", objectives=2, dp=2),
         1,
     ),
     "olmo2, TP 2 with sequence parallel": (job(OLMO2, tp=2, sequence_parallel=True), 1),
-    "llama3, PP 4, rank 1 of 1F1B": (job(LLAMA3, pp=4, sequences_per_step=16), 1),
+    "llama3, PP 4, rank 1 of 1F1B": (job(LLAMA3, pp=4, sequences_per_step=8), 1),
 }
 
 
