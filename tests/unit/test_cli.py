@@ -60,7 +60,7 @@ def test_unknown_command_names_the_nearest(capsys):
     said = capsys.readouterr().err
     assert said == (
         "megarlx: unknown command 'docter'; did you mean 'doctor'? "
-        "Commands: config, train, doctor\n"
+        "Commands: config, train, plan, doctor\n"
     )
     assert main(["zzz"]) == 2
     assert "did you mean" not in capsys.readouterr().err
