@@ -1,4 +1,4 @@
-"""Published models with random weights and no two dimensions equal, as `transformers` saves them."""
+"""Published models with random weights and no two dimensions equal, saved by `transformers`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from megarlx.config.model import ModelConfig, RopeScaling
-from megarlx.hf.command import Asked, Converter
 from megarlx.comm.share import Share
+from megarlx.hf.command import Asked, Converter
 
 transformers = pytest.importorskip("transformers")
 
@@ -52,6 +51,7 @@ def published(family: str, *, dtype: torch.dtype = torch.float32, **changes: Any
         "pad_token_id": None,
         "bos_token_id": None,
         "eos_token_id": None,
+        "attn_implementation": "eager",
     }
     config = config_class(**{**values, **changes})
     torch.manual_seed(7)
