@@ -145,9 +145,9 @@ def _marker(job: Conversion, file: PlannedFile) -> Path:
 def _write(job: Conversion, file: PlannedFile, count: Callable[[int], None]) -> None:
     partial = job.made / f"{file.name}{PARTIAL}"
     values = (_values(job.source, block, count) for block in file.blocks)
-    # Two pieces wait for their digest at most: memory stays small however fast the disk is.
+    # Few pieces wait for their digest: memory stays small however fast the disk is.
     saved = write_safetensors_in_parts(
-        partial, [block.entry for block in file.blocks], values, waiting_pieces=2
+        partial, [block.entry for block in file.blocks], values, waiting_pieces=8
     )
     partial.rename(job.made / file.name)
     sync_folder(job.made)

@@ -21,7 +21,7 @@ from megarlx.hf.tensor_file import TensorFile
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle)")
-PART_BYTES = 4 * 2**20  # of a tensor that are in memory at a time, and some of them a few times
+PART_BYTES = 2**20  # of a tensor that are in memory at a time, and some of them a few times
 
 
 class TensorSource(Protocol):
