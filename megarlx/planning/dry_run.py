@@ -21,11 +21,11 @@ from torch import Tensor
 from megarlx.comm.groups import Count, Mesh
 from megarlx.model.build import ParallelModel, build_model
 from megarlx.model.transformer import Recompute
-from megarlx.objectives.interface import Batch
+from megarlx.objectives.interface import Batch, Objective
 from megarlx.ops import LossSpec, TokenLoss, linear_token_loss
 from megarlx.optimizer import AdamSettings
 from megarlx.planning.job import Job
-from megarlx.trainer import TrainedObjective, Trainer
+from megarlx.trainer import TrainedObjective, Trainer, TrainingStage
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -51,7 +51,7 @@ class DryRun:
         }
 
 
-class Shapes:
+class Shapes(Objective):
     """An objective of the right shapes: next-token prediction on the token 0."""
 
     def __init__(self, name: str, job: Job, device: torch.device) -> None:
@@ -81,7 +81,7 @@ class Shapes:
     def state(self) -> dict[str, Any]:
         return {}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: Mapping[str, Any]) -> None:
         pass
 
     def close(self) -> None:
@@ -129,13 +129,11 @@ def build(job: Job, device: torch.device) -> ParallelModel:
 
 def trainer_of(job: Job, model: ParallelModel, device: torch.device) -> Trainer:
     names = ["pretraining"] if job.objectives == 1 else [f"o{i}" for i in range(job.objectives)]
-    return Trainer(
-        model,
-        [
-            TrainedObjective(Shapes(name, job, device), AdamSettings(), lambda step: 1e-3)
-            for name in names
-        ],
-    )
+    objectives = [
+        TrainedObjective(Shapes(name, job, device), AdamSettings(), lambda step: 1e-3)
+        for name in names
+    ]
+    return Trainer(model, [TrainingStage(objectives)])
 
 
 def dry_run(job: Job, rank: int, device: torch.device | str = "meta") -> DryRun:
