@@ -22,7 +22,6 @@ from megarlx.comm.groups import Group
 from megarlx.ops import average_adamw_
 from megarlx.parallel.data_parallel import DataParallel
 
-
 SHARED = "shared"  # whose the moments are where all objectives have the same ones
 
 

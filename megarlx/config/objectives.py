@@ -169,8 +169,7 @@ class StageObjective(OptimizerConfig):
     )
     goes_on: bool = Field(
         default=False,
-        description="Whether it continues what the stage or run before did: moments, data, "
-        "learning-rate course; otherwise all of these begin anew",
+        description="Whether moments, data and course continue those of the stage or run before",
     )
     course_steps: int | None = Field(
         default=None,
@@ -194,8 +193,7 @@ class StageConfig(Section):
     steps: int = Field(ge=1, description="Optimizer steps of the stage")
     combine: Literal["single", "alternate", "average"] = Field(
         default="single",
-        description="single: one objective; alternate: they take turns; average: each makes its "
-        "own update of the same weights, and the weighted sum is applied",
+        description="One objective, several in turn, or the weighted sum of all their updates",
     )
     of: Literal["updates", "gradients"] = Field(
         default="updates",

@@ -59,8 +59,8 @@ def choose_layout(config: Config, world_size: int) -> Layout:
     objectives = max(len(stage.objectives) for stage in config.all_stages)
     if given.replica != 1:
         raise RunError(
-            f"layout.replica is {given.replica}; replicas run one objective each, and the stages of "
-            f"this run have up to {objectives}, placed together: allowed is 1"
+            f"layout.replica is {given.replica}; replicas run one objective each, and the "
+            f"stages of this run have up to {objectives}, placed together: allowed is 1"
         )
     others = given.pipeline * given.replica * given.tensor
     data = given.data if given.data is not None else max(1, world_size // others)

@@ -16,6 +16,7 @@ LAYERS = [
     ["model"],
     ["data", "generation", "optimizer", "learning_rate", "checkpoint", "metrics", "hf"],
     ["objectives", "averaging", "evaluation"],
+    ["stages"],
     ["trainer"],
     ["run"],
     ["excursion"],
