@@ -23,7 +23,7 @@ from megarlx.checkpoint import (
 from megarlx.comm.collectives import all_reduce_
 from megarlx.model.build import ParallelModel
 from megarlx.objectives.interface import Objective
-from megarlx.optimizer import AveragingAdamW, StepReport
+from megarlx.optimizer import SHARED, AveragingAdamW, StepReport
 from megarlx.stages import TrainedObjective, TrainingStage
 
 __all__ = ["TrainedObjective", "Trainer", "TrainingStage"]
@@ -116,36 +116,37 @@ class Trainer:
                 self.positions[name] = 0
                 self.objectives[name].load_state(self._untouched[name])
         self.optimizer = self._optimizer_of(self.stage_index)
-        going_on = self.stages[self.stage_index].going_on | self._kept_for_later(self.stage_index)
+        going_on = self.stage.going_on | self._kept_for_later(self.stage_index)
+        if self.stage.shared_moments and self.stage.going_on:
+            going_on.add(SHARED)
         for name in going_on & set(before.owners) & set(self.optimizer.owners):
             self.optimizer.take_moments(before, name)
 
     def _kept_for_later(self, index: int) -> set[str]:
         """Objectives that a later stage goes on with: their moments wait in this one."""
-        later: set[str] = set()
+        kept: set[str] = set()
+        decided = set(self.stages[index].members)
         for stage in self.stages[index + 1 :]:
-            later |= stage.going_on
-        return later - set(self.stages[index].members)
+            kept |= stage.going_on - decided
+            decided |= set(stage.members)
+        return kept
 
     def _optimizer_of(self, index: int) -> AveragingAdamW:
         stage = self.stages[index]
-        settings = {name: trained.adam for name, trained in stage.members.items()}
-        if not stage.shared_moments:
-            for name in sorted(self._kept_for_later(index)):
-                settings[name] = (
-                    next(s for s in self.stages if name in s.members).members[name].adam
-                )
+        waiting = sorted(self._kept_for_later(index))
         data_parallel = self.model.data_parallel
+        goes_on = {name: trained.goes_on for name, trained in stage.members.items()}
         frozen: dict[str, Tensor] = {}
-        for name, trained in stage.members.items():
-            kept = trained.objective.begin(data_parallel.shard_of_weights(), trained.goes_on)
+        for name, continued in {**goes_on, **dict.fromkeys(waiting, True)}.items():
+            kept = self.objectives[name].begin(data_parallel.shard_of_weights(), continued)
             if kept is not None:
                 frozen[name] = kept
         return AveragingAdamW(
             data_parallel,
-            settings,
+            {name: trained.adam for name, trained in stage.members.items()},
             norm_groups=(self.mesh.tp, self.mesh.pp),
             shared_moments=stage.shared_moments,
+            waiting=waiting,
             frozen=frozen,
         )
 
