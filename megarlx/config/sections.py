@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from megarlx.config.evaluation import EvaluationConfig
 from megarlx.config.model import ModelConfig
 from megarlx.config.objectives import (
     PRETRAINING,
@@ -148,6 +149,9 @@ class Config(Section):
     )
     stages: Annotated[tuple[StageConfig, ...], Field(strict=False)] = Field(
         default=(), description="What is trained in turn, each a [[stages]] table"
+    )
+    evaluation: EvaluationConfig = Field(
+        default=EvaluationConfig(), description="What checkpoints are measured with"
     )
     checkpoints: CheckpointConfig = Field(
         default=CheckpointConfig(), description="When the run is saved, and what is kept"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 EOS = "<eos>"
-UNKNOWN = "\ufffd"
+NO_TEXT = "\ufffd"
 # Looked for, in this order, where nothing says which token ends a document.
 USUAL_EOS = (
     *("<|endoftext|>", "<eos>", "</s>", "<|end_of_text|>", "<|eos|>", "<|im_end|>", "[SEP]"),
@@ -34,13 +34,21 @@ class Tokenizer:
     name: str
     vocab_size: int
     eos_id: int
-    between: ClassVar[str] = ""  # what stands between two pieces of decoded text
 
     def encode(self, text: str, specials: bool = False) -> list[int]:
         raise NotImplementedError
 
     def decode(self, ids: Iterable[int]) -> str:
         raise NotImplementedError
+
+    def decode_sampled(self, ids: Sequence[int]) -> str:
+        """Of what a model drew: its vocabulary may be the larger one (padded up to a round
+        number, say), and an id that has no text becomes U+FFFD."""
+        parts: list[str] = []
+        for known, run in itertools.groupby(ids, key=lambda i: 0 <= i < self.vocab_size):
+            held = list(run)
+            parts.append(self.decode(held) if known else NO_TEXT * len(held))
+        return (" " if self.kind == "words" else "").join(parts)
 
     def definition(self) -> dict[str, Any]:
         """All that is needed to build this tokenizer again, as JSON values."""
@@ -70,14 +78,6 @@ class Tokenizer:
     def has_specials(self, text: str) -> bool:
         """Whether the text writes out a special token."""
         return self.encode(text, specials=True) != self.encode(text)
-
-    def decode_sampled(self, ids: Iterable[int]) -> str:
-        """Of what a model said: it may have more ids than its tokenizer. Those become U+FFFD."""
-        parts = []
-        for known, run in itertools.groupby(ids, key=lambda i: i < self.vocab_size):
-            here = list(run)
-            parts.append(self.decode(here) if known else UNKNOWN * len(here))
-        return self.between.join(parts)
 
     def _ids(self, ids: Iterable[int]) -> list[int]:
         found = [int(i) for i in ids]
@@ -125,7 +125,6 @@ class WordTokenizer(Tokenizer):
     """
 
     kind = "words"
-    between = " "
 
     def __init__(self, words: Sequence[str], name: str = "words") -> None:
         self.name = name

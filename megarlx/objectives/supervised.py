@@ -32,7 +32,7 @@ class Supervised(Objective):
             "tokens": torch.cat([part.inputs for part in parts]),
             "targets": targets,
             "mask": mask,
-            "documents": torch.stack([self._offsets(p.cu_seqlens, *p.inputs.shape) for p in parts]),
+            "documents": _stacked([self._offsets(p.cu_seqlens, *p.inputs.shape) for p in parts]),
         }
         return Batch(
             {name: field.to(self.device, non_blocking=True) for name, field in fields.items()},
@@ -64,3 +64,9 @@ class Supervised(Objective):
 
     def close(self) -> None:
         self.loader.close()
+
+
+def _stacked(offsets: list[Tensor]) -> Tensor:
+    """Micro-batches with fewer documents than others get empty ones at their end."""
+    most = max(map(len, offsets))
+    return torch.stack([torch.cat((o, o[-1:].expand(most - len(o)))) for o in offsets])

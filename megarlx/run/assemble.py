@@ -59,8 +59,8 @@ def choose_layout(config: Config, world_size: int) -> Layout:
     objectives = max(len(stage.objectives) for stage in config.all_stages)
     if given.replica != 1:
         raise RunError(
-            f"layout.replica is {given.replica}; replicas run one objective each, and the "
-            f"stages of this run have up to {objectives}, placed together: allowed is 1"
+            f"layout.replica is {given.replica}; replicas run one objective each, and this run has "
+            f"stages of up to {objectives}, placed together: allowed is 1"
         )
     others = given.pipeline * given.replica * given.tensor
     data = given.data if given.data is not None else max(1, world_size // others)
@@ -77,8 +77,18 @@ def choose_layout(config: Config, world_size: int) -> Layout:
     return layout
 
 
-def assemble(config: Config, out: Path, started: launch.Launch, device: torch.device) -> Run:
-    """Needs `launch.start` to have been called; bad input is found here, before any step."""
+def assemble(
+    config: Config,
+    out: Path,
+    started: launch.Launch,
+    device: torch.device,
+    *,
+    tokenizer_from: Path | None = None,
+) -> Run:
+    """Needs `launch.start` to have been called; bad input is found here, before any step.
+
+    An excursion reads text with the tokenizer of the run that it comes from.
+    """
     training = config.training
     world = None if config.data is None else config.data.world
     layout = choose_layout(config, started.world_size)
@@ -96,7 +106,8 @@ def assemble(config: Config, out: Path, started: launch.Launch, device: torch.de
             write_world(world)
         barrier(mesh.world)
     directory = RunDirectory(out)
-    tokenizer = load_tokenizer_of(config, directory)
+    kept = directory if tokenizer_from is None else RunDirectory(tokenizer_from)
+    tokenizer = load_tokenizer_of(config, kept)
     model = build_model(
         config.model,
         mesh,

@@ -48,9 +48,12 @@ class Parent:
     digest: str
     trunk_tokens: int  # of pre-training, up to there
     tokens: dict[str, int]  # by objective, of all ancestors
+    replayed: str | None = None  # the checkpoint itself, where the parent had not saved it
 
     @property
     def checkpoint(self) -> Path:
+        if self.replayed is not None:
+            return Path(self.replayed)
         return Path(self.run) / "checkpoints" / checkpoint_name(self.iteration)
 
 
@@ -119,9 +122,8 @@ class RunDirectory:
         write_atomically(self.path / "resolved.json", config.to_json())
         if tokenizer is not None and not self.tokenizer.exists():
             tokenizer.save(self.tokenizer)
-        lineage = self.path / "lineage.json"
-        if not lineage.exists():
-            write_atomically(lineage, json.dumps(self._lineage(config), indent=2) + "\n")
+        if not (self.path / "lineage.json").exists():
+            self.write_json("lineage.json", self._lineage(config))
 
     def _lineage(self, config: Config) -> dict[str, Any]:
         return {
@@ -130,12 +132,23 @@ class RunDirectory:
             "trunk_tokens": 0,
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "seed": config.training.seed,
-            "versions": {
-                "megarlx": __version__,
-                "torch": torch.__version__,
-                "python": sys.version.split()[0],
-            },
+            "restored": [],
+            "reset": [],
+            "composition": {},
+            "versions": versions(),
         }
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path / name, json.dumps(value, indent=2) + "\n")
+
+
+def versions() -> dict[str, str]:
+    return {
+        "megarlx": __version__,
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+    }
 
 
 def _differences(saved: Any, now: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:

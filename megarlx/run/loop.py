@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -17,11 +18,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megarlx.checkpoint import latest
 from megarlx.comm.collectives import all_reduce_, gather_values
+from megarlx.config.objectives import PRETRAINING
+from megarlx.data.conversations import Template
+from megarlx.evaluation.suites import Parent as EvaluatedParent
+from megarlx.evaluation.suites import Subject, evaluate, metrics_of
 from megarlx.metrics import MetricsWriter
 from megarlx.objectives.supervised import Supervised
 from megarlx.run.assemble import Run, steps_at_tokens
 from megarlx.run.costs import Costs
 from megarlx.run.directory import RunError
+from megarlx.run.world import world_of
 
 REQUEUE = 75  # exit code of a run that was told to stop, saved, and wants to be started again
 GPU_PEAK_FLOP_PER_SECOND = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
@@ -163,6 +169,11 @@ class _Loop:
                 self.bar.update(self.task, completed=done)
             if stopping and not last:
                 return REQUEUE
+            every = config.evaluation.every_steps
+            if not last and every and done % every == 0:
+                self._evaluate()
+        if config.evaluation.at_end:
+            self._evaluate()
         if self.saved_at < trainer.steps_done:
             self.run.saver.wait()
         return 0
@@ -203,7 +214,11 @@ class _Loop:
         }
         for name in losses:
             values |= trainer.objectives[name].metrics()
-        shown = [f"loss {values[f'loss/{name}']:.4f}" for name in losses]
+        several = len(trainer.objectives) > 1
+        shown = [
+            f"{name if several else ''} loss {values[f'loss/{name}']:.4f}".lstrip()
+            for name in losses
+        ]
         shown += [f"reward {values['rl/reward']:.3f}"] if "rl/reward" in values else []
         text = "  ".join([*shown, f"{values['perf/tokens_per_second']:,.0f} tokens/s"])
         self._say(done, f"{text}  mfu {values['perf/mfu']:.2f}", values)
@@ -228,6 +243,37 @@ class _Loop:
     def _validation_loss(self, data: Supervised) -> float:
         data.loader.consumed_sequences = 0
         return self.run.trainer.evaluate(data)
+
+    def _evaluate(self) -> None:
+        """The suites on the weights as they are; results that are there are not made again."""
+        run, done = self.run, self.run.trainer.steps_done
+        tokens = self.costs.tokens()
+        if run.tokenizer is None:
+            raise RunError("[evaluation] needs a tokenizer: data.tokenizer names none")
+        begun = time.perf_counter()
+        results = evaluate(
+            Subject(
+                run.trainer.model,
+                run.tokenizer,
+                Template(**run.config.template.model_dump()),
+                is_base=not any(n for name, n in tokens.items() if name != PRETRAINING),
+                iteration=done,
+                trunk_tokens=tokens.get(PRETRAINING, 0),
+                world=world_of(run.config),
+            ),
+            run.config.evaluation,
+            run=run.directory.path,
+            parent=self._evaluated_parent(),
+        )
+        values = metrics_of(results)
+        headline = "  ".join(f"{key} {value:.3f}" for key, value in list(values.items())[:6])
+        self._say(done, headline, values)
+        # Not training: neither speed nor cost counts it.
+        self.since = (self.since[0] + time.perf_counter() - begun, self.since[1])
+
+    def _evaluated_parent(self) -> EvaluatedParent | None:
+        parent = self.run.directory.parent
+        return None if parent is None else EvaluatedParent(Path(parent.run), parent.iteration)
 
     def _save(self, *, blocking: bool) -> None:
         trainer = self.run.trainer

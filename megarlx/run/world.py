@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from megarlx.config import Config
 from megarlx.config.objectives import WORLD
 from megarlx.config.run_sections import DataConfig, WorldConfig
 from megarlx.data.synthetic.settings import WorldSettings
-from megarlx.data.synthetic.tokens import write_world_files
+from megarlx.data.synthetic.tokens import DESCRIPTION, write_world_files
+from megarlx.data.synthetic.world import World
 from megarlx.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from megarlx.run.directory import RunDirectory, RunError
 
@@ -40,12 +42,16 @@ def world_data(data: DataConfig, world: WorldConfig) -> DataConfig:
     return DataConfig.model_validate({**data.model_dump(), **changes})
 
 
+def settings_of(world: WorldConfig) -> WorldSettings:
+    return WorldSettings.from_json({"seed": world.seed, **world.settings})
+
+
 def write_world(world: WorldConfig) -> None:
     shares = world_shares(world)
     total = sum(shares.values())
     documents = {k: max(1, round(world.documents * s / total)) for k, s in shares.items() if s > 0}
     write_world_files(
-        WorldSettings.from_json({"seed": world.seed, **world.settings}),
+        settings_of(world),
         Path(world.folder),
         documents,
         world.held_out_documents,
@@ -89,3 +95,14 @@ def load_tokenizer_of(config: Config, directory: RunDirectory) -> Tokenizer | No
             f"{tokenizer.vocab_size} ids"
         )
     return tokenizer
+
+
+def world_of(config: Config) -> World | None:
+    """The synthetic world that the run was trained on, with its tests."""
+    if config.data is None or config.data.world is None:
+        return None
+    written = Path(config.data.world.folder) / DESCRIPTION
+    if not written.exists():
+        return World(settings_of(config.data.world))
+    settings = json.loads(written.read_text(encoding="utf-8"))["settings"]
+    return World(WorldSettings.from_json(settings))
