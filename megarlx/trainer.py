@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from megarlx.checkpoint import (
 )
 from megarlx.comm.collectives import all_reduce_
 from megarlx.model.build import ParallelModel
-from megarlx.objectives.interface import Objective
+from megarlx.objectives.interface import Objective, Work
 from megarlx.optimizer import SHARED, AveragingAdamW, StepReport
 from megarlx.stages import TrainedObjective, TrainingStage
 
@@ -159,6 +160,7 @@ class Trainer:
             "stage": self.stage_index,
             "positions": dict(self.positions),
             "tokens": {name: int(tokens) for name, tokens in self.tokens.items()},
+            "work": {name: asdict(one.work) for name, one in self.objectives.items()},
             "optimizer": self.optimizer.state(),
             "objectives": {name: one.state() for name, one in self.objectives.items()},
             "shares": self.stage.state(),
@@ -181,6 +183,8 @@ class Trainer:
         self._restore(loaded, self.objectives)
         for name, tokens in _part(loaded, "tokens").items():
             self.tokens[name].fill_(tokens)
+        for name, work in _part(loaded, "work").items():
+            self.objectives[name].work = Work(**work)
         self.optimizer.restore(_part(loaded, "optimizer"))
         self.stage.load_state(_part(loaded, "shares"))
         self.steps_done = steps
