@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from timing import Row, machine, write_json
 
 from megarlx.checkpoint import Saver
 from megarlx.comm.groups import Mesh
@@ -53,8 +56,11 @@ class Task:
 
     @property
     def tokenizer(self) -> WordTokenizer:
-        words = [*["question", ":", "+", "!", "####"], *["=", "is", "so", "answer", "result", "says"]]
-        return WordTokenizer([*words, *map(str, range(2 * self.largest - 1))])
+        words = {word: None for form in FORMATS for word in form.format("").split()}
+        numbers = map(str, range(2 * self.largest - 1))
+        return WordTokenizer(
+            list(dict.fromkeys([*["question", ":", "+", "answer"], *words, *numbers]))
+        )
 
     @property
     def conversations(self) -> list[Conversation]:
@@ -170,34 +176,53 @@ def learn(
 
 
 def report(found: Sequence[Outcome], start_seconds: float, arguments: argparse.Namespace) -> str:
+    pairs, questions = len(Task().pairs), len(Task().prompts(held_out=True))
     lines = [
-        "| seed | held-out pass@1 before | after | RL seconds | reward, first 5 steps | last 5 |",
+        "# Reinforcement learning from a start checkpoint",
+        "",
+        f"Command: `python {' '.join(sys.argv)}`",
+        "",
+        *(f"- {name.replace('_', ' ')}: {value}" for name, value in machine().items()),
+        "",
+        f"Sums of two numbers below {Task().largest}, {len(FORMATS)} ways to answer, one of them "
+        f"rewarded. The start checkpoint ({arguments.start_steps} supervised steps on all {pairs} "
+        f"sums in all formats, {start_seconds:.0f} s here) knows the sums and answers in any "
+        f"format. Then {arguments.steps} steps of GRPO, {arguments.prompts} questions of "
+        f"{arguments.samples} samples each, lr {arguments.lr:g}, without the {questions} "
+        f"held-out questions. On those: pass@1 at temperature 1, {SAMPLES} samples of each. The "
+        "seed is that of the questions' order and of all samples.",
+        "",
+        "| seed | held-out pass@1 before | after | seconds of RL | reward, steps 1–5 | last 5 |",
         "|---|---|---|---|---|---|",
     ]
     for one in found:
         first, last = sum(one.rewards[:5]) / 5, sum(one.rewards[-5:]) / 5
-        lines.append(
-            f"| {one.seed} | {one.before:.3f} | {one.after:.3f} | {one.seconds:.1f} | {first:.3f} | "
-            f"{last:.3f} |"
-        )
-    return "\n".join(
-        [
-            f"Start checkpoint: {arguments.start_steps} steps, {start_seconds:.0f} s. RL: GRPO with "
-            f"{arguments.prompts} questions of {arguments.samples} samples a step, "
-            f"{arguments.steps} steps, lr {arguments.lr:g}. Held out: a quarter of the 100 sums, "
-            f"{SAMPLES} samples of each.",
-            "",
-            *lines,
-            "",
-        ]
-    )
+        numbers = (one.before, one.after, one.seconds, first, last)
+        texts = [f"{x:.1f}" if x is one.seconds else f"{x:.3f}" for x in numbers]
+        lines.append(f"| {one.seed} | " + " | ".join(texts) + " |")
+    return "\n".join([*lines, ""])
+
+
+def rows(found: Sequence[Outcome]) -> list[Row]:
+    return [
+        {
+            "name": "held-out pass@1 after RL",
+            "size": f"seed {one.seed}, {one.seconds:.1f} s",
+            "ours": one.after,
+            "baseline": one.before,
+            "baseline_name": "start checkpoint",
+            "ratio": one.after / one.before,
+            "unit": "pass@1",
+        }
+        for one in found
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--start-steps", type=int, default=400)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--start-steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -218,6 +243,10 @@ def main() -> None:
             print(f"seed {seed}: {one.before:.3f} -> {one.after:.3f} in {one.seconds:.1f} s")
     text = report(found, start_seconds, arguments)
     print(text)
+    if arguments.markdown is not None:
+        arguments.markdown.write_text(text, encoding="utf-8")
+    if arguments.json is not None:
+        write_json(arguments.json, machine(), rows(found))
 
 
 if __name__ == "__main__":
