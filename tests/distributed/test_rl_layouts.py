@@ -13,10 +13,13 @@ import torch
 from grid import chunks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit" / "objectives"))
-from rl_cases import config, early_word, model, prompts, reinforcement, trainer_of
+from rl_cases import WORDS, config, early_word, model, prompts, reinforcement, trainer_of
 
 from megarlx.checkpoint import Saver, latest
 from megarlx.comm.groups import Mesh
+from megarlx.data.conversations import Template
+from megarlx.data.prompts import PromptData
+from megarlx.data.tokenizer import WordTokenizer
 from megarlx.objectives.rewards import RewardError
 from megarlx.objectives.samples import Sample
 from megarlx.trainer import Trainer
@@ -160,21 +163,19 @@ def test_a_run_resumes_inside_of_a_rollout_bit_for_bit(
 
 
 def failing_for_some(samples: list[Sample]) -> list[float]:
-    """Those of the second prompt drawn, which one data rank has."""
-    if any(sample.metadata["number"] == samples_fail_for() for sample in samples):
+    """For the second prompt drawn, which only one data rank has."""
+    data = PromptData(prompts(), Template(), WordTokenizer(WORDS), 5, name="rl")
+    second = data.take(2)[1].prompt
+    if any(sample.prompt == second.question for sample in samples):
         raise RuntimeError("the judge of this one is away")
     return early_word(samples)
 
 
-def samples_fail_for() -> int:
-    one = reinforcement(config(), model())
-    number: int = one.sampler.prompts.take(2)[1].prompt.metadata["number"]
-    return number
-
-
-def stopped(axes: dict[str, int], reward: str, workers: int) -> str:
-    given = config(rewards=[{"function": reward, "workers": workers}], reward_failures_allowed=0.0)
-    one = reinforcement(given, model(mesh=mesh_of(axes)), questions=prompts())
+def stopped(axes: dict[str, int], rewards: list[str], workers: int) -> str:
+    """Each data rank with a reward of its own."""
+    mesh = mesh_of(axes)
+    reward = {"function": rewards[mesh.dp.rank], "workers": workers, "name": "judge"}
+    one = reinforcement(config(rewards=[reward]), model(mesh=mesh))
     try:
         trainer_of(one).step()
     except RewardError as error:
@@ -188,14 +189,15 @@ def stopped(axes: dict[str, int], reward: str, workers: int) -> str:
 def test_a_reward_that_fails_on_one_rank_stops_all_with_its_message(
     run: Callable[..., Any], axes: dict[str, int]
 ) -> None:
-    for said in run(size(axes), stopped, axes, "test_rl_layouts:failing_for_some", 0):
-        assert "failed on " in said
+    for said in run(size(axes), stopped, axes, ["test_rl_layouts:failing_for_some"] * 2, 0):
+        assert "failed on 4 of 16 samples; allowed are 10%" in said
         assert "the judge of this one is away" in said
 
 
-@pytest.mark.parametrize("axes", [{"dp": 2}, {"tp": 2}], ids=str)
-def test_a_reward_that_cannot_be_started_stops_all(
+@pytest.mark.parametrize("axes", [{"dp": 2}, {"dp": 2, "tp": 2}], ids=str)
+def test_a_reward_that_cannot_be_started_on_one_rank_stops_all(
     run: Callable[..., Any], axes: dict[str, int]
 ) -> None:
-    for said in run(size(axes), stopped, axes, "nowhere_to_be_found:reward", 1):
+    rewards = ["rl_cases:early_word", "nowhere_to_be_found:reward"]
+    for said in run(size(axes), stopped, axes, rewards, 1):
         assert "reward nowhere_to_be_found:reward: could not start" in said

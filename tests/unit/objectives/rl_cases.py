@@ -105,7 +105,13 @@ def reinforcement(
     engine = Engine.of(policy, slots=given.slots, longest=32, detokenize=tokenizer.decode_sampled)
     data = PromptData(questions or prompts(), Template(), tokenizer, seed, name=name)
     sampler = Sampler(
-        given, lambda: engine, data, tokenizer, Rewards(given.rewards), policy.mesh, seed
+        given,
+        lambda: engine,
+        data,
+        tokenizer,
+        Rewards(given.rewards, given.reward_failures_allowed),
+        policy.mesh,
+        seed,
     )
     return Reinforcement(name, given, policy, sampler)
 
