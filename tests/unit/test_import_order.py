@@ -19,8 +19,9 @@ LAYERS = [
     ["stages"],
     ["trainer"],
     ["run"],
-    ["excursion"],
-    ["report", "doctor", "cli", "__main__"],
+    ["report", "doctor"],
+    ["sweeps"],
+    ["cli", "__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
