@@ -57,9 +57,11 @@ class AveragingAdamW:
         norm_groups: Sequence[Group],
         *,
         shared_moments: bool = False,
+        waiting: Sequence[str] = (),
         frozen: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """`frozen` shards are saved and restored beside the weights (a reference policy's, say)."""
+        """`waiting` objectives are not trained, but keep their moments for later; `frozen` shards
+        are saved and restored beside the weights (a reference policy's, say)."""
         if not settings:
             raise ValueError("an optimizer needs at least one objective")
         self.data_parallel, self.settings = data_parallel, dict(settings)
@@ -77,7 +79,7 @@ class AveragingAdamW:
             return torch.zeros(size, dtype=dtype, device=weights.device)
 
         names = list(self.settings)
-        self.owners = [SHARED] if shared_moments else names  # of moments
+        self.owners = [*([SHARED] if shared_moments else names), *waiting]  # of moments
         self.exp_avgs = {name: zeros() for name in self.owners}
         self.exp_avg_sqs = {name: zeros() for name in self.owners}
         self.steps = torch.zeros(len(self.owners), dtype=torch.int64, device=weights.device)

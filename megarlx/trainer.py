@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ from megarlx.checkpoint import (
 )
 from megarlx.comm.collectives import all_reduce_
 from megarlx.model.build import ParallelModel
-from megarlx.objectives.interface import Objective
-from megarlx.optimizer import AveragingAdamW, StepReport
+from megarlx.objectives.interface import Objective, Work
+from megarlx.optimizer import SHARED, AveragingAdamW, StepReport
 from megarlx.stages import TrainedObjective, TrainingStage
 
 __all__ = ["TrainedObjective", "Trainer", "TrainingStage"]
@@ -116,36 +117,37 @@ class Trainer:
                 self.positions[name] = 0
                 self.objectives[name].load_state(self._untouched[name])
         self.optimizer = self._optimizer_of(self.stage_index)
-        going_on = self.stages[self.stage_index].going_on | self._kept_for_later(self.stage_index)
+        going_on = self.stage.going_on | self._kept_for_later(self.stage_index)
+        if self.stage.shared_moments and self.stage.going_on:
+            going_on.add(SHARED)
         for name in going_on & set(before.owners) & set(self.optimizer.owners):
             self.optimizer.take_moments(before, name)
 
     def _kept_for_later(self, index: int) -> set[str]:
         """Objectives that a later stage goes on with: their moments wait in this one."""
-        later: set[str] = set()
+        kept: set[str] = set()
+        decided = set(self.stages[index].members)
         for stage in self.stages[index + 1 :]:
-            later |= stage.going_on
-        return later - set(self.stages[index].members)
+            kept |= stage.going_on - decided
+            decided |= set(stage.members)
+        return kept
 
     def _optimizer_of(self, index: int) -> AveragingAdamW:
         stage = self.stages[index]
-        settings = {name: trained.adam for name, trained in stage.members.items()}
-        if not stage.shared_moments:
-            for name in sorted(self._kept_for_later(index)):
-                settings[name] = (
-                    next(s for s in self.stages if name in s.members).members[name].adam
-                )
+        waiting = sorted(self._kept_for_later(index))
         data_parallel = self.model.data_parallel
+        goes_on = {name: trained.goes_on for name, trained in stage.members.items()}
         frozen: dict[str, Tensor] = {}
-        for name, trained in stage.members.items():
-            kept = trained.objective.begin(data_parallel.shard_of_weights(), trained.goes_on)
+        for name, continued in {**goes_on, **dict.fromkeys(waiting, True)}.items():
+            kept = self.objectives[name].begin(data_parallel.shard_of_weights(), continued)
             if kept is not None:
                 frozen[name] = kept
         return AveragingAdamW(
             data_parallel,
-            settings,
+            {name: trained.adam for name, trained in stage.members.items()},
             norm_groups=(self.mesh.tp, self.mesh.pp),
             shared_moments=stage.shared_moments,
+            waiting=waiting,
             frozen=frozen,
         )
 
@@ -158,6 +160,7 @@ class Trainer:
             "stage": self.stage_index,
             "positions": dict(self.positions),
             "tokens": {name: int(tokens) for name, tokens in self.tokens.items()},
+            "work": {name: asdict(one.work) for name, one in self.objectives.items()},
             "optimizer": self.optimizer.state(),
             "objectives": {name: one.state() for name, one in self.objectives.items()},
             "shares": self.stage.state(),
@@ -180,6 +183,8 @@ class Trainer:
         self._restore(loaded, self.objectives)
         for name, tokens in _part(loaded, "tokens").items():
             self.tokens[name].fill_(tokens)
+        for name, work in _part(loaded, "work").items():
+            self.objectives[name].work = Work(**work)
         self.optimizer.restore(_part(loaded, "optimizer"))
         self.stage.load_state(_part(loaded, "shares"))
         self.steps_done = steps

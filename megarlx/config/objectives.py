@@ -169,8 +169,7 @@ class StageObjective(OptimizerConfig):
     )
     goes_on: bool = Field(
         default=False,
-        description="Whether it continues what the stage or run before did: moments, data, "
-        "learning-rate course; otherwise all of these begin anew",
+        description="Whether moments, data and course continue those of the stage or run before",
     )
     course_steps: int | None = Field(
         default=None,
@@ -194,8 +193,7 @@ class StageConfig(Section):
     steps: int = Field(ge=1, description="Optimizer steps of the stage")
     combine: Literal["single", "alternate", "average"] = Field(
         default="single",
-        description="single: one objective; alternate: they take turns; average: each makes its "
-        "own update of the same weights, and the weighted sum is applied",
+        description="One objective, several in turn, or the weighted sum of all their updates",
     )
     of: Literal["updates", "gradients"] = Field(
         default="updates",
@@ -218,6 +216,17 @@ class StageConfig(Section):
     @property
     def label(self) -> str:
         return self.name or "+".join(self.objectives)
+
+    def steps_of(self, objective: str) -> int:
+        """How many of the steps train it."""
+        if self.combine != "alternate":
+            return self.steps
+        rounds, left = divmod(self.steps, sum(one.turns for one in self.objectives.values()))
+        for name, one in self.objectives.items():
+            if name == objective:
+                return rounds * one.turns + min(left, one.turns)
+            left = max(left - one.turns, 0)
+        raise KeyError(objective)
 
     def problems(self) -> list[tuple[str, str]]:
         found = []

@@ -40,8 +40,7 @@ class PolicyConfig(Section):
     )
     advantage: Literal["grpo", "dr_grpo", "rloo"] = Field(
         default="grpo",
-        description="Reward minus its group's mean; grpo: over the group's standard deviation; "
-        "rloo: minus the mean of the others",
+        description="Reward minus its group's mean; grpo: over the deviation; rloo: minus others'",
     )
     drop_uninformative: bool = Field(
         default=False, description="Groups whose rewards are all equal are replaced by new ones"
@@ -64,8 +63,7 @@ class PolicyConfig(Section):
     aggregation: Literal["token_mean", "sequence_mean", "sequence_sum", "sequence_sum_fixed"] = (
         Field(
             default="token_mean",
-            description="Mean over all tokens, or over sequences of their tokens' mean, sum, or "
-            "sum over the longest length allowed",
+            description="Mean of tokens; or of sequences' means, sums, or sums by the length limit",
         )
     )
     kl: Literal["none", "k1", "k2", "k3"] = Field(
@@ -86,8 +84,7 @@ class PolicyConfig(Section):
     )
     overlong: Literal["keep", "mask", "penalty"] = Field(
         default="keep",
-        description="Samples that end at the length limit: as others, not learned from, or with a "
-        "reward that falls over the last overlong_buffer tokens",
+        description="Samples that end at the limit: as others, not learned, or with less reward",
     )
     overlong_buffer: float = Field(
         default=0.2, gt=0, le=1, description="Share of the length limit in which the penalty grows"

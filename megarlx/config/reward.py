@@ -25,8 +25,7 @@ class RewardConfig(Section):
     """A reward function, called with a list of samples for a list of rewards."""
 
     function: str = Field(
-        description="module:function, module:Class (called with options first), or a short name: "
-        + ", ".join(BUILT_IN)
+        description="module:function, module:Class made with options, or a name of docs/rl.md"
     )
     weight: float = Field(default=1.0, description="Factor of this reward in the sum of all")
     name: str | None = Field(

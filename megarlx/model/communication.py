@@ -118,7 +118,7 @@ def _pipeline(
 
 
 def _gradients(layouts: Mapping[str, ParameterLayout], layout: Layout, step: StepShape) -> Sent:
-    """Partial gradients made whole, then reduced over data parallelism; and the normaliser."""
+    """Partial gradients made whole, then reduced over data parallelism; weight and tokens."""
     sent: Sent = Counter()
     parts = sum(
         prod(piece.shape) * (layout.tp // len(piece.replicated_over))
@@ -134,7 +134,7 @@ def _gradients(layouts: Mapping[str, ParameterLayout], layout: Layout, step: Ste
     for start, stop in _flat(layouts, layout, step).buckets:
         whole = (stop - start) * step.wide_bytes
         sent["dp", "reduce_scatter"] += bytes_sent("reduce_scatter", layout.dp, whole)
-    sent["dp", "all_reduce"] += bytes_sent("all_reduce", layout.dp, 8)
+    sent["dp", "all_reduce"] += bytes_sent("all_reduce", layout.dp, 2 * 8)
     return sent
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megarlx.comm.collectives import all_reduce_
+from megarlx.comm.collectives import all_reduce_, gather_values
 from megarlx.comm.groups import Group
 from megarlx.config.reward import RewardConfig
 from megarlx.objectives.reward_process import Failure, RewardError, RewardPool
@@ -60,7 +60,12 @@ class Rewards:
 
     def score(self, samples: list[Sample], group: Group | None = None) -> Scored:
         """With a group, all its ranks call this together, and stop together."""
-        outcomes = {label: pool.score(samples) for label, pool in self._pools.items()}
+        outcomes, problem = {}, ""
+        try:
+            outcomes = {label: pool.score(samples) for label, pool in self._pools.items()}
+        except RewardError as error:  # a reward that cannot be started
+            problem = str(error)
+        _stop_together(problem, group)
         failures = [f for outcome in outcomes.values() for f in outcome.failures.values()]
         self._stop_if_too_many(failures, len(samples), group)
         totals = []
@@ -84,21 +89,30 @@ class Rewards:
         if group is not None:
             table = all_reduce_(table.to(torch.int64), group)
         *failed, total = table.tolist()
+        problem = ""
         for label, count in zip(self.configs, failed, strict=True):
-            if count <= self.allowed_failures * total:
+            if problem or count <= self.allowed_failures * total:
                 continue
-            message = (
+            problem = (
                 f"reward {self.configs[label].function}: failed on {count} of {total} samples; "
                 f"allowed are {self.allowed_failures:.0%}"
             )
             mine = next((f for f in failures if f.reward == label), None)
             if mine is not None:
-                message += f". The first ({mine.kind}: {mine.detail}) had {_shown(mine.sample)}"
-            raise RewardError(message)
+                problem += f". The first ({mine.kind}: {mine.detail}) had {_shown(mine.sample)}"
+        _stop_together(problem, group)
 
     def close(self) -> None:
         for pool in self._pools.values():
             pool.close()
+
+
+def _stop_together(problem: str, group: Group | None) -> None:
+    """The most that any rank has to say, on all of them."""
+    if group is not None:
+        problem = max(gather_values(problem, group), key=len)
+    if problem:
+        raise RewardError(problem)
 
 
 def _shown(sample: Sample) -> str:

@@ -7,7 +7,7 @@ the end of a step is part of the state, so that a run can stop and go on anywher
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -124,7 +124,6 @@ class Reinforcement(Objective):
             "prompts": self.sampler.prompts.state(),
             "rollouts": self.rollouts,
             "used": self.used,
-            "work": asdict(self.work),
             "signal": self._signal,
             "rollout": None,
         }
@@ -146,8 +145,6 @@ class Reinforcement(Objective):
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.sampler.prompts.load_state(state["prompts"])
         self.rollouts, self.used = int(state["rollouts"]), int(state["used"])
-        self.work.generated_tokens = float(state["work"]["generated_tokens"])
-        self.work.forward_tokens = float(state["work"]["forward_tokens"])
         self._signal = state["signal"]
         self._minibatch, self._layout, self._seen = None, None, []
         self.current, kept = None, state["rollout"]

@@ -145,19 +145,15 @@ def training_stage(config: StageConfig, objectives: ObjectiveMaker) -> TrainingS
             f"stage '{config.label}': placement is '{config.placement}' with sync_every "
             f"{config.sync_every}; implemented are 'colocated' and 1"
         )
-    turns = sum(one.turns for one in config.objectives.values())
     members = []
     for name, one in config.objectives.items():
-        steps = config.steps
-        if config.combine == "alternate":
-            steps = -(-steps * one.turns // turns)
         adam = AdamSettings(
             betas=one.betas,
             eps=one.eps,
             weight_decay=one.weight_decay,
             clip_norm=one.clip_norm or None,
         )
-        rate = learning_rate(one, one.course_steps or steps)
+        rate = learning_rate(one, one.course_steps or config.steps_of(name))
         members.append(
             TrainedObjective(objectives[name], adam, rate, turns=one.turns, goes_on=one.goes_on)
         )

@@ -9,9 +9,9 @@ import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -129,12 +129,22 @@ def _check_nothing_goes_on(run: Run) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Trained:
+    """An objective's last step, on the device until it is logged."""
+
+    loss: torch.Tensor
+    gradient_norm: torch.Tensor
+    learning_rate: float
+
+
 class _Loop:
     def __init__(self, run: Run, costs: Costs, writer: MetricsWriter | None, log: RankLog) -> None:
         self.run, self.writer, self.log = run, writer, log
         self.listed = set(steps_at_tokens(run.config))
         self.skipped_in_a_row: dict[str, int] = dict.fromkeys(run.trainer.objectives, 0)
         self.skipped = 0
+        self.recent: dict[str, _Trained] = {}
         self.bar: Progress | None = None
         self.since = (time.perf_counter(), run.trainer.steps_done)
         self.costs = costs
@@ -168,8 +178,12 @@ class _Loop:
             done = trainer.steps_done
             last = done == steps
             self._check_finite(report.found_inf)
+            for name, loss in losses.items():
+                self.recent[name] = _Trained(
+                    loss, report.gradient_norms[name], trainer.last_rates[name]
+                )
             if last or done % config.logging.log_every_steps == 0:
-                self._log(losses, report)
+                self._log()
             every = config.logging.compare_replicas_every_steps
             if every and done % every == 0:
                 self._compare_replicas()
@@ -213,15 +227,18 @@ class _Loop:
                     f"{self.run.config.logging.skipped_updates_allowed}"
                 )
 
-    def _log(self, losses: dict[str, torch.Tensor], report: Any) -> None:
-        trainer = self.run.trainer
+    def _log(self) -> None:
+        """Of every objective's last step since it was last logged: they may have taken turns."""
+        trainer, recent = self.run.trainer, self.recent
+        self.recent = {}
+        losses = {name: one.loss for name, one in recent.items()}
         values = {f"loss/{name}": value for name, value in trainer.global_loss(losses).items()}
         now, done = time.perf_counter(), trainer.steps_done
         seconds, steps = now - self.since[0], done - self.since[1]
         self.since = (now, done)
         spent = self.costs.since_last(seconds)
-        values |= {f"grad_norm/{n}": float(v) for n, v in report.gradient_norms.items()}
-        values |= {f"lr/{n}": trainer.last_rates[n] for n in losses}
+        values |= {f"grad_norm/{n}": float(one.gradient_norm) for n, one in recent.items()}
+        values |= {f"lr/{n}": one.learning_rate for n, one in recent.items()}
         values |= {f"share/{n}": share for n, share in (trainer.last_shares or {}).items()}
         values |= {
             "perf/tokens_per_second": spent["trained_tokens"] / seconds,

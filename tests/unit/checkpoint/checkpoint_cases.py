@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from megarlx.checkpoint import FlatShards, Loaded, Saved, Saver
+from megarlx.checkpoint import FlatShards, Saved, Saver
 from megarlx.checkpoint.manifest import NAME, sign
 from megarlx.comm.groups import Group, Mesh
 from megarlx.config.model import family_config
@@ -37,17 +36,6 @@ class Sequences:
 
     def tokens_by_source(self, consumed_sequences: int) -> dict[str, int]:
         return {"random": consumed_sequences * 8}
-
-
-def objectives_of(one: Trainer) -> dict[str, Any]:
-    return {name: trained.objective.state() for name, trained in one.objectives.items()}
-
-
-def resume(one: Trainer, checkpoint: Path) -> Loaded:
-    loaded = one.resume(checkpoint)
-    for name, trained in one.objectives.items():
-        trained.objective.load_state(loaded.state["run"][name])
-    return loaded
 
 
 def trainer(
