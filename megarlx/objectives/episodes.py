@@ -88,8 +88,9 @@ class EpisodeBatch:
                 f"episodes: tasks have {sorted(set(sizes.values()))} episodes; each must have as "
                 "many as the others, and there must be some"
             )
-        rewards, step_rewards, episode_of_turn, observations = [], [], [], []
-        kept, turn_of_token = [], []
+        rewards: list[float] = []
+        step_rewards: list[float] = []
+        episode_of_turn, observations, kept, turn_of_token = [], [], [], []
         for place, episode in enumerate(ordered):
             taken = [t.reward - (0 if t.valid else invalid_action_penalty) for t in episode.turns]
             lost = episode.failure is not None

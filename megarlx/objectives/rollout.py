@@ -7,7 +7,7 @@ the generation (generation/episodes.py), and before and after it as JSON.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,6 +72,7 @@ class Rollout:
     def run(self, starts: Sequence[Start], sampling: SamplingSettings, seed: int) -> list[Episode]:
         """The episodes of all starts in their order, lost ones too."""
         self.records: dict[int, _Record] = {}
+        self.broken: BrokenEnvironment | None = None
         prompts = self._shared(lambda: self._begin(starts))
         requests = [
             Request(ids, sequence_ids, self.config.max_turn_tokens) for ids, sequence_ids in prompts
@@ -138,11 +139,22 @@ class Rollout:
     def _on_turns_end(self, ends: list[TurnEnd]) -> list[Sequence[int] | None]:
         assert self.pool is not None
         actions = {end.sequence_id: self._action(end) for end in ends}
-        outcomes = self.pool.step(actions)
+        outcomes = self._stepped(self.pool, actions)
+        answers: list[Sequence[int] | None]
         answers = [self._answer(end, actions, outcomes[end.sequence_id]) for end in ends]
         over = [e.sequence_id for e, answer in zip(ends, answers, strict=True) if answer is None]
         self.pool.end(over)
         return answers
+
+    def _stepped(self, pool: EnvironmentPool, actions: dict[int, str]) -> dict[int, Outcome]:
+        """In the middle of generation other ranks wait: they are told at its end, with `broken`,
+        that no process can be started any more."""
+        if self.broken is None:
+            try:
+                return pool.step(actions)
+            except BrokenEnvironment as error:
+                self.broken = error
+        return {sequence_id: Failure("not_asked", str(self.broken)) for sequence_id in actions}
 
     def _action(self, end: TurnEnd) -> str:
         tokens = end.tokens[:-1] if end.tokens[-1] == self.tokenizer.eos_id else end.tokens
@@ -191,6 +203,8 @@ class Rollout:
 
     def _finished(self) -> dict[int, dict[str, Any]]:
         assert self.pool is not None
+        if self.broken is not None:
+            raise self.broken
         self.pool.end(self.records)
         return {
             sequence_id: {
@@ -201,7 +215,7 @@ class Rollout:
             for sequence_id, record in self.records.items()
         }
 
-    def _shared(self, make: Any) -> Any:
+    def _shared(self, make: Callable[[], Any]) -> Any:
         """What the first rank makes, on all ranks; and what stops it stops all of them."""
         content = b""
         if self.first:

@@ -63,3 +63,26 @@ class Forgetful(Obedient):
 class Unmakeable:
     def __init__(self) -> None:
         raise ValueError("not today")
+
+
+class Rooms:
+    """Rooms in a row: "go" leads on, and what else is said decides what happens."""
+
+    def __init__(self, rooms: int = 3, misbehave: str = "") -> None:
+        self.rooms, self.misbehave = rooms, misbehave
+
+    def reset(self, task: dict[str, Any], seed: int) -> str:
+        self.task, self.room = task, 0
+        return f"task {task['number']} room 0"
+
+    def step(self, action: str) -> tuple[str, float, bool, dict[str, Any]]:
+        words = action.split()
+        if "lose" in words and self.misbehave == "raise":
+            raise RuntimeError("asked to")
+        if "lose" in words and self.misbehave == "unknown word":
+            return "a word that is not known", 0.0, False, {}
+        self.room += "go" in words
+        done = "win" in words or self.room == self.rooms
+        reward = float("win" in words) + 0.5 * ("go" in words)
+        info = {"success": "win" in words, "valid": "stay" not in words}
+        return f"room {self.room}", reward, done, info
