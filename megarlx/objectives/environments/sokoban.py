@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from functools import cached_property
 
 from megarlx.data.synthetic.draw import Draw
 from megarlx.data.synthetic.problems import Split
 from megarlx.objectives.environments import interface
 
 Cell = tuple[int, int]
+State = tuple[Cell, frozenset[Cell]]  # the player, the boxes
 MOVES: dict[str, Cell] = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 CELLS = ("_", "#", "o", "x", "*", "P", "+")
 
@@ -74,65 +75,75 @@ class Board:
     def solved(self) -> bool:
         return self.boxes == self.targets
 
-    def free(self, cell: Cell) -> bool:
-        inside = 0 <= cell[0] < self.height and 0 <= cell[1] < self.width
-        return inside and cell not in self.walls
+    @cached_property
+    def inside(self) -> frozenset[Cell]:
+        cells = ((r, c) for r in range(self.height) for c in range(self.width))
+        return frozenset(cells) - self.walls
 
-    def moved(self, move: str) -> Board | None:
-        """None where a wall or a box that cannot be pushed is in the way."""
-        ahead, behind = _step(self.player, move), _step(_step(self.player, move), move)
-        if not self.free(ahead):
-            return None
-        if ahead not in self.boxes:
-            return replace(self, player=ahead)
-        if not self.free(behind) or behind in self.boxes:
-            return None
-        return replace(self, player=ahead, boxes=self.boxes - {ahead} | {behind})
+    @cached_property
+    def dead(self) -> frozenset[Cell]:
+        """Corners: a box there, and not on a target, stays for ever."""
 
-    def pulled(self, move: str) -> Board | None:
-        """One move backwards, with the box in front of the player if there is one."""
-        ahead, behind = _step(self.player, move), _step(self.player, move, -1)
-        if not self.free(behind) or behind in self.boxes:
-            return None
-        if ahead not in self.boxes:
-            return replace(self, player=behind)
-        return replace(self, player=behind, boxes=self.boxes - {ahead} | {self.player})
+        def wall(cell: Cell, *moves: str) -> bool:
+            return any(_step(cell, move) not in self.inside for move in moves)
+
+        corners = (c for c in self.inside if wall(c, "up", "down") and wall(c, "left", "right"))
+        return frozenset(corners) - self.targets
 
     @property
     def stuck(self) -> bool:
-        """A box in a corner, and not on a target, stays there."""
-        return any(
-            (self._wall(box, "up") or self._wall(box, "down"))
-            and (self._wall(box, "left") or self._wall(box, "right"))
-            for box in self.boxes - self.targets
-        )
+        return not self.dead.isdisjoint(self.boxes)
 
-    def _wall(self, cell: Cell, move: str) -> bool:
-        return not self.free(_step(cell, move))
+    def moved(self, move: str) -> Board | None:
+        """None where a wall or a box that cannot be pushed is in the way."""
+        after = self.after((self.player, self.boxes), move)
+        return None if after is None else replace(self, player=after[0], boxes=after[1])
+
+    def after(self, state: State, move: str) -> State | None:
+        player, boxes = state
+        ahead = _step(player, move)
+        if ahead not in self.inside:
+            return None
+        if ahead not in boxes:
+            return ahead, boxes
+        behind = _step(ahead, move)
+        if behind not in self.inside or behind in boxes:
+            return None
+        return ahead, boxes - {ahead} | {behind}
+
+    def before(self, state: State, move: str) -> State | None:
+        """One move backwards, with the box in front of the player if there is one."""
+        player, boxes = state
+        ahead, behind = _step(player, move), _step(player, move, -1)
+        if behind not in self.inside or behind in boxes:
+            return None
+        return behind, boxes - {ahead} | {player} if ahead in boxes else boxes
 
     def shortest(self, most_moves: int | None = None) -> list[str] | None:
         """Of the fewest moves; None if there is no way (of at most so many)."""
-        came: dict[tuple[Cell, frozenset[Cell]], tuple[Board, str] | None]
-        came, ahead = {(self.player, self.boxes): None}, deque([(self, 0)])
+        start: State = (self.player, self.boxes)
+        came: dict[State, tuple[State, str] | None] = {start: None}
+        ahead = deque([(start, 0)])
         while ahead:
-            board, depth = ahead.popleft()
-            if board.solved:
-                return board._way(came)
-            if depth == most_moves or board.stuck:
+            state, depth = ahead.popleft()
+            if state[1] == self.targets:
+                return _way(came, state)
+            if depth == most_moves or not self.dead.isdisjoint(state[1]):
                 continue
             for move in MOVES:
-                after = board.moved(move)
-                if after is not None and (after.player, after.boxes) not in came:
-                    came[after.player, after.boxes] = board, move
+                after = self.after(state, move)
+                if after is not None and after not in came:
+                    came[after] = state, move
                     ahead.append((after, depth + 1))
         return None
 
-    def _way(self, came: dict[Any, tuple[Board, str] | None]) -> list[str]:
-        moves, board = [], self
-        while (before := came[board.player, board.boxes]) is not None:
-            board, move = before
-            moves.append(move)
-        return moves[::-1]
+
+def _way(came: dict[State, tuple[State, str] | None], state: State) -> list[str]:
+    moves = []
+    while (before := came[state]) is not None:
+        state, move = before
+        moves.append(move)
+    return moves[::-1]
 
 
 def _step(cell: Cell, move: str, count: int = 1) -> Cell:
@@ -213,9 +224,11 @@ class Sokoban:
         board = Board(
             level.width, level.height, frozenset(walls), boxes, player=cells[-1], boxes=boxes
         )
+        state: State = (board.player, boxes)
         for _ in range(draw.between(2, 3 * level.most_moves)):
-            board = board.pulled(draw.one(list(MOVES))) or board
-        if board.boxes & board.targets:
+            state = board.before(state, draw.one(list(MOVES))) or state
+        if state[1] & boxes:
             return None
+        board = replace(board, player=state[0], boxes=state[1])
         way = board.shortest(level.most_moves)
         return board.rows() if way is not None and len(way) >= level.fewest_moves else None
