@@ -32,7 +32,7 @@ from megarlx.objectives.episodes import (
     stop_if_too_many_failed,
 )
 from megarlx.objectives.policy_loss import Completions, policy_fields
-from megarlx.objectives.rollout import Rollout, Start
+from megarlx.objectives.environment_rollout import EnvironmentRollout, Start
 
 TEMPLATE = Template(user="seen : {content} act :", assistant=" {content}")
 WORDS = ("seen", ":", "act", "go", "stay", "lose", "win", "task", "room", *map(str, range(20)))
@@ -56,7 +56,7 @@ def model() -> Stage:
 
 
 @contextmanager
-def rollout(stage: Stage, slots: int = 8, **changes: Any) -> Iterator[Rollout]:
+def rollout(stage: Stage, slots: int = 8, **changes: Any) -> Iterator[EnvironmentRollout]:
     settings = {
         "function": "misbehaving_environments:Rooms",
         "max_turns": 4,
@@ -68,7 +68,7 @@ def rollout(stage: Stage, slots: int = 8, **changes: Any) -> Iterator[Rollout]:
     pool = EnvironmentPool(config)
     try:
         engine = Engine([stage], slots=slots, longest=128, one_width=True)
-        yield Rollout(engine, config, pool, TEMPLATE, TOKENIZER)
+        yield EnvironmentRollout(engine, config, pool, TEMPLATE, TOKENIZER)
     finally:
         pool.close()
 

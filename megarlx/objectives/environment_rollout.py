@@ -52,7 +52,7 @@ class _Record:
     failure: dict[str, str] | None = None
 
 
-class Rollout:
+class EnvironmentRollout:
     """`pool` is needed on the first rank of each copy of the model only."""
 
     def __init__(
