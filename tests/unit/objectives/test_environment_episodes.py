@@ -24,6 +24,7 @@ from megarlx.generation.requests import Request, SamplingSettings
 from megarlx.model.transformer import Stage
 from megarlx.objectives.advantages import dr_grpo, grpo
 from megarlx.objectives.environment_process import BrokenEnvironment, EnvironmentPool, Failure
+from megarlx.objectives.environment_rollout import EnvironmentRollout, Start
 from megarlx.objectives.episodes import (
     Episode,
     EpisodeBatch,
@@ -32,7 +33,6 @@ from megarlx.objectives.episodes import (
     stop_if_too_many_failed,
 )
 from megarlx.objectives.policy_loss import Completions, policy_fields
-from megarlx.objectives.environment_rollout import EnvironmentRollout, Start
 
 TEMPLATE = Template(user="seen : {content} act :", assistant=" {content}")
 WORDS = ("seen", ":", "act", "go", "stay", "lose", "win", "task", "room", *map(str, range(20)))
