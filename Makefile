@@ -16,9 +16,9 @@ INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
 NATIVE := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: help test test-all test-instruction-sets check format bench cuda-check clean
+.PHONY: help demo study test test-all test-instruction-sets check format bench cuda-check clean
 help:
-	@echo "make test | test-all | test-instruction-sets | check | format | bench | cuda-check | clean"
+	@echo "make demo | study | test | test-all | test-instruction-sets | check | format | bench | cuda-check | clean"
 
 # torch first: megarlx is compiled against the one that will run.
 $(INSTALLED): setup.py pyproject.toml
@@ -31,6 +31,13 @@ $(INSTALLED): setup.py pyproject.toml
 $(BUILT): $(INSTALLED) $(NATIVE)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $(BUILT)
+
+# Both go on where they were stopped, and reuse what is there.
+demo: $(BUILT)
+	$(BIN)/megarlx demo
+
+study: $(BUILT)
+	$(BIN)/megarlx demo --study
 
 # Tests start many processes: with more than one OpenMP thread each they would wait for each other.
 test test-all test-instruction-sets: export OMP_NUM_THREADS ?= 1

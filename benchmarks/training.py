@@ -29,7 +29,7 @@ from megarlx.data.samples import Sample
 from megarlx.model.build import build_model
 from megarlx.objectives.supervised import Supervised
 from megarlx.optimizer import AdamSettings
-from megarlx.trainer import TrainedObjective, Trainer
+from megarlx.trainer import TrainedObjective, Trainer, TrainingStage
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def our_step(size: Size, samples: Tensor) -> Callable[[], object]:
         SameBatch(samples), BatchLayout(size.sequences, size.sequences), prefetch_steps=0
     )
     trained = TrainedObjective(Supervised("pretraining", loader), AdamSettings(), lambda step: 1e-3)
-    return Trainer(build_model(size.model, Mesh.alone(), seed=0), [trained]).step
+    return Trainer(build_model(size.model, Mesh.alone(), seed=0), [TrainingStage([trained])]).step
 
 
 def with_transformers(size: Size, samples: Tensor, rounds: int, each: Callable[[], None]) -> list:

@@ -29,6 +29,17 @@ COMMANDS: Mapping[str, Command] = {
     "train": Command(
         "megarlx.run.command", "train a run, or go on with it where its folder holds checkpoints"
     ),
+    "evaluate": Command(
+        "megarlx.run.evaluate_command", "measure a checkpoint: pass@k, capability, behaviour"
+    ),
+    "generate": Command(
+        "megarlx.run.generate_command", "what a checkpoint says to a prompt, as it is drawn"
+    ),
+    "branch": Command(
+        "megarlx.run.branch_command", "an excursion: start from a checkpoint, follow a recipe"
+    ),
+    "demo": Command("megarlx.sweeps.demo", "a trunk, excursions and their report, in minutes"),
+    "sweep": Command("megarlx.sweeps.command", "all runs of a study, resumed where they stopped"),
     "doctor": Command(
         "megarlx.doctor.command", "what is installed, built and visible, and how to mend the rest"
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from megarlx.config.sections import OptimizerConfig
+from megarlx.config.optimizer import OptimizerConfig
 
 LearningRate = Callable[[int], float]
 

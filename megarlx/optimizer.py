@@ -3,6 +3,8 @@
 Every objective has its own moments, step count, clip factor and weight; n = 1 is ordinary
 training. The master weights are fp32 (fp64 in fp64 runs) and exist for the shard only; where the
 model computes in that same type on one data-parallel rank, they are the weights themselves.
+
+With `shared_moments` the objectives' gradients are averaged instead of their updates: one Adam.
 """
 
 from __future__ import annotations
@@ -14,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarlx.checkpoint import CheckpointError, FlatShards
+from megarlx.checkpoint import FROZEN, OPTIMIZER, CheckpointError, FlatShards
 from megarlx.comm.collectives import all_reduce_
 from megarlx.comm.groups import Group
 from megarlx.ops import average_adamw_
 from megarlx.parallel.data_parallel import DataParallel
+
+SHARED = "shared"  # whose the moments are where all objectives have the same ones
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,17 @@ class AveragingAdamW:
         data_parallel: DataParallel,
         settings: Mapping[str, AdamSettings],
         norm_groups: Sequence[Group],
+        *,
+        shared_moments: bool = False,
+        frozen: Mapping[str, Tensor] | None = None,
     ) -> None:
+        """`frozen` shards are saved and restored beside the weights (a reference policy's, say)."""
         if not settings:
             raise ValueError("an optimizer needs at least one objective")
         self.data_parallel, self.settings = data_parallel, dict(settings)
-        self.norm_groups = tuple(norm_groups)
+        if shared_moments and len(set(self.settings.values())) > 1:
+            raise ValueError(f"one Adam cannot have the settings {self.settings}; they differ")
+        self.norm_groups, self.shared = tuple(norm_groups), shared_moments
         layout, weights = data_parallel.layout, data_parallel.weights
         size, dtype = layout.shard_size, data_parallel.gradient_dtype
         shard = data_parallel.shard_of_weights()
@@ -67,21 +77,22 @@ class AveragingAdamW:
             return torch.zeros(size, dtype=dtype, device=weights.device)
 
         names = list(self.settings)
-        self.exp_avgs = {name: zeros() for name in names}
-        self.exp_avg_sqs = {name: zeros() for name in names}
-        self.steps = torch.zeros(len(names), dtype=torch.int64, device=weights.device)
+        self.owners = [SHARED] if shared_moments else names  # of moments
+        self.exp_avgs = {name: zeros() for name in self.owners}
+        self.exp_avg_sqs = {name: zeros() for name in self.owners}
+        self.steps = torch.zeros(len(self.owners), dtype=torch.int64, device=weights.device)
         # One objective on one rank reduces in place; several must outlive the gradient buffer.
         alone = len(names) == 1 and data_parallel.group.size == 1
         self.gradients = {name: data_parallel.gradients if alone else zeros() for name in names}
         self._uncounted = data_parallel.uncounted_ranges()
         # What a checkpoint holds of this rank, under the names that it gets there.
         moments = [("exp_avg", self.exp_avgs), ("exp_avg_sq", self.exp_avg_sqs)]
-        self.weight_shards = self._shards({"": self.master})
+        self.frozen = dict(frozen or {})
         self.shards = self._shards(
             {"": self.master}
-            | {f"optimizer/{n}/{kind}/": shard[n] for n in names for kind, shard in moments}
+            | {f"{OPTIMIZER}{n}/{k}/": shard[n] for n in self.owners for k, shard in moments}
+            | {f"{FROZEN}{name}/": shard for name, shard in self.frozen.items()}
         )
-        self._ones = torch.ones(len(names), dtype=dtype, device=weights.device)
 
     def _weights_out(self, shard: Tensor) -> Tensor | None:
         """Where the updated weights are written in the model's type, before they are gathered."""
@@ -97,21 +108,37 @@ class AveragingAdamW:
 
     def state(self) -> dict[str, Any]:
         """What of a checkpoint is not in `shards`."""
-        return {"steps": dict(zip(self.settings, self.steps.tolist(), strict=True))}
+        return {"steps": dict(zip(self.owners, self.steps.tolist(), strict=True))}
+
+    def starting_shards(self, going_on: Sequence[str]) -> FlatShards:
+        """What a run takes over from the run it branches from: weights, and some moments."""
+        moments = [("exp_avg", self.exp_avgs), ("exp_avg_sq", self.exp_avg_sqs)]
+        return self._shards(
+            {"": self.master}
+            | {f"{OPTIMIZER}{n}/{k}/": shard[n] for n in going_on for k, shard in moments}
+        )
+
+    def start(self, going_on: Sequence[str], state: Mapping[str, Any]) -> None:
+        """After `starting_shards` were filled."""
+        steps = _steps(state, going_on)
+        for name in going_on:
+            self.steps[self.owners.index(name)] = steps[name]
+        self.weights_from_masters()
+
+    def take_moments(self, before: AveragingAdamW, objective: str) -> None:
+        """Goes on with an objective where another stage's optimizer left it."""
+        for mine, theirs in (
+            (self.exp_avgs, before.exp_avgs),
+            (self.exp_avg_sqs, before.exp_avg_sqs),
+        ):
+            mine[objective].copy_(theirs[objective])
+        at, was = self.owners.index(objective), before.owners.index(objective)
+        self.steps[at] = before.steps[was]
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """After `shards` were filled."""
-        steps = state.get("steps")
-        if (
-            not isinstance(steps, dict)
-            or set(steps) != set(self.settings)
-            or any(type(n) is not int or n < 0 for n in steps.values())
-        ):
-            raise CheckpointError(
-                f"optimizer steps are {steps!r}; expected one count each of "
-                f"{', '.join(self.settings)}"
-            )
-        self.steps.copy_(torch.tensor([steps[name] for name in self.settings]))
+        steps = _steps(state, self.owners)
+        self.steps.copy_(torch.tensor([steps[name] for name in self.owners]))
         self.weights_from_masters()
 
     @torch.no_grad()
@@ -132,9 +159,9 @@ class AveragingAdamW:
             total = total - torch.linalg.vector_norm(gradient[start:stop]).square()
         return total.double()
 
-    def gradient_norms(self) -> Tensor:
-        """Global norm per objective: every element of the model counted once, on every rank."""
-        squares = torch.stack([self._squared_norm(g) for g in self.gradients.values()])
+    def gradient_norms(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Global norm of each: every element of the model counted once, on every rank."""
+        squares = torch.stack([self._squared_norm(g) for g in gradients])
         for group in (self.data_parallel.group, *self.norm_groups):
             all_reduce_(squares, group)
         return squares.sqrt()
@@ -142,35 +169,66 @@ class AveragingAdamW:
     def step(
         self, learning_rates: Mapping[str, float], weights: Mapping[str, float] | None = None
     ) -> StepReport:
-        """One update; `weights` of the objectives' updates (default: equal, summing to one)."""
-        names = list(self.settings)
+        """One update by the objectives that `learning_rates` names; the others stay as they are.
+
+        `weights` of their updates (default: equal, summing to one).
+        """
+        names = [name for name in self.settings if name in learning_rates]
+        shares = weights or {name: 1.0 / len(names) for name in names}
+        gradients = [self.gradients[name] for name in names]
+        norms = self.gradient_norms(gradients)
+        found_inf = (~torch.isfinite(norms)).to(self.master.dtype)
+        report = StepReport(
+            dict(zip(names, norms, strict=True)), dict(zip(names, found_inf, strict=True))
+        )
+        if self.shared:
+            mixed = gradients[0].mul_(shares[names[0]])
+            for name, gradient in zip(names[1:], gradients[1:], strict=True):
+                mixed.add_(gradient, alpha=shares[name])
+            norms = self.gradient_norms([mixed])
+            found_inf = found_inf.amax(0, keepdim=True)  # what is mixed cannot be taken apart
+            self._update([names[0]], [SHARED], norms, found_inf, learning_rates, {names[0]: 1.0})
+        else:
+            self._update(names, names, norms, found_inf, learning_rates, shares)
+        self.data_parallel.gather_weights(
+            self.master if self.weights_out is None else self.weights_out
+        )
+        return report
+
+    def _update(
+        self,
+        names: Sequence[str],
+        owners: Sequence[str],
+        norms: Tensor,
+        found_inf: Tensor,
+        learning_rates: Mapping[str, float],
+        shares: Mapping[str, float],
+    ) -> None:
+        """Clips, and averages the updates; `owners` of the moments, in the order of `names`."""
         device, dtype = self.master.device, self.master.dtype
-        norms = self.gradient_norms()
-        found_inf = (~torch.isfinite(norms)).to(dtype)
 
         def scalars(values: Sequence[float]) -> Tensor:
             return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
         limits = [self.settings[n].clip_norm or float("inf") for n in names]
         clips = (scalars(limits) / norms).clamp(max=1.0).to(dtype)
-        shares = weights or {name: 1.0 / len(names) for name in names}
-        lrs, averages = (
-            scalars([learning_rates[n] for n in names]),
-            scalars([shares[n] for n in names]),
-        )
+        lrs = scalars([learning_rates[n] for n in names])
+        averages = scalars([shares[n] for n in names])
         border = self.data_parallel.layout.decayed_shard_size
-        steps = self.steps
+        index = torch.tensor([self.owners.index(n) for n in owners], device=device)
+        before = self.steps[index]
+        steps = before
         for low, high, decays in ((0, border, True), (border, self.master.numel(), False)):
             if low == high:
                 continue
             # Both parts are the same step: each call advances a copy of the same counts.
-            steps = self.steps.clone()
+            steps = before.clone()
             decay = [self.settings[n].weight_decay if decays else 0.0 for n in names]
             average_adamw_(
                 self.master[low:high],
                 [self.gradients[n][low:high] for n in names],
-                [self.exp_avgs[n][low:high] for n in names],
-                [self.exp_avg_sqs[n][low:high] for n in names],
+                [self.exp_avgs[n][low:high] for n in owners],
+                [self.exp_avg_sqs[n][low:high] for n in owners],
                 lrs=lrs,
                 betas=[self.settings[n].betas for n in names],
                 eps=[self.settings[n].eps for n in names],
@@ -181,10 +239,15 @@ class AveragingAdamW:
                 found_inf=found_inf,
                 param_out=None if self.weights_out is None else self.weights_out[low:high],
             )
-        self.steps.copy_(steps)
-        self.data_parallel.gather_weights(
-            self.master if self.weights_out is None else self.weights_out
+        self.steps[index] = steps
+
+
+def _steps(state: Mapping[str, Any], owners: Sequence[str]) -> Mapping[str, int]:
+    steps = state.get("steps")
+    if not isinstance(steps, Mapping) or any(
+        type(steps.get(name)) is not int or steps[name] < 0 for name in owners
+    ):
+        raise CheckpointError(
+            f"optimizer steps are {steps!r}; expected one count each of {', '.join(owners)}"
         )
-        return StepReport(
-            dict(zip(names, norms, strict=True)), dict(zip(names, found_inf, strict=True))
-        )
+    return steps

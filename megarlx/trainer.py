@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -11,50 +10,71 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarlx.checkpoint import WEIGHTS_ONLY, CheckpointError, Loaded, Pause, Saver, load
+from megarlx.checkpoint import (
+    FROZEN,
+    OPTIMIZER,
+    CheckpointError,
+    Loaded,
+    Pause,
+    Saver,
+    load,
+    read_manifest,
+)
 from megarlx.comm.collectives import all_reduce_
 from megarlx.model.build import ParallelModel
 from megarlx.objectives.interface import Objective
-from megarlx.optimizer import AdamSettings, AveragingAdamW, StepReport
+from megarlx.optimizer import AveragingAdamW, StepReport
+from megarlx.stages import TrainedObjective, TrainingStage
 
-LearningRate = Callable[[int], float]  # step -> learning rate
-
-
-@dataclass(frozen=True)
-class TrainedObjective:
-    """An objective with its own optimizer settings and learning-rate schedule."""
-
-    objective: Objective
-    adam: AdamSettings
-    learning_rate: LearningRate
+__all__ = ["TrainedObjective", "Trainer", "TrainingStage"]
 
 
 class Trainer:
-    """Trains a model laid out over a mesh on one or several objectives, averaging their updates."""
+    """Trains a model laid out over a mesh, stage after stage, averaging objectives' updates."""
 
-    def __init__(self, model: ParallelModel, objectives: list[TrainedObjective]) -> None:
+    def __init__(self, model: ParallelModel, stages: Sequence[TrainingStage]) -> None:
         self.model, self.mesh = model, model.mesh
-        self.objectives = {o.objective.name: o for o in objectives}
-        if len(self.objectives) != len(objectives):
-            names = [o.objective.name for o in objectives]
-            raise ValueError(f"objectives need different names; given: {', '.join(names)}")
-        self.optimizer = AveragingAdamW(
-            model.data_parallel,
-            {name: o.adam for name, o in self.objectives.items()},
-            norm_groups=(model.mesh.tp, model.mesh.pp),
-        )
+        self.stages = list(stages)
         self.steps_done = 0
+        self.objectives: dict[str, Objective] = {}
+        for stage in stages:
+            for name, trained in stage.members.items():
+                if self.objectives.setdefault(name, trained.objective) is not trained.objective:
+                    raise ValueError(f"two objectives have the name '{name}'")
+        # Steps that each objective has taken on its learning-rate course.
+        self.positions = dict.fromkeys(self.objectives, 0)
+        # Tokens each was trained on in this run, on all ranks; on the device, where no step waits.
+        self.tokens = {
+            name: torch.zeros((), dtype=torch.float64, device=model.pipeline.device)
+            for name in self.objectives
+        }
+        self.last_rates: dict[str, float] = {}
+        self.last_shares: dict[str, float] | None = None
+        self._untouched = {name: one.state() for name, one in self.objectives.items()}
+        self.stage_index, self.optimizer = 0, self._optimizer_of(0)
+
+    @property
+    def stage(self) -> TrainingStage:
+        return self.stages[self.stage_index]
+
+    @property
+    def step_in_stage(self) -> int:
+        return self.steps_done - self._begin_of(self.stage_index)
 
     def step(self) -> tuple[dict[str, Tensor], StepReport]:
         """One step; the losses are on the last pipeline stage's ranks, elsewhere zero."""
         self.mesh.traffic.step = self.steps_done
-        losses = {
-            name: self.forward_backward(trained.objective)
-            for name, trained in self.objectives.items()
-        }
-        report = self.optimizer.step(
-            {name: o.learning_rate(self.steps_done) for name, o in self.objectives.items()}
-        )
+        self._enter_next_stage()
+        stage, at = self.stage, self.step_in_stage
+        active = stage.objectives_at(at)
+        losses = {name: self.forward_backward(self.objectives[name]) for name in active}
+        self.last_rates = {name: self.learning_rate(name) for name in active}
+        self.last_shares = stage.shares_at(at)
+        report = self.optimizer.step(self.last_rates, self.last_shares)
+        if stage.adapts:
+            stage.observe(self.objectives, self.global_loss(losses))
+        for name in active:
+            self.positions[name] += 1
         self.steps_done += 1
         return losses, report
 
@@ -63,7 +83,9 @@ class Trainer:
         batch = objective.next_batch()
         data_parallel = self.model.data_parallel
         # The one place where losses are normalised: by what all ranks have together.
-        normalizer = all_reduce_(batch.weight, data_parallel.group)
+        both = torch.stack((batch.weight, torch.full_like(batch.weight, batch.tokens)))
+        normalizer, tokens = all_reduce_(both, data_parallel.group).unbind()
+        self.tokens[objective.name] += tokens
         data_parallel.begin(self.optimizer.gradient_shard(objective.name))
         results = self.model.pipeline.forward_backward(
             {**batch.inputs, "normalizer": normalizer, "loss": objective.loss},
@@ -75,30 +97,121 @@ class Trainer:
             return torch.zeros(1, device=normalizer.device)
         return torch.stack(results.losses).sum(0)
 
+    # From stage to stage.
+
+    def _begin_of(self, index: int) -> int:
+        return sum(stage.steps or 0 for stage in self.stages[:index])
+
+    def _enter_next_stage(self) -> None:
+        """A checkpoint between two stages is the end of the first: this happens on the way in."""
+        steps = self.stage.steps
+        if steps is None or self.step_in_stage < steps:
+            return
+        if self.stage_index + 1 == len(self.stages):
+            raise ValueError(f"training: all {self.steps_done} steps of the stages are done")
+        before = self.optimizer
+        self.stage_index += 1
+        for name, trained in self.stage.members.items():
+            if not trained.goes_on:
+                self.positions[name] = 0
+                self.objectives[name].load_state(self._untouched[name])
+        self.optimizer = self._optimizer_of(self.stage_index)
+        going_on = self.stages[self.stage_index].going_on | self._kept_for_later(self.stage_index)
+        for name in going_on & set(before.owners) & set(self.optimizer.owners):
+            self.optimizer.take_moments(before, name)
+
+    def _kept_for_later(self, index: int) -> set[str]:
+        """Objectives that a later stage goes on with: their moments wait in this one."""
+        later: set[str] = set()
+        for stage in self.stages[index + 1 :]:
+            later |= stage.going_on
+        return later - set(self.stages[index].members)
+
+    def _optimizer_of(self, index: int) -> AveragingAdamW:
+        stage = self.stages[index]
+        settings = {name: trained.adam for name, trained in stage.members.items()}
+        if not stage.shared_moments:
+            for name in sorted(self._kept_for_later(index)):
+                settings[name] = (
+                    next(s for s in self.stages if name in s.members).members[name].adam
+                )
+        data_parallel = self.model.data_parallel
+        frozen: dict[str, Tensor] = {}
+        for name, trained in stage.members.items():
+            kept = trained.objective.begin(data_parallel.shard_of_weights(), trained.goes_on)
+            if kept is not None:
+                frozen[name] = kept
+        return AveragingAdamW(
+            data_parallel,
+            settings,
+            norm_groups=(self.mesh.tp, self.mesh.pp),
+            shared_moments=stage.shared_moments,
+            frozen=frozen,
+        )
+
+    # Checkpoints.
+
     def save(self, saver: Saver, run: Mapping[str, Any], *, blocking: bool = False) -> Pause:
         """Begins a checkpoint of the steps done; `run` is what the caller wants back on resume."""
-        state = {"steps_done": self.steps_done, "optimizer": self.optimizer.state(), "run": run}
+        state = {
+            "steps_done": self.steps_done,
+            "stage": self.stage_index,
+            "positions": dict(self.positions),
+            "tokens": {name: int(tokens) for name, tokens in self.tokens.items()},
+            "optimizer": self.optimizer.state(),
+            "objectives": {name: one.state() for name, one in self.objectives.items()},
+            "shares": self.stage.state(),
+            "run": run,
+        }
         return saver.save(self.steps_done, self.optimizer.shards, state, blocking=blocking)
 
     def resume(self, checkpoint: Path) -> Loaded:
         """Everything as it was when the checkpoint was saved, in this layout."""
-        loaded = load(checkpoint, self.optimizer.shards, self.mesh.world)
-        steps, optimizer = loaded.state.get("steps_done"), loaded.state.get("optimizer")
-        if type(steps) is not int or not isinstance(optimizer, dict):
+        state = read_manifest(checkpoint).state
+        index, steps = state.get("stage"), state.get("steps_done")
+        if type(index) is not int or not 0 <= index < len(self.stages) or type(steps) is not int:
             raise CheckpointError(
-                f"{checkpoint}: the state has steps_done {steps!r} and optimizer {optimizer!r}; "
-                "expected a whole number and an object"
+                f"{checkpoint}: the state has stage {index!r} and steps_done {steps!r}; expected "
+                f"whole numbers, the stage below {len(self.stages)}"
             )
-        self.optimizer.restore(optimizer)
+        if index != self.stage_index:
+            self.stage_index, self.optimizer = index, self._optimizer_of(index)
+        loaded = load(checkpoint, self.optimizer.shards, self.mesh.world)
+        self._restore(loaded, self.objectives)
+        for name, tokens in _part(loaded, "tokens").items():
+            self.tokens[name].fill_(tokens)
+        self.optimizer.restore(_part(loaded, "optimizer"))
+        self.stage.load_state(_part(loaded, "shares"))
         self.steps_done = steps
         return loaded
 
     def start_from(self, checkpoint: Path) -> Loaded:
-        """The weights alone: optimizers and steps begin anew, as an excursion does by default."""
-        shards = self.optimizer.weight_shards
-        loaded = load(checkpoint, shards, self.mesh.world, ignore=WEIGHTS_ONLY)
-        self.optimizer.weights_from_masters()
+        """An excursion's start: the weights, and what its objectives go on with, no more."""
+        going_on = sorted(self.stages[0].going_on | self._kept_for_later(0))
+        manifest = read_manifest(checkpoint)
+        held = {name.split("/")[1] for name in manifest.tensors if name.startswith(OPTIMIZER)}
+        if missing := [name for name in going_on if name not in held]:
+            raise CheckpointError(
+                f"{checkpoint}: holds no moments of {', '.join(missing)} to go on with; it has "
+                f"those of {', '.join(sorted(held)) or 'no objective'}"
+            )
+        ignore = [FROZEN, *(f"{OPTIMIZER}{name}/" for name in held if name not in going_on)]
+        shards = self.optimizer.starting_shards(going_on)
+        loaded = load(checkpoint, shards, self.mesh.world, ignore=ignore)
+        self._restore(loaded, going_on)
+        self.optimizer.start(going_on, _part(loaded, "optimizer"))
+        # What was kept of the weights was kept before these were there.
+        for shard in self.optimizer.frozen.values():
+            shard.copy_(self.model.data_parallel.shard_of_weights())
         return loaded
+
+    def _restore(self, loaded: Loaded, names: Iterable[str]) -> None:
+        positions, states = _part(loaded, "positions"), _part(loaded, "objectives")
+        for name in names:
+            if name not in states or name not in positions:
+                raise CheckpointError(f"{loaded.path}: its state has nothing about '{name}'")
+            self.objectives[name].load_state(states[name])
+            self.positions[name] = int(positions[name])
 
     @torch.no_grad()
     def evaluate(self, objective: Objective) -> float:
@@ -113,8 +226,9 @@ class Trainer:
             loss = torch.stack(results.losses).sum(0)
         return self.global_loss({objective.name: loss})[objective.name]
 
-    def learning_rate(self, name: str, step: int) -> float:
-        return self.objectives[name].learning_rate(step)
+    def learning_rate(self, name: str) -> float:
+        """Of the objective's next step."""
+        return self.stage.members[name].learning_rate(self.positions[name])
 
     def first_non_finite(self, name: str) -> str | None:
         """The first tensor of this rank's shard whose gradient is not finite."""
@@ -131,3 +245,10 @@ class Trainer:
         together = torch.stack([loss.double().reshape(()) for loss in losses.values()])
         all_reduce_(all_reduce_(together, self.mesh.dp), self.mesh.pp)
         return dict(zip(losses, together.tolist(), strict=True))
+
+
+def _part(loaded: Loaded, key: str) -> dict[str, Any]:
+    value = loaded.state.get(key)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{loaded.path}: the state's {key} is {value!r}; expected an object")
+    return value

@@ -15,9 +15,12 @@ from megarlx.checkpoint.manifest import Manifest, read_manifest
 from megarlx.checkpoint.retention import Retention, refer, referenced, release
 from megarlx.checkpoint.saving import Pause, Saved, Saver
 from megarlx.checkpoint.shards import FlatShards
+from megarlx.checkpoint.storage import FROZEN, OPTIMIZER
 from megarlx.checkpoint.verify import verify
 
 __all__ = [
+    "FROZEN",
+    "OPTIMIZER",
     "WEIGHTS_ONLY",
     "CheckpointError",
     "FlatShards",

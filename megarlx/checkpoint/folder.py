@@ -60,16 +60,17 @@ def complete(checkpoint: Path) -> Manifest:
     return manifest
 
 
-def latest(folder: Path, world: Group | None = None) -> Path | None:
+def latest(folder: Path, world: Group | None = None, *, read_only: bool = False) -> Path | None:
     """The checkpoint to go on from: what `latest` names, else, with a warning, the newest complete.
 
     None where there is no checkpoint at all; where there are some but none is complete, an error.
-    With `world`, its first rank looks and all ranks get the same answer.
+    With `world`, its first rank looks and all ranks get the same answer. `read_only` mends nothing
+    in the folder, which may be another run's.
     """
     name, problem = None, None
     if world is None or world.is_first:
         try:
-            name = _latest(folder)
+            name = _latest(folder, read_only)
         except (CheckpointError, OSError) as error:
             problem = str(error)
     if world is not None:
@@ -79,7 +80,7 @@ def latest(folder: Path, world: Group | None = None) -> Path | None:
     return None if name is None else folder / name
 
 
-def _latest(folder: Path) -> str | None:
+def _latest(folder: Path, read_only: bool) -> str | None:
     problems: list[str] = []
     try:
         named = _named_by_latest(folder)
@@ -90,7 +91,8 @@ def _latest(folder: Path) -> str | None:
         problems.append(f"{folder / LATEST} is missing")
     except CheckpointError as error:
         problems.append(str(error))
-    recover(folder)
+    if not read_only:
+        recover(folder)
     for iteration in reversed(iterations(folder)):
         name = checkpoint_name(iteration)
         try:

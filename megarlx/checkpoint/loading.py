@@ -14,12 +14,12 @@ from megarlx.checkpoint.folder import check_sizes
 from megarlx.checkpoint.manifest import Manifest, read_manifest
 from megarlx.checkpoint.planner import DTYPE_NAMES, LoadPlanner
 from megarlx.checkpoint.shards import FlatShards, ModelTensor
-from megarlx.checkpoint.storage import OPTIMIZER, SafetensorsReader
+from megarlx.checkpoint.storage import FROZEN, OPTIMIZER, SafetensorsReader
 from megarlx.checkpoint.verify import check_digests
 from megarlx.comm.collectives import gather_values
 from megarlx.comm.groups import Group
 
-WEIGHTS_ONLY = (OPTIMIZER,)  # what to ignore
+WEIGHTS_ONLY = (OPTIMIZER, FROZEN)  # what to ignore
 
 
 @dataclass(frozen=True)

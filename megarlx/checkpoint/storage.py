@@ -41,11 +41,11 @@ from megarlx.checkpoint.manifest import (
 )
 from megarlx.checkpoint.planner import DTYPE_NAMES
 
-OPTIMIZER = "optimizer/"
+OPTIMIZER, FROZEN = "optimizer/", "frozen/"  # what their tensors' names begin with
 
 
 def file_name(tensor: str, rank: int) -> str:
-    kind = "optimizer" if tensor.startswith(OPTIMIZER) else "model"
+    kind = next((k[:-1] for k in (OPTIMIZER, FROZEN) if tensor.startswith(k)), "model")
     return f"{kind}-{rank:05d}.safetensors"
 
 

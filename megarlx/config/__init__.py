@@ -3,8 +3,10 @@
 from megarlx.config.describe import describe
 from megarlx.config.load import ConfigError, load_config
 from megarlx.config.model import FAMILIES, ModelConfig, RopeScaling, family_config
+from megarlx.config.objectives import RlConfig, SftConfig, StageConfig, StageObjective
+from megarlx.config.optimizer import OptimizerConfig
 from megarlx.config.section import Section
-from megarlx.config.sections import Config, LayoutConfig, OptimizerConfig, TrainingConfig
+from megarlx.config.sections import Config, LayoutConfig, TrainingConfig
 
 __all__ = [
     "FAMILIES",
@@ -13,8 +15,12 @@ __all__ = [
     "LayoutConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "RlConfig",
     "RopeScaling",
     "Section",
+    "SftConfig",
+    "StageConfig",
+    "StageObjective",
     "TrainingConfig",
     "describe",
     "family_config",

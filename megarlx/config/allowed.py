@@ -35,13 +35,17 @@ def section_of(annotation: Any) -> type[Section] | None:
 
 
 def element_section(annotation: Any) -> type[Section] | None:
-    """The section that each entry of a list of tables holds."""
+    """The section that each entry of a list of tables, or of a table of names, holds."""
     annotation = without_none(annotation)
     if get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
-    if get_origin(annotation) is not tuple:
-        return None
-    return section_of(get_args(annotation)[0])
+    if get_origin(annotation) is tuple:
+        return section_of(get_args(annotation)[0])
+    return section_of(get_args(annotation)[1]) if is_table_of_names(annotation) else None
+
+
+def is_table_of_names(annotation: Any) -> bool:
+    return get_origin(without_none(annotation)) is dict
 
 
 def allowed(annotation: Any, metadata: Iterable[Any] = ()) -> str:

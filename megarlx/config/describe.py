@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from pydantic.fields import FieldInfo
 
-from megarlx.config.allowed import allowed, element_section, section_of
+from megarlx.config.allowed import allowed, element_section, is_table_of_names, section_of
 from megarlx.config.section import Section
 
 
@@ -39,7 +39,8 @@ def field_lines(kind: type[Section], before: str = "") -> list[FieldLine]:
             )
         )
         if section := element_section(field.annotation):
-            lines += field_lines(section, f"{before}{name}[].")
+            inside = ".NAME." if is_table_of_names(field.annotation) else "[]."
+            lines += field_lines(section, f"{before}{name}{inside}")
     return lines
 
 
@@ -58,7 +59,12 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "(required)"
     value = field.get_default(call_default_factory=True)
-    return "(absent)" if value is None else json.dumps(value)
+    return "(absent)" if value is None else json.dumps(value, default=_sparse)
+
+
+def _sparse(section: Section) -> dict[str, object]:
+    """A default that is a section, as its file would say it."""
+    return section.model_dump(mode="json", exclude_unset=True)
 
 
 def _plain(lines: list[FieldLine]) -> str:

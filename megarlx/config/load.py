@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, overload
 
@@ -20,6 +20,7 @@ from megarlx.config.section import Section
 from megarlx.config.sections import Config
 
 S = TypeVar("S", bound=Section)
+Prepare = Callable[[dict[str, Any]], dict[str, Any]]
 BARE_WORD = re.compile(r"[^\s\"'\[\]{}#=,]+")
 
 
@@ -32,19 +33,32 @@ class ConfigError(Exception):
 
 
 @overload
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config: ...
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, prepare: Prepare | None = None
+) -> Config: ...
 
 
 @overload
 def load_config(path: str | Path, overrides: Sequence[str], kind: type[S]) -> S: ...
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), kind: Any = Config) -> Any:
-    """The configuration in a sparse TOML file or a resolved JSON file, overridden by `a.b=c`s."""
+def load_config(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    kind: Any = Config,
+    *,
+    prepare: Prepare | None = None,
+) -> Any:
+    """The configuration in a sparse TOML file or a resolved JSON file, overridden by `a.b=c`s.
+
+    `prepare` may add to what was read before it is checked.
+    """
     path = Path(path)
     values, lines = _read(path)
     places: dict[KeyPath, str] = {key: f"{path}:{line}" for key, line in lines.items()}
     problems = [p for override in overrides if (p := _override(values, places, override))]
+    if prepare is not None:
+        values = prepare(values)
     try:
         config = kind.model_validate(values)
     except ValidationError as error:
@@ -52,6 +66,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), kind: Any = Con
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def over(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values`, and what they leave out; tables are put together, anything else is replaced."""
+    merged = dict(base)
+    for key, value in values.items():
+        below = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            value = over(below, value)
+        merged[key] = value
+    return merged
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
@@ -125,7 +150,10 @@ def _explain(
     for detail in error.errors(include_url=False):
         location: KeyPath = detail["loc"]
         if detail["type"] == "problems":
-            fields = [(*location, *field.split(".")) for field, _ in detail["ctx"]["problems"]]
+            fields = [
+                (*location, *(int(key) if key.isdecimal() else key for key in field.split(".")))
+                for field, _ in detail["ctx"]["problems"]
+            ]
             whats = [what for _, what in detail["ctx"]["problems"]]
             texts = [(f, f"{_dotted(f)} {what}") for f, what in zip(fields, whats, strict=True)]
         else:

@@ -10,10 +10,13 @@ from megarlx.config.section import Section
 
 # Short names of what comes with megarlx
 BUILT_IN = {
+    "marked_answer": "megarlx.objectives.answers:marked_answer",
     "final_number": "megarlx.objectives.answers:final_number",
     "answer_format": "megarlx.objectives.answers:answer_format",
     "length_penalty": "megarlx.objectives.answers:length_penalty",
     "math_equal": "megarlx.objectives.answers:math_equal",
+    "world_answer": "megarlx.objectives.world_rewards:world_answer",
+    "world_behaviour": "megarlx.objectives.world_rewards:world_behaviour",
     "model": "megarlx.objectives.reward_model:RewardModel",
     "judge": "megarlx.objectives.reward_http:Judge",
 }

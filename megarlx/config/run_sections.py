@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -42,6 +42,13 @@ class WorldConfig(Section):
     problems_share: float = Field(default=0.52, ge=0, description="Share of word problems")
     facts_share: float = Field(default=0.38, ge=0, description="Share of general knowledge")
     stories_share: float = Field(default=0.10, ge=0, description="Share of short stories")
+    prompts: int = Field(default=1024, ge=1, description="Questions in prompts.jsonl, to learn on")
+    test_questions: int = Field(
+        default=256, ge=1, description="Questions in test.jsonl and in validation.jsonl each"
+    )
+    settings: dict[str, Any] = Field(
+        default={}, description="Knobs of the world by name; docs/data.md lists them"
+    )
 
 
 class DataConfig(Section):

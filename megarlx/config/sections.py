@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from megarlx.config.evaluation import EvaluationConfig
 from megarlx.config.model import ModelConfig
+from megarlx.config.objectives import (
+    PRETRAINING,
+    RL,
+    SFT,
+    ObjectiveConfig,
+    RlConfig,
+    SftConfig,
+    StageConfig,
+    StageObjective,
+    TemplateConfig,
+)
+from megarlx.config.optimizer import OptimizerConfig
 from megarlx.config.run_sections import CheckpointConfig, DataConfig, LoggingConfig
 from megarlx.config.section import Section
 
 # A list in TOML and in JSON is a tuple here: frozen like the rest. What is in it stays strict.
 Layers = Annotated[int, Field(ge=0)]  # first and last stage have work without any
-Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 # Stages on each pipeline process that a schedule allows: at least, at most.
@@ -88,53 +101,14 @@ class LayoutConfig(Section):
         return found
 
 
-class OptimizerConfig(Section):
-    """AdamW and the course of its learning rate."""
-
-    lr: float = Field(
-        default=4e-4, ge=0, description="Highest learning rate, reached after the warm-up"
-    )
-    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = Field(
-        default=(0.9, 0.95), description="Decay of the first and of the second moment at each step"
-    )
-    eps: float = Field(default=1e-8, gt=0, description="Added to the root of the second moment")
-    weight_decay: float = Field(
-        default=0.1, ge=0, description="Decoupled weight decay, scaled by the lr"
-    )
-    clip_norm: float = Field(
-        default=1.0, ge=0, description="Largest global gradient norm; 0 turns clipping off"
-    )
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = Field(
-        default="cosine",
-        description="Course of the learning rate after the warm-up; wsd: stable, decay",
-    )
-    warmup_steps: int = Field(
-        default=0, ge=0, description="Steps in which the learning rate rises from 0"
-    )
-    decay_steps: int | None = Field(
-        default=None,
-        ge=1,
-        description="Last steps in which wsd goes down; absent: a tenth of all steps",
-    )
-    final_lr_fraction: float = Field(
-        default=0.1,
-        ge=0,
-        le=1,
-        description="Learning rate at the last step as a fraction of lr; not for constant",
-    )
-
-    def problems(self) -> list[tuple[str, str]]:
-        if self.decay_steps is None or self.schedule == "wsd":
-            return []
-        return [("decay_steps", f"is used by schedule = 'wsd' only, not by '{self.schedule}'")]
-
-
 class TrainingConfig(Section):
     """How much is trained, in what pieces, on what."""
 
-    steps: int = Field(ge=1, description="Optimizer steps of the whole run")
+    steps: int | None = Field(
+        default=None, ge=1, description="Steps of pre-training, in place of [[stages]]"
+    )
     sequences_per_step: int = Field(
-        ge=1, description="Sequences in one optimizer step, over all processes"
+        default=16, ge=1, description="Sequences in one optimizer step, over all processes"
     )
     sequences_per_microbatch: int = Field(
         default=1, ge=1, description="Sequences a process takes through the model at once"
@@ -160,10 +134,25 @@ class Config(Section):
     model: ModelConfig = Field(description="Shape of the transformer")
     layout: LayoutConfig = Field(default=LayoutConfig(), description="How processes share the work")
     optimizer: OptimizerConfig = Field(
-        default=OptimizerConfig(), description="AdamW and the course of its learning rate"
+        default=OptimizerConfig(),
+        description="AdamW and the course of its learning rate, where a stage gives none",
     )
     training: TrainingConfig = Field(description="How much is trained, in what pieces")
     data: DataConfig | None = Field(default=None, description="What pre-training reads")
+    template: TemplateConfig = Field(
+        default=TemplateConfig(), description="How questions and answers are written"
+    )
+    sft: SftConfig | None = Field(default=None, description="The objective 'sft'")
+    rl: RlConfig | None = Field(default=None, description="The objective 'rl'")
+    objectives: dict[str, ObjectiveConfig] = Field(
+        default={}, description="Further objectives by name, each with an sft or rl table"
+    )
+    stages: Annotated[tuple[StageConfig, ...], Field(strict=False)] = Field(
+        default=(), description="What is trained in turn, each a [[stages]] table"
+    )
+    evaluation: EvaluationConfig = Field(
+        default=EvaluationConfig(), description="What checkpoints are measured with"
+    )
     checkpoints: CheckpointConfig = Field(
         default=CheckpointConfig(), description="When the run is saved, and what is kept"
     )
@@ -171,8 +160,57 @@ class Config(Section):
         default=LoggingConfig(), description="What is written down, and how often"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _optimizer_under_stages(cls, given: Any) -> Any:
+        """What a stage does not say about an objective's optimizer, [optimizer] says."""
+        if not isinstance(given, Mapping) or not isinstance(given.get("optimizer"), Mapping):
+            return given
+        stages = given.get("stages")
+        if not isinstance(stages, list | tuple):
+            return given
+
+        def merged(stage: Any) -> Any:
+            if not isinstance(stage, Mapping) or not isinstance(stage.get("objectives"), Mapping):
+                return stage
+            objectives = {
+                name: {**given["optimizer"], **own} if isinstance(own, Mapping) else own
+                for name, own in stage["objectives"].items()
+            }
+            return {**stage, "objectives": objectives}
+
+        return {**given, "stages": [merged(stage) for stage in stages]}
+
+    @property
+    def named_objectives(self) -> dict[str, SftConfig | RlConfig]:
+        """Every objective but pre-training, by name."""
+        found: dict[str, SftConfig | RlConfig] = {}
+        if self.sft is not None:
+            found[SFT] = self.sft
+        if self.rl is not None:
+            found[RL] = self.rl
+        for name, one in self.objectives.items():
+            kind = one.sft or one.rl
+            assert kind is not None
+            found[name] = kind
+        return found
+
+    @property
+    def all_stages(self) -> tuple[StageConfig, ...]:
+        """[[stages]], or the one that training.steps stands for."""
+        if self.stages:
+            return self.stages
+        assert self.training.steps is not None
+        only = StageObjective.model_validate(self.optimizer.model_dump())
+        return (StageConfig(steps=self.training.steps, objectives={PRETRAINING: only}),)
+
+    @property
+    def steps(self) -> int:
+        """Of all stages."""
+        return sum(stage.steps for stage in self.all_stages)
+
     def problems(self) -> list[tuple[str, str]]:
-        model, layout, optimizer, training = self.model, self.layout, self.optimizer, self.training
+        model, layout, training = self.model, self.layout, self.training
         found = []
 
         def wrong(field: str, what: str) -> None:
@@ -205,10 +243,36 @@ class Config(Section):
                 + " or ".join(str(n) for n in (below, below + at_once) if n > 0)
                 + ")",
             )
-        down = optimizer.warmup_steps + (optimizer.decay_steps or 0)
-        if down > training.steps:
-            wrong(
-                "optimizer.warmup_steps",
-                f"+ decay_steps = {down}; training.steps allows at most {training.steps}",
+        return found + self._problems_of_stages()
+
+    def _problems_of_stages(self) -> list[tuple[str, str]]:
+        found = []
+        steps = self.training.steps
+        if self.stages and steps is not None:
+            found.append(("training.steps", f"is {steps}, but [[stages]] have steps of their own"))
+        if not self.stages and steps is None:
+            return [("training.steps", "is missing; give it, or [[stages]]")]
+        if double := {PRETRAINING, SFT, RL} & set(self.objectives):
+            found.append(
+                ("objectives", f"uses the name {', '.join(sorted(double))}, which is taken")
             )
+        known = {PRETRAINING, *self.named_objectives}
+        for number, stage in enumerate(self.all_stages):
+            where = f"stages.{number}.objectives" if self.stages else "optimizer"
+            for name, objective in stage.objectives.items():
+                place = f"{where}.{name}" if self.stages else where
+                if name not in known:
+                    found.append((place, f"is not known; allowed are {', '.join(sorted(known))}"))
+                if name == PRETRAINING and self.data is None and self.stages:
+                    found.append((place, "needs [data]"))
+                down = objective.warmup_steps + (objective.decay_steps or 0)
+                length = objective.course_steps or stage.steps
+                if down > length:
+                    allowed = "training.steps" if not self.stages else "the stage"
+                    found.append(
+                        (
+                            f"{place}.warmup_steps",
+                            f"+ decay_steps = {down}; {allowed} allows at most {length}",
+                        )
+                    )
         return found

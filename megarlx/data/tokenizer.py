@@ -7,6 +7,7 @@ from it, so that a run never depends on a file somewhere else.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 EOS = "<eos>"
+NO_TEXT = "\ufffd"
 # Looked for, in this order, where nothing says which token ends a document.
 USUAL_EOS = (
     *("<|endoftext|>", "<eos>", "</s>", "<|end_of_text|>", "<|eos|>", "<|im_end|>", "[SEP]"),
@@ -38,6 +40,15 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         raise NotImplementedError
+
+    def decode_sampled(self, ids: Sequence[int]) -> str:
+        """Of what a model drew: its vocabulary may be the larger one (padded up to a round
+        number, say), and an id that has no text becomes U+FFFD."""
+        parts: list[str] = []
+        for known, run in itertools.groupby(ids, key=lambda i: 0 <= i < self.vocab_size):
+            held = list(run)
+            parts.append(self.decode(held) if known else NO_TEXT * len(held))
+        return (" " if self.kind == "words" else "").join(parts)
 
     def definition(self) -> dict[str, Any]:
         """All that is needed to build this tokenizer again, as JSON values."""

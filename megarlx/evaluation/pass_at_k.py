@@ -76,15 +76,37 @@ def mean_and_error(values: Sequence[float]) -> Estimate:
     return Estimate(mean, math.sqrt(variance / count), count)
 
 
-def guessing_pass_at_k(answers: Sequence[Hashable], k: int) -> float:
+def informative_share(samples: int, correct: int, group_size: int) -> float:
+    """The chance that a group drawn from the pool holds both a correct and a wrong sample.
+
+    Only from such groups does group-relative RL learn anything.
+    """
+    some_correct = pass_at_k(samples, correct, group_size)
+    some_wrong = pass_at_k(samples, samples - correct, group_size)
+    return some_correct + some_wrong - 1.0
+
+
+def guessing_pass_at_k(
+    answers: Sequence[Hashable], k: int, *, leave_one_out: bool = False
+) -> float:
     """pass@k of k guesses drawn from the answers of all questions, without reading the question.
 
     A question whose answer has the share p of all answers is solved with the chance 1 - (1 - p)^k.
-    What a model reaches below this is no sign that it can solve anything.
+    What a model reaches below this is no sign that it can solve anything. With `leave_one_out` a
+    question's own answer is not among those drawn from: of few questions with nearly as many
+    answers, it would be worth too much.
     """
-    if not answers or k < 1:
-        raise ValueError(f"guessing_pass_at_k: {len(answers)} answers and k = {k}; both at least 1")
+    if len(answers) < 1 + leave_one_out or k < 1:
+        raise ValueError(
+            f"guessing_pass_at_k: {len(answers)} answers and k = {k}; allowed are at least "
+            f"{1 + leave_one_out} and 1"
+        )
     total = len(answers)
+    if leave_one_out:
+        return math.fsum(
+            n / total * (1.0 - (1.0 - (n - 1) / (total - 1)) ** k)
+            for n in Counter(answers).values()
+        )
     return math.fsum(
         n / total * (1.0 if n == total else -math.expm1(k * math.log1p(-n / total)))
         for n in Counter(answers).values()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +15,7 @@ from torch import Tensor
 from megarlx.comm.collectives import all_reduce_
 from megarlx.generation.requests import Completion
 from megarlx.model.build import ParallelModel
-from megarlx.ops import LossSpec, TokenLoss, linear_token_loss
-
-TILE = 16  # tokens of a pass are a multiple of it, for sequence parallelism
+from megarlx.model.token_scores import Text, token_scores
 
 
 @dataclass(frozen=True)
@@ -58,67 +55,8 @@ def training_logprobs(
 
     On the ranks of the last pipeline stage; elsewhere nothing.
     """
-    found: list[Tensor] = []
-    passes = _passes(completions, tokens_per_pass)
-    # Passes are padded to one length: a pipeline makes a schedule for each shape.
-    longest = max((sum(map(_length, part)) for part in passes), default=0)
-    padded = -(-longest // TILE) * TILE
-    device = model.pipeline.device
-    for part in passes:
-        captured: list[Tensor] = []
-
-        def loss(
-            hidden: Tensor,
-            weight: Tensor,
-            *,
-            captured: list[Tensor] = captured,
-            targets: Tensor,
-            **fields: Any,
-        ) -> TokenLoss:
-            result = linear_token_loss(hidden, weight, targets, LossSpec("nll"), **fields)
-            captured.append(result.logprobs)
-            return result
-
-        inputs = {name: value.to(device) for name, value in _packed(part, padded).items()}
-        model.pipeline.forward_only({**inputs, "normalizer": 1.0, "loss": loss})
-        for logprobs in captured:
-            chosen = logprobs.float().cpu()[inputs["mask"].cpu()]
-            found += chosen.split([len(c.tokens) for c in part])
-    return found
-
-
-def _length(completion: Completion) -> int:
-    return len(completion.request.prompt) + len(completion.tokens) - 1
-
-
-def _passes(completions: Sequence[Completion], most_tokens: int) -> list[list[Completion]]:
-    passes: list[list[Completion]] = []
-    filled = most_tokens
-    for completion in completions:
-        length = _length(completion)
-        if filled + length > most_tokens:
-            passes.append([])
-            filled = 0
-        passes[-1].append(completion)
-        filled += length
-    return passes
-
-
-def _packed(completions: Sequence[Completion], padded: int) -> dict[str, Tensor]:
-    """Documents one after another; only what was sampled is looked at."""
-    tokens = torch.zeros(padded, dtype=torch.int64)
-    targets = torch.zeros(padded, dtype=torch.int64)
-    mask = torch.zeros(padded, dtype=torch.bool)
-    offsets, begin = [0], 0
-    for completion in completions:
-        prompt = torch.tensor(list(completion.request.prompt))
-        whole = torch.cat((prompt, completion.tokens))
-        end = begin + len(whole) - 1
-        tokens[begin:end], targets[begin:end] = whole[:-1], whole[1:]
-        mask[begin + len(prompt) - 1 : end] = True
-        offsets.append(end)
-        begin = end
-    if begin < padded:
-        offsets.append(padded)
-    documents = torch.tensor(offsets, dtype=torch.int32)
-    return {"tokens": tokens, "targets": targets, "mask": mask, "documents": documents}
+    texts = [
+        Text(torch.cat((torch.tensor(list(c.request.prompt)), c.tokens)), len(c.request.prompt))
+        for c in completions
+    ]
+    return [s.logprobs for s in token_scores(model, texts, tokens_per_pass=tokens_per_pass)]

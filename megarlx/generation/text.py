@@ -30,9 +30,10 @@ def stream_text(
     sampling: SamplingSettings,
     max_new_tokens: int,
     seed: int = 0,
+    sequence_id: int = 0,
 ) -> Iterator[TextPiece]:
-    """One completion of the prompt, piece by piece."""
-    request = Request(encode(prompt), (0,), max_new_tokens)
+    """One completion of the prompt, piece by piece; another one for each sequence id."""
+    request = Request(encode(prompt), (sequence_id,), max_new_tokens)
     tokens: list[int] = []
     shown = ""
     for new in engine.stream([request], sampling, seed):

@@ -92,6 +92,20 @@ def final_number(samples: list[Sample], style: Style = "any") -> list[float]:
     return rewards
 
 
+def marked_answer(samples: list[Sample]) -> list[float | None]:
+    """1 where a finished completion ends in `#### ` and exactly the reference, said once."""
+    return [
+        None if sample.reference is None else float(_is_marked(sample, sample.reference))
+        for sample in samples
+    ]
+
+
+def _is_marked(sample: Sample, reference: str) -> bool:
+    before, mark, after = sample.completion.rpartition("####")
+    finished = sample.finish_reason != "length"
+    return finished and bool(mark) and "####" not in before and after.split() == reference.split()
+
+
 def answer_format(
     samples: list[Sample], style: Literal["boxed", "hashes"] = "hashes"
 ) -> list[float]:

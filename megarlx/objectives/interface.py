@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 
@@ -24,23 +26,50 @@ class Batch:
     tokens: int
 
 
-class Objective(Protocol):
+@dataclass
+class Work:
+    """What an objective has computed beside training on its batches, on all ranks together."""
+
+    generated_tokens: float = 0.0
+    forward_tokens: float = 0.0  # prompts read, and passes for log-probs
+
+
+class Objective(ABC):
     """`pretraining`, `sft`, `rl`: all of them are this, and the trainer names none."""
 
     name: str
 
-    def next_batch(self) -> Batch:
-        """The batch of the next step, a function of `state` alone."""
-        ...
+    @cached_property
+    def work(self) -> Work:
+        return Work()
 
+    @abstractmethod
+    def next_batch(self) -> Batch:
+        """The batch of the next step: a function of `state` and, for samples, of the weights."""
+
+    @abstractmethod
     def loss(self, hidden: Tensor, weight: Tensor, **fields: Any) -> Any:
         """Runs inside the last stage's forward, with the signature of `linear_token_loss`."""
-        ...
 
+    @abstractmethod
     def state(self) -> dict[str, Any]:
         """As JSON, what a resumed run needs to go on with the same batches."""
-        ...
 
-    def load_state(self, state: dict[str, Any]) -> None: ...
+    @abstractmethod
+    def load_state(self, state: Mapping[str, Any]) -> None: ...
 
-    def close(self) -> None: ...
+    def begin(self, weights: Tensor, goes_on: bool) -> Tensor | None:
+        """A stage begins with these weights (this rank's shard). What the objective keeps of them
+        for good, as a reference policy, it returns: it is saved and restored with the run."""
+        return None
+
+    def signal(self) -> float | None:
+        """How much the last batch had to teach, in [0, 1]; None: its loss tells."""
+        return None
+
+    def metrics(self) -> dict[str, float]:
+        """Of the steps since the last call; all ranks call it together and get the same."""
+        return {}
+
+    def close(self) -> None:  # noqa: B027 - most have nothing to close
+        """Nobody will ask for another batch."""

@@ -5,17 +5,18 @@ They differ in their dataset and in nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megarlx.data.loader import Loader
-from megarlx.objectives.interface import Batch
+from megarlx.objectives.interface import Batch, Objective
 from megarlx.ops import LossSpec, TokenLoss, linear_token_loss
 
 
-class Supervised:
+class Supervised(Objective):
     """What a loader deals out, as micro-batches of one shape."""
 
     def __init__(self, name: str, loader: Loader, *, device: torch.device | str = "cpu") -> None:
@@ -31,7 +32,7 @@ class Supervised:
             "tokens": torch.cat([part.inputs for part in parts]),
             "targets": targets,
             "mask": mask,
-            "documents": torch.stack([self._offsets(p.cu_seqlens, *p.inputs.shape) for p in parts]),
+            "documents": _stacked([self._offsets(p.cu_seqlens, *p.inputs.shape) for p in parts]),
         }
         return Batch(
             {name: field.to(self.device, non_blocking=True) for name, field in fields.items()},
@@ -50,11 +51,22 @@ class Supervised:
         targets = fields.pop("targets")
         return linear_token_loss(hidden, weight, targets, self.spec, **fields)
 
+    def metrics(self) -> dict[str, float]:
+        consumed = self.loader.consumed_sequences
+        counts = self.loader.dataset.tokens_by_source(consumed)
+        return {f"data/{source}_tokens": float(count) for source, count in counts.items()}
+
     def state(self) -> dict[str, Any]:
         return self.loader.state()
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: Mapping[str, Any]) -> None:
         self.loader.load_state(state)
 
     def close(self) -> None:
         self.loader.close()
+
+
+def _stacked(offsets: list[Tensor]) -> Tensor:
+    """Micro-batches with fewer documents than others get empty ones at their end."""
+    most = max(map(len, offsets))
+    return torch.stack([torch.cat((o, o[-1:].expand(most - len(o)))) for o in offsets])

@@ -5,8 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megarlx.config import Config, ConfigError, describe, load_config
+
+if TYPE_CHECKING:
+    import torch
+
+    from megarlx.comm.launch import Launch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,25 +53,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _train(config: Config, source: Path, out: Path, fresh: bool) -> int:
-    from megarlx.checkpoint import CheckpointError
-    from megarlx.comm import launch
-    from megarlx.run.assemble import assemble, choose_device, choose_layout
-    from megarlx.run.loop import TrainingError, check_startable, train
+    from megarlx.run.session import session
 
-    try:
-        device = choose_device(config.training.device)
-        started = launch.read()
-        choose_layout(config, started.world_size)  # refused before any process group is made
-        launch.start(started, device, config.layout.time_limit_seconds)
-        try:
-            made = assemble(config, out, started, device)
-            check_startable(made, fresh)
-            if started.rank == 0:
-                made.directory.write_description(config, source)
-            return train(made)
-        finally:
-            launch.stop()
-    # What the user can mend is told in one line each; anything else keeps its traceback.
-    except (ValueError, OSError, CheckpointError, TrainingError, launch.LaunchError) as error:
-        print(f"megarlx train: {error}", file=sys.stderr)
-        return 1
+    def work(started: Launch, device: torch.device) -> int:
+        from megarlx.run.assemble import assemble
+        from megarlx.run.loop import check_startable, train
+
+        made = assemble(config, out, started, device)
+        check_startable(made, fresh)
+        if started.rank == 0:
+            made.directory.write_description(config, source, made.tokenizer)
+        return train(made)
+
+    return session("train", config, work)

@@ -10,15 +10,17 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megarlx import __version__
-from megarlx.checkpoint import iterations
+from megarlx.checkpoint import checkpoint_name, iterations
 from megarlx.config import Config
 from megarlx.data.token_files import write_atomically
+from megarlx.data.tokenizer import Tokenizer
 
 # What a resumed run may be told anew. Everything else makes it another run.
 MAY_CHANGE = (
@@ -37,10 +39,42 @@ class RunError(ValueError):
     """A run that cannot be started or gone on with as asked."""
 
 
+@dataclass(frozen=True)
+class Parent:
+    """A checkpoint that an excursion started from."""
+
+    run: str
+    iteration: int
+    digest: str
+    trunk_tokens: int  # of pre-training, up to there
+    tokens: dict[str, int]  # by objective, of all ancestors
+    replayed: str | None = None  # the checkpoint itself, where the parent had not saved it
+
+    @property
+    def checkpoint(self) -> Path:
+        if self.replayed is not None:
+            return Path(self.replayed)
+        return Path(self.run) / "checkpoints" / checkpoint_name(self.iteration)
+
+
 class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self.samples = path / "samples"
+        self.tokenizer = path / "tokenizer.json"
+
+    @property
+    def parent(self) -> Parent | None:
+        """Where the run branched from, by its lineage.json."""
+        path = self.path / "lineage.json"
+        if not path.exists():
+            return None
+        try:
+            parent = json.loads(path.read_text(encoding="utf-8"))["parent"]
+            return None if parent is None else Parent(**parent)
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{path}: cannot be read: {error!r}") from None
 
     @property
     def has_checkpoints(self) -> bool:
@@ -78,27 +112,43 @@ class RunDirectory:
                 "with another folder"
             )
 
-    def write_description(self, config: Config, source: Path) -> None:
+    def write_description(
+        self, config: Config, source: Path, tokenizer: Tokenizer | None = None
+    ) -> None:
         """What the run was told and where it comes from; by one process, before the first step."""
         self.path.mkdir(parents=True, exist_ok=True)
         if source.suffix == ".toml" and source.resolve() != (self.path / "config.toml").resolve():
             shutil.copyfile(source, self.path / "config.toml")
         write_atomically(self.path / "resolved.json", config.to_json())
-        lineage = self.path / "lineage.json"
-        if not lineage.exists():
-            write_atomically(lineage, json.dumps(self._lineage(config), indent=2) + "\n")
+        if tokenizer is not None and not self.tokenizer.exists():
+            tokenizer.save(self.tokenizer)
+        if not (self.path / "lineage.json").exists():
+            self.write_json("lineage.json", self._lineage(config))
 
     def _lineage(self, config: Config) -> dict[str, Any]:
         return {
             "parent": None,
+            "recipe": None,
+            "trunk_tokens": 0,
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "seed": config.training.seed,
-            "versions": {
-                "megarlx": __version__,
-                "torch": torch.__version__,
-                "python": sys.version.split()[0],
-            },
+            "restored": [],
+            "reset": [],
+            "composition": {},
+            "versions": versions(),
         }
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path / name, json.dumps(value, indent=2) + "\n")
+
+
+def versions() -> dict[str, str]:
+    return {
+        "megarlx": __version__,
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+    }
 
 
 def _differences(saved: Any, now: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:

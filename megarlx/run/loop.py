@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -17,10 +18,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megarlx.checkpoint import latest
 from megarlx.comm.collectives import all_reduce_, gather_values
+from megarlx.config.objectives import PRETRAINING
+from megarlx.data.conversations import Template
+from megarlx.evaluation.suites import Parent as EvaluatedParent
+from megarlx.evaluation.suites import Subject, evaluate, metrics_of
 from megarlx.metrics import MetricsWriter
 from megarlx.objectives.supervised import Supervised
 from megarlx.run.assemble import Run, steps_at_tokens
+from megarlx.run.costs import Costs
 from megarlx.run.directory import RunError
+from megarlx.run.world import world_of
 
 REQUEUE = 75  # exit code of a run that was told to stop, saved, and wants to be started again
 GPU_PEAK_FLOP_PER_SECOND = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
@@ -58,45 +65,62 @@ class StopRequest:
 
 
 def train(run: Run) -> int:
-    """Trains to `training.steps`; returns the exit code."""
-    resumed = _resume(run)
+    """Trains to the end of the last stage; returns the exit code."""
+    costs = _start(run)
+    resumed = run.trainer.steps_done
     first = run.mesh.rank == 0
     logging = run.config.logging
     writer = MetricsWriter(run.directory.path, resume_at=resumed + 1) if first else None
     stop = StopRequest(logging.stop_after_minutes)
-    loop = _Loop(run, writer)
+    loop = _Loop(run, costs, writer)
     with writer or nullcontext(), stop.listening(), loop.progress():
         try:
-            code = loop.until(run.config.training.steps, stop)
+            code = loop.until(run.config.steps, stop)
         finally:
-            run.pretraining.close()
+            run.close()
     if code == REQUEUE and first:
         print(f"stopped by {stop.reason or 'another rank'}; saved, start again to go on")
     return code
 
 
-def _resume(run: Run) -> int:
+def _start(run: Run) -> Costs:
+    """From the run's own last checkpoint, else from its parent's, else from nothing."""
+    trainer, parent = run.trainer, run.directory.parent
+    costs = Costs(run.config, trainer, parent.tokens if parent is not None else {})
     checkpoint = latest(run.directory.checkpoints, run.mesh.world)
-    if checkpoint is None:
-        return 0
-    loaded = run.trainer.resume(checkpoint)
-    saved = loaded.state["run"]
-    run.pretraining.load_state(saved["objectives"]["pretraining"])
+    if checkpoint is not None:
+        loaded = trainer.resume(checkpoint)
+        costs.load_state(loaded.state["run"]["cost"])
+        text = f"going on from {checkpoint}, step {trainer.steps_done}"
+    elif parent is not None:
+        trainer.start_from(parent.checkpoint)
+        text = f"starting from {parent.checkpoint}"
+    else:
+        _check_nothing_goes_on(run)
+        return costs
     if run.mesh.rank == 0:
-        print(f"going on from {checkpoint}, step {run.trainer.steps_done}")
-    return run.trainer.steps_done
+        print(text)
+    return costs
+
+
+def _check_nothing_goes_on(run: Run) -> None:
+    first = run.config.all_stages[0]
+    if names := [name for name, one in first.objectives.items() if one.goes_on]:
+        raise RunError(
+            f"stages[0].objectives.{names[0]}.goes_on is true, but this run has no parent to go on "
+            "from; an excursion (`megarlx branch`) has one"
+        )
 
 
 class _Loop:
-    def __init__(self, run: Run, writer: MetricsWriter | None) -> None:
+    def __init__(self, run: Run, costs: Costs, writer: MetricsWriter | None) -> None:
         self.run, self.writer = run, writer
-        training = run.config.training
-        self.tokens_per_step = training.sequences_per_step * training.sequence_length
         self.listed = set(steps_at_tokens(run.config))
         self.skipped_in_a_row: dict[str, int] = dict.fromkeys(run.trainer.objectives, 0)
         self.skipped = 0
         self.bar: Progress | None = None
         self.since = (time.perf_counter(), run.trainer.steps_done)
+        self.costs = costs
         self.peak = _peak_flop_per_second(run.device) * run.mesh.world.size
         self.saved_at = run.trainer.steps_done
 
@@ -112,7 +136,7 @@ class _Loop:
             TimeRemainingColumn(),
         )
         with Progress(*columns) as self.bar:
-            total = self.run.config.training.steps
+            total = self.run.config.steps
             self.task = self.bar.add_task(
                 "training", total=total, completed=self.run.trainer.steps_done
             )
@@ -145,6 +169,11 @@ class _Loop:
                 self.bar.update(self.task, completed=done)
             if stopping and not last:
                 return REQUEUE
+            every = config.evaluation.every_steps
+            if not last and every and done % every == 0:
+                self._evaluate()
+        if config.evaluation.at_end:
+            self._evaluate()
         if self.saved_at < trainer.steps_done:
             self.run.saver.wait()
         return 0
@@ -172,24 +201,27 @@ class _Loop:
         now, done = time.perf_counter(), trainer.steps_done
         seconds, steps = now - self.since[0], done - self.since[1]
         self.since = (now, done)
-        rate = self.tokens_per_step * steps / seconds
-        model, length = self.run.config.model, self.run.config.training.sequence_length
+        spent = self.costs.since_last(seconds)
         values |= {f"grad_norm/{n}": float(v) for n, v in report.gradient_norms.items()}
-        values |= {f"lr/{n}": trainer.learning_rate(n, done - 1) for n in trainer.objectives}
+        values |= {f"lr/{n}": trainer.last_rates[n] for n in losses}
+        values |= {f"share/{n}": share for n, share in (trainer.last_shares or {}).items()}
         values |= {
-            "perf/tokens_per_second": rate,
+            "perf/tokens_per_second": spent["trained_tokens"] / seconds,
             "perf/step_seconds": seconds / steps,
-            "perf/mfu": rate * model.flops_per_token(length) / self.peak,
+            "perf/mfu": spent["flop"] / seconds / self.peak,
             "perf/skipped_updates": float(self.skipped),
+            **self.costs.metrics(),
         }
-        consumed = self.run.pretraining.loader.consumed_sequences
-        values |= {
-            f"data/{name}_tokens": float(count)
-            for name, count in self.run.blend.tokens_by_source(consumed).items()
-        }
-        text = f"loss {values['loss/pretraining']:.4f}  {rate:,.0f} tokens/s  "
-        text += f"mfu {values['perf/mfu']:.2f}"
-        self._say(done, text, values)
+        for name in losses:
+            values |= trainer.objectives[name].metrics()
+        several = len(trainer.objectives) > 1
+        shown = [
+            f"{name if several else ''} loss {values[f'loss/{name}']:.4f}".lstrip()
+            for name in losses
+        ]
+        shown += [f"reward {values['rl/reward']:.3f}"] if "rl/reward" in values else []
+        text = "  ".join([*shown, f"{values['perf/tokens_per_second']:,.0f} tokens/s"])
+        self._say(done, f"{text}  mfu {values['perf/mfu']:.2f}", values)
 
     def _say(self, step: int, text: str, values: dict[str, float]) -> None:
         if self.writer is None:
@@ -212,11 +244,42 @@ class _Loop:
         data.loader.consumed_sequences = 0
         return self.run.trainer.evaluate(data)
 
+    def _evaluate(self) -> None:
+        """The suites on the weights as they are; results that are there are not made again."""
+        run, done = self.run, self.run.trainer.steps_done
+        tokens = self.costs.tokens()
+        if run.tokenizer is None:
+            raise RunError("[evaluation] needs a tokenizer: data.tokenizer names none")
+        begun = time.perf_counter()
+        results = evaluate(
+            Subject(
+                run.trainer.model,
+                run.tokenizer,
+                Template(**run.config.template.model_dump()),
+                is_base=not any(n for name, n in tokens.items() if name != PRETRAINING),
+                iteration=done,
+                trunk_tokens=tokens.get(PRETRAINING, 0),
+                world=world_of(run.config),
+            ),
+            run.config.evaluation,
+            run=run.directory.path,
+            parent=self._evaluated_parent(),
+        )
+        values = metrics_of(results)
+        headline = "  ".join(f"{key} {value:.3f}" for key, value in list(values.items())[:6])
+        self._say(done, headline, values)
+        # Not training: neither speed nor cost counts it.
+        self.since = (self.since[0] + time.perf_counter() - begun, self.since[1])
+
+    def _evaluated_parent(self) -> EvaluatedParent | None:
+        parent = self.run.directory.parent
+        return None if parent is None else EvaluatedParent(Path(parent.run), parent.iteration)
+
     def _save(self, *, blocking: bool) -> None:
         trainer = self.run.trainer
         state = {
-            "objectives": {"pretraining": self.run.pretraining.state()},
-            "tokens": trainer.steps_done * self.tokens_per_step,
+            "tokens": self.costs.tokens(),
+            "cost": gather_values(self.costs.state(), self.run.mesh.world)[0],
         }
         pause = trainer.save(self.run.saver, state, blocking=blocking)
         self.saved_at = trainer.steps_done

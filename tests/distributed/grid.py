@@ -16,7 +16,7 @@ from megarlx.data.samples import Sample
 from megarlx.model.build import build_model
 from megarlx.objectives.supervised import Supervised
 from megarlx.optimizer import AdamSettings
-from megarlx.trainer import TrainedObjective, Trainer
+from megarlx.trainer import TrainedObjective, Trainer, TrainingStage
 
 SEQUENCES, LENGTH, STEPS, BUCKET = 16, 8, 5, 5000
 
@@ -145,7 +145,9 @@ def train(case: Case) -> dict[str, Any]:
         "pretraining", Loader(RandomSequences(), layout, prefetch_steps=0), device=case.device
     )
     adam = AdamSettings(weight_decay=0.1, clip_norm=0.5)
-    trainer = Trainer(built, [TrainedObjective(objective, adam, lambda step: 1e-3)])
+    trainer = Trainer(
+        built, [TrainingStage([TrainedObjective(objective, adam, lambda step: 1e-3)])]
+    )
     losses, norms, gradient = [], [], None
     for _ in range(STEPS):
         mesh.traffic.reset()

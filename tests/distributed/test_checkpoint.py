@@ -41,7 +41,7 @@ from megarlx.objectives.supervised import Supervised
 from megarlx.optimizer import AdamSettings
 from megarlx.parallel.data_parallel import FlatLayout
 from megarlx.parallel.metadata import ParameterLayout, Piece
-from megarlx.trainer import TrainedObjective, Trainer
+from megarlx.trainer import TrainedObjective, Trainer, TrainingStage
 
 SEQUENCES = 24
 
@@ -129,7 +129,9 @@ def build(place: Place, family: str, seed: int, *objectives: str) -> Trainer:
         for name in objectives or ("pretraining",)
     ]
     adam = AdamSettings(weight_decay=0.1, clip_norm=0.5)
-    return Trainer(model, [TrainedObjective(o, adam, lambda step: 1e-3) for o in made])
+    return Trainer(
+        model, [TrainingStage([TrainedObjective(o, adam, lambda step: 1e-3) for o in made])]
+    )
 
 
 def objectives_of(trainer: Trainer) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from megarlx.data.order import key_of, shuffled
 from megarlx.data.synthetic.draw import Draw
-from megarlx.data.synthetic.settings import WorldSettings
+from megarlx.data.synthetic.settings import WorldError, WorldSettings
 
 ATTRIBUTES = ("home", "color", "food", "friend", "music", "weather", "metal", "flower")
 # The value comes last in each, so that it can be asked for by leaving it out.
@@ -78,17 +78,20 @@ class Facts:
         facts = [self[draw.below(len(self))] for _ in range(self.settings.facts_per_document)]
         return " ".join(f"{_told(fact, fact.held_out)} ." for fact in facts)
 
-    def tests(self) -> Iterator[dict[str, Any]]:
+    def tests(self, choices: int | None = None) -> Iterator[dict[str, Any]]:
         """Of each fact: a cloze (any value of the attribute) and a choice among a few, in a
         paraphrase of the training text and in the one held out."""
+        among = self.settings.choices if choices is None else choices
+        if not 2 <= among <= self.settings.values:
+            raise WorldError(f"world: choices is {among}; allowed 2 to {self.settings.values}")
         for number in range(len(self)):
             fact = self[number]
             draw = Draw(self.settings.seed, "facts", "tests", number)
             seen = draw.one([i for i in range(len(PARAPHRASES)) if i != fact.held_out])
             others = [v for v in self.values[fact.attribute] if v != fact.value]
-            few = [fact.value, *draw.some(others, self.settings.choices - 1)]
+            few = [fact.value, *draw.some(others, among - 1)]
             few = draw.some(few, len(few))
-            for suite, paraphrase, choices in (
+            for suite, paraphrase, answers in (
                 ("facts_cloze", seen, self.values[fact.attribute]),
                 ("facts_choice", seen, few),
                 ("facts_held_out_cloze", fact.held_out, self.values[fact.attribute]),
@@ -97,8 +100,8 @@ class Facts:
                 yield {
                     "suite": suite,
                     "context": _told(fact, paraphrase).rsplit(" ", 1)[0],
-                    "choices": [f" {choice}" for choice in choices],
-                    "answer": list(choices).index(fact.value),
+                    "choices": [f" {answer}" for answer in answers],
+                    "answer": list(answers).index(fact.value),
                 }
 
 

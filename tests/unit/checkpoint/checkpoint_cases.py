@@ -18,7 +18,7 @@ from megarlx.objectives.supervised import Supervised
 from megarlx.optimizer import AdamSettings
 from megarlx.parallel.data_parallel import FlatLayout
 from megarlx.parallel.metadata import ParameterLayout, Piece
-from megarlx.trainer import TrainedObjective, Trainer
+from megarlx.trainer import TrainedObjective, Trainer, TrainingStage
 
 WORLD = Group.alone("world")
 
@@ -80,7 +80,10 @@ def trainer(
     ]
     model = build_model(config, mesh, seed=seed, dtype=dtype, bucket_elements=700)
     adam = AdamSettings(weight_decay=0.1, clip_norm=0.5)
-    return Trainer(model, [TrainedObjective(o, adam, lambda step: 1e-2 / (1 + step)) for o in made])
+    return Trainer(
+        model,
+        [TrainingStage([TrainedObjective(o, adam, lambda step: 1e-2 / (1 + step)) for o in made])],
+    )
 
 
 def layout_of(shapes: dict[str, tuple[int, ...]]) -> dict[str, ParameterLayout]:

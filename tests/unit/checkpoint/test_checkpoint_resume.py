@@ -9,7 +9,7 @@ import pytest
 import torch
 from checkpoint_cases import WORLD, objectives_of, resume, trainer
 
-from megarlx.checkpoint import CheckpointError, Saver, latest, load, verify
+from megarlx.checkpoint import CheckpointError, Saver, latest, load, read_manifest, verify
 from megarlx.trainer import Trainer
 
 
@@ -118,6 +118,8 @@ def test_a_model_of_another_shape_is_refused_by_the_tensors_that_differ(tmp_path
     ("change", "message"),
     [
         ({"steps_done": "3"}, "steps_done '3'"),
+        ({"stage": 1}, "stage 1 .* below 1"),
+        ({"positions": {}}, "nothing about 'pretraining'"),
         ({"optimizer": None}, "optimizer None"),
         ({"optimizer": {"steps": {"sft": 1}}}, r"one count each of pretraining"),
         ({"optimizer": {"steps": {"pretraining": 1.5}}}, "steps are"),
@@ -128,8 +130,9 @@ def test_a_state_that_does_not_fit_is_refused(
     tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     one = trainer()
-    state = {"steps_done": 0, "optimizer": one.optimizer.state(), "run": {}} | change
     saver = Saver(tmp_path, WORLD)
+    one.save(saver, {}, blocking=True)
+    state = read_manifest(tmp_path / "iter_00000000").state | change
     saver.save(0, one.optimizer.shards, state, blocking=True)
     with pytest.raises(CheckpointError, match=message):
         trainer().resume(tmp_path / "iter_00000000")

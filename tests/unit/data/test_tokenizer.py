@@ -148,3 +148,11 @@ def test_a_changed_saved_tokenizer_is_noticed() -> None:
         tokenizer_from_json(saved)
     with pytest.raises(TokenizerError, match="kind is 'other'; allowed are bytes"):
         tokenizer_from_json({**saved, "kind": "other"})
+
+
+def test_ids_that_a_larger_model_draws_have_a_place_in_the_text() -> None:
+    words = WordTokenizer(["one", "two"])
+    assert words.decode_sampled([1, 2, 0]) == words.decode([1, 2, 0])
+    assert words.decode_sampled([1, 9, 3, 2]) == "one \ufffd\ufffd two"
+    assert ByteTokenizer().decode_sampled([104, 300, 105]) == "h\ufffdi"
+    assert words.decode_sampled([]) == ""

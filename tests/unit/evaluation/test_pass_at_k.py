@@ -7,7 +7,12 @@ from fractions import Fraction
 
 import pytest
 
-from megarlx.evaluation.pass_at_k import Pool, guessing_pass_at_k, pass_at_k
+from megarlx.evaluation.pass_at_k import (
+    Pool,
+    guessing_pass_at_k,
+    informative_share,
+    pass_at_k,
+)
 
 
 @pytest.mark.parametrize("samples", range(1, 9))
@@ -66,3 +71,26 @@ def test_impossible_pools_are_refused() -> None:
     for samples, correct in (((), ()), ((4,), ()), ((4,), (5,)), ((0,), (0,))):
         with pytest.raises(ValueError, match=r"^pass_at_k: "):
             Pool(samples, correct)
+
+
+def test_informative_share_is_that_of_subsets_with_both_outcomes() -> None:
+    for samples, size in ((6, 2), (6, 4), (5, 3)):
+        for correct in range(samples + 1):
+            groups = list(itertools.combinations(range(samples), size))
+            mixed = sum(0 < sum(i < correct for i in group) < size for group in groups)
+            found = informative_share(samples, correct, size)
+            assert found == pytest.approx(mixed / len(groups), abs=1e-12)
+
+
+def test_guessing_without_ones_own_answer_draws_from_the_others() -> None:
+    answers = [1, 1, 1, 2, 3, 3]
+    for k in (1, 2, 3):
+        solved = []
+        for at, answer in enumerate(answers):
+            others = answers[:at] + answers[at + 1 :]
+            draws = list(itertools.product(others, repeat=k))
+            solved.append(sum(answer in draw for draw in draws) / len(draws))
+        found = guessing_pass_at_k(answers, k, leave_one_out=True)
+        assert found == pytest.approx(statistics.fmean(solved))
+    with pytest.raises(ValueError, match="1 answers and k = 2; allowed are at least 2 and 1"):
+        guessing_pass_at_k([1], 2, leave_one_out=True)

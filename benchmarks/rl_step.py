@@ -1,0 +1,313 @@
+"""One whole GRPO step on a CPU: ours and TRL's GRPOTrainer, interleaved in one run.
+
+Same model shape, prompts, group size, reward and limit of the completion's length; no completion
+ends before the limit in either, so both do the same work. A step is: generate, score, advantages,
+log-probs where needed, forward and backward, AdamW.
+
+    python benchmarks/rl_step.py [--sizes 0.2M 2M] [--prompts 16] [--samples 8] [--new-tokens 96]
+        [--rounds 5] [--growth] [--json PATH] [--markdown PATH]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from timing import Row, machine, markdown, row, write_json
+from training import SIZES
+
+from megarlx.comm.groups import Mesh
+from megarlx.config.model import ModelConfig
+from megarlx.config.objectives import RlConfig
+from megarlx.config.reward import RewardConfig
+from megarlx.data.conversations import Template
+from megarlx.data.prompts import Prompt, PromptData
+from megarlx.data.tokenizer import WordTokenizer
+from megarlx.generation.engine import Engine
+from megarlx.model.build import build_model
+from megarlx.objectives.rewards import Rewards
+from megarlx.objectives.rl import Reinforcement
+from megarlx.objectives.rollout import Sampler
+from megarlx.objectives.samples import Sample
+from megarlx.optimizer import AdamSettings
+from megarlx.trainer import TrainedObjective, Trainer, TrainingStage
+
+PROMPT_TOKENS = 24
+
+
+def even_words(samples: list[Sample]) -> list[float]:
+    """A reward that differs within groups: the share of words with an even number."""
+    return [_even(sample.completion) for sample in samples]
+
+
+def _even(text: str) -> float:
+    words = text.split()
+    return sum(word[1:].isdecimal() and int(word[1:]) % 2 == 0 for word in words) / len(words)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    model: ModelConfig
+    prompts: int
+    samples: int
+    new_tokens: int
+
+    @property
+    def words(self) -> list[str]:
+        return [f"w{i}" for i in range(1, self.model.vocab_size)]
+
+    def questions(self) -> list[str]:
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(1, self.model.vocab_size, (256, PROMPT_TOKENS), generator=generator)
+        return [" ".join(f"w{i}" for i in line) for line in ids.tolist()]
+
+    def flop(self) -> float:
+        """Of a step: sampling, and training on the samples; every prompt read once to sample."""
+        model, n = self.model, self.prompts * self.samples
+        length = PROMPT_TOKENS + self.new_tokens
+        a_token = model.flops_per_token(length)
+        generated = n * self.new_tokens + self.prompts * PROMPT_TOKENS
+        return a_token * (n * length + generated / 3)
+
+
+def our_step(case: Case) -> tuple[Callable[[], object], Reinforcement]:
+    model = build_model(case.model, Mesh.alone(), seed=0)
+    tokenizer = WordTokenizer(case.words)
+    config = RlConfig(
+        prompts_per_step=case.prompts,
+        samples_per_prompt=case.samples,
+        max_completion_tokens=case.new_tokens,
+        tokens_per_microbatch=8192,
+        rewards=(RewardConfig(function="rl_step:even_words", workers=0),),
+    )
+    prompts = PromptData(
+        [Prompt(question) for question in case.questions()],
+        Template(user="{content}"),
+        tokenizer,
+        seed=0,
+    )
+    engine = Engine.of(
+        model, slots=case.prompts * case.samples, longest=PROMPT_TOKENS + case.new_tokens
+    )
+    rewards = Rewards(config.rewards)
+    sampler = Sampler(config, lambda: engine, prompts, tokenizer, rewards, model.mesh, seed=0)
+    sampler.sampling = dataclasses.replace(sampler.sampling, stop_tokens=())
+    objective = Reinforcement("rl", config, model, sampler)
+    trained = TrainedObjective(objective, AdamSettings(weight_decay=0.0), lambda step: 1e-6)
+    return Trainer(model, [TrainingStage([trained])]).step, objective
+
+
+def with_trl(case: Case, rounds: int, each: Callable[[], None]) -> list[float]:
+    """Runs `each` after every step of TRL's trainer; returns the seconds of its steps."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import (
+        Olmo2Config,
+        Olmo2ForCausalLM,
+        PreTrainedTokenizerFast,
+        TrainerCallback,
+    )
+    from trl import GRPOConfig, GRPOTrainer
+
+    vocabulary = {"<eos>": 0, **{word: i for i, word in enumerate(case.words, start=1)}}
+    inner = Tokenizer(WordLevel(vocabulary, unk_token="<eos>"))
+    inner.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>", padding_side="left"
+    )
+    c = case.model
+    model = Olmo2ForCausalLM(
+        Olmo2Config(
+            vocab_size=c.vocab_size,
+            hidden_size=c.hidden_size,
+            intermediate_size=c.intermediate_size,
+            num_hidden_layers=c.layers,
+            num_attention_heads=c.heads,
+            num_key_value_heads=c.kv_heads,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=0,
+        )
+    )
+    taken: list[float] = []
+
+    class Timed(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            taken.append(time.perf_counter() - self.start)
+            each()
+
+    def reward(completions: list[str], **_: Any) -> list[float]:
+        return [_even(completion or "w1") for completion in completions]
+
+    with tempfile.TemporaryDirectory() as folder:
+        GRPOTrainer(
+            model,
+            reward,
+            GRPOConfig(
+                folder,
+                max_steps=rounds,
+                per_device_train_batch_size=case.prompts * case.samples,
+                num_generations=case.samples,
+                max_completion_length=case.new_tokens,
+                generation_kwargs={"min_new_tokens": case.new_tokens},
+                beta=0.0,
+                learning_rate=1e-6,
+                use_cpu=True,
+                bf16=False,
+                gradient_checkpointing=False,
+                report_to=[],
+                save_strategy="no",
+                logging_strategy="no",
+                disable_tqdm=True,
+            ),
+            train_dataset=Dataset.from_dict({"prompt": case.questions()}),
+            processing_class=tokenizer,
+            callbacks=[Timed()],
+        ).train()
+    return taken
+
+
+def compare(name: str, case: Case, rounds: int) -> tuple[list[Row], dict[str, float]]:
+    step, objective = our_step(case)
+    ours: list[float] = []
+    parts: dict[str, list[float]] = {}
+    product: list[float] = []
+
+    def each() -> None:
+        start = time.perf_counter()
+        step()
+        ours.append(time.perf_counter() - start)
+        for key, seconds in spent(objective).items():
+            parts.setdefault(key, []).append(seconds)
+        product.append(sgemm_seconds())
+
+    theirs = with_trl(case, rounds + 1, each)[1:]  # the first round is a warm-up
+    ours, product = ours[1:], product[1:]
+    label = f"{name}, {case.prompts} × {case.samples} × {case.new_tokens} tokens"
+    median = statistics.median(ours)
+    faster = statistics.median(t / o for t, o in zip(theirs, ours, strict=True))
+    share = statistics.median(
+        case.flop() / (2 * 1024**3) * p / o for p, o in zip(product, ours, strict=True)
+    )
+    rows = [
+        row("GRPO step", label, median, median * faster, "TRL GRPOTrainer", "s"),
+        row("share of sgemm", label, median, median * share, "arithmetic at the sgemm rate", "s"),
+    ]
+    split = {key: statistics.median(values[1:]) for key, values in parts.items()}
+    split["train"] = median - sum(split.values())
+    return rows, split
+
+
+def spent(objective: Reinforcement) -> dict[str, float]:
+    assert objective.current is not None
+    metrics = objective.current.metrics
+    return {
+        "generate": metrics["perf/generate_seconds"],
+        "reward": metrics["perf/reward_seconds"],
+    }
+
+
+_A, _B, _OUT = (torch.randn(1024, 1024) for _ in range(3))
+
+
+def sgemm_seconds() -> float:
+    start = time.perf_counter()
+    torch.mm(_A, _B, out=_OUT)
+    return time.perf_counter() - start
+
+
+def alone(case: Case, rounds: int) -> dict[str, float]:
+    step, objective = our_step(case)
+    step()
+    whole, parts = [], []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        step()
+        whole.append(time.perf_counter() - start)
+        parts.append(spent(objective)["generate"])
+    return {"step": statistics.median(whole), "generate": statistics.median(parts)}
+
+
+def growth(sizes: list[str], rounds: int) -> str:
+    """How a step grows with group size, length and model: t = a + b·x, and what the line misses."""
+    lines = ["## How cost grows", "", "| what grows | x | seconds a step (generating) | a + b·x |"]
+    lines += ["|---|---|---|---|"]
+    base = Case(SIZES[sizes[0]].model, 8, 8, 48)
+    series: dict[str, list[tuple[float, Case]]] = {
+        "samples of a prompt": [
+            (n, dataclasses.replace(base, samples=n)) for n in (2, 4, 8, 16, 32, 64)
+        ],
+        "new tokens": [(n, dataclasses.replace(base, new_tokens=n)) for n in (16, 32, 64, 96)],
+        "parameters (M)": [
+            (SIZES[s].model.parameters() / 1e6, dataclasses.replace(base, model=SIZES[s].model))
+            for s in ("0.2M", "2M", "10M")
+        ],
+    }
+    for what, cases in series.items():
+        found = [(x, alone(case, rounds)) for x, case in cases]
+        xs = torch.tensor([x for x, _ in found], dtype=torch.float64)
+        ts = torch.tensor([t["step"] for _, t in found], dtype=torch.float64)
+        design = torch.stack((torch.ones_like(xs), xs), dim=1)
+        (a, b) = torch.linalg.lstsq(design, ts[:, None]).solution[:, 0].tolist()
+        miss = float((ts - (a + b * xs)).abs().max() / ts.mean())
+        for x, t in found:
+            lines.append(
+                f"| {what} | {x:g} | {t['step']:.3f} ({t['generate']:.3f}) | {a + b * x:.3f} |"
+            )
+        lines.append(f"| {what} | | a = {a:.4f} s, b = {b:.5f} s | misses by up to {miss:.0%} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["0.2M", "2M"])
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds a case")
+    parser.add_argument("--growth", action="store_true", help="also how our step's cost grows")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    options = parser.parse_args()
+    facts = machine()
+    rows: list[Row] = []
+    notes = (
+        "## Where our time goes\n\n| size | " + " | ".join(("generate", "reward", "train")) + " |"
+    )
+    notes += "\n|---|---|---|---|\n"
+    for name in options.sizes:
+        model = SIZES[name].model
+        case = Case(model, options.prompts, options.samples, options.new_tokens)
+        found, split = compare(name, case, options.rounds)
+        rows += found
+        for one in found:
+            print(
+                f"{one['name']!s:<16} {one['size']!s:<34} {one['ours']:.3f} s  {one['ratio']:.2f}"
+            )
+        print("  " + "  ".join(f"{key} {seconds:.3f} s" for key, seconds in split.items()))
+        cells = (f"{split[key]:.3f} s" for key in ("generate", "reward", "train"))
+        notes += f"| {name} | " + " | ".join(cells) + " |\n"
+    notes += "\n`train` is forward, backward and AdamW; one step on fresh samples needs no other\n"
+    notes += "pass for log-probs.\n"
+    if options.growth:
+        notes += "\n" + growth(options.sizes, max(2, options.rounds // 2))
+    if options.json:
+        write_json(options.json, facts, rows)
+    if options.markdown:
+        options.markdown.write_text(markdown("A GRPO step on a CPU", facts, rows, notes))
+
+
+if __name__ == "__main__":
+    main()

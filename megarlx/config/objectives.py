@@ -1,0 +1,248 @@
+"""What is trained on beside pre-training data, and in what stages."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megarlx.config.optimizer import OptimizerConfig
+from megarlx.config.policy import PolicyConfig
+from megarlx.config.reward import RewardConfig
+from megarlx.config.section import Section
+
+PRETRAINING, SFT, RL = "pretraining", "sft", "rl"
+PLACE = "{content}"
+WORLD = "{world}"  # in a path: the folder of [data.world]
+
+
+class TemplateConfig(Section):
+    """How turns are written for the model; {content} stands for a turn's text."""
+
+    user: str = Field(
+        default="question : {content} answer :", description="A question, or a user's turn"
+    )
+    system: str = Field(default="{content}\n", description="A system's turn")
+    opening: str = Field(default="", description="Stands before each answer, given to the model")
+    assistant: str = Field(
+        default=" {content}", description="An answer; all of it, and an end of text, is learned"
+    )
+
+    def problems(self) -> list[tuple[str, str]]:
+        return [
+            (name, f"is {text!r}; it must hold {PLACE} once")
+            for name in ("user", "system", "assistant")
+            if (text := getattr(self, name)).count(PLACE) != 1
+        ]
+
+
+class SftConfig(Section):
+    """Supervised fine-tuning on conversations, or questions with answers."""
+
+    conversations: str = Field(
+        default="{world}/demonstrations.jsonl",
+        description="JSONL file, one conversation or question a line; {world}: data.world's folder",
+    )
+    demonstrations: Literal["one", "all"] = Field(
+        default="one", description="How many of a question's answers are learned"
+    )
+    sequences_per_step: int | None = Field(
+        default=None,
+        ge=1,
+        description="Packed sequences in one step; absent: training.sequences_per_step",
+    )
+    sequences_per_microbatch: int | None = Field(
+        default=None, ge=1, description="Absent: training.sequences_per_microbatch"
+    )
+    sequence_length: int | None = Field(
+        default=None, ge=1, description="Tokens of a packed sequence; absent: training's"
+    )
+    packing: bool = Field(
+        default=True, description="Whether a sequence holds several conversations"
+    )
+    too_long: Literal["stop", "skip"] = Field(
+        default="stop", description="What happens with conversations longer than a sequence"
+    )
+
+
+class RlConfig(Section):
+    """Policy optimisation on the model's own samples."""
+
+    prompts: str = Field(
+        default="{world}/prompts.jsonl",
+        description="JSONL file, one prompt a line; {world}: data.world's folder",
+    )
+    question_key: str = Field(default="question", description="Key of the question in a line")
+    answer_key: str = Field(default="answer", description="Key of the reference answer in a line")
+    examples: str | None = Field(
+        default=None, description="JSONL of solved examples put before every question"
+    )
+    prompts_per_step: int = Field(default=16, ge=1, description="Prompts of one optimizer step")
+    samples_per_prompt: int = Field(default=8, ge=2, description="Samples of each prompt: a group")
+    steps_per_rollout: int = Field(
+        default=1, ge=1, description="Steps whose prompts are sampled from one policy at once"
+    )
+    epochs_per_rollout: int = Field(default=1, ge=1, description="Times each sample is trained on")
+    max_completion_tokens: int = Field(default=128, ge=1, description="Longest completion")
+    max_prompt_tokens: int | None = Field(
+        default=None, ge=1, description="Longest prompt; absent: what the model allows"
+    )
+    too_long: Literal["stop", "skip"] = Field(
+        default="stop", description="What happens with prompts longer than that"
+    )
+    temperature: float = Field(
+        default=1.0, gt=0, description="Of sampling, and of the policy that is trained"
+    )
+    top_k: int = Field(default=0, ge=0, description="Likeliest tokens sampled from; 0: all")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="Mass of the tokens sampled from")
+    min_p: float = Field(
+        default=0.0, ge=0, lt=1, description="Least probability, as a share of the likeliest's"
+    )
+    stop_strings: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        default=(), description="Texts that end a completion, beside the end of text"
+    )
+    tokens_per_microbatch: int = Field(
+        default=4096, ge=1, description="Tokens a process takes through the model at once"
+    )
+    slots: int = Field(
+        default=256, ge=1, description="Sequences that are generated at once by a process"
+    )
+    policy: PolicyConfig = Field(
+        default=PolicyConfig(), description="Advantages, loss, penalties; see docs/rl.md"
+    )
+    rewards: Annotated[tuple[RewardConfig, ...], Field(strict=False)] = Field(
+        default=(RewardConfig(function="final_number"),),
+        description="What a sample is worth, each a [[rl.rewards]] table",
+    )
+    reward_failures_allowed: float = Field(
+        default=0.1, ge=0, le=1, description="Share of a rollout a reward may fail on"
+    )
+    resampling_rounds: int = Field(
+        default=4,
+        ge=0,
+        description="Most rounds that replace uninformative groups (policy.drop_uninformative)",
+    )
+    keep_samples_every_steps: int = Field(
+        default=20, ge=1, description="Steps between samples written to samples/"
+    )
+
+    def problems(self) -> list[tuple[str, str]]:
+        labels = [reward.label for reward in self.rewards]
+        if not labels or len(set(labels)) < len(labels):
+            given = ", ".join(labels) or "none"
+            return [("rewards", f"are {given}; at least one is needed, each with its own name")]
+        return []
+
+    @property
+    def steps_of_a_rollout(self) -> int:
+        return self.steps_per_rollout * self.epochs_per_rollout
+
+
+class ObjectiveConfig(Section):
+    """A further objective under a name of its own; exactly one of its tables is given."""
+
+    sft: SftConfig | None = Field(default=None, description="Supervised fine-tuning")
+    rl: RlConfig | None = Field(default=None, description="Policy optimisation")
+
+    def problems(self) -> list[tuple[str, str]]:
+        if (self.sft is None) == (self.rl is None):
+            return [("sft", "or rl: exactly one of them must be given")]
+        return []
+
+
+class WeightConfig(Section):
+    """How much of an objective's update is applied, from a stage's first to its last step."""
+
+    first: float = Field(default=1.0, ge=0, description="Weight at the stage's first step")
+    last: float | None = Field(default=None, ge=0, description="At its last; absent: as the first")
+
+
+class StageObjective(OptimizerConfig):
+    """An objective in a stage: its AdamW, its learning-rate course, its share."""
+
+    weight: WeightConfig = Field(
+        default=WeightConfig(),
+        description="Its share under average, relative to the other objectives' weights",
+    )
+    turns: int = Field(
+        default=1, ge=1, description="Steps in a row it gets when objectives alternate"
+    )
+    goes_on: bool = Field(
+        default=False,
+        description="Whether it continues what the stage or run before did: moments, data, "
+        "learning-rate course; otherwise all of these begin anew",
+    )
+    course_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Length of its learning-rate course; absent: its steps in this stage",
+    )
+
+
+class AdaptiveConfig(Section):
+    """Weights that follow how the objectives get on; docs/excursions.md has the rule."""
+
+    rate: float = Field(default=0.1, gt=0, le=1, description="How fast a running mean follows")
+    sharpness: float = Field(default=1.0, ge=0, description="How strongly signal moves weights")
+    least: float = Field(default=0.1, ge=0, lt=0.5, description="Least share of an objective")
+
+
+class StageConfig(Section):
+    """Some steps of one or more objectives."""
+
+    name: str | None = Field(default=None, min_length=1, description="Absent: its objectives'")
+    steps: int = Field(ge=1, description="Optimizer steps of the stage")
+    combine: Literal["single", "alternate", "average"] = Field(
+        default="single",
+        description="single: one objective; alternate: they take turns; average: each makes its "
+        "own update of the same weights, and the weighted sum is applied",
+    )
+    of: Literal["updates", "gradients"] = Field(
+        default="updates",
+        description="What is averaged: updates, each with its own Adam, or gradients for one Adam",
+    )
+    placement: Literal["colocated", "replicas"] = Field(
+        default="colocated",
+        description="Whether every process runs all objectives, or each replica runs one",
+    )
+    sync_every: int = Field(
+        default=1, ge=1, description="Steps each objective takes alone between averages"
+    )
+    adaptive: AdaptiveConfig | None = Field(
+        default=None, description="Weights that adapt, in place of the objectives' own"
+    )
+    objectives: dict[str, StageObjective] = Field(
+        description="What is trained, by name: pretraining, sft, rl or one of [objectives]"
+    )
+
+    @property
+    def label(self) -> str:
+        return self.name or "+".join(self.objectives)
+
+    def problems(self) -> list[tuple[str, str]]:
+        found = []
+        count = len(self.objectives)
+        if self.combine == "single" and count != 1:
+            found.append(("combine", f"is 'single' with {count} objectives; it takes one"))
+        if self.combine != "single" and count < 2:
+            found.append(("combine", f"is '{self.combine}' with {count} objectives; it takes two"))
+        if self.combine != "average":
+            given = {
+                "of": self.of != "updates",
+                "placement": self.placement != "colocated",
+                "sync_every": self.sync_every != 1,
+                "adaptive": self.adaptive is not None,
+            }
+            found += [(k, "is for combine = 'average' only") for k, v in given.items() if v]
+        elif sum(o.weight.first for o in self.objectives.values()) <= 0:
+            found.append(("objectives", "have no weight above 0"))
+        if self.of == "gradients":
+            courses = {
+                o.model_copy(update={"weight": WeightConfig()}).to_json()
+                for o in self.objectives.values()
+            }
+            if len(courses) > 1:
+                found.append(
+                    ("of", "is 'gradients': one Adam; its objectives' settings must be the same")
+                )
+        return found

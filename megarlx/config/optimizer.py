@@ -1,0 +1,53 @@
+"""AdamW, and how its learning rate goes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megarlx.config.section import Section
+
+# A list in TOML and in JSON is a tuple here: frozen like the rest. What is in it stays strict.
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class OptimizerConfig(Section):
+    """AdamW and the course of its learning rate."""
+
+    lr: float = Field(
+        default=4e-4, ge=0, description="Highest learning rate, reached after the warm-up"
+    )
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = Field(
+        default=(0.9, 0.95), description="Decay of the first and of the second moment at each step"
+    )
+    eps: float = Field(default=1e-8, gt=0, description="Added to the root of the second moment")
+    weight_decay: float = Field(
+        default=0.1, ge=0, description="Decoupled weight decay, scaled by the lr"
+    )
+    clip_norm: float = Field(
+        default=1.0, ge=0, description="Largest global gradient norm; 0 turns clipping off"
+    )
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = Field(
+        default="cosine",
+        description="Course of the learning rate after the warm-up; wsd: stable, decay",
+    )
+    warmup_steps: int = Field(
+        default=0, ge=0, description="Steps in which the learning rate rises from 0"
+    )
+    decay_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Last steps in which wsd goes down; absent: a tenth of all steps",
+    )
+    final_lr_fraction: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="Learning rate at the last step as a fraction of lr; not for constant",
+    )
+
+    def problems(self) -> list[tuple[str, str]]:
+        if self.decay_steps is None or self.schedule == "wsd":
+            return []
+        return [("decay_steps", f"is used by schedule = 'wsd' only, not by '{self.schedule}'")]

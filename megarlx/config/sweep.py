@@ -1,0 +1,68 @@
+"""A sweep: trunks, the checkpoints that excursions start from, recipes and seeds."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from megarlx.config.section import Section
+
+Texts = Annotated[tuple[str, ...], Field(strict=False)]
+
+
+class ExcursionConfig(Section):
+    """Recipes and the checkpoints they start from."""
+
+    recipes: Texts = Field(description="Recipe files; their names name the excursions")
+    checkpoints: Texts = Field(
+        default=("latest",), description="As behind RUN@: a step, latest, tokens:4B"
+    )
+    set: dict[str, Any] = Field(
+        default={}, description="Keys of these recipes with other values, as 'rl.slots' = 64"
+    )
+    axes: dict[str, list[Any]] = Field(
+        default={}, description="Keys with the values each of which is run"
+    )
+
+
+class SweepConfig(Section):
+    """Which runs a study is made of. Everything that is there already is not run again."""
+
+    out: str = Field(description="Folder of all runs and of the report")
+    trunk: str = Field(description="Configuration of the pre-training run")
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)] = Field(
+        default=(0,), description="One trunk and its excursions for each"
+    )
+    set: dict[str, Any] = Field(default={}, description="Keys of the trunk with other values")
+    axes: dict[str, list[Any]] = Field(
+        default={}, description="Keys of the trunk with the values each of which is run"
+    )
+    seed_keys: Texts = Field(
+        default=("training.seed",), description="Keys of the trunk that a seed is put into"
+    )
+    evaluate: Texts = Field(
+        default=(), description="Checkpoints of each trunk whose suites are measured"
+    )
+    excursions: Annotated[tuple[ExcursionConfig, ...], Field(strict=False)] = Field(
+        default=(), description="What starts from the trunks, each an [[excursions]] table"
+    )
+    jobs: int = Field(default=1, ge=1, description="Runs at the same time")
+    threads_per_job: int | None = Field(
+        default=None, ge=1, description="CPU threads of a run; absent: its share of the machine"
+    )
+    launcher: Texts = Field(
+        default=(), description="Words before each command, as torchrun's with its options"
+    )
+    budget_minutes: float | None = Field(
+        default=None, gt=0, description="No run is begun after so long; a later sweep goes on"
+    )
+
+    def problems(self) -> list[tuple[str, str]]:
+        found = []
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            found.append(("seeds", f"are {list(self.seeds)}; at least one, none of them twice"))
+        for name, values in self.axes.items():
+            if not values:
+                found.append(("axes", f"{name} has no values"))
+        return found

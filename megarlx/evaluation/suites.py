@@ -1,0 +1,304 @@
+"""All suites of an evaluation on one model: from inside training, or of a checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megarlx.comm.collectives import gather_values
+from megarlx.config.evaluation import SAMPLED, EvaluationConfig, SuiteConfig
+from megarlx.data.conversations import Template
+from megarlx.data.synthetic.problems import guessing_pass_at_k as world_guessing
+from megarlx.data.synthetic.world import World
+from megarlx.data.tokenizer import Tokenizer
+from megarlx.evaluation import behaviour, capability
+from megarlx.evaluation.pass_at_k import Pool, guessing_pass_at_k
+from megarlx.evaluation.questions import Question, few_shot_of, questions_of
+from megarlx.evaluation.readiness import informative_groups
+from megarlx.evaluation.results import (
+    FORMAT,
+    Result,
+    finished,
+    read_result,
+    result_path,
+    samples_path,
+    write_result,
+    write_samples,
+)
+from megarlx.evaluation.sampling import Progress, ScoredQuestion, sample_and_score
+from megarlx.model.build import ParallelModel
+from megarlx.objectives.answers import final_answer
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured. A `base` model has seen pre-training only, and is shown examples."""
+
+    model: ParallelModel
+    tokenizer: Tokenizer
+    template: Template
+    is_base: bool
+    iteration: int
+    trunk_tokens: int
+    digest: str = ""  # of the checkpoint; empty for weights that are being trained
+    world: World | None = None
+
+
+@dataclass(frozen=True)
+class Parent:
+    """Where an excursion came from: what behaviour drifts away from."""
+
+    run: Path
+    iteration: int
+
+
+def evaluate(
+    subject: Subject,
+    config: EvaluationConfig,
+    *,
+    run: Path | None = None,
+    parent: Parent | None = None,
+    say: Say | None = None,
+) -> list[Result]:
+    """The result of every suite, on every rank; called by all of them.
+
+    With `run`, results are written there, and those that are there already are not computed
+    again.
+    """
+    return [_suite(subject, config, suite, run, parent, say) for suite in config.suites]
+
+
+def metrics_of(results: Sequence[Result]) -> dict[str, float]:
+    """As keys of metrics.jsonl and TensorBoard: eval/SUITE/accuracy, …"""
+    return {
+        f"eval/{result['suite']}/{name}": value
+        for result in results
+        for name, value in result["metrics"].items()
+    }
+
+
+def _suite(
+    subject: Subject,
+    config: EvaluationConfig,
+    suite: SuiteConfig,
+    run: Path | None,
+    parent: Parent | None,
+    say: Say | None,
+) -> Result:
+    mesh = subject.model.mesh
+    first = mesh.rank == 0
+    settings = settings_of(subject, config, suite)
+    path = None if run is None else result_path(run, subject.iteration, suite.name)
+    # One process looks: the others might see another moment of a shared file system.
+    there = finished(path, settings) if first and path is not None else None
+    there = gather_values(there, mesh.world)[0]
+    if there is not None:
+        if say is not None and first:
+            say(f"{suite.name}: there already")
+        done: Result = there
+        return done
+    begin = time.perf_counter()
+    result: Result = {
+        "format": FORMAT,
+        "suite": suite.name,
+        "kind": suite.kind,
+        "iteration": subject.iteration,
+        "trunk_tokens": subject.trunk_tokens,
+    }
+    lines: list[dict[str, Any]] = []
+    if suite.kind in SAMPLED:
+        found, lines = _sampled(subject, config, suite, say)
+    else:
+        found = _read(subject, config, suite)
+    result |= found
+    if suite.kind == "behaviour" and parent is not None:
+        _add_drift(result, parent, first, mesh.world)
+    result |= {"settings": settings, "seconds": time.perf_counter() - begin}
+    if first and run is not None and path is not None:
+        if lines:
+            write_samples(samples_path(run, subject.iteration, suite.name), lines)
+        write_result(path, result)  # last: it says that the suite is done
+    if first and say is not None:
+        say(f"{suite.name}: {described(result)}")
+    return result
+
+
+def settings_of(subject: Subject, config: EvaluationConfig, suite: SuiteConfig) -> dict[str, Any]:
+    """All that a result depends on."""
+    template = subject.template
+    return {
+        "suite": suite.model_dump(mode="json"),
+        "seed": config.seed,
+        "kept_samples": config.kept_samples,
+        "checkpoint": subject.digest,
+        "is_base": subject.is_base,
+        "tokenizer": subject.tokenizer.fingerprint,
+        "template": {
+            name: getattr(template, name) for name in ("user", "system", "opening", "assistant")
+        },
+        "files": {
+            path: _sha256(path) for path in (suite.path, suite.few_shot_path) if path is not None
+        },
+        "world": None
+        if subject.world is None or suite.world is None
+        else hashlib.sha256(
+            json.dumps(subject.world.settings.to_json(), sort_keys=True).encode()
+        ).hexdigest(),
+    }
+
+
+def _sha256(path: str) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _read(subject: Subject, config: EvaluationConfig, suite: SuiteConfig) -> Result:
+    model, tokenizer, width = subject.model, subject.tokenizer, config.tokens_per_pass
+    if suite.kind == "perplexity":
+        documents = capability.documents_of(suite, subject.world)
+        found = capability.perplexity(model, tokenizer, documents, tokens_per_pass=width)
+    else:
+        tests = capability.tests_of(suite, subject.world)
+        found = capability.choose(model, tokenizer, suite, tests, tokens_per_pass=width)
+    metrics, errors, items = found
+    return {"metrics": metrics, "standard_errors": errors, "items": items}
+
+
+def _sampled(
+    subject: Subject, config: EvaluationConfig, suite: SuiteConfig, say: Say | None
+) -> tuple[Result, list[dict[str, Any]]]:
+    mesh = subject.model.mesh
+    questions = questions_of(suite, subject.world)
+    few_shot = few_shot_of(suite, subject.world, config.seed, is_base=subject.is_base)
+    scored = sample_and_score(
+        subject.model,
+        subject.tokenizer,
+        subject.template,
+        suite,
+        questions,
+        few_shot,
+        seed=config.seed,
+        slots=config.slots,
+        progress=_progress(suite) if mesh.rank == 0 and say is not None else None,
+    )
+    item = behaviour.item if suite.kind == "behaviour" else _item
+    limit = suite.violation_below if suite.kind == "behaviour" else suite.correct_from
+    mine = [
+        (
+            item(one, limit),
+            [_line(one, at) for at in range(min(config.kept_samples, suite.samples))],
+        )
+        for one in scored
+    ]
+    every = gather_values(mine, mesh.dp)
+    # Rank r took questions r, r + size, …
+    ordered = [every[i % mesh.dp.size][i // mesh.dp.size] for i in range(len(questions))]
+    items, lines = [entry for entry, _ in ordered], [line for _, held in ordered for line in held]
+    if suite.kind == "behaviour":
+        metrics, errors = behaviour.summary(items)
+        return {"metrics": metrics, "standard_errors": errors, "items": items}, lines
+    return {**_pass_at_k(suite, subject.world, questions, items), "items": items}, lines
+
+
+def _item(scored: ScoredQuestion, correct_from: float) -> dict[str, Any]:
+    """A sample whose reward is not known is not correct."""
+    question = scored.question
+    found = {
+        "id": question.id,
+        "samples": len(scored.samples),
+        "correct": sum(reward >= correct_from for reward in scored.rewards),
+        "truncated": scored.truncated,
+    }
+    return found if question.group is None else {**found, "group": question.group}
+
+
+def _line(scored: ScoredQuestion, at: int) -> dict[str, Any]:
+    sample, reward = scored.samples[at], scored.rewards[at]
+    return {
+        "prompt": sample.prompt,
+        "completion": sample.completion,
+        "reference": sample.reference,
+        "reward": None if math.isnan(reward) else reward,
+        "finish_reason": sample.finish_reason,
+        "id": scored.question.id,
+    }
+
+
+def _pass_at_k(
+    suite: SuiteConfig,
+    world: World | None,
+    questions: Sequence[Question],
+    items: Sequence[Mapping[str, Any]],
+) -> Result:
+    pool = Pool(tuple(i["samples"] for i in items), tuple(i["correct"] for i in items))
+    metrics, errors, guessing = {}, {}, {}
+    for k in (k for k in suite.ks if k <= suite.samples):
+        estimate = pool.estimate(k)
+        metrics[f"pass_at_{k}"] = estimate.mean
+        errors[f"pass_at_{k}"] = estimate.standard_error
+        guess = _guessing(suite, world, questions, k)
+        if guess is not None:
+            guessing[f"pass_at_{k}"] = guess
+    metrics["truncated"] = sum(i["truncated"] for i in items) / sum(pool.samples)
+    if suite.group_size is not None:
+        informative = informative_groups(pool, suite.group_size)
+        metrics["informative_groups"] = informative.mean
+        errors["informative_groups"] = informative.standard_error
+    return {"metrics": metrics, "standard_errors": errors, "guessing": guessing}
+
+
+def _guessing(
+    suite: SuiteConfig, world: World | None, questions: Sequence[Question], k: int
+) -> float | None:
+    """None where there is nothing to draw guesses from."""
+    if suite.world == "problems" and world is not None:
+        return world_guessing(world.settings, k)
+    answers = [final_answer(q.reference) or q.reference for q in questions if q.reference]
+    if len(answers) < max(2, len(questions)):
+        return None
+    return guessing_pass_at_k(answers, k, leave_one_out=True)
+
+
+def _add_drift(result: Result, parent: Parent, first: bool, world: Any) -> None:
+    """Where the parent was measured with the same suite."""
+    path = result_path(parent.run, parent.iteration, result["suite"])
+    found = None
+    if first and path.exists():
+        away = behaviour.drift(result, read_result(path))
+        found = [away.mean, away.low, away.high]
+    found = gather_values(found, world)[0]
+    if found is not None:
+        result["metrics"]["drift"] = found[0]
+        result["drift_interval"] = found[1:]
+
+
+def described(result: Result) -> str:
+    """In one line; guessing beside every pass@k."""
+    parts = []
+    for name, value in result["metrics"].items():
+        error = result["standard_errors"].get(name)
+        around = "" if error is None or math.isnan(error) else f" ± {error:.3f}"
+        guess = result.get("guessing", {}).get(name)
+        by_guessing = "" if guess is None else f" (guessing {guess:.3f})"
+        parts.append(f"{name} {value:.3f}{around}{by_guessing}")
+    return "  ".join(parts)
+
+
+def _progress(suite: SuiteConfig) -> Progress | None:
+    if not sys.stderr.isatty():
+        return None
+
+    def show(done: int, total: int) -> None:
+        end = "\n" if done == total else ""
+        print(f"\r{suite.name}: {done} of {total} questions", end=end, file=sys.stderr, flush=True)
+
+    return show

@@ -1,0 +1,61 @@
+"""Log-probs of sampled sequences as training computes them, without gradients, on any layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megarlx.comm.collectives import all_reduce_
+from megarlx.model.build import ParallelModel
+from megarlx.objectives.packing import Layout, deal
+from megarlx.objectives.policy_loss import Completions
+from megarlx.ops import LossSpec, TokenLoss, linear_token_loss
+
+
+def layout_for(
+    model: ParallelModel, completions: Completions, tokens_per_microbatch: int
+) -> Layout:
+    """This rank's micro-batches of completions that all data-parallel ranks hold."""
+    mesh = model.mesh
+    split = mesh.tp.size if any(stage.sequence_parallel for stage in model.stages) else 1
+    lengths = completions.lengths.cpu()
+    dealt = deal(
+        lengths.tolist(),
+        tokens_per_microbatch=max(-(-tokens_per_microbatch // split) * split, split),
+        ranks=mesh.dp.size,
+        microbatches_multiple=mesh.pp.size,
+        width_multiple=split,
+    )
+    return Layout.of(completions.lengths, dealt, mesh.dp.rank)
+
+
+def training_logprobs(
+    model: ParallelModel,
+    completions: Completions,
+    *,
+    temperature: float,
+    tokens_per_microbatch: int,
+) -> Tensor:
+    """[T], at each written token's own place, 0 elsewhere; the same on every rank."""
+    layout = layout_for(model, completions, tokens_per_microbatch)
+    captured: list[Tensor] = []
+
+    def loss(hidden: Tensor, weight: Tensor, **fields: Any) -> TokenLoss:
+        targets = fields.pop("targets")
+        result = linear_token_loss(
+            hidden, weight, targets, LossSpec("nll"), temperature=temperature, **fields
+        )
+        captured.append(result.logprobs)
+        return result
+
+    inputs = {**layout.inputs(completions), "normalizer": 1.0, "loss": loss}
+    model.pipeline.forward_only(inputs, len(layout.source))
+    found = torch.zeros(layout.total, dtype=torch.float64, device=layout.source.device)
+    if captured:
+        found = layout.take_back(torch.stack(captured).reshape(layout.source.shape).double())
+    # Every token was computed by one data-parallel rank, on the last pipeline stage.
+    all_reduce_(all_reduce_(found, model.mesh.dp), model.mesh.pp)
+    dtype = torch.float64 if model.pipeline.dtype == torch.float64 else torch.float32
+    return found.to(dtype)

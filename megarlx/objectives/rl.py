@@ -1,0 +1,252 @@
+"""`rl`: policy optimisation on the model's own samples, as an objective like any other.
+
+A rollout feeds `steps_per_rollout` x `epochs_per_rollout` optimizer steps. What is left of one at
+the end of a step is part of the state, so that a run can stop and go on anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megarlx.comm.collectives import all_reduce_
+from megarlx.config.objectives import RlConfig
+from megarlx.data.order import key_of, shuffled
+from megarlx.model.build import ParallelModel
+from megarlx.objectives.interface import Batch, Objective
+from megarlx.objectives.json_tensors import from_json, to_json
+from megarlx.objectives.logprobs import layout_for, training_logprobs
+from megarlx.objectives.packing import Layout, policy_batch
+from megarlx.objectives.policy_loss import (
+    Completions,
+    gap_sums,
+    loss_spec,
+    policy_fields,
+    select,
+)
+from megarlx.objectives.reference import frozen_copy, weights_in_place
+from megarlx.objectives.rollout import Rollout, Sampler
+from megarlx.ops import TokenLoss, linear_token_loss
+from megarlx.ops.loss_spec import METRICS
+
+KeepSamples = Callable[[int, list[dict[str, Any]]], None]  # rollout's number, examples
+
+
+class Reinforcement(Objective):
+    def __init__(
+        self,
+        name: str,
+        config: RlConfig,
+        model: ParallelModel,
+        sampler: Sampler,
+        *,
+        keep_samples: KeepSamples | None = None,
+    ) -> None:
+        self.name, self.config, self.model, self.sampler = name, config, model, sampler
+        self.spec = loss_spec(config.policy)
+        self.keep_samples = keep_samples
+        self.reference: Tensor | None = None
+        self.rollouts = 0  # made so far
+        self.used = 0  # steps that the current rollout has fed
+        self.current: Rollout | None = None
+        # Of the step under way, for metrics.
+        self._layout: Layout | None = None
+        self._minibatch: Completions | None = None
+        self._seen: list[TokenLoss] = []
+        self._first_of_rollout = False
+        self._signal: float | None = None
+
+    @property
+    def _precision(self) -> torch.dtype:
+        return torch.float64 if self.model.pipeline.dtype == torch.float64 else torch.float32
+
+    # What the trainer asks.
+
+    def begin(self, weights: Tensor, goes_on: bool) -> Tensor | None:
+        if self.config.policy.needs_reference and (self.reference is None or not goes_on):
+            self.reference = frozen_copy(weights)
+        return self.reference
+
+    def next_batch(self) -> Batch:
+        if self.current is None or self.used == self.config.steps_of_a_rollout:
+            self._new_rollout()
+        rollout = self.current
+        assert rollout is not None
+        chosen = self._sequences_of(rollout, self.used)
+        minibatch = select(rollout.completions, chosen)
+        policy, config = self.config.policy, self.config
+        now = None
+        if policy.needs_current_logprobs and self.used > 0:
+            now = self._logprobs(minibatch)
+        chosen_fields = policy_fields(
+            policy,
+            minibatch,
+            rollout.advantages[chosen].to(self._precision),
+            max_completion_tokens=config.max_completion_tokens,
+            current_logprobs=now,
+        )
+        self._layout = layout_for(self.model, minibatch, config.tokens_per_microbatch)
+        self._minibatch, self._seen = minibatch, []
+        self._first_of_rollout = self.used == 0
+        self.used += 1
+        return policy_batch(minibatch, chosen_fields, self._layout)
+
+    def loss(self, hidden: Tensor, weight: Tensor, **given: Any) -> TokenLoss:
+        targets = given.pop("targets")
+        result = linear_token_loss(
+            hidden, weight, targets, self.spec, temperature=self.config.temperature, **given
+        )
+        self._seen.append(
+            TokenLoss(
+                result.loss.detach(), result.logprobs, result.entropy, result.metrics.detach()
+            )
+        )
+        return result
+
+    def signal(self) -> float | None:
+        return self._signal
+
+    def metrics(self) -> dict[str, float]:
+        """Of the last step, and of the rollout that it was made with."""
+        if self.current is None or self._minibatch is None:
+            return {}
+        found = dict(self.current.metrics)
+        found |= self._loss_metrics()
+        return found
+
+    def state(self) -> dict[str, Any]:
+        state: dict[str, Any] = {
+            "prompts": self.sampler.prompts.state(),
+            "rollouts": self.rollouts,
+            "used": self.used,
+            "work": asdict(self.work),
+            "signal": self._signal,
+            "rollout": None,
+        }
+        if self.current is not None and self.used < self.config.steps_of_a_rollout:
+            made = self.current.completions
+            state["rollout"] = {
+                "completions": {
+                    f.name: to_json(getattr(made, f.name))
+                    for f in fields(made)
+                    if getattr(made, f.name) is not None
+                },
+                "rewards": to_json(self.current.rewards),
+                "advantages": to_json(self.current.advantages),
+                # times differ between ranks, and are nobody's concern later
+                "metrics": {k: v for k, v in self.current.metrics.items() if k[:5] != "perf/"},
+            }
+        return state
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.sampler.prompts.load_state(state["prompts"])
+        self.rollouts, self.used = int(state["rollouts"]), int(state["used"])
+        self.work.generated_tokens = float(state["work"]["generated_tokens"])
+        self.work.forward_tokens = float(state["work"]["forward_tokens"])
+        self._signal = state["signal"]
+        self._minibatch, self._layout, self._seen = None, None, []
+        self.current, kept = None, state["rollout"]
+        if kept is None:
+            self.used = self.config.steps_of_a_rollout  # the next step makes a new one
+            return
+        device = self.model.pipeline.device
+        self.current = Rollout(
+            Completions(**{k: from_json(v, device) for k, v in kept["completions"].items()}),
+            from_json(kept["rewards"], device),
+            from_json(kept["advantages"], device),
+            dict(kept["metrics"]),
+            [],
+        )
+
+    def close(self) -> None:
+        self.sampler.rewards.close()
+
+    # How a step is made.
+
+    def _new_rollout(self) -> None:
+        rollout = self.sampler.rollout()
+        policy = self.config.policy
+        made = rollout.completions
+        moves = self.config.steps_of_a_rollout > 1
+        if moves or policy.importance_cap is not None or policy.needs_current_logprobs:
+            made = replace(made, old_logprobs=self._logprobs(made))
+        if policy.needs_reference:
+            assert self.reference is not None
+            with weights_in_place(self.model.data_parallel, self.reference):
+                made = replace(made, ref_logprobs=self._logprobs(made))
+        self.current = replace(rollout, completions=made)
+        self.used = 0
+        self.work.generated_tokens += rollout.metrics["rl/generated_tokens"]
+        self.work.forward_tokens += rollout.metrics["rl/prompt_tokens"]
+        self._signal = rollout.metrics["rl/informative_groups"]
+        if self.keep_samples is not None:
+            self.keep_samples(self.rollouts, rollout.examples)
+        self.rollouts += 1
+
+    def _logprobs(self, completions: Completions) -> Tensor:
+        self.work.forward_tokens += len(completions.tokens)
+        return training_logprobs(
+            self.model,
+            completions,
+            temperature=self.config.temperature,
+            tokens_per_microbatch=self.config.tokens_per_microbatch,
+        )
+
+    def _sequences_of(self, rollout: Rollout, step: int) -> Tensor:
+        """The sequences of a step: whole groups, in another order in each epoch."""
+        config = self.config
+        groups, n = rollout.rewards.shape
+        if config.steps_of_a_rollout == 1:
+            return torch.arange(groups * n, device=rollout.rewards.device)
+        epoch, part = divmod(step, config.steps_per_rollout)
+        key = key_of(self.sampler.seed, self.name, self.rollouts, epoch)
+        order = shuffled(groups, key).tolist()
+        bounds = [groups * i // config.steps_per_rollout for i in (part, part + 1)]
+        mine = order[bounds[0] : bounds[1]] or order[:1]  # fewer groups than steps
+        rows = [g * n + i for g in sorted(mine) for i in range(n)]
+        return torch.tensor(rows, dtype=torch.int64, device=rollout.rewards.device)
+
+    def _loss_metrics(self) -> dict[str, float]:
+        """Entropy, divergence and clipping of the last step; how far sampler and trainer are."""
+        mesh, layout, minibatch = self.model.mesh, self._layout, self._minibatch
+        assert layout is not None
+        assert minibatch is not None
+        sums = torch.zeros(len(METRICS) + 3, dtype=torch.float64)
+        most = torch.zeros(2, dtype=torch.float64)
+        if self._seen:
+            table = torch.stack([s.metrics.double() for s in self._seen]).cpu()
+            sums[: len(METRICS)] = table.sum(0)
+            most[0] = table[:, METRICS.index("ratio_max")].max()
+            if self._first_of_rollout and minibatch.rollout_logprobs is not None:
+                # Only before the policy has moved are both of the same policy.
+                trained = torch.stack([s.logprobs for s in self._seen]).reshape(layout.source.shape)
+                sampled = layout.place(minibatch.rollout_logprobs).to(trained.dtype)
+                written = layout.place(minibatch.written) & (trained != 0)
+                gap = gap_sums(sampled, trained, written)
+                for at, key in enumerate(("gap", "kl", "tokens")):
+                    sums[len(METRICS) + at] = gap[key].cpu()
+                most[1] = gap["gap_max"].cpu()
+        for group in (mesh.dp, mesh.pp):
+            all_reduce_(sums, group)
+            all_reduce_(most, group, op="max")
+        total = dict(zip(METRICS, sums.tolist(), strict=False))
+        tokens = max(total["tokens"], 1.0)
+        found = {
+            "rl/entropy": total["entropy"] / tokens,
+            "rl/kl": total["kl" if self.spec.kl != "none" else "old_kl"] / tokens,
+            "rl/clip_fraction": total["clipped"] / tokens,
+            "rl/ratio_max": float(most[0]),
+            "rl/trained_tokens": total["tokens"],
+        }
+        gap_tokens = float(sums[-1])
+        if gap_tokens:
+            found |= {
+                "rl/logprob_gap": float(sums[len(METRICS)]) / gap_tokens,
+                "rl/logprob_gap_max": float(most[1]),
+                "rl/logprob_gap_kl": float(sums[len(METRICS) + 1]) / gap_tokens,
+            }
+        return found

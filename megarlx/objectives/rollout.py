@@ -1,0 +1,292 @@
+"""A rollout: prompts drawn, answers sampled from the policy as it is, scored, and compared.
+
+Every data-parallel rank generates and scores its share of the prompts; then all ranks hold all of
+it, in the order in which the prompts were drawn, so that nothing below depends on the layout.
+
+Letters: P prompts, n samples of each, N = P·n sequences, T tokens of all of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megarlx.comm.collectives import gather_values
+from megarlx.comm.groups import Mesh
+from megarlx.config.objectives import RlConfig
+from megarlx.data.prompts import Drawn, PromptData
+from megarlx.data.tokenizer import Tokenizer
+from megarlx.generation.engine import Engine
+from megarlx.generation.requests import Completion, Request, SamplingSettings
+from megarlx.objectives.advantages import ADVANTAGES, uninformative
+from megarlx.objectives.exchange import gather_completions, gather_ragged
+from megarlx.objectives.policy_loss import Completions, overlong_penalty, select
+from megarlx.objectives.reward_process import RewardError
+from megarlx.objectives.rewards import Rewards
+from megarlx.objectives.samples import Sample
+
+SOLVED = 1.0 - 1e-6  # of the first reward: a sample with all of it is a success
+
+
+@dataclass(frozen=True)
+class Rollout:
+    completions: Completions
+    rewards: Tensor  # fp64 [P, n], NaN where not known
+    advantages: Tensor  # fp64 [N]
+    metrics: dict[str, float]
+    examples: list[dict[str, Any]]  # of the first prompts of this rank, for people to read
+
+    @property
+    def sequences(self) -> int:
+        return len(self.completions.lengths)
+
+
+@dataclass
+class _Groups:
+    """Prompts whose samples all ranks know, by the number of the draw."""
+
+    numbers: list[int]
+    completions: Completions
+    rewards: Tensor  # [P, n]
+    solved: Tensor  # [P, n], of the first reward
+
+    def chosen(self, which: Sequence[int]) -> _Groups:
+        """The groups at these places, in this order."""
+        n = self.rewards.shape[1]
+        index = torch.tensor(which, dtype=torch.int64, device=self.rewards.device)
+        rows = (index[:, None] * n + torch.arange(n, device=index.device)).reshape(-1)
+        return _Groups(
+            [self.numbers[i] for i in which],
+            select(self.completions, rows),
+            self.rewards[index],
+            self.solved[index],
+        )
+
+    @staticmethod
+    def joined(parts: Sequence[_Groups]) -> _Groups:
+        """All of them, in the order in which their prompts were drawn."""
+        first = parts[0].completions
+        tensors = {
+            f.name: torch.cat([getattr(part.completions, f.name) for part in parts])
+            for f in fields(first)
+            if getattr(first, f.name) is not None
+        }
+        together = _Groups(
+            [number for part in parts for number in part.numbers],
+            replace(first, **tensors),
+            torch.cat([part.rewards for part in parts]),
+            torch.cat([part.solved for part in parts]),
+        )
+        order = sorted(range(len(together.numbers)), key=lambda i: together.numbers[i])
+        return together if order == list(range(len(order))) else together.chosen(order)
+
+
+class Sampler:
+    """Draws prompts, samples from the live weights and scores what came out."""
+
+    def __init__(
+        self,
+        config: RlConfig,
+        engine: Callable[[], Engine],
+        prompts: PromptData,
+        tokenizer: Tokenizer,
+        rewards: Rewards,
+        mesh: Mesh,
+        seed: int,
+    ) -> None:
+        self.config, self.engine, self.prompts = config, engine, prompts
+        self.tokenizer, self.rewards, self.mesh, self.seed = tokenizer, rewards, mesh, seed
+        self.sampling = SamplingSettings(
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            min_p=config.min_p,
+            stop_tokens=(tokenizer.eos_id,),
+            stop_strings=config.stop_strings,
+        )
+
+    def rollout(self) -> Rollout:
+        """The next prompts; with drop_uninformative, more of them until enough had signal."""
+        config = self.config
+        wanted = config.prompts_per_step * config.steps_per_rollout
+        sums: dict[str, tuple[float, float]] = {}
+        examples: list[dict[str, Any]] = []
+        parts = [self._groups(wanted, sums, examples)]
+        if config.policy.drop_uninformative:
+            kept = [self._informative(parts[0])]
+            for _ in range(config.resampling_rounds):
+                missing = wanted - sum(len(part.numbers) for part in kept)
+                if missing <= 0:
+                    break
+                parts.append(self._groups(missing, sums, examples))
+                kept.append(self._informative(parts[-1]))
+            groups = _Groups.joined(kept)
+            if not groups.numbers:  # a step needs something: as it would be without dropping
+                groups = parts[0]
+        else:
+            groups = parts[0]
+        sampled = _Groups.joined(parts)
+        advantages = ADVANTAGES[config.policy.advantage](groups.rewards).reshape(-1)
+        return Rollout(
+            groups.completions,
+            groups.rewards,
+            advantages,
+            self._metrics(sampled, groups, sums, len(parts)),
+            examples,
+        )
+
+    def _informative(self, groups: _Groups) -> _Groups:
+        dull = uninformative(groups.rewards).tolist()
+        return groups.chosen([i for i, nothing in enumerate(dull) if not nothing])
+
+    def _groups(
+        self,
+        count: int,
+        sums: dict[str, tuple[float, float]],
+        examples: list[dict[str, Any]],
+    ) -> _Groups:
+        """`count` new prompts, sampled and scored, on all ranks."""
+        config, mesh = self.config, self.mesh
+        n = config.samples_per_prompt
+        drawn = self.prompts.take(count)
+        mine = drawn[mesh.dp.rank :: mesh.dp.size]
+        requests = [
+            Request(
+                one.ids,
+                tuple(range(one.number * n, (one.number + 1) * n)),
+                config.max_completion_tokens,
+            )
+            for one in mine
+        ]
+        begun = time.perf_counter()
+        found = self.engine().generate(requests, self.sampling, self.seed)
+        generated = time.perf_counter()
+        samples = [self._sample(mine[i // n], completion) for i, completion in enumerate(found)]
+        scored = self._score(samples)
+        rewarded = time.perf_counter()
+        self._add(sums, "perf/generate_seconds", generated - begun, 1)
+        self._add(sums, "perf/reward_seconds", rewarded - generated, 1)
+        for key, (total, number) in scored["metrics"].items():
+            self._add(sums, key, total, number)
+        totals = torch.tensor(scored["totals"], dtype=torch.float64)
+        if config.policy.overlong == "penalty":
+            lengths = torch.tensor([float(len(c.tokens)) for c in found], dtype=torch.float64)
+            totals = totals + overlong_penalty(
+                lengths, config.max_completion_tokens, config.policy.overlong_buffer
+            )
+        first = torch.tensor(scored["first"], dtype=torch.float64)
+        examples += [
+            {
+                "prompt": sample.prompt,
+                "completion": sample.completion,
+                "reference": sample.reference,
+                "reward": total,
+                "finish_reason": sample.finish_reason,
+            }
+            for sample, total in list(zip(samples, totals.tolist(), strict=True))[: 2 * n]
+        ]
+        return self._gathered(mine, found, totals, first)
+
+    def _score(self, samples: list[Sample]) -> dict[str, Any]:
+        """By one rank of each copy of the model: a reward need not say the same thing twice."""
+        said: dict[str, Any] = {}
+        if self.mesh.model.rank == 0:
+            try:
+                scored = self.rewards.score(samples, self.mesh.dp)
+                first = next(iter(scored.parts.values()))
+                said = {"totals": scored.totals, "first": first, "metrics": scored.metrics()}
+            except RewardError as error:
+                said = {"error": str(error)}
+        said = gather_values(said, self.mesh.model)[0]
+        if "error" in said:
+            raise RewardError(said["error"])
+        return said
+
+    def _sample(self, drawn: Drawn, completion: Completion) -> Sample:
+        tokens = completion.tokens.tolist()
+        said = tokens[:-1] if completion.finish_reason == "stop" else tokens
+        return Sample(
+            prompt=drawn.prompt.question,
+            completion=self.tokenizer.decode_sampled(said),
+            reference=drawn.prompt.answer,
+            metadata=drawn.prompt.metadata,
+            finish_reason=completion.finish_reason,
+            tokens=len(tokens),
+        )
+
+    def _gathered(
+        self, mine: Sequence[Drawn], found: Sequence[Completion], totals: Tensor, first: Tensor
+    ) -> _Groups:
+        n, group = self.config.samples_per_prompt, self.mesh.dp
+        device = self.engine().device
+        # Without a filter both are the log-probs of the policy that is trained, at its temperature.
+        own = (
+            Completions.of(
+                [c.request.prompt for c in found],
+                [c.tokens.to(device) for c in found],
+                rollout_logprobs=[c.sampled_logprobs.to(device) for c in found],
+                truncated=[c.finish_reason == "length" for c in found],
+            )
+            if found
+            else _nothing(device)
+        )
+        completions = gather_completions(own, group)
+        table = torch.stack((totals, first), dim=1).reshape(-1, n, 2).to(device)
+        table = gather_ragged(table, group)
+        numbers = [
+            number
+            for rank in gather_values([drawn.number for drawn in mine], group)
+            for number in rank
+        ]
+        solved = (table[..., 1] >= SOLVED).double()
+        return _Groups.joined([_Groups(numbers, completions, table[..., 0], solved)])
+
+    @staticmethod
+    def _add(sums: dict[str, tuple[float, float]], key: str, total: float, number: float) -> None:
+        before = sums.get(key, (0.0, 0.0))
+        sums[key] = (before[0] + total, before[1] + number)
+
+    def _metrics(
+        self, sampled: _Groups, used: _Groups, sums: dict[str, tuple[float, float]], rounds: int
+    ) -> dict[str, float]:
+        """Over all ranks. Times are those of the slowest."""
+        every = gather_values({k: list(v) for k, v in sums.items()}, self.mesh.dp)
+        metrics: dict[str, float] = {}
+        for key in sums:
+            pairs = [found.get(key, [0.0, 0.0]) for found in every]
+            if key.startswith("perf/"):
+                metrics[key] = max(total for total, _ in pairs)
+            elif key.startswith("rl/reward_failures"):
+                metrics[key] = sum(total for total, _ in pairs)
+            else:
+                number = sum(number for _, number in pairs)
+                metrics[key] = sum(total for total, _ in pairs) / number if number else 0.0
+        made = sampled.completions
+        lengths = torch.segment_reduce(made.written.double(), "sum", lengths=made.lengths)
+        truncated = made.truncated
+        assert truncated is not None
+        metrics |= {
+            "rl/pass_at_1": float(sampled.solved.mean()),
+            "rl/response_length": float(lengths.mean()),
+            "rl/truncated": float(truncated.double().mean()),
+            "rl/informative_groups": 1 - float(uninformative(sampled.rewards).double().mean()),
+            "rl/sampling_rounds": float(rounds),
+            "rl/groups_used": float(len(used.numbers)),
+            "rl/generated_tokens": float(lengths.sum()),
+            "rl/prompt_tokens": float(made.lengths.sum() - lengths.sum())
+            / sampled.rewards.shape[1],
+        }
+        return metrics
+
+
+def _nothing(device: torch.device) -> Completions:
+    """Of a rank that had no prompt."""
+    ids, flags = (torch.zeros(0, dtype=d, device=device) for d in (torch.int64, torch.bool))
+    return Completions(
+        ids, ids, flags, rollout_logprobs=torch.zeros(0, device=device), truncated=flags
+    )

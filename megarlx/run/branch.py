@@ -1,0 +1,230 @@
+"""An excursion: a run that starts from a checkpoint of another one and follows a recipe.
+
+The parent is only read. What an excursion takes over is its weights, and of the objectives that
+its stages go on with (`goes_on`) the moments, the data position and the learning-rate course.
+Everything else begins anew.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megarlx.checkpoint import CheckpointError, checkpoint_name, iterations, read_manifest, refer
+from megarlx.comm import launch
+from megarlx.config import Config, load_config
+from megarlx.config.load import over
+from megarlx.config.objectives import PRETRAINING
+from megarlx.run.assemble import assemble
+from megarlx.run.directory import Parent, RunDirectory, RunError, versions
+from megarlx.run.reference import RunReference, tokens_of
+
+# Sections of the parent's configuration that a recipe need not repeat.
+INHERITED = ("model", "data", "template", "evaluation", "sft", "rl", "objectives")
+OF_TRAINING = (
+    *("sequences_per_step", "sequences_per_microbatch", "sequence_length"),
+    *("seed", "precision", "recompute", "device"),
+)
+
+
+def read_config(run: Path) -> Config:
+    path = run / "resolved.json"
+    if not path.exists():
+        raise RunError(f"{run} holds no resolved.json: what its model looks like is not known")
+    return load_config(path)
+
+
+def excursion_config(parent: Path, recipe: Path, overrides: Sequence[str] = ()) -> Config:
+    """The recipe, over what it takes from its parent."""
+    before = read_config(parent)
+    whole = before.model_dump(mode="json")
+    base = {key: whole[key] for key in INHERITED}
+    base["training"] = {key: whole["training"][key] for key in OF_TRAINING}
+    config = load_config(recipe, overrides, prepare=lambda given: _completed(given, base, before))
+    if config.model != before.model:
+        raise RunError(f"{recipe}: [model] is another one than that of {parent}; leave it out")
+    if not config.stages:
+        raise RunError(f"{recipe}: has no [[stages]]; a recipe is made of them")
+    return config
+
+
+def _completed(given: dict[str, Any], base: dict[str, Any], before: Config) -> dict[str, Any]:
+    """Objectives that go on have the optimizer and the course they had, where nothing is said."""
+    stages = given.get("stages")
+    for stage in stages if isinstance(stages, list) else ():
+        objectives = stage.get("objectives") if isinstance(stage, dict) else None
+        if not isinstance(objectives, dict):
+            continue
+        for name, one in objectives.items():
+            if isinstance(one, dict) and one.get("goes_on") is True:
+                objectives[name] = (course_of(before, name) or {}) | one
+    return over(base, given)
+
+
+def course_of(config: Config, name: str) -> dict[str, Any] | None:
+    """The optimizer settings with which a run last trained an objective."""
+    for stage in reversed(config.all_stages):
+        if name in stage.objectives:
+            one = stage.objectives[name]
+            settings = one.model_dump(mode="json", exclude={"weight", "turns", "goes_on"})
+            turns = sum(o.turns for o in stage.objectives.values())
+            steps = stage.steps
+            if stage.combine == "alternate":
+                steps = -(-steps * one.turns // turns)
+            return settings | {"course_steps": one.course_steps or steps}
+    return None
+
+
+def parent_of(reference: RunReference, replayed: Path | None = None) -> Parent:
+    manifest = read_manifest(replayed or reference.checkpoint)
+    tokens = tokens_of(manifest.state)
+    return Parent(
+        run=str(reference.run.resolve()),
+        iteration=manifest.iteration,
+        digest=manifest.digest,
+        trunk_tokens=tokens.get(PRETRAINING, 0),
+        tokens=tokens,
+        replayed=None if replayed is None else str(replayed.resolve()),
+    )
+
+
+def write_lineage(out: RunDirectory, parent: Parent, recipe: Path, config: Config) -> None:
+    """Before the excursion's first step; a folder that has one already must be the same."""
+    known = out.parent
+    if known is not None:
+        if known != parent:
+            raise RunError(
+                f"{out.path} is an excursion from {known.run} at iteration {known.iteration} "
+                f"({known.digest[:12]}), not from {parent.run} at {parent.iteration} "
+                f"({parent.digest[:12]}); choose another --out"
+            )
+        return
+    if (out.path / "lineage.json").exists():
+        raise RunError(f"{out.path} holds a run that is no excursion; choose another --out")
+    first = config.all_stages[0].objectives
+    everything = {name for stage in config.all_stages for name in stage.objectives}
+    restored = sorted(
+        name
+        for name in everything
+        if any(name in s.objectives and s.objectives[name].goes_on for s in config.all_stages)
+    )
+    lineage = {
+        "parent": asdict(parent),
+        "recipe": recipe.stem,
+        "seed": config.training.seed,
+        "trunk_tokens": parent.trunk_tokens,
+        "composition": _composition(parent),
+        "restored": ["weights", *(f"{name}: moments, data, course" for name in restored)],
+        "reset": [f"{name}: moments, data, course" for name in sorted(set(first) - set(restored))],
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": versions(),
+    }
+    out.write_json("lineage.json", lineage)
+
+
+def _composition(parent: Parent) -> dict[str, int]:
+    """Tokens of each source that the parent had read."""
+    from megarlx.metrics import read_metrics
+
+    found: dict[str, int] = {}
+    for line in read_metrics(Path(parent.run) / "metrics.jsonl"):
+        if line["step"] > parent.iteration:
+            break
+        for key, value in line.items():
+            if key.startswith("data/") and key.endswith("_tokens"):
+                found[key.removeprefix("data/").removesuffix("_tokens")] = int(value)
+    return found
+
+
+def keep_parent(parent: Parent, out: Path) -> None:
+    """Tells the parent's clean-up that this checkpoint is needed; says so where it cannot."""
+    folder = Path(parent.run) / "checkpoints"
+    try:
+        refer(folder, parent.iteration, str(out.resolve()))
+    except (OSError, CheckpointError) as error:
+        print(
+            f"warning: {folder} cannot be told that {out} needs iteration {parent.iteration} "
+            f"({error}); its retention may delete it",
+            file=sys.stderr,
+        )
+
+
+def earlier(reference: str) -> tuple[Path, int, int]:
+    """(run, the wanted iteration, the nearest saved one before it) of a RUN@ITERATION."""
+    run_text, _, which = reference.rpartition("@")
+    run = Path(run_text)
+    if not which.isdecimal():
+        raise RunError(f"{reference}: --replay needs RUN@ITERATION, a number of steps")
+    wanted, there = int(which), iterations(run / "checkpoints")
+    before = [i for i in there if i <= wanted]
+    if not before:
+        raise RunError(f"{reference}: no checkpoint at or before {wanted}; {run} holds {there}")
+    last = read_config(run).steps
+    if wanted > last:
+        raise RunError(f"{reference}: the run ends at step {last}")
+    return run, wanted, before[-1]
+
+
+def replay_cost(run: Path, wanted: int, nearest: int) -> str:
+    """What reaching an iteration that was not saved would take."""
+    from megarlx.metrics import read_metrics
+
+    seconds = [
+        line["perf/step_seconds"]
+        for line in read_metrics(run / "metrics.jsonl")
+        if "perf/step_seconds" in line
+    ]
+    time_text = ""
+    if seconds:
+        median = sorted(seconds)[len(seconds) // 2]
+        time_text = f", about {median * (wanted - nearest):,.0f} s as the run was trained"
+    return f"--replay would take {wanted - nearest} steps from iteration {nearest}{time_text}"
+
+
+def replay_config(run: Path, layout: Mapping[str, Any]) -> Config:
+    """The parent's own configuration, saving nothing on the way."""
+    whole = read_config(run).model_dump(mode="json")
+    return Config.model_validate(
+        whole | {"layout": dict(layout), "evaluation": {}, "checkpoints": {}}
+    )
+
+
+def replay(
+    text: str,
+    out: RunDirectory,
+    excursion: Config,
+    started: launch.Launch,
+    device: torch.device,
+) -> Path:
+    """The checkpoint of an iteration that the parent did not save, trained once more.
+
+    On a CPU, in the layout that the parent was trained in, it is the same bits.
+    """
+    run, wanted, nearest = earlier(text)
+    directory = RunDirectory(out.path / "replay")
+    there = directory.checkpoints / checkpoint_name(wanted)
+    if (there / "manifest.json").exists():
+        return there
+    config = replay_config(run, excursion.layout.model_dump(mode="json"))
+    made = assemble(config, directory.path, started, device, tokenizer_from=run)
+    try:
+        made.trainer.resume(run / "checkpoints" / checkpoint_name(nearest))
+        if started.rank == 0:
+            print(f"replaying {run} from iteration {nearest} to {wanted}")
+        while made.trainer.steps_done < wanted:
+            made.trainer.step()
+        tokens = made.trainer.tokens
+        state = {"tokens": {name: int(count) for name, count in tokens.items()}, "cost": {}}
+        inherited = RunDirectory(run).parent
+        for name, count in (inherited.tokens if inherited is not None else {}).items():
+            state["tokens"][name] = state["tokens"].get(name, 0) + count
+        made.trainer.save(made.saver, state, blocking=True)
+    finally:
+        made.close()
+    return there

@@ -1,0 +1,107 @@
+"""`megarlx branch`: an excursion from any iteration of any run, in any layout."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megarlx.config import Config, ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from megarlx.comm.launch import Launch
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "run", metavar="RUN@ITER", help="where it starts: RUN, RUN@latest, RUN@1000, RUN@tokens:4B"
+    )
+    parser.add_argument("recipe", metavar="RECIPE.toml", type=Path, help="what it does")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="RUN2", help="the excursion's own folder"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="a.b=c",
+        dest="overrides",
+        help="override one key; may be given several times",
+    )
+    parser.add_argument(
+        "--replay",
+        action="store_true",
+        help="reach an iteration that was not saved, by training on from the one before it",
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="refuse a folder that already holds checkpoints"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from megarlx.run.branch import earlier, excursion_config, replay_cost
+    from megarlx.run.directory import RunError
+    from megarlx.run.reference import resolve
+    from megarlx.run.session import session
+
+    wanted = None
+    try:
+        try:
+            parent = resolve(arguments.run).run
+        except RunError as error:
+            run, _, which = arguments.run.rpartition("@")
+            if not which.isdecimal() or not (Path(run) / "resolved.json").exists():
+                raise
+            if not arguments.replay:
+                raise RunError(f"{error}\n{replay_cost(*earlier(arguments.run))}") from None
+            parent, wanted, _ = earlier(arguments.run)
+        config = excursion_config(parent, arguments.recipe, arguments.overrides)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:
+        print(f"megarlx branch: {error}", file=sys.stderr)
+        return 1
+
+    def work(started: Launch, device: torch.device) -> int:
+        return _branch(arguments, parent, config, wanted, started, device)
+
+    return session("branch", config, work)
+
+
+def _branch(
+    arguments: argparse.Namespace,
+    parent: Path,
+    config: Config,
+    wanted: int | None,
+    started: Launch,
+    device: torch.device,
+) -> int:
+    from megarlx.comm.collectives import barrier
+    from megarlx.run.assemble import assemble
+    from megarlx.run.branch import keep_parent, parent_of, replay, write_lineage
+    from megarlx.run.directory import RunDirectory
+    from megarlx.run.loop import check_startable, train
+    from megarlx.run.reference import RunReference, resolve
+
+    directory = RunDirectory(arguments.out)
+    replayed = None
+    if wanted is not None:
+        replayed = replay(arguments.run, directory, config, started, device)
+        reference = RunReference(parent, wanted, replayed)
+    else:
+        reference = resolve(arguments.run)
+    if started.rank == 0:
+        start = parent_of(reference, replayed)
+        write_lineage(directory, start, arguments.recipe, config)
+        if replayed is None:
+            keep_parent(start, directory.path)
+    made = assemble(config, arguments.out, started, device, tokenizer_from=parent)
+    barrier(made.mesh.world)
+    check_startable(made, arguments.fresh)
+    if started.rank == 0:
+        made.directory.write_description(config, arguments.recipe, made.tokenizer)
+    return train(made)

@@ -1,0 +1,56 @@
+"""What a run has cost so far: seconds, tokens, arithmetic; and the tokens of all its ancestors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megarlx.config import Config
+from megarlx.trainer import Trainer
+
+
+class Costs:
+    def __init__(self, config: Config, trainer: Trainer, inherited: Mapping[str, int]) -> None:
+        """`inherited`: tokens by objective that the ancestors had trained on."""
+        self.config, self.trainer, self.inherited = config, trainer, dict(inherited)
+        self.seconds = 0.0
+        self._last = self._totals()
+
+    def _totals(self) -> dict[str, float]:
+        """Since this run began, on all ranks together."""
+        trained = {name: float(tokens) for name, tokens in self.trainer.tokens.items()}
+        generated = forwarded = 0.0
+        for objective in self.trainer.objectives.values():
+            generated += objective.work.generated_tokens
+            forwarded += objective.work.forward_tokens
+        a_token = self.config.model.flops_per_token(self.config.training.sequence_length)
+        forwards = generated + forwarded  # a third of what training does with a token
+        return {
+            "trained_tokens": sum(trained.values()),
+            "generated_tokens": generated,
+            "flop": a_token * (sum(trained.values()) + forwards / 3),
+        }
+
+    def since_last(self, seconds: float) -> dict[str, float]:
+        """What the last `seconds` were spent on; to be called once for each piece of time."""
+        now = self._totals()
+        spent = {key: value - self._last[key] for key, value in now.items()}
+        self._last = now
+        self.seconds += seconds
+        return spent
+
+    def metrics(self) -> dict[str, float]:
+        return {"cost/seconds": self.seconds} | {f"cost/{k}": v for k, v in self._last.items()}
+
+    def tokens(self) -> dict[str, int]:
+        found = dict(self.inherited)
+        for name, tokens in self.trainer.tokens.items():
+            found[name] = found.get(name, 0) + int(tokens)
+        return found
+
+    def state(self) -> dict[str, Any]:
+        return {"seconds": self.seconds}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.seconds = float(state["seconds"])
+        self._last = self._totals()

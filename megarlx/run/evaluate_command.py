@@ -1,0 +1,147 @@
+"""`megarlx evaluate`: measures a checkpoint, alone or under torchrun, Slurm or MPI."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megarlx.config import Config, ConfigError, load_config
+from megarlx.config.evaluation import SAMPLED, EvaluationConfig, SuiteConfig, world_suites
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "run", metavar="RUN[@ITER]", help="RUN, RUN@latest, RUN@1000, RUN@tokens:4B, or RUN@all"
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE.toml",
+        help="the suites, as [[suites]] tables (default: the run's own [evaluation])",
+    )
+    parser.add_argument(
+        "--suite", action="append", metavar="NAME", help="only this one; may be given several times"
+    )
+    parser.add_argument("--samples", type=int, help="samples of each question, in place of theirs")
+    parser.add_argument("--temperature", type=float, help="of sampling, in place of theirs")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="a.b=c",
+        dest="overrides",
+        help="override a key of the run's configuration, as layout.tensor=2",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from megarlx.checkpoint import CheckpointError
+    from megarlx.comm import launch
+    from megarlx.objectives.reward_process import RewardError
+    from megarlx.run.assemble import choose_device
+    from megarlx.run.opened import open_config
+
+    try:
+        started = launch.read()
+        references = list(_references(arguments.run))
+        config = open_config(references[0].run, started.world_size, arguments.overrides)
+        evaluation = chosen(config, arguments)
+        device = choose_device(config.training.device)
+        launch.start(started, device, config.layout.time_limit_seconds)
+        try:
+            _evaluate(references, config, evaluation, started, device)
+        finally:
+            launch.stop()
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    # What the user can mend is told in one line each; anything else keeps its traceback.
+    except (ValueError, OSError, CheckpointError, RewardError, launch.LaunchError) as error:
+        print(f"megarlx evaluate: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _references(text: str) -> Iterator[Any]:
+    from megarlx.checkpoint import iterations
+    from megarlx.run.directory import RunError
+    from megarlx.run.reference import resolve
+
+    if not text.endswith("@all"):
+        yield resolve(text)
+        return
+    run = text.removesuffix("@all")
+    there = iterations(Path(run) / "checkpoints")
+    if not there:
+        raise RunError(f"{text}: the run {run} holds no checkpoints")
+    yield from (resolve(f"{run}@{iteration}") for iteration in there)
+
+
+def chosen(config: Config, arguments: argparse.Namespace) -> EvaluationConfig:
+    """The suites that were asked for, with what the command line says of them."""
+    if arguments.config is not None:
+        evaluation = load_config(arguments.config, (), EvaluationConfig)
+    else:
+        evaluation = config.evaluation
+        if not evaluation.suites and config.data is not None and config.data.world is not None:
+            evaluation = world_suites()
+    names = [suite.name for suite in evaluation.suites]
+    if not names:
+        raise ConfigError(["no suites: the run's configuration has none; give --config FILE.toml"])
+    wanted = arguments.suite or names
+    if unknown := [name for name in wanted if name not in names]:
+        raise ConfigError([f"--suite {unknown[0]}: there is none; allowed are {', '.join(names)}"])
+    changes = {
+        name: value
+        for name in ("samples", "temperature")
+        if (value := getattr(arguments, name)) is not None
+    }
+    suites = [_changed(suite, changes) for suite in evaluation.suites if suite.name in wanted]
+    return evaluation.model_copy(update={"suites": tuple(suites)})
+
+
+def _changed(suite: SuiteConfig, changes: dict[str, Any]) -> SuiteConfig:
+    if not changes or suite.kind not in SAMPLED:
+        return suite
+    from pydantic import ValidationError
+
+    try:
+        return SuiteConfig.model_validate({**suite.model_dump(), **changes})
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        raise ConfigError([f"suite {suite.name}: {d['msg']}" for d in details]) from None
+
+
+def _evaluate(
+    references: list[Any], config: Config, evaluation: EvaluationConfig, started: Any, device: Any
+) -> None:
+    from megarlx.evaluation.suites import Parent, Subject, evaluate
+    from megarlx.run.opened import load_weights, open_run, read_lineage
+    from megarlx.run.world import world_of
+
+    opened = open_run(references[0], config, started, device)
+    world = world_of(config)
+    lineage = read_lineage(references[0].run).get("parent")
+    parent = None if lineage is None else Parent(Path(lineage["run"]), lineage["iteration"])
+    say = print if started.rank == 0 else None
+    for reference in references:
+        if reference is not references[0]:
+            loaded = load_weights(opened.model, reference.checkpoint)
+            opened = dataclasses.replace(opened, reference=reference, loaded=loaded)
+        if say is not None:
+            kind = "pre-trained only" if opened.is_base else "trained to answer"
+            say(f"{reference.checkpoint} ({opened.trunk_tokens:,} tokens of pre-training, {kind})")
+        subject = Subject(
+            opened.model,
+            opened.tokenizer,
+            opened.template,
+            opened.is_base,
+            reference.iteration,
+            opened.trunk_tokens,
+            opened.loaded.digest,
+            world,
+        )
+        evaluate(subject, evaluation, run=reference.run, parent=parent, say=say)

@@ -1,0 +1,110 @@
+"""`megarlx generate`: what a checkpoint says to a prompt, token by token."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megarlx.run.opened import OpenedRun
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN[@ITER]", help="RUN, RUN@latest, RUN@1000, …")
+    parser.add_argument("--prompt", required=True, help="what the model is asked")
+    parser.add_argument(
+        "--raw", action="store_true", help="give the prompt as it stands, without the template"
+    )
+    parser.add_argument("--samples", type=int, default=1, help="completions, one after another")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest token")
+    parser.add_argument("--top-p", type=float, default=1.0, help="share of the probability kept")
+    parser.add_argument("--max-new-tokens", type=int, help="default: as many as the model can take")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples")
+    parser.add_argument(
+        "--logprobs", action="store_true", help="a token a line, behind its log-probability"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="a.b=c",
+        dest="overrides",
+        help="override a key of the run's configuration, as layout.tensor=2",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from megarlx.checkpoint import CheckpointError
+    from megarlx.comm import launch
+    from megarlx.config import ConfigError
+    from megarlx.run.assemble import choose_device
+    from megarlx.run.opened import open_config, open_run
+    from megarlx.run.reference import resolve
+
+    try:
+        started = launch.read()
+        reference = resolve(arguments.run)
+        config = open_config(reference.run, started.world_size, arguments.overrides)
+        device = choose_device(config.training.device)
+        launch.start(started, device, config.layout.time_limit_seconds)
+        try:
+            _generate(arguments, open_run(reference, config, started, device))
+        finally:
+            launch.stop()
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except (ValueError, OSError, CheckpointError, launch.LaunchError) as error:
+        print(f"megarlx generate: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _generate(arguments: argparse.Namespace, opened: OpenedRun) -> None:
+    from megarlx.data.conversations import Turn
+    from megarlx.generation.engine import Engine
+    from megarlx.generation.requests import SamplingSettings
+    from megarlx.generation.text import stream_text
+
+    tokenizer, template, mesh = opened.tokenizer, opened.template, opened.model.mesh
+    if arguments.raw:
+        ids = tokenizer.encode(arguments.prompt)
+    else:
+        ids = template.prompt_ids((Turn("user", arguments.prompt),), tokenizer)
+    room = opened.config.model.max_sequence_length - len(ids)
+    new = room if arguments.max_new_tokens is None else arguments.max_new_tokens
+    if not 1 <= new <= room:
+        raise ValueError(
+            f"max_new_tokens is {new} behind a prompt of {len(ids)} tokens; "
+            f"model.max_sequence_length allows 1 to {room}"
+        )
+    settings = SamplingSettings(
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        stop_tokens=(tokenizer.eos_id,),
+    )
+    engine = Engine.of(opened.model, slots=1, longest=len(ids) + new)
+    # Tokens are known as they come where the last stage is; one such rank prints them.
+    prints = mesh.pp.is_last and mesh.tp.is_first and mesh.dp.is_first
+    for number in range(arguments.samples):
+        pieces = stream_text(
+            engine,
+            arguments.prompt,
+            encode=lambda _: ids,
+            decode=tokenizer.decode_sampled,
+            sampling=settings,
+            max_new_tokens=new,
+            seed=arguments.seed,
+            sequence_id=number,
+        )
+        for piece in pieces:
+            # The token that ends a document has a name, but is no text.
+            text = "" if piece.finish_reason == "stop" else piece.text
+            if prints and arguments.logprobs:
+                shown = tokenizer.decode_sampled([piece.token])
+                print(f"{piece.logprob:9.4f}  {shown!r}", flush=True)
+            elif prints:
+                print(text, end="", flush=True)
+        if prints:
+            print(flush=True)

@@ -1,0 +1,239 @@
+"""From a configuration to objectives: what each trains on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megarlx.config import Config, RlConfig, SftConfig
+from megarlx.config.objectives import PRETRAINING
+from megarlx.config.run_sections import DataConfig, SourceConfig
+from megarlx.data.blend import Blend, Composition
+from megarlx.data.conversations import Template, read_conversations
+from megarlx.data.loader import BatchLayout, Loader
+from megarlx.data.packing import ConversationData
+from megarlx.data.prompts import FewShot, PromptData, PromptKeys, read_prompts
+from megarlx.data.samples import Dataset, TokenSource
+from megarlx.data.token_files import TokenFile, check_tokenizer
+from megarlx.data.tokenizer import Tokenizer
+from megarlx.generation.engine import Engine
+from megarlx.model.build import ParallelModel
+from megarlx.objectives.interface import Objective
+from megarlx.objectives.rewards import Rewards
+from megarlx.objectives.rl import Reinforcement
+from megarlx.objectives.rollout import Sampler
+from megarlx.objectives.supervised import Supervised
+from megarlx.run.directory import RunError
+from megarlx.run.world import data_of, path_of
+
+
+class ObjectiveMaker:
+    """Makes each objective once, when a stage first names it."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: ParallelModel,
+        tokenizer: Tokenizer | None,
+        device: torch.device,
+        samples: Path,
+    ) -> None:
+        self.config, self.model, self.mesh = config, model, model.mesh
+        self.device, self.samples = device, samples
+        self._tokenizer = tokenizer
+        self.data = data_of(config)
+        self.template = Template(**config.template.model_dump())
+        self._made: dict[str, Objective] = {}
+
+    def __getitem__(self, name: str) -> Objective:
+        if name not in self._made:
+            self._made[name] = self._make(name)
+        return self._made[name]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise RunError("data.tokenizer is missing: text cannot be read without one")
+        return self._tokenizer
+
+    def _make(self, name: str) -> Objective:
+        if name == PRETRAINING:
+            return self._pretraining()
+        given = self.config.named_objectives[name]
+        return self._sft(name, given) if isinstance(given, SftConfig) else self._rl(name, given)
+
+    # Supervised learning.
+
+    def _pretraining(self) -> Supervised:
+        data = self._data()
+        own = Composition(0, {source.name: source.weight for source in data.sources})
+        schedule = [Composition(part.from_tokens, part.weights) for part in data.composition]
+        blend = Blend(
+            [self._source(source) for source in data.sources],
+            schedule or [own],
+            self.config.training.seed,
+        )
+        return self._supervised(PRETRAINING, blend, data.documents_apart)
+
+    def _sft(self, name: str, config: SftConfig) -> Supervised:
+        training = self.config.training
+        conversations = list(read_conversations(path_of(config.conversations, self.config)))
+        length = config.sequence_length or training.sequence_length
+        if length > self.config.model.max_sequence_length:
+            raise RunError(
+                f"{name}.sequence_length is {length}; model.max_sequence_length allows "
+                f"{self.config.model.max_sequence_length}"
+            )
+        data = ConversationData(
+            conversations,
+            self.template,
+            self.tokenizer,
+            length,
+            training.seed,
+            demonstrations=config.demonstrations,
+            packing=config.packing,
+            too_long=config.too_long,
+            name=name,
+        )
+        return self._supervised(
+            name,
+            data,
+            True,
+            config.sequences_per_step,
+            config.sequences_per_microbatch,
+        )
+
+    def _supervised(
+        self,
+        name: str,
+        data: Dataset,
+        documents_apart: bool,
+        sequences_per_step: int | None = None,
+        sequences_per_microbatch: int | None = None,
+        *,
+        prefetch_steps: int = 2,
+    ) -> Supervised:
+        training, dp = self.config.training, self.mesh.dp
+        each = sequences_per_microbatch or training.sequences_per_microbatch
+        batches = BatchLayout(
+            sequences_per_step or training.sequences_per_step, each, dp.rank, dp.size
+        )
+        self.model.pipeline.plan.check_microbatches(batches.microbatches)
+        # In one micro-batch: every document has at least one token.
+        most_documents = each * data.sequence_length if self.mesh.pp.size > 1 else None
+        loader = Loader(
+            data,
+            batches,
+            with_documents=documents_apart,
+            documents_at_most=most_documents,
+            prefetch_steps=prefetch_steps,
+        )
+        return Supervised(name, loader, device=self.device)
+
+    def validation(self) -> dict[str, Supervised]:
+        """One small dataset a source; its first sequences, the same at every validation."""
+        if self.data is None:
+            return {}
+        unit = self.config.training.sequences_per_microbatch * self.mesh.dp.size
+        count = -(-self.config.logging.validation_sequences // unit) * unit
+        found = {}
+        for source in self.data.validation:
+            only = Blend([self._source(source)], [Composition(0, {source.name: 1.0})], seed=0)
+            found[source.name] = self._supervised(
+                source.name, only, self.data.documents_apart, count, prefetch_steps=0
+            )
+        return found
+
+    def _data(self) -> DataConfig:
+        if self.data is None:
+            raise RunError("the configuration has no [data]: there is nothing to pre-train on")
+        return self.data
+
+    def _source(self, source: SourceConfig) -> TokenSource:
+        if self._tokenizer is not None:
+            check_tokenizer(source.prefix, self._tokenizer.fingerprint)
+        training = self.config.training
+        file = TokenFile(source.prefix, self.config.model.vocab_size)
+        return TokenSource(source.name, file, training.sequence_length, training.seed)
+
+    # Policy optimisation.
+
+    def _rl(self, name: str, config: RlConfig) -> Reinforcement:
+        length = self.config.model.max_sequence_length
+        room = length - config.max_completion_tokens
+        if room < 1:
+            raise RunError(
+                f"{name}.max_completion_tokens is {config.max_completion_tokens}; "
+                f"model.max_sequence_length = {length} leaves no room for a prompt"
+            )
+        most = min(config.max_prompt_tokens or room, room)
+        keys = PromptKeys(config.question_key, config.answer_key)
+        examples: tuple[Any, ...] = ()
+        if config.examples is not None:
+            examples = tuple(read_conversations(path_of(config.examples, self.config)))
+        prompts = PromptData(
+            read_prompts(path_of(config.prompts, self.config), keys),
+            self.template,
+            self.tokenizer,
+            self.config.training.seed,
+            few_shot=FewShot(examples),
+            max_prompt_tokens=most,
+            too_long=config.too_long,
+            name=name,
+        )
+        longest = most + config.max_completion_tokens
+        if config.tokens_per_microbatch < longest:
+            raise RunError(
+                f"{name}.tokens_per_microbatch is {config.tokens_per_microbatch}; a prompt and its "
+                f"completion have up to {longest} tokens"
+            )
+        sampler = Sampler(
+            config,
+            _once(
+                lambda: Engine.of(
+                    self.model,
+                    slots=config.slots,
+                    longest=longest,
+                    detokenize=self.tokenizer.decode_sampled,
+                )
+            ),
+            prompts,
+            self.tokenizer,
+            Rewards(config.rewards, config.reward_failures_allowed),
+            self.mesh,
+            self.config.training.seed,
+        )
+        return Reinforcement(name, config, self.model, sampler, keep_samples=self._keeper(name))
+
+    def _keeper(self, name: str) -> Callable[[int, list[dict[str, Any]]], None] | None:
+        if self.mesh.rank:
+            return None
+        every = self.config.named_objectives[name]
+        assert isinstance(every, RlConfig)
+
+        def keep(rollout: int, examples: list[dict[str, Any]]) -> None:
+            step = rollout * every.steps_of_a_rollout
+            if step % every.keep_samples_every_steps:
+                return
+            self.samples.mkdir(parents=True, exist_ok=True)
+            lines = [json.dumps({"step": step, **example}) + "\n" for example in examples]
+            path = self.samples / f"step_{step:08d}.{name}.jsonl"
+            path.write_text("".join(lines), encoding="utf-8")
+
+        return keep
+
+
+def _once(make: Callable[[], Engine]) -> Callable[[], Engine]:
+    """Caches are made when something is first generated, and only then."""
+    made: list[Engine] = []
+
+    def get() -> Engine:
+        if not made:
+            made.append(make())
+        return made[0]
+
+    return get

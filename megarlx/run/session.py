@@ -1,0 +1,37 @@
+"""What every command that runs a model does around its work: processes, devices, errors."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+
+from megarlx.checkpoint import CheckpointError
+from megarlx.comm import launch
+from megarlx.config import Config
+from megarlx.objectives.reward_process import RewardError
+from megarlx.run.assemble import choose_device, choose_layout
+from megarlx.run.loop import TrainingError
+
+Work = Callable[[launch.Launch, torch.device], int]
+
+
+def session(command: str, config: Config, work: Work) -> int:
+    """Starts this process's part of a launch, works, and ends it; returns the exit code."""
+    try:
+        device = choose_device(config.training.device)
+        started = launch.read()
+        choose_layout(config, started.world_size)  # refused before any process group is made
+        launch.start(started, device, config.layout.time_limit_seconds)
+        try:
+            return work(started, device)
+        finally:
+            launch.stop()
+    # What the user can mend is told in one line each; anything else keeps its traceback.
+    except (
+        *(ValueError, OSError, CheckpointError, TrainingError, RewardError),
+        launch.LaunchError,
+    ) as error:
+        print(f"megarlx {command}: {error}", file=sys.stderr)
+        return 1

@@ -1,0 +1,54 @@
+"""`megarlx sweep`: all runs of a study; what is finished is not run again."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megarlx.config import ConfigError, load_config
+from megarlx.config.sweep import SweepConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sweep", metavar="SWEEP.toml", help="trunks, checkpoints, recipes, seeds")
+    parser.add_argument("--jobs", type=int, help="runs at the same time, in place of the file's")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="a.b=c",
+        dest="overrides",
+        help="override one key of the sweep; may be given several times",
+    )
+    parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
+    parser.add_argument(
+        "--slurm", metavar="FILE", help="write a script that submits the runs, and run nothing"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    import shlex
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from megarlx.sweeps.plan import jobs_of
+    from megarlx.sweeps.run import SweepRunner, slurm_script
+
+    try:
+        overrides = list(arguments.overrides)
+        if arguments.jobs is not None:
+            overrides.append(f"jobs={arguments.jobs}")
+        config = load_config(arguments.sweep, overrides, SweepConfig)
+        jobs = jobs_of(config)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if arguments.list:
+        for job in jobs:
+            print("megarlx", shlex.join(job.arguments))
+        return 0
+    if arguments.slurm is not None:
+        Path(arguments.slurm).write_text(slurm_script(config, jobs), encoding="utf-8")
+        return 0
+    return SweepRunner(config, jobs, console=Console()).run()

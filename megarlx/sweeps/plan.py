@@ -1,0 +1,92 @@
+"""From a sweep's configuration to its runs: what each is told, where it lies, what it waits for."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megarlx.config import load_config
+from megarlx.config.sweep import ExcursionConfig, SweepConfig
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command. It is done when it has said so by its exit code."""
+
+    name: str  # also that of its log
+    arguments: tuple[str, ...]  # of `megarlx`
+    out: Path | None  # the run it makes; None: it adds to another one
+    steps: int | None
+    needs: str | None = None  # the job that must be done before
+
+
+def jobs_of(sweep: SweepConfig) -> list[Job]:
+    """In an order in which every job comes after what it needs."""
+    return [job for seed in sweep.seeds for job in _of_seed(sweep, seed)]
+
+
+def _of_seed(sweep: SweepConfig, seed: int) -> Iterator[Job]:
+    out = Path(sweep.out)
+    for values in _combinations(sweep.axes):
+        settings = {**sweep.set, **dict.fromkeys(sweep.seed_keys, seed), **values}
+        trunk = out / _named("trunk", values, seed)
+        overrides = _overrides(settings)
+        steps = load_config(sweep.trunk, [f"{k}={_toml(v)}" for k, v in settings.items()]).steps
+        yield Job(trunk.name, ("train", sweep.trunk, "--out", str(trunk), *overrides), trunk, steps)
+        for where in sweep.evaluate:
+            name = f"{trunk.name}-evaluate-{_plain(where)}"
+            yield Job(name, ("evaluate", f"{trunk}@{where}"), None, None, trunk.name)
+        for excursions in sweep.excursions:
+            yield from _excursions(excursions, trunk, values, seed)
+
+
+def _excursions(
+    config: ExcursionConfig, trunk: Path, trunk_values: Mapping[str, Any], seed: int
+) -> Iterator[Job]:
+    for recipe, where, values in itertools.product(
+        config.recipes, config.checkpoints, _combinations(config.axes)
+    ):
+        stem = f"{Path(recipe).stem}-at-{_plain(where)}"
+        out = trunk.parent / _named(stem, {**trunk_values, **values}, seed)
+        overrides = _overrides({**config.set, **values})
+        yield Job(
+            out.name,
+            ("branch", f"{trunk}@{where}", recipe, "--out", str(out), *overrides),
+            out,
+            None,
+            trunk.name,
+        )
+
+
+def _combinations(axes: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    for values in itertools.product(*axes.values()):
+        yield dict(zip(axes, values, strict=True))
+
+
+def _named(stem: str, values: Mapping[str, Any], seed: int) -> str:
+    parts = [f"{key.rpartition('.')[2]}-{_plain(value)}" for key, value in values.items()]
+    return "-".join([stem, *parts, f"seed-{seed}"])
+
+
+def _plain(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return re.sub(r"[^\w.]+", "-", text).strip("-") or "none"
+
+
+def _overrides(settings: Mapping[str, Any]) -> list[str]:
+    return [word for key, value in settings.items() for word in ("--set", f"{key}={_toml(value)}")]
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML; what JSON and TOML write alike, and tables."""
+    if isinstance(value, Mapping):
+        inside = ", ".join(f"{json.dumps(str(k))} = {_toml(v)}" for k, v in value.items())
+        return f"{{ {inside} }}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_toml(v) for v in value)}]"
+    return json.dumps(value)

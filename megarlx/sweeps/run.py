@@ -1,0 +1,230 @@
+"""Runs a sweep's jobs, several at a time; a job that fails stops only what needs it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from megarlx.config.sweep import SweepConfig
+from megarlx.metrics import read_metrics
+from megarlx.sweeps.plan import Job
+
+POLL_SECONDS = 0.5
+LEFT = 75  # exit code when the budget left some runs for later
+
+
+@dataclass
+class Progress:
+    """What is known of a job while the sweep goes on."""
+
+    job: Job
+    state: str = "waiting"  # waiting, running, done, failed, left
+    begun: float = 0.0
+    seconds: float = 0.0
+    process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+
+    def step(self) -> int:
+        if self.job.out is None:
+            return 0
+        step = 0
+        for line in read_metrics(self.job.out / "metrics.jsonl"):
+            step = line["step"]
+        return step
+
+
+class SweepRunner:
+    def __init__(self, config: SweepConfig, jobs: Sequence[Job], *, console: Console) -> None:
+        self.config, self.console = config, console
+        self.logs = Path(config.out) / "logs"
+        self.all = {job.name: Progress(job) for job in jobs}
+        self.begun = time.monotonic()
+
+    def run(self) -> int:
+        """0 when all jobs are done, 1 when one failed, 75 when the budget left some."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        for progress in self.all.values():
+            marker = self._marker(progress.job)
+            if marker.exists() and marker.read_text(encoding="utf-8") == _said(progress.job):
+                progress.state = "done"
+        live = Live(console=self.console, refresh_per_second=2, transient=True)
+        show = self.console.is_terminal
+        try:
+            if show:
+                live.start()
+            while self._advance():
+                if show:
+                    live.update(self.table())
+                time.sleep(POLL_SECONDS)
+        finally:
+            self._stop_all()
+            if show:
+                live.stop()
+        states = [progress.state for progress in self.all.values()]
+        if "failed" in states:
+            return 1
+        return LEFT if "left" in states else 0
+
+    def _marker(self, job: Job) -> Path:
+        """Written when a job is done, with the command that it was."""
+        return self.logs / f"{job.name}.done"
+
+    def _advance(self) -> bool:
+        """Whether anything is still to be waited for."""
+        for progress in self._in("running"):
+            assert progress.process is not None
+            code = progress.process.poll()
+            progress.seconds = time.monotonic() - progress.begun
+            if code is not None:
+                self._ended(progress, code)
+        over = self.config.budget_minutes is not None and (
+            time.monotonic() - self.begun > 60 * self.config.budget_minutes
+        )
+        for progress in self._in("waiting"):
+            needed = self.all.get(progress.job.needs or "")
+            if over or (needed is not None and needed.state in ("failed", "left")):
+                progress.state = "left"
+            elif len(self._in("running")) < self.config.jobs and (
+                needed is None or needed.state == "done"
+            ):
+                self._start(progress)
+        return bool(self._in("running") or self._in("waiting"))
+
+    def _in(self, state: str) -> list[Progress]:
+        return [progress for progress in self.all.values() if progress.state == state]
+
+    def _start(self, progress: Progress) -> None:
+        job = progress.job
+        threads = self.config.threads_per_job or self._threads()
+        command = [*(self.config.launcher or (sys.executable,)), "-m", "megarlx", *job.arguments]
+        with (self.logs / f"{job.name}.log").open("ab") as log:
+            progress.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                start_new_session=True,
+            )
+        progress.state, progress.begun = "running", time.monotonic()
+
+    def _threads(self) -> int:
+        """The machine, shared with the jobs that could run at the same time."""
+        done = {name for name, progress in self.all.items() if progress.state == "done"}
+        could = [p for p in self._in("waiting") if p.job.needs is None or p.job.needs in done]
+        together = min(self.config.jobs, len(could) + len(self._in("running")))
+        return max(1, len(os.sched_getaffinity(0)) // max(together, 1))
+
+    def _ended(self, progress: Progress, code: int) -> None:
+        job = progress.job
+        progress.state = "done" if code == 0 else "failed"
+        if code == 0:
+            self._marker(job).write_text(_said(job), encoding="utf-8")
+        counts = f"{sum(p.state == 'done' for p in self.all.values())} of {len(self.all)}"
+        if code == 0:
+            self.console.print(
+                f"{job.name}: done in {progress.seconds:.0f} s ({counts}{self._left()})",
+                highlight=False,
+            )
+            return
+        log = self.logs / f"{job.name}.log"
+        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
+        self.console.print(
+            f"{job.name}: failed with code {code}; {log} ends with\n  " + "\n  ".join(last),
+            highlight=False,
+            markup=False,
+        )
+
+    def _left(self) -> str:
+        """How long the rest may take, by what jobs of the same kind took."""
+        took = {p.job.arguments[0]: [] for p in self.all.values()}  # type: dict[str, list[float]]
+        for progress in self._in("done"):
+            if progress.seconds:
+                took[progress.job.arguments[0]].append(progress.seconds)
+        missing = [*self._in("waiting"), *self._in("running")]
+        known = [took[p.job.arguments[0]] for p in missing]
+        if not missing or not all(known):
+            return ""
+        total = sum(sum(times) / len(times) for times in known)
+        total -= sum(progress.seconds for progress in self._in("running"))
+        return f", about {max(total, 0) / self.config.jobs / 60:.1f} minutes left"
+
+    def _stop_all(self) -> None:
+        running = self._in("running")
+        for progress in running:
+            assert progress.process is not None
+            os.killpg(progress.process.pid, signal.SIGTERM)
+        for progress in running:
+            assert progress.process is not None
+            try:
+                progress.process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                os.killpg(progress.process.pid, signal.SIGKILL)
+
+    def table(self) -> Table:
+        table = Table(box=None)
+        for heading in ("run", "state", "step", "seconds", "left"):
+            table.add_column(heading)
+        for progress in self._in("running"):
+            step, steps = progress.step(), progress.job.steps
+            left = ""
+            if steps and step:
+                left = f"{progress.seconds * (steps - step) / step:.0f} s"
+            shown = f"{step} of {steps}" if steps else str(step or "")
+            row = (progress.job.name, progress.state, shown, f"{progress.seconds:.0f}", left)
+            table.add_row(*row)
+        done = len(self._in("done"))
+        table.caption = f"{done} of {len(self.all)} done{self._left()}"
+        return table
+
+
+def slurm_script(config: SweepConfig, jobs: Sequence[Job]) -> str:
+    """The sweep as Slurm job arrays: first what needs nothing, then what waits for it."""
+    first = [job for job in jobs if job.needs is None]
+    second = [job for job in jobs if job.needs is not None]
+    launcher = " ".join(config.launcher or ("python",))
+    lines = [
+        "#!/bin/bash",
+        "# Submits the sweep: bash THIS_FILE [sbatch options]",
+        "set -euo pipefail",
+        f"mkdir -p {config.out}/logs",
+    ]
+    for number, group in enumerate((first, second)):
+        if not group:
+            continue
+        commands = "\n".join(
+            f"  {i}) {launcher} -m megarlx {' '.join(map(_quoted, job.arguments))};;"
+            for i, job in enumerate(group)
+        )
+        after = "" if number == 0 else '--dependency="afterok:$first" '
+        lines += [
+            f'{"first" if number == 0 else "second"}=$(sbatch --parsable "$@" {after}'
+            f"--array=0-{len(group) - 1}%{config.jobs} --requeue "
+            f"--output={config.out}/logs/%A_%a.log <<'EOF'",
+            "#!/bin/bash",
+            'case "$SLURM_ARRAY_TASK_ID" in',
+            commands,
+            "esac",
+            "EOF",
+            ")",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(word: str) -> str:
+    import shlex
+
+    return shlex.quote(word)
+
+
+def _said(job: Job) -> str:
+    return " ".join(job.arguments) + "\n"
