@@ -85,7 +85,7 @@ def generate_episodes(
 
     max_tokens   of a whole episode, the prompt included; by default the engine's `longest`
     feed_up_to   observations of so many tokens go through decode steps, longer ones are prefilled;
-                 by default 8 on a CPU, where a decode step costs by the row, and 4 elsewhere
+                 by default 32 on a CPU, where a decode step costs by the row, and 4 elsewhere
     """
     most = engine.longest if max_tokens is None else max_tokens
     if not 2 <= most <= engine.longest:
@@ -94,7 +94,7 @@ def generate_episodes(
             "engine's longest sequence"
         )
     if feed_up_to is None:
-        feed_up_to = 8 if engine.device.type == "cpu" else 4
+        feed_up_to = 32 if engine.device.type == "cpu" else 4
     run = _EpisodeRun(engine, requests, sampling, seed, on_turns_end, most, feed_up_to)
     for _ in run.finished():
         pass

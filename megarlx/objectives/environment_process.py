@@ -63,7 +63,7 @@ class _Server:
     """One process, or none, and the episodes whose state it holds."""
 
     def __init__(self, config: EnvironmentConfig) -> None:
-        arguments: dict[str, Any] = {
+        self.arguments: dict[str, Any] = {
             "function": config.function,
             "options": config.options,
             "most_characters": config.max_observation_characters,
@@ -76,14 +76,15 @@ class _Server:
                 config.time_limit_seconds, config.start_limit_seconds, config.memory_limit_mb
             )
             server = "megarlx.objectives.environment_worker:EnvironmentServer"
-            self._process = WorkerProcess(server, arguments, limits)
-        else:
-            self._here = EnvironmentServer(**arguments)
+            self._process = WorkerProcess(server, self.arguments, limits)
+        self._here: EnvironmentServer | None = None  # without a process
 
     def call(self, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
         ends = [{"episode": episode, "end": True} for episode in self.over]
         self.over = []
         if self._process is None:
+            if self._here is None:
+                self._here = self._made()
             reply = self._here([*ends, *items])
         else:
             try:
@@ -94,6 +95,12 @@ class _Server:
                 raise
         answers: list[dict[str, Any]] = reply["answers"]
         return answers
+
+    def _made(self) -> EnvironmentServer:
+        try:
+            return EnvironmentServer(**self.arguments)
+        except Exception as error:
+            raise CannotStart(describe(error)) from error
 
     def close(self) -> None:
         if self._process is not None:
@@ -106,10 +113,7 @@ class EnvironmentPool:
     def __init__(self, config: EnvironmentConfig) -> None:
         self.config = config.resolved
         self._histories: dict[int, _History] = {}
-        try:
-            self._servers = [_Server(self.config) for _ in range(max(config.workers, 1))]
-        except Exception as error:  # without processes the environment is made here
-            raise self._cannot_start(describe(error)) from error
+        self._servers = [_Server(self.config) for _ in range(max(config.workers, 1))]
         self._threads = ThreadPoolExecutor(len(self._servers), thread_name_prefix="environment")
 
     def reset(self, starts: dict[int, tuple[Task, int]]) -> dict[int, Outcome]:

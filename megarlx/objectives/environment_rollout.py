@@ -6,14 +6,11 @@ the generation (generation/episodes.py), and before and after it as JSON.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-from megarlx.comm.collectives import broadcast_
+from megarlx.comm.collectives import gather_values
 from megarlx.config.environment import EnvironmentConfig
 from megarlx.data.conversations import Template
 from megarlx.data.conversations import Turn as Said
@@ -158,7 +155,7 @@ class EnvironmentRollout:
 
     def _action(self, end: TurnEnd) -> str:
         tokens = end.tokens[:-1] if end.tokens[-1] == self.tokenizer.eos_id else end.tokens
-        return self.tokenizer.decode(tokens)
+        return self.tokenizer.decode_sampled(tokens)
 
     def _answer(self, end: TurnEnd, actions: dict[int, str], outcome: Outcome) -> list[int] | None:
         record = self.records[end.sequence_id]
@@ -201,13 +198,13 @@ class EnvironmentRollout:
         for sequence_id in sequence_ids:
             self.records[sequence_id].failure = {"kind": kind, "detail": detail}
 
-    def _finished(self) -> dict[int, dict[str, Any]]:
+    def _finished(self) -> dict[str, dict[str, Any]]:
         assert self.pool is not None
         if self.broken is not None:
             raise self.broken
         self.pool.end(self.records)
         return {
-            sequence_id: {
+            str(sequence_id): {
                 "turns": record.turns,
                 "success": record.success,
                 "failure": record.failure,
@@ -217,22 +214,13 @@ class EnvironmentRollout:
 
     def _shared(self, make: Callable[[], Any]) -> Any:
         """What the first rank makes, on all ranks; and what stops it stops all of them."""
-        content = b""
+        shared: dict[str, Any] = {}
         if self.first:
             try:
-                content = json.dumps({"made": make()}).encode()
+                shared = {"made": make()}
             except BrokenEnvironment as error:
-                content = json.dumps({"broken": str(error)}).encode()
-        group, device = self.engine.mesh.model, self.engine.device
-        if group.size > 1:
-            length = torch.tensor([len(content)], device=device)
-            broadcast_(length, group)
-            data = torch.zeros(int(length), dtype=torch.uint8, device=device)
-            if self.first:
-                data.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
-            broadcast_(data, group)
-            content = bytes(data.tolist())
-        shared = json.loads(content)
+                shared = {"broken": str(error)}
+        shared = gather_values(shared, self.engine.mesh.model)[0]
         if "broken" in shared:
             raise BrokenEnvironment(shared["broken"])
         return shared["made"]

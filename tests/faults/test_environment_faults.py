@@ -130,12 +130,13 @@ def test_without_processes_errors_are_marked_as_well() -> None:
 
 def test_finished_episodes_are_forgotten_and_their_environments_used_again() -> None:
     with pool(workers=0) as made:
-        server = made._servers[0]._here
         for _ in range(5):
             made.reset(starts(4))
             made.step(dict.fromkeys(range(4), "a"))
             made.end(range(4))
         made.reset(starts(1))
+        server = made._servers[0]._here
+        assert server is not None
         assert len(server.running) == 1
         assert len(server.idle) == 3
         assert len(made._histories) == 1
