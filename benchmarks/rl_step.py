@@ -148,8 +148,9 @@ def with_trl(case: Case, rounds: int, each: Callable[[], None]) -> list[float]:
             taken.append(time.perf_counter() - self.start)
             each()
 
-    def reward(completions: list[str], **_: Any) -> list[float]:
-        return [_even(completion or "w1") for completion in completions]
+    def reward(completions: list[str], **_: Any) -> list[float | None]:
+        found: list[float | None] = [_even(completion or "w1") for completion in completions]
+        return found
 
     with tempfile.TemporaryDirectory() as folder:
         GRPOTrainer(

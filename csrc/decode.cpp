@@ -3,6 +3,8 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <vector>
+
 #include "dispatch.h"
 
 namespace megarlx {
@@ -138,9 +140,194 @@ void decode_swiglu_(const Tensor& gate_up, Tensor out) {
       [&](std::int64_t begin, std::int64_t end) { cpu_kernels().decode_swiglu(args, begin, end); });
 }
 
+// So many rows a thread make its products as fast as they get: then a thread takes its rows through
+// the whole step and waits for nobody. With fewer, all threads share the columns of every product.
+constexpr std::int64_t kRowsOfThread = 8;
+constexpr std::int64_t kRowsAtOnce = 64;  // what they compute on the way stays in a core's cache
+
+struct PartOfStep {
+  DecodePart part;
+  std::int64_t layer;
+  std::int64_t panels;  // 0: not a product
+  std::int64_t cost;    // multiplications a row, of one panel or of the whole part
+};
+
+std::vector<PartOfStep> parts_of_step(const DecodeStepArgs& a) {
+  const std::int64_t panel = a.dtype == Dtype::kFloat64 ? 16 : 32;
+  const auto panels = [&](std::int64_t columns) { return (columns + panel - 1) / panel; };
+  const auto attended = a.heads * a.head_dim, fused = attended + 2 * a.kv_heads * a.head_dim;
+  const auto d = a.hidden;
+  std::vector<PartOfStep> parts;
+  if (a.embedding != nullptr) parts.push_back({DecodePart::kEmbed, 0, 0, d});
+  for (std::int64_t layer = 0; layer < a.layers; ++layer) {
+    if (!a.post) parts.push_back({DecodePart::kEnter, layer, 0, 4 * d});
+    parts.push_back({DecodePart::kQkv, layer, panels(fused), panel * d});
+    parts.push_back({DecodePart::kAttention, layer, 0, attended * a.places});
+    parts.push_back({DecodePart::kOut, layer, panels(d), panel * attended});
+    parts.push_back({DecodePart::kMiddle, layer, 0, 4 * d});
+    parts.push_back({DecodePart::kGateUp, layer, panels(2 * a.intermediate), panel * d});
+    parts.push_back({DecodePart::kDown, layer, panels(d), panel * a.intermediate});
+    parts.push_back({DecodePart::kLeave, layer, 0, 4 * d});
+  }
+  if (a.head != nullptr) {
+    parts.push_back({DecodePart::kNorm, 0, 0, 4 * d});
+    parts.push_back({DecodePart::kHead, 0, panels(a.vocab), panel * d});
+  }
+  return parts;
+}
+
+void run_step(const DecodeStepArgs& args, std::int64_t rows) {
+  const auto run = cpu_kernels().decode_part;
+  const auto parts = parts_of_step(args);
+  const std::int64_t threads = at::get_num_threads();
+  if (threads == 1 || rows >= kRowsOfThread * threads) {
+    at::parallel_for(0, rows, kRowsOfThread, [&](std::int64_t begin, std::int64_t end) {
+      const auto blocks = (end - begin + kRowsAtOnce - 1) / kRowsAtOnce;
+      for (std::int64_t block = 0; block < blocks; ++block)
+        for (const auto& p : parts)
+          run(args, p.part, p.layer, begin + (end - begin) * block / blocks,
+              begin + (end - begin) * (block + 1) / blocks, 0, p.panels);
+    });
+    return;
+  }
+  for (const auto& p : parts) {
+    const auto cost = p.cost * (p.panels == 0 ? 1 : rows);
+    const auto grain = std::max<std::int64_t>(1, kGrain / std::max<std::int64_t>(cost, 1));
+    if (p.panels == 0)
+      at::parallel_for(0, rows, grain, [&](std::int64_t begin, std::int64_t end) {
+        run(args, p.part, p.layer, begin, end, 0, 0);
+      });
+    else
+      at::parallel_for(0, p.panels, grain, [&](std::int64_t begin, std::int64_t end) {
+        run(args, p.part, p.layer, 0, rows, begin, end);
+      });
+  }
+}
+
+void decode_step_(Tensor x, const std::optional<Tensor>& tokens,
+                  const std::optional<Tensor>& embedding, const Tensor& qkv,
+                  const std::optional<Tensor>& qkv_bias, const Tensor& o, const Tensor& gate_up,
+                  const Tensor& down, const Tensor& attention_norm, const Tensor& mlp_norm,
+                  const std::optional<Tensor>& q_norm, const std::optional<Tensor>& k_norm,
+                  const std::optional<Tensor>& norm, const std::optional<Tensor>& head, Tensor keys,
+                  Tensor values, const Tensor& slots, const Tensor& positions,
+                  const Tensor& shared_slots, const Tensor& shared_lengths, const Tensor& cosines,
+                  const Tensor& sines, double eps, double scale, std::int64_t heads,
+                  std::int64_t intermediate, bool post, std::int64_t rows, Tensor scratch,
+                  const std::optional<Tensor>& logits) {
+  const char* op = "decode_step_";
+  DecodeStepArgs args = {};
+  args.dtype = checked_dtype(op, x);
+  MEGARLX_CHECK(op, x.dim() == 2, "x", c10::str("of shape ", x.sizes()), "[rows, hidden]");
+  MEGARLX_CHECK(op, keys.dim() == 5, "keys", c10::str("of shape ", keys.sizes()),
+                "[layers, slots, places, kv_heads, head_dim]");
+  const auto batch = x.size(0), d = x.size(1), layers = keys.size(0), places = keys.size(2);
+  const auto kv_heads = keys.size(3), dim = keys.size(4), attended = heads * dim;
+  const auto fused = attended + 2 * kv_heads * dim;
+  const std::int64_t panel = args.dtype == Dtype::kFloat64 ? 16 : 32;
+  const auto panels = [&](std::int64_t columns) { return (columns + panel - 1) / panel; };
+  MEGARLX_CHECK(op, heads > 0 && heads % kv_heads == 0, "heads", heads,
+                c10::str("a multiple of ", kv_heads));
+  MEGARLX_CHECK(op, intermediate > 0, "intermediate", intermediate, "1 or more");
+  MEGARLX_CHECK(op, rows >= 0 && rows <= batch, "rows", rows, c10::str("0 to ", batch));
+  check(op, "x", x, x, x.sizes());
+  check(op, "qkv", qkv, x, {layers, panels(fused), d, panel});
+  check(op, "o", o, x, {layers, panels(d), attended, panel});
+  check(op, "gate_up", gate_up, x, {layers, panels(2 * intermediate), d, panel});
+  check(op, "down", down, x, {layers, panels(d), intermediate, panel});
+  check(op, "attention_norm", attention_norm, x, {layers, d});
+  check(op, "mlp_norm", mlp_norm, x, {layers, d});
+  if (qkv_bias) check(op, "qkv_bias", *qkv_bias, x, {layers, fused});
+  check(op, "keys", keys, x, keys.sizes());
+  check(op, "values", values, x, keys.sizes());
+  check(op, "cosines", cosines, x, {places, dim / 2});
+  check(op, "sines", sines, x, {places, dim / 2});
+  check_indices(op, "slots", slots, rows, keys.size(1));
+  check_indices(op, "positions", positions, rows, places);
+  check_indices(op, "shared_slots", shared_slots, rows, keys.size(1));
+  check_indices(op, "shared_lengths", shared_lengths, rows, places);
+  args.slots = slots.const_data_ptr<std::int64_t>();
+  args.positions = positions.const_data_ptr<std::int64_t>();
+  args.shared_slots = shared_slots.const_data_ptr<std::int64_t>();
+  args.shared_lengths = shared_lengths.const_data_ptr<std::int64_t>();
+  for (std::int64_t i = 0; i < rows; ++i)
+    MEGARLX_CHECK(op, args.shared_lengths[i] <= args.positions[i], "shared_lengths",
+                  args.shared_lengths[i], c10::str("0 to ", args.positions[i], ", the position"));
+  MEGARLX_CHECK(op, tokens.has_value() == embedding.has_value(), "embedding",
+                embedding ? "given" : "missing", "both tokens and embedding or neither");
+  if (tokens) {
+    check(op, "embedding", *embedding, x, {embedding->size(0), d});
+    check_indices(op, "tokens", *tokens, rows, embedding->size(0));
+    args.tokens = tokens->const_data_ptr<std::int64_t>();
+    args.embedding = embedding->const_data_ptr();
+  }
+  MEGARLX_CHECK(op, q_norm.has_value() == k_norm.has_value(), "k_norm",
+                k_norm ? "given" : "missing", "both norm weights or neither");
+  if (q_norm) {
+    args.full_norm = q_norm->numel() == layers * attended;
+    check(op, "q_norm", *q_norm, x, {layers, args.full_norm ? attended : dim});
+    check(op, "k_norm", *k_norm, x, {layers, args.full_norm ? kv_heads * dim : dim});
+    args.q_norm = q_norm->const_data_ptr();
+    args.k_norm = k_norm->const_data_ptr();
+  }
+  MEGARLX_CHECK(op, head.has_value() == norm.has_value() && head.has_value() == logits.has_value(),
+                "head", head ? "given" : "missing", "norm, head and logits or none of them");
+  if (head) {
+    MEGARLX_CHECK(op, logits->dim() == 2 && logits->size(0) >= rows, "logits",
+                  c10::str("of shape ", logits->sizes()), c10::str("[", rows, " or more, V]"));
+    args.vocab = logits->size(1);
+    check(op, "logits", *logits, x, logits->sizes());
+    check(op, "norm", *norm, x, {d});
+    check(op, "head", *head, x, {panels(args.vocab), d, panel});
+    args.norm = norm->const_data_ptr();
+    args.head = head->const_data_ptr();
+    args.logits = logits->mutable_data_ptr();
+  }
+  const auto wanted = rows * (2 * d + fused + attended + intermediate);
+  check(op, "scratch", scratch, x, scratch.sizes());
+  MEGARLX_CHECK(op, scratch.numel() >= wanted, "scratch",
+                c10::str("of ", scratch.numel(), " elements"), c10::str(wanted, " or more"));
+  auto* next = static_cast<char*>(scratch.mutable_data_ptr());
+  const auto take = [&](std::int64_t width) {
+    void* taken = next;
+    next += rows * width * scratch.element_size();
+    return taken;
+  };
+  args.h = take(d);
+  args.part = take(d);
+  args.fused = take(fused);
+  args.attended = take(attended);
+  args.inner = take(intermediate);
+  args.x = x.mutable_data_ptr();
+  args.qkv = qkv.const_data_ptr();
+  args.qkv_bias = qkv_bias ? qkv_bias->const_data_ptr() : nullptr;
+  args.o = o.const_data_ptr();
+  args.gate_up = gate_up.const_data_ptr();
+  args.down = down.const_data_ptr();
+  args.attention_norm = attention_norm.const_data_ptr();
+  args.mlp_norm = mlp_norm.const_data_ptr();
+  args.keys = keys.mutable_data_ptr();
+  args.values = values.mutable_data_ptr();
+  args.cosines = cosines.const_data_ptr();
+  args.sines = sines.const_data_ptr();
+  args.eps = eps;
+  args.scale = scale;
+  args.layers = layers;
+  args.hidden = d;
+  args.heads = heads;
+  args.kv_heads = kv_heads;
+  args.head_dim = dim;
+  args.intermediate = intermediate;
+  args.cache_slots = keys.size(1);
+  args.places = places;
+  args.post = post;
+  run_step(args, rows);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(megarlx, CPU, m) {
+  m.impl("decode_step_", decode_step_);
   m.impl("decode_attention_", decode_attention_);
   m.impl("decode_norm_", decode_norm_);
   m.impl("decode_swiglu_", decode_swiglu_);

@@ -78,6 +78,14 @@ TORCH_LIBRARY(megarlx, m) {
       "Tensor? inverse, float eps, float scale, int rows, Tensor(c!) out) -> ()");
   m.def("decode_norm_(Tensor(a!) x, Tensor? y, Tensor weight, float eps, Tensor(b!)? out) -> ()");
   m.def("decode_swiglu_(Tensor gate_up, Tensor(a!) out) -> ()");
+  // the whole step where a rank holds all heads; matrices in panels, see cpu/packed_product.h
+  m.def(
+      "decode_step_(Tensor(a!) x, Tensor? tokens, Tensor? embedding, Tensor qkv, Tensor? qkv_bias, "
+      "Tensor o, Tensor gate_up, Tensor down, Tensor attention_norm, Tensor mlp_norm, "
+      "Tensor? q_norm, Tensor? k_norm, Tensor? norm, Tensor? head, Tensor(b!) keys, "
+      "Tensor(c!) values, Tensor slots, Tensor positions, Tensor shared_slots, "
+      "Tensor shared_lengths, Tensor cosines, Tensor sines, float eps, float scale, int heads, "
+      "int intermediate, bool post, int rows, Tensor(d!) scratch, Tensor(e!)? logits) -> ()");
 
   // elementwise: CPU only. "inverse" is 1 / rms of each norm, for backward; gradients of weights
   // are empty where none was asked for.

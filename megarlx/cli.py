@@ -40,6 +40,8 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "demo": Command("megarlx.sweeps.demo", "a trunk, excursions and their report, in minutes"),
     "sweep": Command("megarlx.sweeps.command", "all runs of a study, resumed where they stopped"),
+    "report": Command("megarlx.report.command", "figures, a page and summary.json of many runs"),
+    "tree": Command("megarlx.report.tree", "which run came from which, and what it reached"),
     "doctor": Command(
         "megarlx.doctor.command", "what is installed, built and visible, and how to mend the rest"
     ),

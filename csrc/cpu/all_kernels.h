@@ -4,6 +4,7 @@
 
 #include "cpu/averaging.h"
 #include "cpu/decode.h"
+#include "cpu/decode_step.h"
 #include "cpu/elementwise.h"
 #include "cpu/kernels.h"
 #include "cpu/sample.h"
@@ -38,6 +39,7 @@ extern "C" const megarlx::cpu::Kernels* megarlx_cpu_kernels() {
       megarlx::cpu::decode_attention,
       megarlx::cpu::decode_norm,
       megarlx::cpu::decode_swiglu,
+      megarlx::cpu::decode_part,
   };
   return &table;
 }

@@ -11,13 +11,11 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu/packed_product.h"
 #include "math/decode.h"
 
 namespace megarlx::cpu {
 namespace {
-
-template <class T>
-using DecodeVec = at::vec::Vectorized<T>;
 
 inline DecodeVec<float> decode_exp(DecodeVec<float> x) { return x.exp_u20(); }
 inline DecodeVec<double> decode_exp(DecodeVec<double> x) { return x.exp(); }
@@ -45,6 +43,46 @@ inline T dot(const T* a, const T* b, std::int64_t n) {
   if (i < n)
     sum = at::vec::fmadd(DecodeVec<T>::loadu(a + i, n - i), DecodeVec<T>::loadu(b + i, n - i), sum);
   return lane_sum(sum);
+}
+
+constexpr std::int64_t kDots = 16;
+
+// out [kDots] = q · (rows[i] + offset), each of dim; the sums of the lanes of 16 rows in one go
+template <class T>
+inline void dots(const T* q, const T* const* rows, std::int64_t offset, std::int64_t dim, T* out) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, float>) {
+    __m512 s[kDots];
+#pragma GCC unroll 16
+    for (int i = 0; i < kDots; ++i) s[i] = _mm512_setzero_ps();
+    for (std::int64_t d = 0; d < dim; d += 16) {
+      const __mmask16 mask = dim - d >= 16 ? 0xFFFF : (1 << (dim - d)) - 1;
+      const __m512 part = _mm512_maskz_loadu_ps(mask, q + d);
+#pragma GCC unroll 16
+      for (int i = 0; i < kDots; ++i)
+        s[i] = _mm512_fmadd_ps(part, _mm512_maskz_loadu_ps(mask, rows[i] + offset + d), s[i]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i)  // 0 2, 1 3 of every four lanes
+      s[i] = _mm512_add_ps(_mm512_unpacklo_ps(s[2 * i], s[2 * i + 1]),
+                           _mm512_unpackhi_ps(s[2 * i], s[2 * i + 1]));
+    __m512d half[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) half[i] = _mm512_castps_pd(s[i]);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+      s[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(half[2 * i], half[2 * i + 1])),
+                           _mm512_castpd_ps(_mm512_unpackhi_pd(half[2 * i], half[2 * i + 1])));
+    const __m512 a = _mm512_add_ps(_mm512_shuffle_f32x4(s[0], s[1], 0x44),
+                                   _mm512_shuffle_f32x4(s[0], s[1], 0xEE));
+    const __m512 b = _mm512_add_ps(_mm512_shuffle_f32x4(s[2], s[3], 0x44),
+                                   _mm512_shuffle_f32x4(s[2], s[3], 0xEE));
+    _mm512_storeu_ps(
+        out, _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD)));
+    return;
+  }
+#endif
+  for (int i = 0; i < kDots; ++i) out[i] = dot(q, rows[i] + offset, dim);
 }
 
 template <class T>
@@ -81,8 +119,15 @@ void norm_and_rotate(const DecodeAttentionArgs& args, T* x, std::int64_t heads, 
 template <class T>
 void softmax(T* scores, std::int64_t n) {
   constexpr std::int64_t kLanes = DecodeVec<T>::size();
-  T largest = scores[0];
-  for (std::int64_t t = 1; t < n; ++t) largest = scores[t] > largest ? scores[t] : largest;
+  DecodeVec<T> most(scores[0]);
+  std::int64_t seen = 0;
+  for (; seen + kLanes <= n; seen += kLanes)
+    most = at::vec::maximum(most, DecodeVec<T>::loadu(scores + seen));
+  T lanes[kLanes];
+  most.store(lanes);
+  T largest = lanes[0];
+  for (std::int64_t i = 1; i < kLanes; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
+  for (; seen < n; ++seen) largest = scores[seen] > largest ? scores[seen] : largest;
   DecodeVec<T> sum(T(0));
   const DecodeVec<T> base(largest);
   for (std::int64_t t = 0; t < n; t += kLanes) {
@@ -117,19 +162,50 @@ inline void add_weighted(const T* p, const T* values, std::int64_t stride, std::
   }
 }
 
+// Slots are short streams in memory of their own, too short for the hardware to foresee: while one
+// thing is computed, what comes next is asked for.
+inline void fetch_ahead(const void* at, std::int64_t bytes) {
+  const char* next = static_cast<const char*>(at);
+  for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
+}
+
+// out [H, D] += the values of the places [begin, end) of a slot, weighted; scores [H, stride].
+// Every output is one chain from place to place, however many of them are added at once.
+template <class T>
+inline void add_values(const DecodeAttentionArgs& args, const T* scores, std::int64_t stride,
+                       const T* values, std::int64_t begin, std::int64_t end, T* out,
+                       const T* next_keys) {
+  const std::int64_t dim = args.head_dim, kv_width = args.kv_heads * dim;
+  const std::int64_t queries_per_key = args.heads / args.kv_heads;
+  const auto add = [&](auto count, std::int64_t t) {
+    if (next_keys != nullptr) fetch_ahead(next_keys + t * kv_width, count * kv_width * sizeof(T));
+    for (std::int64_t h = 0; h < args.heads; ++h)
+      add_weighted<count>(scores + h * stride + t,
+                          values + t * kv_width + h / queries_per_key * dim, kv_width, dim,
+                          out + h * dim);
+  };
+  std::int64_t t = begin;
+  for (; t + 8 <= end; t += 8) add(std::integral_constant<int, 8>(), t);
+  for (; t < end; ++t) add(std::integral_constant<int, 1>(), t);
+}
+
 // Place by place, all heads of it at once: so the slot is read from memory in one stream.
 template <class T>
 void decode_attention_rows(const DecodeAttentionArgs& args, std::int64_t begin, std::int64_t end) {
   const std::int64_t dim = args.head_dim, heads = args.heads, kv_heads = args.kv_heads;
   const std::int64_t q_width = heads * dim, kv_width = kv_heads * dim, places = args.places;
   const std::int64_t queries_per_key = heads / kv_heads;
-  std::vector<T> scratch(q_width + heads * places);
+  const std::int64_t stride = (places + kDots - 1) / kDots * kDots;
+  std::vector<T> scratch(q_width + heads * stride);
   T* q = scratch.data();
-  T* scores = q + q_width;  // [H, M]
+  T* scores = q + q_width;  // [H, stride]
   for (std::int64_t row = begin; row < end; ++row) {
     const T* qkv = static_cast<const T*>(args.qkv) + row * (q_width + 2 * kv_width);
     const std::int64_t position = args.positions[row], n = position + 1;
     const std::int64_t slot = args.slots[row] * places * kv_width;
+    const std::int64_t shared = args.shared_lengths == nullptr ? 0 : args.shared_lengths[row];
+    const std::int64_t elsewhere =
+        args.shared_slots == nullptr ? slot : args.shared_slots[row] * places * kv_width;
     T* keys = static_cast<T*>(args.keys) + slot;
     T* values = static_cast<T*>(args.values) + slot;
     T* key = keys + position * kv_width;
@@ -144,22 +220,27 @@ void decode_attention_rows(const DecodeAttentionArgs& args, std::int64_t begin, 
     norm_and_rotate(args, key, kv_heads, static_cast<const T*>(args.k_weight),
                     inverse ? inverse + 1 : nullptr, cosine, sine);
     for (std::int64_t i = 0; i < q_width; ++i) q[i] *= T(args.scale);
-    for (std::int64_t t = 0; t < n; ++t)
+    const T* first_keys = static_cast<const T*>(args.keys) + elsewhere;
+    const T* seen[kDots];
+    for (std::int64_t t = 0; t < n; t += kDots) {
+      for (std::int64_t i = 0; i < kDots; ++i) {
+        const std::int64_t place = std::min(t + i, position);  // behind the end: read and dropped
+        seen[i] = (place < shared ? first_keys : keys) + place * kv_width;
+      }
+      if (t >= shared)
+        fetch_ahead(values + t * kv_width, std::min(kDots, n - t) * kv_width * sizeof(T));
       for (std::int64_t h = 0; h < heads; ++h)
-        scores[h * places + t] =
-            dot(q + h * dim, keys + t * kv_width + h / queries_per_key * dim, dim);
-    for (std::int64_t h = 0; h < heads; ++h) softmax(scores + h * places, n);
+        dots(q + h * dim, seen, h / queries_per_key * dim, dim, scores + h * stride + t);
+    }
+    for (std::int64_t h = 0; h < heads; ++h) softmax(scores + h * stride, n);
     T* out = static_cast<T*>(args.out) + row * q_width;
     std::fill(out, out + q_width, T(0));
-    std::int64_t t = 0;
-    for (; t + 4 <= n; t += 4)
-      for (std::int64_t h = 0; h < heads; ++h)
-        add_weighted<4>(scores + h * places + t, values + t * kv_width + h / queries_per_key * dim,
-                        kv_width, dim, out + h * dim);
-    for (; t < n; ++t)
-      for (std::int64_t h = 0; h < heads; ++h)
-        add_weighted<1>(scores + h * places + t, values + t * kv_width + h / queries_per_key * dim,
-                        kv_width, dim, out + h * dim);
+    const T* next_keys =
+        row + 1 < end ? static_cast<const T*>(args.keys) + args.slots[row + 1] * places * kv_width
+                      : nullptr;
+    add_values<T>(args, scores, stride, static_cast<const T*>(args.values) + elsewhere, 0, shared,
+                  out, nullptr);
+    add_values<T>(args, scores, stride, values, shared, n, out, next_keys);
   }
 }
 

@@ -15,7 +15,7 @@
 namespace megarlx::cpu {
 
 // Changes whenever a signature below does, so that a stale shared object is refused by name.
-constexpr std::int64_t kKernelsVersion = 4;
+constexpr std::int64_t kKernelsVersion = 5;
 
 struct Kernels {
   std::int64_t version;
@@ -46,6 +46,9 @@ struct Kernels {
   void (*decode_attention)(const DecodeAttentionArgs&, std::int64_t begin, std::int64_t end);
   void (*decode_norm)(const DecodeNormArgs&, std::int64_t begin, std::int64_t end);
   void (*decode_swiglu)(const DecodeSwigluArgs&, std::int64_t begin, std::int64_t end);
+  void (*decode_part)(const DecodeStepArgs&, DecodePart part, std::int64_t layer,
+                      std::int64_t begin_row, std::int64_t end_row, std::int64_t begin_panel,
+                      std::int64_t end_panel);
 };
 
 }  // namespace megarlx::cpu

@@ -13,7 +13,11 @@ struct DecodeAttentionArgs {
   void* values;
   const std::int64_t* slots;      // [B]
   const std::int64_t* positions;  // [B] of the new token: it sees 0 … position
-  const void* cosines;            // [at least M, D / 2]
+  // [B], both or null: where another slot holds the same first places, so that rows of one prompt
+  // read them from one memory. Only where they are read changes, not what is computed.
+  const std::int64_t* shared_slots;
+  const std::int64_t* shared_lengths;
+  const void* cosines;  // [at least M, D / 2]
   const void* sines;
   const void* q_weight;  // of the QK-norm: [H D] (full), [D] (per head) or null (none)
   const void* k_weight;
@@ -42,6 +46,59 @@ struct DecodeSwigluArgs {
   const void* gate_up;
   void* out;
   std::int64_t width;
+};
+
+// A whole step through the layers of a stage. Letters as above, L layers, d hidden, F intermediate,
+// V head columns. Matrices are packed in panels (cpu/packed_product.h), of all layers in a row.
+struct DecodeStepArgs {
+  Dtype dtype;
+  const std::int64_t* tokens;  // [B], with embedding [·, d]; null: x is given
+  const void* embedding;
+  const void* qkv;       // [L, panels of (H + 2K) D, d]
+  const void* qkv_bias;  // [L, (H + 2K) D] or null
+  const void* o;         // [L, panels of d, H D]
+  const void* gate_up;   // [L, panels of 2F, d]: half a panel of gate, then the same columns of up
+  const void* down;      // [L, panels of d, F]
+  const void* attention_norm;  // [L, d]
+  const void* mlp_norm;
+  const void* q_norm;  // [L, H D or D] or null
+  const void* k_norm;
+  const void* norm;  // [d] and head [panels of V, d]; null: the stage has no head
+  const void* head;
+  void* keys;  // [L, S, M, K, D]
+  void* values;
+  const std::int64_t* slots;  // these four as for attention
+  const std::int64_t* positions;
+  const std::int64_t* shared_slots;
+  const std::int64_t* shared_lengths;
+  const void* cosines;
+  const void* sines;
+  void* x;         // [B, d]
+  void* h;         // [B, d], like those that follow only scratch
+  void* part;      // [B, d]
+  void* fused;     // [B, (H + 2K) D]
+  void* attended;  // [B, H D]
+  void* inner;     // [B, F]
+  void* logits;    // [B, V]
+  double eps, scale;
+  std::int64_t layers, hidden, heads, kv_heads, head_dim, intermediate, vocab, cache_slots, places;
+  bool full_norm, post;
+};
+
+// The parts of a step, in this order; all but the first and the last two for every layer. Products
+// can be split by rows and by panels, the others by rows.
+enum class DecodePart {
+  kEmbed,
+  kEnter,
+  kQkv,
+  kAttention,
+  kOut,
+  kMiddle,
+  kGateUp,
+  kDown,
+  kLeave,
+  kNorm,
+  kHead
 };
 
 }  // namespace megarlx

@@ -7,16 +7,21 @@ imported only where it is asked for.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+import signal
 import socket
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megarlx.comm import meeting
 from megarlx.comm.groups import backend_for
 
 DEFAULT_PORT = 29500
@@ -270,6 +275,8 @@ def start(
                 f"has no GPU: {torch.cuda.device_count()} visible on this node"
             )
         torch.cuda.set_device(launch.local_rank)
+    if launch.launcher == "torchrun":
+        die_with_parent()
     if launch.world_size == 1:
         return
     limit = timedelta(seconds=timeout_seconds)
@@ -284,7 +291,7 @@ def start(
     try:
         dist.init_process_group(
             backend,
-            init_method=f"tcp://{launch.master_address}:{launch.master_port}",
+            **_meeting_place(launch, limit),
             rank=launch.rank,
             world_size=launch.world_size,
             timeout=limit,
@@ -295,6 +302,22 @@ def start(
             f"others at {launch.master_address}:{launch.master_port} within {timeout_seconds:g} s: "
             f"{error}"
         ) from error
+
+
+def die_with_parent() -> None:
+    """torchrun's workers outlive a torchrun that is killed (kill -9, no memory left), and would
+    train on beside those of the job's next start, in the same folder."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def _meeting_place(launch: Launch, limit: timedelta) -> dict[str, Any]:
+    """Where to meet, as `init_process_group` takes it."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {"init_method": f"tcp://{launch.master_address}:{launch.master_port}"}
+    place = launch.master_address, launch.master_port
+    return {"store": meeting.connect(*place, launch.rank, launch.world_size, limit)}
 
 
 def stop() -> None:

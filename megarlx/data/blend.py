@@ -179,6 +179,11 @@ class Blend:
         counts = self.samples_by_source(consumed_sequences)
         return {s.name: counts[s.name] / s.samples_per_epoch for s in self.sources}
 
+    @property
+    def files(self) -> dict[str, str]:
+        """Where each source lies, for error messages: a resumed run may have its data moved."""
+        return {source.name: f"{source.file.prefix}.bin" for source in self.sources}
+
     def fingerprint(self) -> dict[str, object]:
         """What must be the same after a resume for the order to go on as it was."""
         return {

@@ -163,8 +163,10 @@ class Loader:
         """Goes on where `state` was taken; refuses data that is not the same."""
         differences = _differences(state["dataset"], self.dataset.fingerprint(), "")
         if differences:
+            files = getattr(self.dataset, "files", {})  # not every dataset lies in files
+            lines = [*differences, *(f"{name} lies in {place}" for name, place in files.items())]
             raise ValueError(
-                "the data is not what the run was saved with:\n  " + "\n  ".join(differences)
+                "the data is not what the run was saved with:\n  " + "\n  ".join(lines)
             )
         self.consumed_sequences = int(state["consumed_sequences"])
         self._forget()

@@ -12,6 +12,7 @@ import hashlib
 import json
 import mmap
 import os
+import secrets
 import struct
 from array import array
 from collections.abc import Iterable
@@ -234,14 +235,6 @@ class TokenFile:
         }
 
 
-def check_fingerprint(prefix: Path, saved: dict[str, int | str], now: dict[str, int | str]) -> None:
-    """Refuses data that is not what the run was started with."""
-    changed = [k for k in sorted({*saved, *now}) if saved.get(k) != now.get(k)]
-    if changed:
-        what = "; ".join(f"{k} was {saved.get(k)}, is {now.get(k)}" for k in changed)
-        raise TokenFileError(f"{prefix}: the data changed since the run was saved: {what}")
-
-
 def check_tokenizer(prefix: str | Path, fingerprint: str) -> None:
     """Refuses token files that PREFIX.json says were made with another tokenizer. Files without
     a PREFIX.json (other tools' files) say nothing and pass."""
@@ -276,8 +269,8 @@ class TokenFileWriter:
         self._lengths = array("i")
         self.tokens = 0
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary_bin = Path(f"{bin_path(prefix)}.partial-{os.getpid()}")
-        self._temporary_idx = Path(f"{idx_path(prefix)}.partial-{os.getpid()}")
+        self._temporary_bin = temporary_beside(bin_path(prefix))
+        self._temporary_idx = temporary_beside(idx_path(prefix))
         self._stream: BinaryIO = open(self._temporary_bin, "wb", buffering=1 << 20)  # noqa: SIM115
 
     @property
@@ -383,10 +376,15 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def temporary_beside(path: Path) -> Path:
+    """A name that no other process uses, not even one with the same number on another node."""
+    return path.with_name(f"{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
+
+
 def write_atomically(path: Path, text: str, sync: bool = True) -> None:
     """A small text file that is either there whole or not at all (without `sync`: to other
     processes, not after a power cut)."""
-    temporary = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    temporary = temporary_beside(path)
     with open(temporary, "w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()

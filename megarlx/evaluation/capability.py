@@ -25,7 +25,7 @@ Metrics = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Test:
+class CapabilityTest:
     """A context and what may follow it. `answer` is the place of the right choice.
 
     A cloze with one choice is right where no other text is likelier, token by token.
@@ -99,7 +99,7 @@ def choose(
     model: ParallelModel,
     tokenizer: Tokenizer,
     suite: SuiteConfig,
-    tests: Sequence[Test],
+    tests: Sequence[CapabilityTest],
     *,
     tokens_per_pass: int = 4096,
 ) -> tuple[Metrics, Metrics, list[dict[str, Any]]]:
@@ -170,7 +170,7 @@ def perplexity(
     return {"nll": mean, "bits_per_byte": bits}, {"nll": error}, items
 
 
-def tests_of(suite: SuiteConfig, world: World | None) -> list[Test]:
+def tests_of(suite: SuiteConfig, world: World | None) -> list[CapabilityTest]:
     """Lines of a file are {"context", "choices", "answer": place}, or for a cloze {"context",
     "answer": text}; `id` and `group` may be there."""
     if suite.path is None:
@@ -184,7 +184,7 @@ def tests_of(suite: SuiteConfig, world: World | None) -> list[Test]:
     return checked(suite, tests)
 
 
-def _test(suite: SuiteConfig, path: str, number: int, line: dict[str, Any]) -> Test:
+def _test(suite: SuiteConfig, path: str, number: int, line: dict[str, Any]) -> CapabilityTest:
     context, choices, answer = line.get("context"), line.get("choices"), line.get("answer")
     if choices is None and suite.kind == "cloze" and isinstance(answer, str):
         choices, answer = [answer], 0
@@ -199,15 +199,26 @@ def _test(suite: SuiteConfig, path: str, number: int, line: dict[str, Any]) -> T
             + (" (or, without choices, the text itself)" if suite.kind == "cloze" else ""),
         )
     name, group = line.get("id", f"{Path(path).stem}/{number}"), line.get("group")
-    texts = tuple(map(str, choices))  # type: ignore[arg-type]
-    return Test(str(name), context, texts, answer, None if group is None else str(group))  # type: ignore[arg-type]
+    return CapabilityTest(
+        str(name),
+        str(context),
+        tuple(map(str, choices or ())),
+        answer,
+        None if group is None else str(group),
+    )
 
 
-def _tests_of_world(suite: SuiteConfig, world: World) -> Iterator[Test]:
+def _tests_of_world(suite: SuiteConfig, world: World) -> Iterator[CapabilityTest]:
     wanted = ("facts_held_out_" if suite.world == "held_out_facts" else "facts_") + suite.kind
     own = (test for test in world.facts.tests(suite.choices) if test["suite"] == wanted)
     for number, test in enumerate(own):
-        yield Test(f"fact/{number}", test["context"], tuple(test["choices"]), test["answer"])
+        yield CapabilityTest(
+            f"fact/{number}",
+            test["context"],
+            tuple(test["choices"]),
+            test["answer"],
+            test.get("group"),
+        )
 
 
 def documents_of(suite: SuiteConfig, world: World | None) -> list[tuple[str, str]]:

@@ -45,7 +45,7 @@ class ScoredQuestion:
 def default_rewards(suite: SuiteConfig) -> tuple[RewardConfig, ...]:
     if suite.rewards:
         return suite.rewards
-    name = {"problems": "world_answer", "behaviours": "world_behaviour"}.get(suite.world or "")
+    name = {"problems": "marked_answer", "behaviours": "world_behaviour"}.get(suite.world or "")
     # These only look at text, in time that its length bounds: no process of their own.
     return (RewardConfig(function=name or "final_number", workers=0),)
 

@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from megarlx.comm.collectives import gather_values
 from megarlx.config.evaluation import SAMPLED, EvaluationConfig, SuiteConfig
 from megarlx.data.conversations import Template
-from megarlx.data.synthetic.problems import guessing_pass_at_k as world_guessing
+from megarlx.data.synthetic.problems import guesses
 from megarlx.data.synthetic.world import World
 from megarlx.data.tokenizer import Tokenizer
 from megarlx.evaluation import behaviour, capability
@@ -241,13 +241,13 @@ def _pass_at_k(
 ) -> Result:
     pool = Pool(tuple(i["samples"] for i in items), tuple(i["correct"] for i in items))
     metrics, errors, guessing = {}, {}, {}
+    answers = _answers(suite, world, questions)
     for k in (k for k in suite.ks if k <= suite.samples):
         estimate = pool.estimate(k)
         metrics[f"pass_at_{k}"] = estimate.mean
         errors[f"pass_at_{k}"] = estimate.standard_error
-        guess = _guessing(suite, world, questions, k)
-        if guess is not None:
-            guessing[f"pass_at_{k}"] = guess
+        if answers:
+            guessing[f"pass_at_{k}"] = guessing_pass_at_k(answers, k, leave_one_out=True)
     metrics["truncated"] = sum(i["truncated"] for i in items) / sum(pool.samples)
     if suite.group_size is not None:
         informative = informative_groups(pool, suite.group_size)
@@ -256,16 +256,15 @@ def _pass_at_k(
     return {"metrics": metrics, "standard_errors": errors, "guessing": guessing}
 
 
-def _guessing(
-    suite: SuiteConfig, world: World | None, questions: Sequence[Question], k: int
-) -> float | None:
-    """None where there is nothing to draw guesses from."""
+def _answers(
+    suite: SuiteConfig, world: World | None, questions: Sequence[Question]
+) -> list[Hashable]:
+    """What a guesser draws from; nothing where some question has no reference."""
     if suite.world == "problems" and world is not None:
-        return world_guessing(world.settings, k)
-    answers = [final_answer(q.reference) or q.reference for q in questions if q.reference]
-    if len(answers) < max(2, len(questions)):
-        return None
-    return guessing_pass_at_k(answers, k, leave_one_out=True)
+        return list(guesses(world.settings))
+    if len(questions) < 2 or not all(q.reference for q in questions):
+        return []
+    return [final_answer(q.reference or "") or q.reference for q in questions]
 
 
 def _add_drift(result: Result, parent: Parent, first: bool, world: Any) -> None:

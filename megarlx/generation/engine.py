@@ -21,6 +21,7 @@ from torch import Tensor
 from megarlx.comm.collectives import all_reduce_, broadcast_
 from megarlx.comm.groups import Mesh
 from megarlx.generation.fused_decode import FusedDecoder, can_decode_fused
+from megarlx.generation.packed_decode import PackedDecoder, can_decode_packed
 from megarlx.generation.prefill import Chunk, chunks_of, copy_prompts_, prefill
 from megarlx.generation.requests import (
     Completion,
@@ -111,10 +112,12 @@ class Engine:
             self.widths, self.prefill_tokens = self.widths[-1:], 0
         most, places = self.widths[-1], padded_length(longest)
         self.caches = [stage.kv_cache(self.idle_slot + 1, places) for stage in self.stages]
-        self.decoders: list[FusedDecoder | StageDecoder] = [
-            (FusedDecoder if can_decode_fused(stage) else StageDecoder)(stage, cache, most)
+        self.decoders: list[PackedDecoder | FusedDecoder | StageDecoder] = [
+            decoder_of(stage)(stage, cache, most)
             for stage, cache in zip(self.stages, self.caches, strict=True)
         ]
+        # a packed step gives a row the same bits at any width, so it pads none
+        self.pads = not all(isinstance(decoder, PackedDecoder) for decoder in self.decoders)
         self.rows = [Rows(most, self.idle_slot, self.device) for _ in self.slots]
         shape = (self.idle_slot + 1, places + 1)
         # What was drawn for each slot, by position. Tokens are known on every rank.
@@ -161,6 +164,13 @@ class Engine:
                 f"{last} heads; allowed: stages dealt round, so that the first rank embeds and the "
                 "last one has the head (schedules 1f1b, interleaved, zero_bubble)"
             )
+
+
+def decoder_of(stage: Stage) -> type[PackedDecoder | FusedDecoder | StageDecoder]:
+    """The fastest of what this stage can decode with."""
+    if can_decode_packed(stage):
+        return PackedDecoder
+    return FusedDecoder if can_decode_fused(stage) else StageDecoder
 
 
 class _Run:
@@ -387,4 +397,5 @@ class _Run:
                 )
 
     def _width(self, group: int) -> int:
-        return narrowest(self.engine.widths, self.engine.rows[group].live)
+        live = self.engine.rows[group].live
+        return narrowest(self.engine.widths, live) if self.engine.pads else live

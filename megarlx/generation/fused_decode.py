@@ -1,4 +1,6 @@
-"""One token a row through the layers of a stage on a CPU, on the live weights.
+"""One token a row through the layers of a stage on a CPU, on the live weights, a part at a time.
+
+For tensor parallelism, where ranks have to meet between the parts (packed_decode.py: alone).
 
 The model's own forward makes a tensor for everything it computes and serves packed documents; for
 one token a row that is most of the time. Here a layer is four matrix products into buffers kept

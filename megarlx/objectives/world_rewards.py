@@ -1,21 +1,9 @@
-"""Rewards of the synthetic worlds: what their questions and requests ask for, checked exactly."""
+"""The reward of a synthetic world's requests: whether what was asked for was done."""
 
 from __future__ import annotations
 
 from megarlx.data.synthetic.behaviours import follows
-from megarlx.data.synthetic.world import is_correct
 from megarlx.objectives.samples import Sample
-
-
-def world_answer(samples: list[Sample]) -> list[float]:
-    """1 where the completion stopped by itself, right behind `####` and the reference."""
-    rewards = []
-    for sample in samples:
-        if sample.reference is None:
-            raise ValueError(f"world_answer: no reference for the prompt {sample.prompt!r}")
-        good = sample.finish_reason != "length" and is_correct(sample.completion, sample.reference)
-        rewards.append(float(good))
-    return rewards
 
 
 def world_behaviour(samples: list[Sample]) -> list[float]:

@@ -7,7 +7,10 @@ it is filled: its bits depend on no other row. fp32 and fp64.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megarlx.ops import native
@@ -67,6 +70,118 @@ def decode_norm_(
 def decode_swiglu_(gate_up: Tensor, out: Tensor) -> None:
     """silu(gate) · up of [B, 2F], gate before up, into out [B, F]."""
     torch.ops.megarlx.decode_swiglu_(gate_up, out)
+
+
+def panel_columns(dtype: torch.dtype) -> int:
+    """Output columns of a panel: 128 bytes of them."""
+    return 128 // dtype.itemsize
+
+
+def packed(weight: Tensor) -> Tensor:
+    """[N, K] to panels [⌈N / columns⌉, K, columns]; columns behind N are zero."""
+    columns = panel_columns(weight.dtype)
+    whole = F.pad(weight, (0, 0, 0, -len(weight) % columns))
+    return whole.view(-1, columns, weight.shape[1]).transpose(1, 2).contiguous()
+
+
+def packed_gate_up(weight: Tensor) -> Tensor:
+    """[2F, K], gate before up: a panel is half gate and half the same columns of up."""
+    half = panel_columns(weight.dtype) // 2
+    gate, up = (
+        F.pad(part, (0, 0, 0, -len(part) % half)).view(-1, half, weight.shape[1])
+        for part in weight.chunk(2)
+    )
+    return torch.cat((gate, up), 1).transpose(1, 2).contiguous()
+
+
+@dataclass(frozen=True)
+class PackedLayers:
+    """The weights of L layers as a decode step reads them: matrices in panels, layers stacked."""
+
+    qkv: Tensor  # [L, panels of (H + 2K) D, hidden, columns]
+    o: Tensor  # [L, panels of hidden, H D, columns]
+    gate_up: Tensor  # [L, panels of 2F, hidden, columns]
+    down: Tensor  # [L, panels of hidden, F, columns]
+    attention_norm: Tensor  # [L, hidden]
+    mlp_norm: Tensor
+    qkv_bias: Tensor | None = None  # [L, (H + 2K) D]
+    q_norm: Tensor | None = None  # [L, H D], over the projection, or [L, D], of each head
+    k_norm: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PackedHead:
+    norm: Tensor  # [hidden]
+    weight: Tensor  # [panels of V, hidden, columns]
+
+
+def decode_step_(
+    x: Tensor,
+    layers: PackedLayers,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    shared: tuple[Tensor, Tensor],
+    cosines: Tensor,
+    sines: Tensor,
+    scratch: Tensor,
+    *,
+    rows: int,
+    heads: int,
+    intermediate: int,
+    post: bool,
+    eps: float,
+    scale: float,
+    tokens: Tensor | None = None,
+    embedding: Tensor | None = None,
+    head: PackedHead | None = None,
+    logits: Tensor | None = None,
+) -> None:
+    """One token a row through all layers: x [B, hidden] in place, and logits [B, V].
+
+    keys and values [L, S, M, K, D]. `shared` is (slots, lengths), int64 [B] each: row i may read
+    its first lengths[i] places from slots[i], which holds the same there, so that the samples of a
+    prompt read it from one memory. With tokens, x begins as their rows of `embedding`. `post` says
+    that norms stand behind attention and MLP. scratch has rows · (2 hidden + (H + 2K) D + H D + F)
+    elements. A row's result depends on nothing but the row, to the bit: not on how many there are.
+    """
+    torch.ops.megarlx.decode_step_(
+        x,
+        tokens,
+        embedding,
+        layers.qkv,
+        layers.qkv_bias,
+        layers.o,
+        layers.gate_up,
+        layers.down,
+        layers.attention_norm,
+        layers.mlp_norm,
+        layers.q_norm,
+        layers.k_norm,
+        None if head is None else head.norm,
+        None if head is None else head.weight,
+        keys,
+        values,
+        slots,
+        positions,
+        *shared,
+        cosines,
+        sines,
+        eps,
+        scale,
+        heads,
+        intermediate,
+        post,
+        rows,
+        scratch,
+        logits,
+    )
+
+
+@torch.library.register_fake("megarlx::decode_step_")
+def _(x: Tensor, *arguments: object) -> None:
+    return None
 
 
 @torch.library.register_fake("megarlx::decode_attention_")

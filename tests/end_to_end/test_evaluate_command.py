@@ -166,10 +166,25 @@ def test_a_finished_suite_is_not_computed_again_unless_its_settings_changed(
     assert result(copy, "problems")["items"][0]["samples"] == 6
 
 
-@pytest.mark.parametrize("layout", ["tensor", "pipeline", "data"])
-def test_layouts_under_torchrun_find_what_one_process_finds(
-    trained: Path, tmp_path: Path, layout: str
+def test_masters_are_rounded_for_a_model_that_computes_in_bf16(
+    trained: Path, tmp_path: Path
 ) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(trained, copy)
+    assert evaluate(str(copy), trained.parent, "--suite", "stories") == 0
+    exact = result(copy, "stories")["metrics"]["nll"]
+    (copy / "evaluations" / "iter_00000012.stories.json").unlink()
+    bf16 = ("--set", "training.precision=bf16")
+    assert evaluate(str(copy), trained.parent, "--suite", "stories", *bf16) == 0
+    rounded = result(copy, "stories")["metrics"]["nll"]
+    assert rounded == pytest.approx(exact, rel=1e-2)
+    assert rounded != exact
+
+
+def test_a_pipeline_under_torchrun_finds_what_one_process_finds(
+    trained: Path, tmp_path: Path
+) -> None:
+    """Other layouts: tests/distributed/test_evaluation_layouts.py."""
     copy = tmp_path / "run"
     shutil.copytree(trained, copy)
     assert evaluate(str(copy), trained.parent) == 0
@@ -177,7 +192,7 @@ def test_layouts_under_torchrun_find_what_one_process_finds(
     shutil.rmtree(copy / "evaluations")
     words = command(Path("unused"), copy, processes=2)
     words = [*words[: words.index("train")], "evaluate", str(copy), "--config"]
-    words += [str(trained.parent / "suites.toml"), "--set", f"layout.{layout}=2"]
+    words += [str(trained.parent / "suites.toml"), "--set", "layout.pipeline=2"]
     done = run(words)
     assert done.returncode == 0, done.stdout + done.stderr
     for name, one in alone.items():

@@ -59,18 +59,14 @@ def train(config: Path, out: Path, *overrides: str, fresh: bool = False) -> int:
     return main([*words, "--fresh"] if fresh else words)
 
 
-def command(config: Path, out: Path, *overrides: str, processes: int = 1) -> list[str]:
+def command(
+    config: Path, out: Path, *overrides: str, processes: int = 1, restarts: int = 0
+) -> list[str]:
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-        launcher += [
-            "--master-port",
-            "0",
-            "--rdzv-backend",
-            "c10d",
-            "--rdzv-endpoint",
-            "localhost:0",
-        ]
+        launcher += ["--max-restarts", str(restarts)]
+        launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     words = [*launcher, "-m", "megarlx", "train", str(config), "--out", str(out)]
     for override in overrides:
         words += ["--set", override]

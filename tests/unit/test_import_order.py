@@ -16,10 +16,12 @@ LAYERS = [
     ["model"],
     ["data", "generation", "optimizer", "learning_rate", "checkpoint", "metrics", "hf"],
     ["objectives", "averaging", "evaluation"],
+    ["stages"],
     ["trainer"],
     ["run"],
-    ["excursion"],
-    ["report", "doctor", "cli", "__main__"],
+    ["report", "doctor"],
+    ["sweeps"],
+    ["cli", "__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

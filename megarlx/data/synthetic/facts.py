@@ -5,8 +5,11 @@ Of each fact one paraphrase never stands in training text: held-out text and tes
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from megarlx.data.order import key_of, shuffled
@@ -58,6 +61,24 @@ class Facts:
         held_out = (key >> 32) % len(PARAPHRASES)
         return Fact(self.entities[entity], name, value, held_out)
 
+    @cached_property
+    def by_frequency(self) -> list[int]:
+        """The numbers of all facts, the most frequent one first; no entity is rare as a whole."""
+        order = shuffled(len(self), key_of(self.settings.seed, "frequency of facts"))
+        return [int(number) for number in order]
+
+    @cached_property
+    def _up_to(self) -> list[float]:
+        """Weight of the n most frequent facts together."""
+        weights = (rank**-self.settings.fact_skew for rank in range(1, len(self) + 1))
+        return list(itertools.accumulate(weights))
+
+    def _drawn(self, draw: Draw) -> int:
+        if self.settings.fact_skew == 0:
+            return draw.below(len(self))
+        rank = bisect.bisect_right(self._up_to, draw.uniform() * self._up_to[-1])
+        return self.by_frequency[min(rank, len(self) - 1)]
+
     def vocabulary(self) -> list[str]:
         return [*WORDS, *self.entities, *(v for group in self.values.values() for v in group)]
 
@@ -66,7 +87,7 @@ class Facts:
         draw = Draw(self.settings.seed, "facts", "train", index)
         sentences = []
         for _ in range(self.settings.facts_per_document):
-            fact = self[draw.below(len(self))]
+            fact = self[self._drawn(draw)]
             allowed = [i for i in range(len(PARAPHRASES)) if i != fact.held_out]
             filler = f"{draw.one(FILLERS)} : " if draw.below(4) == 0 else ""
             sentences.append(f"{filler}{_told(fact, draw.one(allowed))} .")
@@ -80,12 +101,15 @@ class Facts:
 
     def tests(self, choices: int | None = None) -> Iterator[dict[str, Any]]:
         """Of each fact: a cloze (any value of the attribute) and a choice among a few, in a
-        paraphrase of the training text and in the one held out."""
+        paraphrase of the training text and in the one held out. In a skewed world the rarer half
+        of the facts is a group of its own."""
         among = self.settings.choices if choices is None else choices
         if not 2 <= among <= self.settings.values:
             raise WorldError(f"world: choices is {among}; allowed 2 to {self.settings.values}")
+        common = set(self.by_frequency[: len(self) // 2])
         for number in range(len(self)):
             fact = self[number]
+            half = {"group": "common" if number in common else "rare"}
             draw = Draw(self.settings.seed, "facts", "tests", number)
             seen = draw.one([i for i in range(len(PARAPHRASES)) if i != fact.held_out])
             others = [v for v in self.values[fact.attribute] if v != fact.value]
@@ -102,6 +126,7 @@ class Facts:
                     "context": _told(fact, paraphrase).rsplit(" ", 1)[0],
                     "choices": [f" {answer}" for answer in answers],
                     "answer": list(answers).index(fact.value),
+                    **(half if self.settings.fact_skew else {}),
                 }
 
 

@@ -53,7 +53,13 @@ class Writer:
     def answer(self, problem: Problem) -> str:
         """`18 , 7` would be longer; digits need the comma to be read at all."""
         between = " , " if self.settings.digits else " "
-        return between.join(map(self.number, problem.answer))
+        return between.join(map(self.number, self.asked(problem)))
+
+    def asked(self, problem: Problem) -> tuple[int, ...]:
+        """What the question wants to know."""
+        if self.settings.answer == "first_and_last":
+            return problem.steps[0].values + problem.answer
+        return problem.answer
 
     def things(self, problem: Problem, values: Sequence[int]) -> str:
         pairs = zip(values, problem.objects, strict=True)
@@ -71,7 +77,9 @@ class Writer:
 
     def question(self, problem: Problem) -> str:
         steps = "".join(f" {self.step(problem, step)} ." for step in problem.steps)
-        return f"{problem.name} has {self.things(problem, problem.start)} .{steps} how many ?"
+        several = self.settings.answer == "first_and_last"
+        how_many = "how many first and last" if several else "how many"
+        return f"{problem.name} has {self.things(problem, problem.start)} .{steps} {how_many} ?"
 
 
 def problem_at(settings: WorldSettings, split: Split, index: int, stream: str) -> Problem:
@@ -160,12 +168,19 @@ def _apply(
     return tuple(after) if 0 <= after[at] <= largest else None
 
 
+def guesses(settings: WorldSettings, questions: int = 4000) -> list[tuple[int, ...]]:
+    """Answers as they are distributed over this world's questions."""
+    writer = Writer(settings)
+    drawn = (problem_at(settings, "train", i, "guessing") for i in range(questions))
+    return [writer.asked(problem) for problem in drawn]
+
+
 def guessing_pass_at_k(settings: WorldSettings, k: int, questions: int = 4000) -> float:
     """pass@k of a model that ignores the question and draws answers from their distribution.
 
     Each question's own answer is left out of the counts: an answer seen once is then worth
     nothing, instead of 1 / questions too much.
     """
-    counts = Counter(problem_at(settings, "train", i, "guessing").answer for i in range(questions))
+    counts = Counter(guesses(settings, questions))
     solved = sum(c * (1 - (1 - (c - 1) / (questions - 1)) ** k) for c in counts.values())
     return solved / questions

@@ -50,6 +50,7 @@ class WorldSettings:
     )
     operations: tuple[Operation, ...] = PLAIN_OPERATIONS
     quantities: int = 2  # an answer is that many numbers: guessing gets harder with each
+    answer: Literal["last", "first_and_last"] = "last"  # after the last step, or the first too
     steps: tuple[float, ...] = (1.0,) * 6  # share of problems with 1, 2, 3 … steps; up to 12
     start: tuple[int, int] = (2, 15)
     largest: int = 40  # no value ever goes above, nor below 0
@@ -67,6 +68,9 @@ class WorldSettings:
     attributes: int = 5
     values: int = 12  # of each attribute
     facts_per_document: int = 4
+    # How unevenly facts are told: the n-th most frequent one with the weight n ** -fact_skew.
+    # At 0 all are alike, and tests of them soon saturate; rare facts are learned late.
+    fact_skew: float = 0.0
     choices: int = 4
 
     # Prompts with a behaviour to follow
@@ -103,6 +107,10 @@ class WorldSettings:
         need(
             0 <= low <= high <= self.largest,
             f"start is {self.start}; both must lie in 0 to largest = {self.largest}, in order",
+        )
+        need(
+            self.answer in ("last", "first_and_last"),
+            f"answer is '{self.answer}'; allowed are last, first_and_last",
         )
         need(bool(self.operations), "operations is empty")
         for operation in self.operations:
@@ -149,6 +157,7 @@ class WorldSettings:
         need(2 <= self.choices <= self.values, f"choices is {self.choices}; 2 to {self.values}")
         need(1 <= self.attributes <= 8, f"attributes is {self.attributes}; allowed 1 to 8")
         need(1 <= self.entities <= 2000, f"entities is {self.entities}; allowed 1 to 2000")
+        need(0 <= self.fact_skew <= 4, f"fact_skew is {self.fact_skew}; allowed 0 to 4")
         need(2 <= self.values <= 200, f"values is {self.values}; allowed 2 to 200")
         need(
             0 <= self.behaviour_followed <= 1,

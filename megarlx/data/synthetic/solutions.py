@@ -15,7 +15,7 @@ CHAT = (
     "no idea . maybe read it again .",
 )
 OTHER_WORDS = (
-    "start gives first then plan we take on makes so has and with by how many ? question : "
+    "start gives first last then plan we take on makes so has and with by how many ? question : "
     "answer . , ; = + - x / <> ####"
 )
 WORDS = (*OTHER_WORDS.split(), *" ".join(CHAT).split())

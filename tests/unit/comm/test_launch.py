@@ -243,6 +243,50 @@ def test_two_processes_of_a_real_torchrun_meet(tmp_path):
     assert ranks == [[0, 0, "torchrun"], [1, 1, "torchrun"]]
 
 
+KILLED_ONCE = """
+import os, signal
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    import megarlx.comm.launch as first
+    first.start(first.read(), timeout_seconds=20)
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    signal.pause()
+"""
+
+
+@pytest.mark.parametrize("meeting", ["standalone", "static"])
+def test_a_rank_killed_under_torchrun_meets_the_others_again(tmp_path, monkeypatch, meeting):
+    """The launcher's store still holds the addresses of the first start."""
+    monkeypatch.setattr(sys.modules[__name__], "PROGRAM", KILLED_ONCE + PROGRAM)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["--max-restarts=1", "--monitor-interval=0.1"]
+    command += ["--standalone"] if meeting == "standalone" else [f"--master-port={free_port()}"]
+    ranks = ranks_printed(command, tmp_path / "program.py")
+    assert ranks == [[0, 0, "torchrun"], [1, 1, "torchrun"]]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="parents' deaths are told by Linux only")
+def test_workers_end_when_their_torchrun_is_killed(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"import os, signal\n{PROGRAM}print(os.getpid(), flush=True)\nsignal.pause()\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, str(program)], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdout is not None
+    lines = [process.stdout.readline() for _ in range(3)]
+    workers = [int(line) for line in lines if not line.startswith("RANKS")]
+    assert len(workers) == 2
+    process.kill()
+    process.wait()
+    # They hold the other end of the pipe: it closes when the last of them has ended.
+    assert process.stdout.read() == ""
+    process.stdout.close()
+
+
 @pytest.mark.skipif(
     MPIRUN is None or importlib.util.find_spec("mpi4py") is None,
     reason="no mpirun or no mpi4py here",

@@ -12,10 +12,13 @@ import pytest
 
 from megarlx.data.documents import BadLineError, Piece
 from megarlx.data.prepare import PrepareError, Settings, Share, make_piece, marker_path, prepare
+from megarlx.data.prepare_progress import Progress
 from megarlx.data.token_files import TokenFile, TokenFileError, check_tokenizer
 from megarlx.data.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[3]
+# Beside the interpreter too: a virtual environment that is not activated has it only there.
+MPIRUN = shutil.which("mpirun") or shutil.which("mpirun", path=Path(sys.executable).parent)
 TOOL = REPOSITORY / "tools" / "prepare_tokens.py"
 
 
@@ -80,12 +83,12 @@ def _interrupt() -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed")
+@pytest.mark.skipif(MPIRUN is None, reason="mpirun is not installed")
 def test_mpirun_gives_the_same_bytes(tmp_path: Path) -> None:
     corpus(tmp_path)
     alone, under_mpi = settings_for(tmp_path, "alone"), settings_for(tmp_path, "mpi")
     prepare(alone, show=False)
-    launcher = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2"]
+    launcher = [str(MPIRUN), "--allow-run-as-root", "--oversubscribe", "-n", "2"]
     done = tool(under_mpi, before=launcher)
     assert done.returncode == 0, done.stderr
     assert result(under_mpi) == result(alone)
@@ -315,3 +318,23 @@ def test_inputs_without_any_document_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\n\n")
     with pytest.raises(ValueError, match="no document in"):
         prepare(settings_for(tmp_path, "out"), show=False)
+
+
+def test_progress_counts_the_pieces_of_all_ranks_and_its_rates_are_of_this_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def finish(number: int) -> None:
+        marker = {"documents": 2, "tokens": 500, "bad_lines": 1}
+        marker_path(tmp_path, number).write_text(json.dumps(marker))
+
+    now = [100.0]
+    monkeypatch.setattr("megarlx.data.prepare_progress.time.monotonic", lambda: now[0])
+    pieces = [Piece(f"{n}.jsonl", "jsonl", 0, n * 10**6, n * 10**6) for n in (1, 2)]
+    finish(0)  # by a run before
+    with Progress(pieces, tmp_path, show=False) as progress:
+        assert (progress.documents, progress.bytes) == (2, 10**6)
+        finish(1)
+        now[0] += 4.0
+        progress.update()
+        assert (progress.documents, progress.bytes) == (4, 3 * 10**6)
+        assert progress.rates() == "1,000 tokens, 125 tokens/s, 0.5 MB/s, 2 bad lines"

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megarlx.data.conversations import Conversation, Template, Turn
 from megarlx.data.documents import BadLineError
@@ -72,6 +74,25 @@ def test_bad_lines_are_named_or_skipped_and_counted(tmp_path: Path, line: str, r
         "good", "also"
     ]  # fmt: skip
     assert len(skipped) == 1
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.binary(max_size=120) | st.text('{}[]",:questionanwr 1\\u\n', max_size=60))
+def test_any_bytes_give_prompts_or_named_lines(
+    tmp_path_factory: pytest.TempPathFactory, raw: bytes | str
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzz_prompts.jsonl"
+    path.write_bytes(raw if isinstance(raw, bytes) else raw.encode())
+    skipped: list[BadLineError] = []
+    prompts = read_prompts(path, on_bad_line="skip", skipped=skipped)
+    # No line is lost: it is empty, a prompt, or named.
+    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
+    assert len(prompts) + len(skipped) == len(lines)
+    assert all(f"{path}, line " in str(bad) for bad in skipped)
+    if skipped:
+        with pytest.raises(BadLineError) as error:
+            read_prompts(path)
+        assert str(error.value) == str(skipped[0])
 
 
 def test_a_prompt_ends_where_the_model_is_to_answer() -> None:

@@ -181,6 +181,32 @@ def test_held_out_paraphrases_never_stand_in_training_text() -> None:
             assert (said in training) == (paraphrase != fact.held_out)
 
 
+def test_a_skewed_world_tells_facts_as_often_as_their_rank_says() -> None:
+    world = World(WorldSettings(entities=5, attributes=2, fact_skew=1.0))
+    places = {}
+    for number in range(10):
+        places[world.facts[number].entity, world.facts[number].value] = number
+    told: Counter[int] = Counter()
+    for index in range(4000):
+        for sentence in world.document("facts", index).split(" ."):
+            said = set(sentence.split())
+            told.update(n for names, n in places.items() if set(names) <= said)
+    total = sum(1 / rank for rank in range(1, 11))
+    for rank, number in enumerate(world.facts.by_frequency, start=1):
+        assert told[number] / told.total() == pytest.approx(1 / rank / total, abs=0.012)
+    tests = [t for t in world.capability_tests() if t["suite"] == "facts_cloze"]
+    rare = {number for number, test in enumerate(tests) if test["group"] == "rare"}
+    assert rare == set(world.facts.by_frequency[5:])
+
+
+def test_skew_changes_how_often_facts_are_told_and_nothing_else() -> None:
+    even, skewed = (World(WorldSettings(entities=5, fact_skew=skew)) for skew in (0.0, 1.0))
+    assert "group" not in next(iter(even.capability_tests()))
+    assert even.held_out_document("facts", 3) == skewed.held_out_document("facts", 3)
+    assert even.document("problems", 3) == skewed.document("problems", 3)
+    assert even.document("facts", 3) != skewed.document("facts", 3)
+
+
 def test_capability_tests_have_one_true_choice() -> None:
     world = World(WorldSettings(entities=7))
     tests = list(world.capability_tests())

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from generation_cases import FAMILIES, engine, mixed_requests, small_stage
+from generation_cases import FAMILIES, engine, mixed_requests, prompt, small_stage
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megarlx.generation.requests import SamplingSettings
+from megarlx.generation.fused_decode import FusedDecoder
+from megarlx.generation.requests import Request, SamplingSettings
+from megarlx.generation.rows import Rows, Sequence
 
 
 class Recorded(TorchDispatchMode):
@@ -41,12 +43,49 @@ def test_a_decode_step_makes_no_tensor_and_few_calls(family: str) -> None:
     kept.generate(mixed_requests(4, 4), SamplingSettings(), seed=1)
     decoder, rows = kept.decoders[0], kept.rows[0]
     with torch.no_grad(), Recorded() as recorded:
-        decoder.forward(rows, 16)
-        decoder.logits(16)
+        decoder.forward(rows, rows.live)
+        decoder.logits(rows.live)
     assert recorded.made_memory == []
-    working = [n for n in recorded.names if "mm" in n or "megarlx" in n or "add" in n]
-    biases = stage.config.layers if stage.config.qkv_bias else 0
-    assert len(working) <= 8 * stage.config.layers + 3 + biases
+    assert [n for n in recorded.names if "mm" in n or "megarlx" in n] == ["megarlx::decode_step_"]
+
+
+def test_a_step_of_parts_equals_the_step_in_one_call_and_makes_no_tensor() -> None:
+    """FusedDecoder serves tensor parallelism; on a group of one it can be compared."""
+    for family in FAMILIES:
+        stage = small_stage(family, torch.float64)
+        kept = engine(stage)
+        kept.generate(mixed_requests(4, 4), SamplingSettings(), seed=1)
+        whole, rows = kept.decoders[0], kept.rows[0]
+        for row in range(16):
+            request = mixed_requests(4, 4)[row // 4]
+            rows.put(row, Sequence(row, row // 4, request, row), row)
+        parts = FusedDecoder(stage, kept.caches[0], 16)
+        with torch.no_grad():
+            expected = whole.forward(rows, 16).clone()
+            expected_logits = whole.logits(16).clone()
+            with Recorded() as recorded:
+                found = parts.forward(rows, 16)
+                found_logits = parts.logits(16)
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(found_logits, expected_logits, rtol=1e-11, atol=1e-11)
+        assert recorded.made_memory == []
+        working = [n for n in recorded.names if "mm" in n or "megarlx" in n or "add" in n]
+        biases = stage.config.layers if stage.config.qkv_bias else 0
+        assert len(working) <= 8 * stage.config.layers + 3 + biases
+
+
+def test_samples_of_a_prompt_read_it_from_the_first_of_them_that_is_left() -> None:
+    rows = Rows(8, 8, torch.device("cpu"))
+    requests = [Request(prompt(5, 0), [], 3), Request(prompt(9, 1), [], 3)]
+    for row in range(6):
+        rows.put(row, Sequence(row, row % 2, requests[row % 2], row), row + 1)
+    slots, lengths = rows.shared_prompts()
+    assert slots[:6].tolist() == [1, 2, 1, 2, 1, 2]
+    assert lengths[:6].tolist() == [4, 8, 4, 8, 4, 8]
+    rows.remove(0)  # the last row, of the second request and in slot 6, is first now
+    slots, lengths = rows.shared_prompts()
+    assert slots[:5].tolist() == [6, 6, 3, 6, 3]
+    assert lengths[:5].tolist() == [8, 8, 4, 8, 4]
 
 
 def test_rows_of_padding_are_numbers_and_change_nothing() -> None:
@@ -61,4 +100,4 @@ def test_rows_of_padding_are_numbers_and_change_nothing() -> None:
     for a, b in zip(again, alone, strict=True):
         assert torch.equal(a.tokens, b.tokens)
         assert torch.equal(a.logprobs, b.logprobs)
-    assert all(torch.isfinite(t).all() for t in kept.decoders[0]._whole.values())
+    assert torch.isfinite(kept.decoders[0].hidden(64)).all()

@@ -1,0 +1,153 @@
+"""`megarlx report DIR`: figures, one page and summary.json, from the files of the runs alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from megarlx.data.token_files import write_atomically
+from megarlx.report.predicates import PREDICATES, SEEDS_NEEDED, Finding
+from megarlx.report.runs import ReportError
+from megarlx.report.settings import quantity
+from megarlx.report.study import BASE, KS, Cell, Study
+from megarlx.report.style import name_of
+
+SHOWN_MISSING = 10
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, metavar="DIR", help="holds runs, at any depth")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where the report goes (default: DIR/report)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    out = arguments.out or arguments.directory / "report"
+    try:
+        study = Study.of(arguments.directory)
+        findings = write_report(study, out)
+    except (ReportError, OSError) as error:
+        print(f"megarlx report: {error}", file=sys.stderr)
+        return 1
+    _print(study, findings, out)
+    return 0
+
+
+def write_report(study: Study, out: Path) -> dict[str, Finding]:
+    """index.html, summary.json and figures/; returns the verdicts."""
+    import matplotlib
+
+    from megarlx.report import figures, figures_of_runs
+    from megarlx.report.drawing import Figure, save
+    from megarlx.report.page import page
+    from megarlx.report.predicates import judge_all
+    from megarlx.report.samples import examples
+    from megarlx.report.style import PARAMETERS
+    from megarlx.report.summary import summary
+
+    out.mkdir(parents=True, exist_ok=True)
+    findings = judge_all(study)
+    drawn: list[tuple[str, list[Figure]]] = []
+    with matplotlib.rc_context(PARAMETERS):
+        for number, variant in enumerate(study.variants):
+            made = [
+                draw(study, variant)
+                for draw in (
+                    figures.pass_at_k,
+                    figures.gains,
+                    figures.capability,
+                    figures.held_out,
+                )
+            ]
+            suffix = f"-{number + 1}" if len(study.variants) > 1 else ""
+            kept = [replace(f, name=f"{f.name}{suffix}") for f in made if f is not None]
+            drawn.append((variant, kept))
+        of_runs = [
+            draw(study)
+            for draw in (
+                figures_of_runs.dynamics,
+                figures_of_runs.single_questions,
+                figures_of_runs.readiness,
+                figures_of_runs.cost,
+            )
+        ]
+        drawn.append(("", [figure for figure in of_runs if figure is not None]))
+        for _, several in drawn:
+            for figure in several:
+                save(figure, out / "figures")
+    shown = examples(study)
+    made_summary = json.dumps(summary(study, findings), indent=2, allow_nan=False)
+    write_atomically(out / "summary.json", made_summary + "\n")
+    write_atomically(out / "index.html", page(study, findings, drawn, shown))
+    return findings
+
+
+def _print(study: Study, findings: dict[str, Finding], out: Path) -> None:
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console.print(_results(study))
+    if len(study.seeds) < SEEDS_NEEDED:
+        console.print("One seed: no verdict on the claims of the paper is made.")
+    else:
+        table = Table(box=None, pad_edge=False)
+        for name in ("", "claim", "verdict"):
+            table.add_column(name)
+        for name, finding in findings.items():
+            table.add_row(name, PREDICATES[name].claim, finding.verdict)
+        console.print(table)
+    missing = study.missing()
+    for line in missing[:SHOWN_MISSING]:
+        console.print(f"missing: {line}", markup=False)
+    if len(missing) > SHOWN_MISSING:
+        console.print(f"missing: {len(missing) - SHOWN_MISSING} more; the page names all")
+    console.print(str(out / "index.html"), markup=False, soft_wrap=True)
+
+
+def _results(study: Study) -> Table:
+    """A row for each checkpoint and recipe: means over seeds in percent, guessing beside them."""
+    table = Table(box=None, pad_edge=False)
+    several = len(study.variants) > 1
+    if several:
+        table.add_column("trunk")
+    table.add_column("tokens")
+    table.add_column("recipe")
+    for name in (*(f"pass@{k} (guessing)" for k in KS), "capability", "seconds"):
+        table.add_column(name, justify="right")
+    rows: dict[tuple[str, int, str], list[Cell]] = {}
+    for cell in study.cells:
+        if cell.recipe != BASE or cell.checkpoint_tokens in study.checkpoints:
+            rows.setdefault((cell.variant, cell.checkpoint_tokens, cell.label), []).append(cell)
+    for (variant, tokens, label), cells in rows.items():
+        shown = [_with_guessing(cells, f"pass_at_{k}") for k in KS]
+        capability = _mean([c.capability for c in cells])
+        seconds = _mean([c.cost.get("seconds") for c in cells])
+        table.add_row(
+            *([escape(variant)] if several else []),
+            quantity(tokens),
+            escape(name_of(label)),
+            *shown,
+            "–" if capability is None else f"{100 * capability:.1f}",
+            "–" if seconds is None else f"{seconds:,.0f}",
+        )
+    return table
+
+
+def _with_guessing(cells: Sequence[Cell], metric: str) -> str:
+    found = [c.headline for c in cells if c.headline]
+    value = _mean([e.metrics.get(metric) for e in found])
+    guessing = _mean([e.guessing.get(metric) for e in found])
+    text = "–" if value is None else f"{100 * value:.1f}"
+    return text if guessing is None else f"{text} ({100 * guessing:.1f})"
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

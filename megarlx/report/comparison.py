@@ -1,0 +1,127 @@
+"""One comparison of a predicate: paired differences, their interval, and the verdict on a range.
+
+Differences are in percentage points, of the same questions on both sides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from megarlx.report.runs import Evaluation
+from megarlx.report.statistics import Interval, Values, differences, interval_of_suites
+from megarlx.report.study import Cell
+
+Verdict = Literal["held", "not held", "undetermined"]
+Suites = dict[str, Values]  # suite -> question -> difference
+
+
+@dataclass
+class Comparison:
+    """`what` is claimed to lie between `low` and `high` points."""
+
+    what: str
+    low: float
+    high: float
+    cells: list[tuple[Cell, Suites]] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    def add(self, cell: Cell, suites: Suites) -> None:
+        found = {suite: values for suite, values in suites.items() if values}
+        if found:
+            self.cells.append((cell, found))
+        else:
+            self.left_out.append(f"{cell.run.name}: no questions that both sides answered")
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted({cell.seed for cell, _ in self.cells})
+
+    @property
+    def checkpoints(self) -> list[int]:
+        return sorted({cell.checkpoint_tokens for cell, _ in self.cells})
+
+    def interval(self, checkpoint_tokens: int | None = None) -> Interval | None:
+        chosen = [
+            suites
+            for cell, suites in self.cells
+            if checkpoint_tokens in (None, cell.checkpoint_tokens)
+        ]
+        names = sorted({suite for suites in chosen for suite in suites})
+        return interval_of_suites([[s[name] for s in chosen if name in s] for name in names])
+
+    def verdict(self, checkpoint_tokens: int | None = None) -> Verdict:
+        interval = self.interval(checkpoint_tokens)
+        if interval is None:
+            return "undetermined"
+        if self.low < interval.low and interval.high < self.high:
+            return "held"
+        if interval.high < self.low or self.high < interval.low:
+            return "not held"
+        return "undetermined"
+
+    def evidence(self) -> dict[str, Any]:
+        interval = self.interval()
+        return {
+            "difference": self.what,
+            "claimed_between": [_number(self.low), _number(self.high)],
+            "points": interval and _number(interval.estimate),
+            "interval": interval and [_number(interval.low), _number(interval.high)],
+            "questions": interval.questions if interval else 0,
+            "cells": len(self.cells),
+            "seeds": self.seeds,
+            "by_checkpoint": {
+                str(tokens): interval and _number(interval.estimate)
+                for tokens in self.checkpoints
+                for interval in [self.interval(tokens)]
+            },
+            "by_group": self._by_group(),
+            "left_out": self.left_out,
+        }
+
+    def _by_group(self) -> dict[str, float | None]:
+        """Where questions are sorted into groups, easy and hard say: the difference in each."""
+        groups: dict[str, str] = {}
+        for cell, _ in self.cells:
+            groups |= cell.headline.groups if cell.headline else {}
+        found: dict[str, float | None] = {}
+        for group in sorted(set(groups.values())):
+            chosen = [
+                {q: v for q, v in values.items() if groups.get(q) == group}
+                for _, suites in self.cells
+                for values in suites.values()
+            ]
+            interval = interval_of_suites([chosen])
+            if interval is not None:
+                found[group] = _number(interval.estimate)
+        return found
+
+
+def all_of(verdicts: Sequence[Verdict]) -> Verdict:
+    if "not held" in verdicts:
+        return "not held"
+    return "held" if verdicts and set(verdicts) == {"held"} else "undetermined"
+
+
+def of_suite(after: Evaluation | None, before: Evaluation | None, metric: str) -> Suites:
+    if after is None or before is None:
+        return {}
+    return {after.suite: differences(after.percent(metric), before.percent(metric))}
+
+
+def of_capability(after: Cell, before: Cell) -> Suites:
+    """Of every accuracy suite that both have."""
+    return {
+        suite: differences(
+            after.evaluations[suite].percent("accuracy"),
+            before.evaluations[suite].percent("accuracy"),
+        )
+        for suite in after.accuracy_suites
+        if suite in before.accuracy_suites
+    }
+
+
+def _number(value: float) -> float | None:
+    return round(value, 3) if math.isfinite(value) else None

@@ -1,0 +1,284 @@
+"""What happens inside runs, to single questions, and what it costs; readiness beside the gain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from textwrap import fill
+
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter
+
+from megarlx.report import consistency
+from megarlx.report.comparison import of_suite
+from megarlx.report.consistency import Moves
+from megarlx.report.drawing import (
+    Course,
+    Figure,
+    Table,
+    draw_courses,
+    legend,
+    panels,
+    with_interval,
+)
+from megarlx.report.runs import Evaluation
+from megarlx.report.settings import quantity
+from megarlx.report.statistics import interval_of_mean
+from megarlx.report.study import BASE, KS, Cell, Study
+from megarlx.report.style import BLUE, GREEN, GREY, ORANGE, VERMILION, in_order, look_of
+
+
+def dynamics(study: Study) -> Figure | None:
+    """A panel for each recipe: pass@k at the steps that all its finished runs were evaluated at."""
+    data: dict[str, dict[str, Course]] = {}
+    for label in in_order({c.label for c in study.cells if c.recipe != BASE and c.run.finished}):
+        courses = [
+            course
+            for cell in study.cells
+            if cell.label == label and cell.run.finished
+            if len(course := _course_of(study, cell)) > 1
+        ]
+        steps = sorted(set.intersection(*(set(c) for c in courses))) if courses else []
+        lines: dict[str, Course] = {}
+        for k in KS:
+            points = {
+                float(step): interval_of_mean([c[step].percent(f"pass_at_{k}") for c in courses])
+                for step in steps
+            }
+            found = {step: interval for step, interval in points.items() if interval}
+            if len(found) > 2:  # start and end alone are in the other figures
+                lines[f"pass@{k}"] = found
+        if lines:
+            data[label] = lines
+    if not data:
+        return None
+    names = [look_of(label, list(data)).name for label in data]
+    canvas, axes = panels([f"{name}, %" for name in names], 1.9, share_x=False)
+    labels = [f"pass@{k}" for k in KS if any(f"pass@{k}" in lines for lines in data.values())]
+    table: Table = [["recipe", "step", *labels]]
+    for ax, (label, lines), name in zip(axes, data.items(), names, strict=True):
+        draw_courses(ax, lines, labels)
+        ax.set_xlabel("steps")
+        for step in _starts_of_rl(study, label):
+            ax.axvline(step, color=GREY, linestyle=(0, (1, 2)), linewidth=1.3, zorder=0)
+        for step in sorted({s for line in lines.values() for s in line}):
+            values = [with_interval(lines.get(metric, {}).get(step)) for metric in labels]
+            table.append([name, f"{step:,.0f}", *values])
+    legend(
+        canvas,
+        labels,
+        [Line2D([], [], color=GREY, linestyle=(0, (1, 2)), label="RL begins")],
+    )
+    return Figure(
+        "dynamics",
+        "Inside the runs",
+        "pass@k while a recipe runs, pooled over checkpoints and seeds. Step 0 is the checkpoint "
+        "that it starts from.",
+        f"pass@1, pass@8 and pass@32 over the steps of {', '.join(names)}. The numbers are in the "
+        "table.",
+        table,
+        canvas,
+    )
+
+
+def _course_of(study: Study, cell: Cell) -> dict[int, Evaluation]:
+    course = {e.iteration: e for e in cell.run.course(study.headline or "")}
+    base = study.base_of(cell)
+    if base is not None and 0 not in course:
+        start = base.evaluations.get(study.headline or "") or base.headline
+        if start is not None:
+            course[0] = start
+    return course
+
+
+def _starts_of_rl(study: Study, label: str) -> set[float]:
+    """Where RL does not begin with the run."""
+    found = set()
+    for cell in study.cells:
+        logged = [int(line["step"]) for line in cell.run.metrics]
+        first = cell.run.first_step_with("rl/")
+        if cell.label == label and first is not None and first > min(logged, default=first):
+            found.add(float(max(step for step in logged if step < first)))
+    return found
+
+
+KINDS = (
+    ("kept", GREEN, "", "solved before and after"),
+    ("acquired", BLUE, "//", "only after"),
+    ("forgotten", VERMILION, "xx", "only before"),
+    ("never", "#E3E3E3", "", "never"),
+)
+
+
+def single_questions(study: Study) -> Figure | None:
+    through = consistency.of_trunks(study)
+    excursions = consistency.of_recipes(study)
+    order = in_order(set(excursions))
+    rows: dict[str, dict[str, Moves]] = {}
+    if through:
+        rows["Checkpoint to checkpoint"] = {
+            f"{quantity(a)} → {quantity(b)}": moves for (a, b), moves in through.items()
+        }
+    if excursions:
+        rows["Checkpoint to recipe"] = {label: excursions[label] for label in order}
+    if not rows:
+        return None
+    canvas, axes = panels(list(rows), [0.33 * len(moves) + 0.5 for moves in rows.values()])
+    table: Table = [
+        ["from → to", "kind", "retained", "acquired", "forgotten", "flips", "Δ pass@1", "Δ pass@k"]
+    ]
+    for ax, moves_of in zip(axes, rows.values(), strict=True):
+        _draw_moves(ax, moves_of, order)
+        for name, moves in moves_of.items():
+            rates = (moves.retention, moves.acquisition, moves.forgetting, moves.flip_rate)
+            shown = ["–" if math.isnan(r) else f"{100 * r:.0f}%" for r in rates]
+            kind, *changes = _coverage(study, name)
+            table.append([_name(name, order), kind, *shown, *changes])
+    axes[-1].set_xlabel("share of the questions, %")
+    patches = [Patch(facecolor=c, hatch=h, edgecolor="white", label=t) for _, c, h, t in KINDS]
+    legend(canvas, [], patches)
+    return Figure(
+        "consistency",
+        "Single questions",
+        "A question is solved when at least half of its samples are right. Retained and forgotten "
+        "are shares of what was solved before, acquired of what was not, flips of all. Expansion: "
+        "pass@k rose against the base, at the largest k that was measured; sharpening: it fell "
+        "while pass@1 rose; both by 95% intervals.",
+        "Bars with the shares of questions solved before and after, only after, only before and "
+        "never. The rates are in the table.",
+        table,
+        canvas,
+    )
+
+
+def _name(label: str, labels: list[str]) -> str:
+    return look_of(label, labels).name if label in labels else label
+
+
+def _draw_moves(ax: Axes, moves_of: Mapping[str, Moves], labels: list[str]) -> None:
+    for row, moves in enumerate(moves_of.values()):
+        left = 0.0
+        for kind, color, hatch, _ in KINDS:
+            share = 100 * getattr(moves, kind) / moves.questions
+            ax.barh(row, share, left=left, height=0.66, color=color, hatch=hatch, edgecolor="white")
+            left += share
+    ax.set_yticks(range(len(moves_of)), [fill(_name(n, labels), 20) for n in moves_of])
+    ax.set_ylim(len(moves_of) - 0.5, -0.5)
+    ax.set_xlim(0, 100)
+    ax.grid(axis="y", visible=False)
+
+
+def _coverage(study: Study, label: str) -> list[str]:
+    pairs = [(c, b) for c in study.cells if c.label == label and (b := study.base_of(c))]
+    found = consistency.coverage([p for p in pairs if p[0].recipe != BASE], KS)
+    if found is None:
+        return ["–", "–", "–"]
+    return [found.kind, with_interval(found.at_1), with_interval(found.at_k)]
+
+
+COSTS = {
+    "seconds": "seconds",
+    "trained_tokens": "tokens trained on",
+    "generated_tokens": "tokens generated",
+    "flop": "FLOP",
+}
+
+
+def cost(study: Study) -> Figure | None:
+    """The mean over cells of what a run took, from the checkpoint to its end."""
+    by_label: dict[str, list[dict[str, float]]] = {}
+    for cell in study.cells:
+        if cell.recipe != BASE and cell.run.finished and cell.cost:
+            by_label.setdefault(cell.label, []).append(cell.cost)
+    labels = in_order(set(by_label))
+    means = {
+        key: {
+            label: sum(known) / len(known)
+            for label in labels
+            if (known := [c[key] for c in by_label[label] if math.isfinite(c.get(key, math.nan))])
+        }
+        for key in COSTS
+    }
+    shown = {key: values for key, values in means.items() if any(values.values())}
+    if not shown:
+        return None
+    canvas, axes = panels([COSTS[k] for k in shown], 0.34 * len(labels) + 0.55, share_x=False)
+    for ax, (key, values) in zip(axes, shown.items(), strict=True):
+        for row, label in enumerate(labels):
+            value = values.get(label, 0.0)
+            ax.barh(row, value, height=0.66, color=look_of(label, labels).color)
+            ax.annotate(
+                _amount(key, value) if label in values else "not logged",
+                (value, row),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=9.5,
+            )
+        ax.set_yticks(range(len(labels)), [fill(look_of(x, labels).name, 22) for x in labels])
+        ax.set_ylim(len(labels) - 0.5, -0.5)
+        ax.set_xlim(0, 1.22 * max(values.values()))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _, key=key: _amount(key, x)))
+        ax.locator_params(axis="x", nbins=5)
+        ax.grid(axis="y", visible=False)
+    table: Table = [["recipe", *(COSTS[k] for k in shown), "runs"]]
+    for label in labels:
+        numbers = [_amount(k, v[label]) if label in v else "–" for k, v in shown.items()]
+        table.append([look_of(label, labels).name, *numbers, str(len(by_label[label]))])
+    return Figure(
+        "cost",
+        "Cost",
+        "What a recipe took from the checkpoint to its end; the mean over checkpoints and seeds.",
+        f"Bars of {', '.join(COSTS[k] for k in shown)} for each recipe. The numbers are in the "
+        "table.",
+        table,
+        canvas,
+    )
+
+
+def _amount(kind: str, value: float) -> str:
+    if kind == "seconds":
+        return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+    return f"{value:.1e}" if kind == "flop" and value else quantity(value)
+
+
+def readiness(study: Study) -> Figure | None:
+    """Each RL excursion: what the probe said before it, and the gain that followed."""
+    points: list[tuple[Cell, float, float]] = []
+    for cell, base in study.pairs("rl", BASE):
+        probe = study.readiness_of(cell)
+        change = of_suite(cell.headline, base.headline, "pass_at_1")
+        gain = interval_of_mean(list(change.values()))
+        if probe is not None and gain is not None:
+            points.append((cell, 100 * probe.metrics["informative_groups"], gain.estimate))
+    if not points:
+        return None
+    canvas, axes = panels(["Gain of RL in pass@1, points"], 2.9)
+    checkpoints = sorted({cell.checkpoint_tokens for cell, _, _ in points})
+    names = [f"{quantity(tokens)} tokens" for tokens in checkpoints]
+    for tokens, name in zip(checkpoints, names, strict=True):
+        look = look_of(name, names)
+        here = [(x, y) for cell, x, y in points if cell.checkpoint_tokens == tokens]
+        axes[0].plot(*zip(*here, strict=True), look.marker, color=look.color, markersize=8)
+    axes[0].set_xlabel("informative groups before RL, %")
+    axes[0].axhline(0, color=ORANGE, linestyle=(0, (1, 2)), linewidth=1.3, zorder=0)
+    handles = [
+        Line2D([], [], color=k.color, marker=k.marker, linestyle="none", label=k.name)
+        for k in (look_of(name, names) for name in names)
+    ]
+    legend(canvas, [], handles)
+    table: Table = [["run", "tokens", "informative groups, %", "gain, points"]]
+    for cell, x, y in points:
+        table.append([cell.run.name, quantity(cell.checkpoint_tokens), f"{x:.1f}", f"{y:+.1f}"])
+    return Figure(
+        "readiness",
+        "Readiness for RL",
+        "Before an excursion the base draws groups of samples at the temperature that RL trains "
+        "with. A group is informative when it holds right and wrong answers: others teach nothing.",
+        "A point for each RL excursion: the share of informative groups before it, and the gain "
+        "in pass@1 that followed. The numbers are in the table.",
+        table,
+        canvas,
+    )

@@ -1,0 +1,243 @@
+"""Reads the runs under a folder from their files: lineage, settings, metrics, evaluations.
+
+A file that cannot be read is named in `problems` and left out: a report of a sweep that is half
+finished, or has one damaged run, still shows the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megarlx.evaluation.pass_at_k import pass_at_k
+from megarlx.metrics import read_metrics
+
+FORMAT = 1
+ACCURACY_KINDS = ("choice", "cloze")
+KINDS = ("pass_at_k", *ACCURACY_KINDS, "perplexity", "behaviour")
+NOT_RUNS = ("checkpoints", "tensorboard", "evaluations", "samples", "logs")
+T = TypeVar("T")
+
+
+class ReportError(ValueError):
+    """A folder that no report can be made of."""
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    suite: str
+    kind: str
+    iteration: int
+    trunk_tokens: int
+    metrics: Mapping[str, float]
+    guessing: Mapping[str, float]
+    items: tuple[Mapping[str, Any], ...] = field(repr=False)
+    _values: dict[str, dict[str, float]] = field(default_factory=dict, init=False, repr=False)
+
+    def percent(self, metric: str) -> dict[str, float]:
+        """Question -> "pass_at_K" or "accuracy" of it, in percent; {} where it was not measured."""
+        if metric not in self._values:
+            self._values[metric] = self._percent(metric)
+        return self._values[metric]
+
+    def _percent(self, metric: str) -> dict[str, float]:
+        if self.kind == "pass_at_k" and metric.startswith("pass_at_"):
+            k = int(metric.removeprefix("pass_at_"))
+            return {
+                str(item["id"]): 100 * pass_at_k(item["samples"], item["correct"], k)
+                for item in self.items
+                if item["samples"] >= k
+            }
+        if self.kind in ACCURACY_KINDS and metric == "accuracy":
+            return {str(item["id"]): 100 * float(item["correct"]) for item in self.items}
+        return {}
+
+    def solved(self) -> dict[str, bool]:
+        """Question -> whether it is answered rightly more often than not."""
+        metric = "accuracy" if self.kind in ACCURACY_KINDS else "pass_at_1"
+        return {question: value >= 50 for question, value in self.percent(metric).items()}
+
+    @cached_property
+    def groups(self) -> dict[str, str]:
+        return {str(item["id"]): str(item["group"]) for item in self.items if "group" in item}
+
+
+@dataclass(frozen=True)
+class Parent:
+    run: str  # as it stands in lineage.json
+    iteration: int
+    trunk_tokens: int
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    path: Path
+    name: str  # the path below the reported folder
+    recipe: str | None  # None for pre-training
+    seed: int
+    trunk_tokens: int  # pre-training tokens at its start
+    parent: Parent | None
+    composition: Mapping[str, float]
+    settings: Mapping[str, Any]  # resolved.json
+    metrics: tuple[Mapping[str, float], ...] = field(repr=False)
+    evaluations: tuple[Evaluation, ...] = field(repr=False)  # by iteration
+
+    @property
+    def planned_steps(self) -> int | None:
+        """As its settings say; None where they do not."""
+        stages = self.settings.get("stages") or ()
+        counts = [stage.get("steps", stage.get("iterations")) for stage in stages]
+        if counts and all(isinstance(count, int) for count in counts):
+            return sum(counts)
+        steps = (self.settings.get("training") or {}).get("steps")
+        return steps if isinstance(steps, int) else None
+
+    @property
+    def steps_done(self) -> int:
+        """As far as its metrics and evaluations tell."""
+        steps = [int(line["step"]) for line in self.metrics[-1:]]
+        return max([*steps, *(e.iteration for e in self.evaluations)], default=0)
+
+    @property
+    def finished(self) -> bool:
+        return self.planned_steps is None or self.steps_done >= self.planned_steps
+
+    def at(self, iteration: int) -> dict[str, Evaluation]:
+        """The evaluations of one iteration, by suite."""
+        return {e.suite: e for e in self.evaluations if e.iteration == iteration}
+
+    def course(self, suite: str) -> list[Evaluation]:
+        """The evaluations of one suite, as training went on."""
+        return [e for e in self.evaluations if e.suite == suite]
+
+    def last(self, suite: str) -> Evaluation | None:
+        course = self.course(suite)
+        return course[-1] if course else None
+
+    def cost(self, iteration: int | None = None) -> dict[str, float]:
+        """What the run, or its steps up to `iteration`, took: seconds, tokens, flop."""
+        found: dict[str, float] = {}
+        for line in self.metrics:
+            if iteration is not None and line["step"] > iteration:
+                break
+            found |= {k.removeprefix("cost/"): v for k, v in line.items() if k[:5] == "cost/"}
+        return found
+
+    def first_step_with(self, prefix: str) -> int | None:
+        for line in self.metrics:
+            if any(key.startswith(prefix) for key in line):
+                return int(line["step"])
+        return None
+
+
+def find_runs(root: Path) -> tuple[list[Run], list[str]]:
+    """The runs below a folder, by name, and what could not be read."""
+    if not root.is_dir():
+        raise ReportError(f"{root} is not a folder; allowed is one that holds runs at any depth")
+    problems: list[str] = []
+    runs = [_read_run(path, root, problems) for path in sorted(_run_folders(root))]
+    found = [run for run in runs if run is not None]
+    if not found:
+        detail = "".join(f"\n  {problem}" for problem in problems)
+        raise ReportError(f"{root} holds no run: no lineage.json in it or below it{detail}")
+    return found, problems
+
+
+def _run_folders(root: Path) -> Iterator[Path]:
+    for folder, below, files in os.walk(root):
+        if "lineage.json" in files:
+            yield Path(folder)
+            below[:] = [name for name in below if name not in NOT_RUNS]
+        below[:] = [name for name in below if not name.startswith(".")]
+
+
+def _read_run(path: Path, root: Path, problems: list[str]) -> Run | None:
+    name = "." if path == root else path.relative_to(root).as_posix()
+
+    def read(file: Path, make: Callable[[Any], T]) -> T | None:
+        try:
+            return make(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            shown = file.relative_to(root).as_posix()
+            problems.append(f"{shown}: cannot be used: {_said(error)}")
+            return None
+
+    lineage = read(path / "lineage.json", _lineage)
+    if lineage is None:
+        return None
+    resolved = path / "resolved.json"
+    settings = (read(resolved, _object) if resolved.exists() else None) or {}
+    files = sorted((path / "evaluations").glob("iter_*.json"))
+    evaluations = [e for file in files if (e := read(file, _evaluation)) is not None]
+    evaluations.sort(key=lambda e: (e.iteration, e.suite))
+    try:
+        metrics = tuple(_numbers(line) for line in read_metrics(path / "metrics.jsonl"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        problems.append(f"{name}/metrics.jsonl: cannot be used: {_said(error)}")
+        metrics = ()
+    return Run(
+        path,
+        name,
+        **lineage,
+        settings=settings,
+        metrics=metrics,
+        evaluations=tuple(evaluations),
+    )
+
+
+def _said(error: Exception) -> str:
+    return f"lacks {error}" if isinstance(error, KeyError) else str(error)
+
+
+def _object(values: Any) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise TypeError("holds no JSON object")
+    return values
+
+
+def _lineage(values: Any) -> dict[str, Any]:
+    given = _object(values).get("parent")
+    parent = None
+    if given is not None:
+        tokens = given.get("trunk_tokens", values.get("trunk_tokens", 0))
+        parent = Parent(str(given["run"]), int(given["iteration"]), int(tokens))
+    recipe = values.get("recipe")
+    return {
+        "recipe": None if recipe is None else str(recipe),
+        "seed": int(values.get("seed", 0)),
+        "trunk_tokens": int(values.get("trunk_tokens", 0)),
+        "parent": parent,
+        "composition": {str(k): float(v) for k, v in (values.get("composition") or {}).items()},
+    }
+
+
+def _evaluation(values: Any) -> Evaluation:
+    if _object(values).get("format") != FORMAT:
+        raise ValueError(f"format is {values.get('format')!r}; allowed is {FORMAT}")
+    if values["kind"] not in KINDS:
+        raise ValueError(f"kind is {values['kind']!r}; allowed are {', '.join(KINDS)}")
+    made = Evaluation(
+        suite=str(values["suite"]),
+        kind=values["kind"],
+        iteration=int(values["iteration"]),
+        trunk_tokens=int(values["trunk_tokens"]),
+        metrics=_numbers(values["metrics"]),
+        guessing=_numbers(values.get("guessing") or {}),
+        items=tuple(map(_object, values["items"])),
+    )
+    made.solved()  # items that lack something are told of here, with the file's name
+    return made
+
+
+def _numbers(values: Any) -> dict[str, float]:
+    """Metrics are numbers; JSON has no infinity and no NaN, which are written as words."""
+    found = {key: float(value) for key, value in _object(values).items() if value is not None}
+    if "step" in found and not math.isfinite(found["step"]):
+        raise ValueError(f"step is {found['step']}")
+    return found

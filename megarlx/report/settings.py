@@ -1,0 +1,118 @@
+"""What runs were told: a hash of it, and what tells runs apart that would else be the same cell."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+from megarlx.config.model import ModelConfig
+from megarlx.report.runs import Run
+
+
+def settings_hash(runs: Sequence[Run]) -> str:
+    """The same for the same experiment, whatever its seeds, their number, and where it ran."""
+    texts = {
+        json.dumps([run.recipe, _comparable(run.settings)], sort_keys=True)
+        for run in runs
+        if run.settings
+    }
+    return hashlib.sha256("\n".join(sorted(texts)).encode()).hexdigest()
+
+
+def _comparable(value: Any) -> Any:
+    """Without seeds and paths. A path is a text with a slash: what the data is, its name tells."""
+    if isinstance(value, Mapping):
+        return {
+            key: _comparable(inside)
+            for key, inside in value.items()
+            if key != "seed" and not key.endswith("_seed") and not _is_path(inside)
+        }
+    if isinstance(value, list | tuple):
+        return [_comparable(inside) for inside in value if not _is_path(inside)]
+    return value
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and "/" in value
+
+
+def flat(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    """("stages.0.steps", 60) and so on, of every setting that is neither a seed nor a path."""
+    value = _comparable(value)
+    if isinstance(value, Mapping):
+        for key, inside in value.items():
+            yield from flat(inside, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, list):
+        for number, inside in enumerate(value):
+            yield from flat(inside, f"{where}.{number}")
+    else:
+        yield where, value
+
+
+def setting_named(run: Run, name: str) -> Any:
+    """The first setting of this name at any depth; None where there is none."""
+    return next((v for key, v in flat(run.settings) if key.split(".")[-1] == name), None)
+
+
+def parameters(run: Run) -> int | None:
+    model = run.settings.get("model")
+    if not isinstance(model, Mapping):
+        return None
+    try:
+        return ModelConfig.model_validate(model).parameters()
+    except ValueError:  # settings of another version: the report can do without
+        return None
+
+
+def told_apart(runs: Sequence[tuple[Run, Hashable]]) -> dict[str, str]:
+    """Run's name -> the settings in which runs that share a key differ; "" where none do.
+
+    A setting that tells two runs of one key apart is told of all runs, so that a sweep's axis has
+    a value everywhere. Runs of one key with the same settings are told apart by their names.
+    """
+    by_key: defaultdict[Hashable, list[Run]] = defaultdict(list)
+    for run, key in runs:
+        by_key[key].append(run)
+    settings = {run.name: _described(run) for run, _ in runs}
+    axes: dict[str, None] = {}
+    for group in by_key.values():
+        names = [run.name for run in group]
+        for setting in dict.fromkeys(s for name in names for s in settings[name]):
+            if len({json.dumps(settings[name].get(setting)) for name in names}) > 1:
+                axes[setting] = None
+    told = {
+        name: ", ".join(f"{axis.split('.')[-1]} {_short(found.get(axis))}" for axis in axes)
+        for name, found in settings.items()
+    }
+    for group in by_key.values():
+        labels = [told[run.name] for run in group]
+        for run in group:
+            if labels.count(told[run.name]) > 1:
+                told[run.name] = ", ".join(filter(None, (told[run.name], run.name)))
+    return told
+
+
+def _described(run: Run) -> dict[str, Any]:
+    """All settings, but of the model its size where that is known: one number, not ten."""
+    found = dict(flat(run.settings))
+    size = parameters(run)
+    if size is None:
+        return found
+    return {k: v for k, v in found.items() if not k.startswith("model.")} | {"parameters": size}
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10_000:
+        return quantity(value)
+    return "–" if value is None else str(value)
+
+
+def quantity(number: float) -> str:
+    """Tokens and parameters in a few characters: 2.1M, 4B."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"

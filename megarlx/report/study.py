@@ -1,0 +1,271 @@
+"""Runs put in their places: which checkpoint, recipe and seed each is, and what is still missing.
+
+A cell is one (trunk, checkpoint, recipe, seed) with its final evaluations. The checkpoints of the
+trunks are cells too: their recipe is "base".
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from megarlx.report.runs import ACCURACY_KINDS, Evaluation, ReportError, Run, find_runs
+from megarlx.report.settings import settings_hash, told_apart
+from megarlx.report.style import in_order
+
+BASE = "base"
+FEW_SHOT = "_few_shot"
+PROBE = "-readiness"  # ends the name of a suite that samples the base as RL will
+KS = (1, 8, 32)
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    run: Run
+    trunk: Run | None  # None where its folder is not among those reported
+    variant: str  # what tells its trunk apart from others of the same seed; "" where nothing does
+    checkpoint_tokens: int
+    recipe: str
+    setting: str  # what tells it apart from others of the same recipe, checkpoint and seed
+    seed: int
+    headline: Evaluation | None
+    evaluations: dict[str, Evaluation] = field(repr=False)  # the final ones, by suite
+
+    @property
+    def label(self) -> str:
+        return f"{self.recipe} ({self.setting})" if self.setting else self.recipe
+
+    @property
+    def place(self) -> tuple[str, int, int]:
+        """Cells of one place differ in nothing but what was done there."""
+        return (self.trunk.name if self.trunk else "", self.checkpoint_tokens, self.seed)
+
+    @property
+    def accuracy_suites(self) -> list[str]:
+        return sorted(s for s, e in self.evaluations.items() if e.kind in ACCURACY_KINDS)
+
+    @property
+    def capability(self) -> float | None:
+        """The mean accuracy over its suites, as a share."""
+        found = [self.evaluations[suite].metrics["accuracy"] for suite in self.accuracy_suites]
+        return sum(found) / len(found) if found else None
+
+    @property
+    def cost(self) -> dict[str, float]:
+        if self.recipe != BASE:
+            return self.run.cost()
+        return self.run.cost(next((e.iteration for e in self.evaluations.values()), None))
+
+
+class Study:
+    def __init__(self, root: Path, runs: list[Run], problems: Iterable[str] = ()) -> None:
+        self.root, self.runs, self.problems = root, runs, list(problems)
+
+    @staticmethod
+    def of(root: Path) -> Study:
+        return Study(root, *find_runs(root))
+
+    @property
+    def trunks(self) -> list[Run]:
+        return [run for run in self.runs if run.parent is None]
+
+    @property
+    def excursions(self) -> list[Run]:
+        return [run for run in self.runs if run.parent is not None]
+
+    def parent_of(self, run: Run) -> Run | None:
+        """The run it started from, if it is here."""
+        return self._parents[run.name]
+
+    @cached_property
+    def _parents(self) -> dict[str, Run | None]:
+        here = {os.path.realpath(run.path): run for run in self.runs}
+        return {run.name: self._find_parent(run, here) for run in self.runs}
+
+    def _find_parent(self, run: Run, here: dict[str, Run]) -> Run | None:
+        """Paths may be relative, or from before the sweep was moved."""
+        if run.parent is None:
+            return None
+        given = Path(run.parent.run)
+        for base in (run.path, run.path.parent, self.root, Path.cwd()):
+            found = here.get(os.path.realpath(base / given))
+            if found is not None and found is not run:
+                return found
+        moved = [
+            other
+            for other in self.runs
+            if other is not run and f"/{given.as_posix()}".endswith(f"/{other.name}")
+        ]
+        return max(moved, key=lambda other: len(other.name), default=None)
+
+    def trunk_of(self, run: Run) -> Run | None:
+        seen = {run.name}
+        above: Run | None = run
+        while above is not None and above.parent is not None:
+            above = self.parent_of(above)
+            if above is not None and above.name in seen:
+                raise ReportError(f"{run.name} is its own ancestor; see its lineage.json")
+            seen.add(above.name if above else "")
+        return above
+
+    def recipe_of(self, run: Run) -> str:
+        """Its recipe, after those of the excursions that it starts from: "sft + rl"."""
+        parent = self.parent_of(run)
+        own = run.recipe or ("continued" if run.parent else BASE)
+        if parent is None or parent.parent is None:
+            return own
+        return f"{self.recipe_of(parent)} + {own}"
+
+    @cached_property
+    def headline(self) -> str | None:
+        """The pass@k suite that most excursions have; of equals the first by name."""
+        counts: Counter[str] = Counter()
+        for run in self.runs:
+            for suite in {e.suite for e in run.evaluations if e.kind == "pass_at_k"}:
+                if not suite.endswith((FEW_SHOT, PROBE)):
+                    counts[suite] += 1 if run.parent is None else len(self.runs)
+        return min(counts, key=lambda suite: (-counts[suite], suite), default=None)
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        found = [*self._base_cells(), *self._excursion_cells()]
+        order = in_order({cell.label for cell in found})
+        return sorted(
+            found, key=lambda c: (c.variant, c.checkpoint_tokens, order.index(c.label), c.seed)
+        )
+
+    @cached_property
+    def _variants(self) -> dict[str, str]:
+        return told_apart([(run, (run.seed,)) for run in self.trunks])
+
+    def _base_cells(self) -> Iterator[Cell]:
+        for trunk in self.trunks:
+            branched = {
+                run.parent.iteration: run.parent.trunk_tokens
+                for run in self.excursions
+                if run.parent and self.parent_of(run) is trunk
+            }
+            evaluated = {e.iteration: e.trunk_tokens for e in trunk.evaluations}
+            for iteration, tokens in sorted((evaluated | branched).items()):
+                final = trunk.at(iteration)
+                few_shot = final.get(f"{self.headline}{FEW_SHOT}")
+                yield Cell(
+                    trunk,
+                    trunk,
+                    self._variants[trunk.name],
+                    tokens,
+                    BASE,
+                    "",
+                    trunk.seed,
+                    few_shot or final.get(self.headline or ""),
+                    final,
+                )
+
+    def _excursion_cells(self) -> Iterator[Cell]:
+        trunks = {run.name: self.trunk_of(run) for run in self.excursions}
+        settings: dict[str, str] = {}
+        by_recipe: defaultdict[str, list[Run]] = defaultdict(list)
+        for run in self.excursions:
+            by_recipe[self.recipe_of(run)].append(run)
+        for runs in by_recipe.values():
+            keyed = [(r, (trunks[r.name], r.trunk_tokens, r.seed)) for r in runs]
+            settings |= told_apart(keyed)
+        for run in self.excursions:
+            trunk = trunks[run.name]
+            final = {}
+            if run.finished:
+                end = run.planned_steps or run.steps_done
+                final = {e.suite: e for e in run.evaluations if e.iteration >= end}
+            yield Cell(
+                run,
+                trunk,
+                self._variants[trunk.name] if trunk else "",
+                run.parent.trunk_tokens if run.parent else run.trunk_tokens,
+                self.recipe_of(run),
+                settings[run.name],
+                run.seed,
+                final.get(self.headline or ""),
+                final,
+            )
+
+    def base_of(self, cell: Cell) -> Cell | None:
+        return next(
+            (
+                c
+                for c in self.cells
+                if c.recipe == BASE
+                and c.trunk is cell.trunk
+                and c.checkpoint_tokens == cell.checkpoint_tokens
+            ),
+            None,
+        )
+
+    def pairs(self, recipe: str, other: str) -> list[tuple[Cell, Cell]]:
+        """Cells of two recipes at the same trunk, checkpoint and seed."""
+        if other == BASE:
+            return [(c, b) for c in self.of_recipe(recipe) if (b := self.base_of(c)) is not None]
+        return [
+            (a, b)
+            for a in self.of_recipe(recipe)
+            for b in self.of_recipe(other)
+            if a.place == b.place
+        ]
+
+    def of_recipe(self, recipe: str) -> list[Cell]:
+        return [cell for cell in self.cells if cell.recipe == recipe]
+
+    def readiness_of(self, cell: Cell) -> Evaluation | None:
+        """What was measured before an excursion: in its own run before training, or of its base."""
+        base = self.base_of(cell)
+        before = [*cell.run.at(0).values(), *(base.evaluations.values() if base else ())]
+        probes = [e for e in before if "informative_groups" in e.metrics]
+        probes.sort(key=lambda e: not e.suite.endswith(PROBE))
+        return probes[0] if probes else None
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted({cell.seed for cell in self.cells})
+
+    @property
+    def checkpoints(self) -> list[int]:
+        """Those from which excursions start; without excursions, those evaluated."""
+        excursions = {c.checkpoint_tokens for c in self.cells if c.recipe != BASE}
+        return sorted(excursions or {c.checkpoint_tokens for c in self.cells})
+
+    @property
+    def variants(self) -> list[str]:
+        return sorted({cell.variant for cell in self.cells})
+
+    @property
+    def settings_hash(self) -> str:
+        return settings_hash(self.runs)
+
+    def missing(self) -> list[str]:
+        """What a full report would need and is not there, one line each."""
+        found = list(self.problems)
+        if self.headline is None:
+            found.append("no pass@k evaluation of any run")
+        suites = sorted({s for c in self.cells if c.recipe != BASE for s in c.accuracy_suites})
+        branched = set(self.checkpoints)
+        for cell in self.cells:
+            where = cell.run.name
+            if cell.trunk is None:
+                at = cell.run.parent.run if cell.run.parent else "?"
+                found.append(f"{where}: the run it starts from, {at}, is not here")
+            if cell.recipe == BASE:
+                if cell.checkpoint_tokens not in branched:
+                    continue
+                where += f" at {cell.checkpoint_tokens:,} tokens"
+            elif not cell.run.finished:
+                done, planned = cell.run.steps_done, cell.run.planned_steps
+                found.append(f"{where}: stands at step {done:,} of {planned:,}")
+                continue
+            lacks = [] if cell.headline or not self.headline else [self.headline]
+            lacks += [suite for suite in suites if suite not in cell.evaluations]
+            if lacks:
+                found.append(f"{where}: no evaluation of {', '.join(lacks)}")
+        return found

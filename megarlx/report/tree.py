@@ -1,0 +1,77 @@
+"""`megarlx tree DIR`: which run came from which, with its tokens, recipe and headline metric."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+from rich.tree import Tree
+
+from megarlx.report.runs import Evaluation, ReportError, Run
+from megarlx.report.settings import quantity
+from megarlx.report.study import KS, Study
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, metavar="DIR", help="holds runs, at any depth")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    try:
+        study = Study.of(arguments.directory)
+        drawn = lineage(study)
+    except ReportError as error:
+        print(f"megarlx tree: {error}", file=sys.stderr)
+        return 1
+    # Where no terminal is, a line is as long as it needs to be.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 400)
+    console.print(drawn)
+    for problem in study.problems:
+        print(problem, file=sys.stderr)
+    return 0
+
+
+def lineage(study: Study) -> Tree:
+    root = Tree(Text(str(study.root)))
+    for trunk in study.trunks:
+        _add(study, root, trunk)
+    for other in study.excursions:
+        if study.parent_of(other) is None and other.parent is not None:
+            far = Text(f"{other.parent.run} (not below this folder)", style="dim")
+            _add(study, root.add(far), other)
+    return root
+
+
+def _add(study: Study, above: Tree, run: Run) -> None:
+    study.trunk_of(run)  # refuses a circle
+    node = above.add(Text("  ".join(filter(None, described(study, run)))))
+    below = [other for other in study.excursions if study.parent_of(other) is run]
+    for other in sorted(below, key=lambda r: (r.trunk_tokens, r.recipe or "", r.seed, r.name)):
+        _add(study, node, other)
+
+
+def described(study: Study, run: Run) -> list[str]:
+    recipe = run.recipe or ("pre-training" if run.parent is None else "continued")
+    start = f"from {quantity(run.parent.trunk_tokens)} tokens" if run.parent else ""
+    evaluation = run.last(f"{study.headline}_few_shot") if run.parent is None else None
+    evaluation = evaluation or run.last(study.headline or "")
+    reached = ""
+    if run.parent is None and run.evaluations:
+        reached = f"{quantity(max(e.trunk_tokens for e in run.evaluations))} tokens"
+    steps = "" if run.finished else f"step {run.steps_done:,} of {run.planned_steps:,}"
+    return [run.name, recipe, f"seed {run.seed}", start, reached, steps, metric_of(evaluation)]
+
+
+def metric_of(evaluation: Evaluation | None) -> str:
+    if evaluation is None:
+        return "not evaluated"
+    found = [(k, evaluation.metrics.get(f"pass_at_{k}")) for k in KS]
+    known = [(k, value) for k, value in found if value is not None]
+    if not known:
+        return ""
+    ks = "/".join(str(k) for k, _ in known)
+    values = "/".join(f"{100 * value:.1f}" for _, value in known)
+    return f"{evaluation.suite} pass@{ks} {values}% at step {evaluation.iteration:,}"

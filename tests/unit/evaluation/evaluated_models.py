@@ -1,0 +1,58 @@
+"""A small untrained model, its tokenizer, and likelihoods from their definition."""
+
+from __future__ import annotations
+
+import torch
+
+from megarlx.comm.groups import Mesh
+from megarlx.config.model import family_config
+from megarlx.data.conversations import Template
+from megarlx.data.synthetic import World, WorldSettings
+from megarlx.evaluation.suites import Subject
+from megarlx.model.build import ParallelModel, build_model
+
+WORLD = World(WorldSettings(seed=3, entities=9, steps=(1.0, 1.0)))
+
+
+def small_model(longest: int = 96, mesh: Mesh | None = None) -> ParallelModel:
+    """A vocabulary larger than the world's, and weights large enough that tokens differ much."""
+    config = family_config(
+        "olmo2",
+        vocab_size=301,
+        hidden_size=20,
+        layers=2,
+        heads=2,
+        head_dim=10,
+        intermediate_size=28,
+        max_sequence_length=longest,
+        init_std=0.3,
+    )
+    return build_model(config, Mesh.alone() if mesh is None else mesh, seed=5)
+
+
+def subject(model: ParallelModel | None = None, *, is_base: bool = True) -> Subject:
+    return Subject(
+        small_model() if model is None else model,
+        WORLD.tokenizer(),
+        Template(),
+        is_base,
+        iteration=7,
+        trunk_tokens=700,
+        world=WORLD,
+    )
+
+
+def logits_behind(model: ParallelModel, tokens: list[int]) -> torch.Tensor:
+    """fp64 log-probs of what may follow the tokens, from a pass over just these."""
+    (stage,) = model.stages
+    with torch.no_grad():
+        logits = stage.logits(stage(torch.tensor([tokens])))[-1]
+    return logits.double().log_softmax(-1)
+
+
+def logprob(model: ParallelModel, before: list[int], tokens: list[int]) -> float:
+    """Token by token."""
+    total = 0.0
+    for at, token in enumerate(tokens):
+        total += float(logits_behind(model, before + tokens[:at])[token])
+    return total

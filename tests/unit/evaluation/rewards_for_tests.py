@@ -1,0 +1,11 @@
+"""Rewards that tests name by module:function."""
+
+from megarlx.objectives.samples import Sample
+
+
+def even_letters(samples: list[Sample]) -> list[float]:
+    return [1.0 - len(s.completion) % 2 for s in samples]
+
+
+def broken(samples: list[Sample]) -> list[float]:
+    raise RuntimeError("this reward is broken")

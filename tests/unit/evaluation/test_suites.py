@@ -1,0 +1,259 @@
+"""Suites that sample: what they ask, what counts, and what they write."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evaluated_models import WORLD, logits_behind, small_model, subject
+
+from megarlx.config.evaluation import EvaluationConfig, SuiteConfig, world_suites
+from megarlx.data.conversations import Template, Turn
+from megarlx.data.prompts import FewShot
+from megarlx.data.synthetic import guessing_pass_at_k
+from megarlx.evaluation.questions import SuiteError, few_shot_of, questions_of
+from megarlx.evaluation.results import ResultError, read_result, result_path, results_of
+from megarlx.evaluation.sampling import sample_and_score
+from megarlx.evaluation.suites import Parent, described, evaluate, metrics_of
+from megarlx.objectives.reward_process import RewardError
+
+TOKENIZER = WORLD.tokenizer()
+EVEN = {"function": "rewards_for_tests:even_letters", "workers": 0}
+
+
+def suite(**fields: Any) -> SuiteConfig:
+    given = {} if "path" in fields else {"world": "problems"}
+    short = {"samples": 4, "ks": (1, 4), "max_new_tokens": 6, "questions": 5}
+    return SuiteConfig.model_validate(
+        {"name": "s", "kind": "pass_at_k", **given, **short, **fields}
+    )
+
+
+def config(*suites: SuiteConfig, **fields: Any) -> EvaluationConfig:
+    return EvaluationConfig(suites=suites, slots=16, **fields)
+
+
+def lines(path: Path, *rows: dict[str, Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_every_reward_of_every_sample_is_counted(tmp_path: Path) -> None:
+    chosen = suite(rewards=[EVEN])
+    (found,) = evaluate(subject(), config(chosen, kept_samples=4), run=tmp_path)
+    kept = [
+        json.loads(line)
+        for line in (tmp_path / "samples" / "iter_00000007.s.jsonl").read_text().splitlines()
+    ]
+    assert len(kept) == 5 * 4
+    for item in found["items"]:
+        own = [line for line in kept if line["id"] == item["id"]]
+        assert item["correct"] == sum(len(line["completion"]) % 2 == 0 for line in own)
+        assert item["truncated"] == sum(line["finish_reason"] == "length" for line in own)
+    assert read_result(result_path(tmp_path, 7, "s")) == json.loads(json.dumps(found))
+    assert metrics_of([found])["eval/s/pass_at_1"] == found["metrics"]["pass_at_1"]
+    assert "(guessing " in described(found)
+    for k in (1, 4):
+        expected = guessing_pass_at_k(WORLD.settings, k)
+        assert found["guessing"][f"pass_at_{k}"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_rounds_do_not_change_samples() -> None:
+    few = evaluate(subject(), config(suite(rewards=[EVEN])))
+    many = evaluate(subject(), config(suite(rewards=[EVEN]), kept_samples=0))
+    narrow = evaluate(subject(), EvaluationConfig(suites=(suite(rewards=[EVEN]),), slots=2))
+    assert few[0]["items"] == many[0]["items"] == narrow[0]["items"]
+
+
+def test_greedy_samples_are_what_one_pass_a_token_says() -> None:
+    model = small_model()
+    chosen = suite(samples=1, ks=(1,), temperature=0.0, questions=2)
+    questions = questions_of(chosen, WORLD)
+    scored = sample_and_score(model, TOKENIZER, Template(), chosen, questions, FewShot(), seed=1)
+    for one in scored:
+        ids = Template().prompt_ids((Turn("user", one.question.text),), TOKENIZER)
+        begin = len(ids)
+        while len(ids) < begin + 6 and ids[-1] != TOKENIZER.eos_id:
+            ids.append(int(logits_behind(model, ids).argmax()))
+        text = TOKENIZER.decode_sampled([i for i in ids[begin:] if i != TOKENIZER.eos_id])
+        assert one.samples[0].completion == text
+
+
+def test_base_models_see_examples_and_trained_ones_do_not() -> None:
+    chosen = suite(few_shot=2, few_shot_style="calculate")
+    assert few_shot_of(chosen, WORLD, 0, is_base=False) == FewShot()
+    shots = few_shot_of(chosen, WORLD, 0, is_base=True)
+    assert len(shots.examples) == 2
+    assert shots == few_shot_of(chosen, WORLD, 0, is_base=True)
+    assert shots != few_shot_of(chosen, WORLD, 1, is_base=True)
+    ids = shots.ids(Template(), TOKENIZER)
+    text = TOKENIZER.decode(ids)
+    assert text.count("question :") == text.count("####") == 2
+    assert text.count("<eos>") == 2
+    assert ids[-1] == TOKENIZER.eos_id
+    tested = {question.text for question in questions_of(suite(questions=200), WORLD)}
+    assert not tested & {example.turns[0].content for example in shots.examples}
+
+
+def test_examples_and_questions_of_a_file(tmp_path: Path) -> None:
+    demonstrations = lines(
+        tmp_path / "d.jsonl",
+        *({"question": f"q{i}", "answer": f"a{i}"} for i in range(5)),
+    )
+    asked = lines(
+        tmp_path / "q.jsonl",
+        {"question": "how many ?", "answer": "12", "id": "first", "group": "easy"},
+        {"question": "and now ?", "answer": 4},
+    )
+    chosen = suite(path=asked, few_shot=3, few_shot_path=demonstrations, few_shot_separator="\n\n")
+    questions = questions_of(chosen, None)
+    assert [(q.id, q.reference, q.group) for q in questions] == [
+        ("first", "12", "easy"),
+        ("q/1", "4", None),
+    ]
+    shots = few_shot_of(chosen, None, 0, is_base=True)
+    assert len({example.turns for example in shots.examples}) == 3
+    with pytest.raises(SuiteError, match="holds 5 examples; 6 are to be shown"):
+        few_shot_of(
+            suite(path=asked, few_shot=6, few_shot_path=demonstrations), None, 0, is_base=True
+        )
+    double = lines(
+        tmp_path / "two.jsonl", *[{"question": "a", "id": 1}, {"question": "b", "id": 1}]
+    )
+    with pytest.raises(SuiteError, match="uses the id '1' twice"):
+        questions_of(suite(path=double), None)
+
+
+def test_stop_strings_end_a_completion_and_are_cut_off() -> None:
+    model, template = small_model(), Template()
+    chosen = suite(samples=32, ks=(1,), temperature=1.0, max_new_tokens=20, questions=2)
+    questions = questions_of(chosen, WORLD)
+
+    def completions(which: SuiteConfig) -> list[tuple[str, str]]:
+        scored = sample_and_score(model, TOKENIZER, template, which, questions, FewShot(), seed=1)
+        return [(s.completion, s.finish_reason) for one in scored for s in one.samples]
+
+    free = completions(chosen)
+    stop = max((w for text, _ in free for w in text.split()), key=lambda w: len(w))
+    stopped = completions(chosen.model_copy(update={"stop_strings": (stop,)}))
+    assert sum(reason == "stop_string" for _, reason in stopped) >= 1
+    for (text, _), (cut, reason) in zip(free, stopped, strict=True):
+        assert stop not in cut
+        if reason == "stop_string":
+            assert cut == text[: text.find(stop)]
+
+
+def test_behaviour_is_mean_reward_violations_and_drift_from_the_parent(tmp_path: Path) -> None:
+    chosen = suite(kind="behaviour", world="behaviours", rewards=[EVEN], violation_below=0.5)
+    parent, child = tmp_path / "parent", tmp_path / "child"
+    (before,) = evaluate(subject(), config(chosen), run=parent)
+    moved = small_model()
+    moved.data_parallel.weights.mul_(0.5)
+    (after,) = evaluate(
+        subject(moved, is_base=False), config(chosen), run=child, parent=Parent(parent, 7)
+    )
+    rewards = [item["reward"] for item in before["items"]]
+    assert before["metrics"]["mean"] == pytest.approx(sum(rewards) / 5)
+    assert before["metrics"]["violation_rate"] == pytest.approx(1 - sum(rewards) / 5)
+    drift = after["metrics"]["mean"] - before["metrics"]["mean"]
+    assert after["metrics"]["drift"] == pytest.approx(drift)
+    low, high = after["drift_interval"]
+    assert low <= drift <= high
+    assert "drift" not in before["metrics"]
+    assert before["items"][0]["group"] in {name for name, _ in WORLD.settings.behaviours}
+
+
+def test_group_size_adds_the_share_of_informative_groups() -> None:
+    (found,) = evaluate(subject(), config(suite(rewards=[EVEN], group_size=2)))
+    share = 0.0
+    for item in found["items"]:
+        c, n = item["correct"], item["samples"]
+        share += 2 * c * (n - c) / (n * (n - 1)) / len(found["items"])
+    assert 0 < share < 1
+    assert found["metrics"]["informative_groups"] == pytest.approx(share)
+
+
+def test_what_a_result_depends_on_makes_it_be_computed_again(tmp_path: Path) -> None:
+    asked = lines(tmp_path / "q.jsonl", {"question": "tom has 9 pears", "answer": "12"})
+    chosen = config(suite(path=asked))
+    said: list[str] = []
+
+    def again(which: Any = None, settings: EvaluationConfig = chosen) -> bool:
+        said.clear()
+        evaluate(which or subject(), settings, run=tmp_path / "run", say=said.append)
+        return not any("there already" in line for line in said)
+
+    assert again()
+    assert not again()
+    assert again(settings=chosen.model_copy(update={"seed": 4}))
+    assert again(settings=chosen)
+    assert again(dataclasses.replace(subject(), digest="another"))
+    assert again(dataclasses.replace(subject(), template=Template(user="{content}")))
+    assert again()
+    lines(Path(asked), {"question": "tom has 9 pears", "answer": "13"})
+    assert again()
+    assert not again()
+    assert not again(settings=chosen.model_copy(update={"slots": 8}))
+    assert [r["iteration"] for r in results_of(tmp_path / "run", "s")] == [7]
+
+
+def test_a_broken_reward_stops_the_suite_with_its_reason(tmp_path: Path) -> None:
+    bad = suite(rewards=[{**EVEN, "function": "rewards_for_tests:broken"}])
+    with pytest.raises(RewardError, match="this reward is broken"):
+        evaluate(subject(), config(bad), run=tmp_path)
+    assert not (tmp_path / "evaluations").exists()
+
+
+def test_prompts_too_long_for_the_model_are_refused_with_the_numbers() -> None:
+    with pytest.raises(
+        SuiteError, match=r"max_new_tokens is 90; model.max_sequence_length allows 96"
+    ):
+        evaluate(subject(), config(suite(max_new_tokens=90)))
+
+
+def test_the_world_has_a_suite_of_every_kind_that_reads_or_samples() -> None:
+    kinds = {made.kind for made in world_suites().suites}
+    assert kinds == {"pass_at_k", "choice", "cloze", "perplexity", "behaviour"} - {"behaviour"}
+
+
+def test_files_that_are_no_results_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    for text, said in (("{", "is not JSON"), ('{"format": 9}', "has the format 9"), ("[]", "None")):
+        path.write_text(text)
+        with pytest.raises(ResultError, match=said):
+            read_result(path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"path": "x", "world": "problems"}, "path: or world is needed"),
+        ({"kind": "choice", "world": "problems"}, "a choice suite can use facts, held_out_facts"),
+        ({"ks": (9,)}, "ks: are [9]; samples = 4 allows none"),
+        ({"ks": ()}, "ks: is empty"),
+        ({"group_size": 9}, "group_size: is 9; samples is 4"),
+        ({"path": "x", "few_shot": 3}, "few_shot_path: is missing; 3 examples"),
+        ({"path": "x", "kind": "behaviour"}, "rewards: are missing"),
+        ({"kind": "cloze", "world": "facts", "few_shot": 2}, "few_shot: is for pass_at_k and"),
+        ({"name": "../x"}, "name: is '../x'; allowed are letters"),
+    ],
+)
+def test_suites_that_make_no_sense_are_refused(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError) as raised:
+        suite(**fields)
+    assert said in str(raised.value)
+
+
+def test_names_of_suites_differ() -> None:
+    with pytest.raises(ValueError, match="use the name s more than once"):
+        config(suite(), suite())
+
+
+@pytest.mark.parametrize("section", [SuiteConfig, EvaluationConfig])
+def test_every_field_has_a_one_line_description(section: Any) -> None:
+    for name, field in section.model_fields.items():
+        assert field.description, name
+        assert len(field.description) <= 100, name

@@ -1,0 +1,109 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from fake_sweep import Sweep
+
+from megarlx.cli import main
+from megarlx.report.predicates import PREDICATES
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sweep = Sweep(tmp_path_factory.mktemp("runs") / "sweep", questions=40, tests=20)
+    sweep.checkpoints = (2_000_000,)
+    return sweep.write(["rl", "sft", "parallel"])
+
+
+@pytest.fixture
+def root(written: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(written, tmp_path / "sweep"))
+
+
+def test_two_seeds_give_numbers_verdicts_and_the_agreed_summary(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(root)]) == 0
+    said = capsys.readouterr().out
+    assert "pass@32 (guessing)" in said
+    assert "(9.0)" in said
+    assert "P15" in said
+    assert said.splitlines()[-1] == str(root / "report" / "index.html")
+    found = json.loads((root / "report" / "summary.json").read_text())
+    assert list(found) == ["predicates", "results", "settings_hash"]
+    assert list(found["predicates"]) == list(PREDICATES)
+    for judged in found["predicates"].values():
+        assert list(judged) == ["verdict", "held", "evidence"]
+        assert judged["verdict"] in ("held", "not held", "undetermined")
+        assert judged["held"] is (judged["verdict"] == "held")
+    assert found["predicates"]["P3"]["held"]
+    assert len(found["results"]) == 8
+
+
+def test_one_seed_prints_numbers_and_no_verdicts(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for run in [*(root / "trunks").glob("*seed1"), *(root / "excursions").glob("*seed1")]:
+        shutil.rmtree(run)
+    assert main(["report", str(root)]) == 0
+    said = capsys.readouterr().out
+    assert "One seed: no verdict" in said
+    assert "P15" not in said
+    page = (root / "report" / "index.html").read_text()
+    assert "One seed: numbers are shown, no verdict is claimed." in page
+    assert page.index('id="pass_at_k"') < page.index('id="predicates"')
+
+
+def test_a_sweep_that_has_only_begun_gives_a_report(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(root / "excursions")
+    for folder in (root / "trunks").glob("*/evaluations"):
+        shutil.rmtree(folder)
+    (root / "trunks" / "seed1" / "metrics.jsonl").unlink()
+    (root / "trunks" / "seed0" / "resolved.json").unlink()
+    assert main(["report", str(root)]) == 0
+    assert "missing: no pass@k evaluation of any run" in capsys.readouterr().out
+    assert "of any run" in (root / "report" / "index.html").read_text()
+
+
+def test_out_takes_the_report_and_the_runs_stay_as_they_are(root: Path, tmp_path: Path) -> None:
+    def files() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+    for folder in root.glob("*/*/evaluations"):  # nothing to draw: quick
+        shutil.rmtree(folder)
+    before = files()
+    assert main(["report", str(root), "--out", str(tmp_path / "out")]) == 0
+    assert files() == before
+    assert (tmp_path / "out" / "index.html").is_file()
+
+
+@pytest.mark.parametrize("command", ["report", "tree"])
+def test_a_folder_without_runs_is_an_error_in_one_line(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"megarlx {command}: {tmp_path} holds no run")
+    assert said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_tree_shows_who_came_from_whom(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = Sweep(root, checkpoints=(2_000_000,), questions=40, tests=20)
+    sweep.outcomes["[rl]"] = sweep.outcomes["rl"]
+    sweep.excursion(root / "excursions" / "sft-2000000-seed0", "[rl]", 2_000_000, 0, name="on")
+    shutil.rmtree(root / "trunks" / "seed1")
+    assert main(["tree", str(root)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    guides = "│├└─ \xa0"
+    depth = {
+        line.lstrip(guides).split("  ")[0]: len(line) - len(line.lstrip(guides)) for line in lines
+    }
+    assert depth["trunks/seed0"] < depth["excursions/sft-2000000-seed0"] < depth["excursions/on"]
+    assert any("[rl]" in line for line in lines)
+    rl = next(line for line in lines if "excursions/rl-2000000-seed0" in line)
+    assert "seed 0  from 2M tokens  math pass@1/8/32 39.4/60.0/60.0% at step 60" in rl
+    assert "trunks/seed1 (not below this folder)" in "".join(lines)

@@ -1,0 +1,149 @@
+import json
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from fake_sweep import AS_IN_THE_PAPER, Sweep
+
+from megarlx.cli import main
+from megarlx.report.page import text
+
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+ALLOWED = {
+    *("html", "head", "meta", "title", "style", "body", "header", "nav", "main", "section"),
+    *("h1", "h2", "h3", "p", "a", "div", "figure", "figcaption", "img", "table", "thead", "tbody"),
+    *("tr", "th", "td", "br", "pre", "b", "details", "summary", "ul", "li"),
+}
+HOSTILE = '<img src=x onerror="alert(1)"> & <script>alert(2)</script>'
+
+
+class Page(HTMLParser):
+    """Raises where tags are not nested as they should be."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def with_samples(run: Path, completion: str) -> None:
+    line = {"prompt": "1 + 1 = ", "completion": completion, "reference": "2", "reward": 0.0}
+    (run / "samples").mkdir()
+    more = {"finish_reason": "stop", "id": "test/0"}
+    (run / "samples" / "iter_00000060.math.jsonl").write_text(json.dumps(line | more) + "\n")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sweep = Sweep(tmp_path_factory.mktemp("sweep"), questions=40, tests=20)
+    sweep.checkpoints = (1_000_000, 2_000_000)
+    sweep.outcomes = AS_IN_THE_PAPER | {HOSTILE: AS_IN_THE_PAPER["rl"]}
+    trunks = [sweep.trunk(seed) for seed in (0, 1)]
+    for seed, trunk in enumerate(trunks):
+        for tokens in sweep.checkpoints:
+            for recipe in ("rl", "sft", "sft_then_rl"):
+                sweep.excursion(trunk, recipe, tokens, seed)
+    run = sweep.excursion(trunks[0], HOSTILE, 2_000_000, 0, name='"><svg onload=x>')
+    with_samples(run, "2</pre><script>alert(3)</script>\x00\x1b[31m\ud83d")
+    assert main(["report", str(sweep.root)]) == 0
+    return sweep.root
+
+
+def test_the_page_is_well_formed_and_holds_only_known_tags(root: Path) -> None:
+    page = Page(root / "report" / "index.html")
+    assert {tag for tag, _ in page.tags} <= ALLOWED
+    assert not [a for _, attributes in page.tags for a in attributes if a.startswith("on")]
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    assert {a["href"] for a in page.all("a") if (a["href"] or "").startswith("#")} == {
+        f"#{i}" for i in ids
+    }
+
+
+def test_what_files_say_is_shown_and_never_run(root: Path) -> None:
+    page = Page(root / "report" / "index.html")
+    shown = "".join(page.words)
+    assert HOSTILE in shown
+    assert '"><svg onload=x>' in shown
+    assert "2</pre><script>alert(3)</script>\ufffd\ufffd[31m\ufffd" in shown
+
+
+def test_the_page_loads_nothing_from_elsewhere(root: Path) -> None:
+    out = root / "report"
+    page = Page(out / "index.html")
+    places = [a[key] or "" for _, a in page.tags for key in ("src", "href") if key in a]
+    for place in places:
+        assert place.startswith("#") or (out / place).is_file(), place
+    written = (out / "index.html").read_text()
+    for word in ("http:", "https:", "@import", "url(", "//cdn"):
+        assert word not in written
+
+
+def test_every_figure_has_a_text_a_size_and_a_table_beside_it(root: Path) -> None:
+    page = Page(root / "report" / "index.html")
+    images = page.all("img")
+    assert {image["src"] for image in images} == {
+        f"figures/{name}.svg"
+        for name in (
+            *("pass_at_k", "gains", "capability", "held_out"),
+            *("dynamics", "consistency", "cost"),
+        )
+    }
+    for image in images:
+        assert len(image["alt"] or "") > 30
+        assert int(image["width"] or 0) > 100
+        assert int(image["height"] or 0) > 100
+    beside = [a for a in page.all("div") if a.get("class") == "beside"]
+    assert len(beside) == len(images)
+    assert len(page.all("table")) == len(images) + 1  # and the claims
+
+
+def test_figures_are_pictures_in_both_formats(root: Path) -> None:
+    figures = root / "report" / "figures"
+    assert len(list(figures.glob("*.svg"))) == 7
+    for file in figures.glob("*.svg"):
+        assert ElementTree.parse(file).getroot().tag.endswith("}svg")
+        png = file.with_suffix(".png").read_bytes()
+        assert png.startswith(b"\x89PNG")
+        assert int.from_bytes(png[16:20], "big") > 800  # pixels wide
+
+
+def test_a_phone_is_told_the_width_and_the_language_is_named(root: Path) -> None:
+    page = Page(root / "report" / "index.html")
+    assert page.all("html")[0]["lang"] == "en"
+    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.all(
+        "meta"
+    )
+
+
+def test_the_same_files_give_the_same_report(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "again"
+    assert main(["report", str(root), "--out", str(out)]) == 0
+    for file in ("index.html", "summary.json", "figures/pass_at_k.svg", "figures/cost.png"):
+        assert (out / file).read_bytes() == (root / "report" / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("given", ["<", "&", '"', "'", "a\x00b", "\ud800"])
+def test_text_can_stand_anywhere_in_html(given: str) -> None:
+    made = text(given)
+    made.encode("utf-8")
+    assert not set("<\"'\x00") & set(made)
