@@ -33,7 +33,7 @@ from megarlx.objectives.rollout import Rollout, Sampler
 from megarlx.ops import TokenLoss, linear_token_loss
 from megarlx.ops.loss_spec import METRICS
 
-KeepSamples = Callable[[int, list[dict[str, Any]]], None]  # rollout's number, examples
+KeepSamples = Callable[[int, list[dict[str, Any]]], bool]  # rollout's number, examples: kept?
 
 
 class Reinforcement(Objective):
@@ -58,6 +58,7 @@ class Reinforcement(Objective):
         self._minibatch: Completions | None = None
         self._seen: list[TokenLoss] = []
         self._first_of_rollout = False
+        self._examples: list[dict[str, Any]] = []
         self._signal: float | None = None
 
     @property
@@ -159,6 +160,10 @@ class Reinforcement(Objective):
             [],
         )
 
+    def new_examples(self) -> list[dict[str, Any]]:
+        examples, self._examples = self._examples, []
+        return examples
+
     def close(self) -> None:
         self.sampler.rewards.close()
 
@@ -180,8 +185,8 @@ class Reinforcement(Objective):
         self.work.generated_tokens += rollout.metrics["rl/generated_tokens"]
         self.work.forward_tokens += rollout.metrics["rl/prompt_tokens"]
         self._signal = rollout.metrics["rl/informative_groups"]
-        if self.keep_samples is not None:
-            self.keep_samples(self.rollouts, rollout.examples)
+        if self.keep_samples is not None and self.keep_samples(self.rollouts, rollout.examples):
+            self._examples = rollout.examples
         self.rollouts += 1
 
     def _logprobs(self, completions: Completions) -> Tensor:
