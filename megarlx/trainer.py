@@ -190,9 +190,14 @@ class Trainer:
         self.steps_done = steps
         return loaded
 
+    @property
+    def from_parent(self) -> list[str]:
+        """Objectives that go on with what only another run can have left."""
+        return sorted(self.stages[0].going_on | self._kept_for_later(0))
+
     def start_from(self, checkpoint: Path) -> Loaded:
         """An excursion's start: the weights, and what its objectives go on with, no more."""
-        going_on = sorted(self.stages[0].going_on | self._kept_for_later(0))
+        going_on = self.from_parent
         manifest = read_manifest(checkpoint)
         held = {name.split("/")[1] for name in manifest.tensors if name.startswith(OPTIMIZER)}
         if missing := [name for name in going_on if name not in held]:

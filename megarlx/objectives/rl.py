@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megarlx.comm.collectives import all_reduce_
-from megarlx.config.objectives import RlConfig
+from megarlx.config.objectives import RL, RlConfig
 from megarlx.data.order import key_of, shuffled
 from megarlx.model.build import ParallelModel
 from megarlx.objectives.interface import Batch, Objective
@@ -117,7 +117,10 @@ class Reinforcement(Objective):
             return {}
         found = dict(self.current.metrics)
         found |= self._loss_metrics()
-        return found
+        if self.name == RL:
+            return found
+        # Several of them in one run: each under its name.
+        return {f"rl/{self.name}/{k[3:]}" if k[:3] == "rl/" else k: v for k, v in found.items()}
 
     def state(self) -> dict[str, Any]:
         state: dict[str, Any] = {

@@ -122,11 +122,10 @@ def _start(run: Run) -> Costs:
 
 
 def _check_nothing_goes_on(run: Run) -> None:
-    first = run.config.all_stages[0]
-    if names := [name for name, one in first.objectives.items() if one.goes_on]:
+    if names := run.trainer.from_parent:
         raise RunError(
-            f"stages[0].objectives.{names[0]}.goes_on is true, but this run has no parent to go on "
-            "from; an excursion (`megarlx branch`) has one"
+            f"goes_on of {', '.join(names)} is true, but no stage before has it, and this run has "
+            "no parent to go on from; an excursion (`megarlx branch`) has one"
         )
 
 
