@@ -115,7 +115,10 @@ class Converter:
             origin = export.types_of_origin(source.dtypes)
             state = {
                 "steps_done": asked.iteration,
+                # No objective has been trained here that an excursion could go on with.
                 "optimizer": {"steps": {}},
+                "positions": {},
+                "objectives": {},
                 "run": {
                     "tokens": {"pretraining": tokens, "sft": 0, "rl": 0},
                     "converted": {"source": asked.source, **origin},

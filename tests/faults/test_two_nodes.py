@@ -89,7 +89,7 @@ def test_when_a_node_is_cut_off_the_other_fails_in_time_and_the_next_start_goes_
     settings = (*SETTINGS, *layout, f"layout.time_limit_seconds={TIME_LIMIT}")
     with job(nodes, per_node, config, out, *settings) as (survivor, lost):
         said = "".join(until_step(survivor, STEPS // 3))
-        assert survivor.poll() is None and lost.poll() is None, said
+        assert [survivor.poll(), lost.poll()] == [None, None], said
         since = time.monotonic()
         if first == "pull":
             nodes[1].pull_the_cable()

@@ -1,0 +1,33 @@
+"""Commands as the documents show them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from training_runs import ROOT
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+INDENTED = re.compile(r"(?:^(?: {4}.*)?\n)+", re.MULTILINE)
+
+
+def documents() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def fenced(document: Path, language: str) -> list[str]:
+    """The contents of the blocks of a language, in order."""
+    found = FENCE.findall(document.read_text(encoding="utf-8"))
+    return [text for name, text in found if name == language]
+
+
+def shell_lines(document: Path) -> list[str]:
+    """Every line of every block of code, those that a backslash goes on with in one."""
+    text = document.read_text(encoding="utf-8")
+    code = [content for _, content in FENCE.findall(text)]
+    code += INDENTED.findall(FENCE.sub("", text))
+    return [
+        line.strip().removeprefix("$ ")
+        for block in code
+        for line in re.sub(r"\\\n\s*", "", block).splitlines()
+    ]
