@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import platform
 import sys
@@ -22,6 +23,7 @@ from megarlx.doctor.machine import (
 )
 from megarlx.doctor.native_code import BUILD_FILE, check_index, check_ops, read_build
 from megarlx.doctor.packages import NEEDED, OPTIONAL, check_package
+from megarlx.doctor.ranks import check_ranks, place_in_job
 from megarlx.doctor.torch_stack import check_gloo, check_torch
 
 OURS = ("torch", "torch.distributed", "megarlx.ops.native", "megarlx._index")
@@ -34,7 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_seconds,
         default=60.0,
         metavar="N",
-        help="longest wait for one package to import (default: 60)",
+        help="longest wait for one package to import, or for other ranks (default: 60)",
+    )
+    parser.add_argument(
+        "--layout",
+        type=_layout,
+        metavar="tp,pp,dp",
+        help="groups to try under a launcher (default: tp inside each node, dp over the nodes)",
     )
 
 
@@ -45,10 +53,33 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _layout(text: str) -> str:
+    sizes = text.split(",")
+    if len(sizes) != 3 or not all(size.isdecimal() and int(size) for size in sizes):
+        raise argparse.ArgumentTypeError(f"is {text}; expected three sizes as 2,1,4")
+    return text
+
+
 def run(arguments: argparse.Namespace) -> int:
-    findings = examine(arguments.time_limit_seconds)
-    sys.stdout.write(as_json(findings) if arguments.json else as_text(findings))
+    limit = arguments.time_limit_seconds
+    place = place_in_job()
+    if place is None:
+        findings, ill_only = examine(limit), False
+    else:
+        # First the ranks, which must all come at the same time; then each node for itself, whose
+        # packages only one of its ranks has to look at.
+        findings = check_ranks(place, arguments.layout, limit)
+        findings += examine(limit) if place.local_rank == 0 else []
+        ill_only = place.rank > 0
+        if ill_only:
+            findings = [_of_node(finding) for finding in findings if not finding.well]
+    if findings or not ill_only:
+        sys.stdout.write(as_json(findings) if arguments.json else as_text(findings))
     return 0 if all(finding.well for finding in findings) else 1
+
+
+def _of_node(finding: Finding) -> Finding:
+    return dataclasses.replace(finding, part=f"{platform.node()}: {finding.part}")
 
 
 def examine(time_limit_seconds: float) -> list[Finding]:

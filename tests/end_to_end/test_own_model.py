@@ -86,8 +86,13 @@ torchrun() {{ {sys.executable} -m torch.distributed.run --standalone "$@"; }}
         path = tmp_path / f"runs/mine/{run}/evaluations/iter_{steps:08d}.mine.json"
         result = json.loads(path.read_text())
         assert [item["samples"] for item in result["items"]] == [4, 4]
-    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "models" / "mine")
-    trained = tmp_path / "models" / "OLMo-2-0425-1B"
-    before = transformers.AutoModelForCausalLM.from_pretrained(trained)
-    weights = dict(before.named_parameters())
-    assert all(not torch.equal(p, weights[n].to(p.dtype)) for n, p in exported.named_parameters())
+    # What comes back is the trained model: other weights, in the type that was asked for.
+    before, after = (
+        dict(
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder).named_parameters()
+        )
+        for folder in ("models/OLMo-2-0425-1B", "models/mine")
+    )
+    assert before.keys() == after.keys()
+    assert {weight.dtype for weight in after.values()} == {torch.bfloat16}
+    assert any(not torch.equal(before[n].bfloat16(), after[n]) for n in before)
