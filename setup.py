@@ -211,6 +211,8 @@ def requirements(torch_requirement: str) -> tuple[list[str], dict[str, list[str]
         "hf": ["transformers>=5"],
         "math": ["math-verify>=0.9"],
         "eval": ["lm_eval>=0.4.13"],
+        "wandb": ["wandb"],
+        "mlflow": ["mlflow"],
         "peers": ["trl>=1.16", "transformers>=5", "accelerate", "megatron-core>=0.16"],
         "cuda": ["torch==2.11.0", "transformer-engine[pytorch]==2.12.0", "flash-attn==2.8.3"],
     }

@@ -14,11 +14,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from megarlx.trackers import Trackers
+
 
 class MetricsWriter:
     """Appends to a run's metrics; `resume_at` drops what an interrupted run wrote after it."""
 
-    def __init__(self, run: Path, *, resume_at: int = 0) -> None:
+    def __init__(self, run: Path, *, resume_at: int = 0, trackers: Trackers | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = run / "metrics.jsonl"
@@ -27,6 +29,7 @@ class MetricsWriter:
         self._file = self.path.open("a", encoding="utf-8")
         # purge_step hides events of steps that will be written again.
         self._board: Any = SummaryWriter(str(run / "tensorboard"), purge_step=resume_at)
+        self._trackers = trackers
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for key, value in values.items():
@@ -34,15 +37,21 @@ class MetricsWriter:
         line = {"step": step, **{key: _finite(value) for key, value in values.items()}}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+        if self._trackers is not None:
+            self._trackers.scalars(step, values)
 
     def text(self, step: int, key: str, text: str) -> None:
         self._board.add_text(key, text, step)
+        if self._trackers is not None:
+            self._trackers.text(step, key, text)
 
     def close(self) -> None:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         self._board.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
     def __enter__(self) -> Self:
         return self

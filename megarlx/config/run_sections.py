@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -148,6 +148,12 @@ class LoggingConfig(Section):
     )
     skipped_updates_allowed: int = Field(
         default=10, ge=0, description="Non-finite gradients in a row after which the run stops"
+    )
+    trackers: Annotated[tuple[Literal["wandb", "mlflow"], ...], Field(strict=False)] = Field(
+        default=(), description="Services that get the metrics too; pip install 'megarlx[wandb]'"
+    )
+    tracker_project: str = Field(
+        default="megarlx", min_length=1, description="Project, or experiment, that runs belong to"
     )
     stop_after_minutes: float | None = Field(
         default=None, gt=0, description="Minutes after which the run saves and stops; absent: never"

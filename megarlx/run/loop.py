@@ -35,6 +35,7 @@ from megarlx.run.lock import run_lock
 from megarlx.run.rank_logs import RankLog, rank_log
 from megarlx.run.stopped import REQUEUE, clear_mark, exit_code, mark_stopped
 from megarlx.run.world import world_of
+from megarlx.trackers import Trackers, check_installed
 
 SHOWN_SAMPLES = 4
 GPU_PEAK_FLOP_PER_SECOND = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
@@ -83,7 +84,8 @@ def _train(run: Run, log: RankLog) -> int:
     resumed = run.trainer.steps_done
     first = run.mesh.rank == 0
     logging = run.config.logging
-    writer = MetricsWriter(run.directory.path, resume_at=resumed + 1) if first else None
+    check_installed(logging.trackers)
+    writer = _metrics_writer(run, resumed + 1) if first else None
     stop = StopRequest(logging.stop_after_minutes)
     loop = _Loop(run, costs, writer, log)
     with writer or nullcontext(), stop.listening(), loop.progress():
@@ -98,6 +100,13 @@ def _train(run: Run, log: RankLog) -> int:
         mark_stopped(run.directory.path, reason, run.trainer.steps_done)
         print(f"stopped by {reason}; saved, start again to go on")
     return exit_code(launch.read().launcher)
+
+
+def _metrics_writer(run: Run, resume_at: int) -> MetricsWriter:
+    logging, place = run.config.logging, run.directory.path
+    config = run.config.model_dump(mode="json")
+    trackers = Trackers(logging.trackers, logging.tracker_project, place, config)
+    return MetricsWriter(place, resume_at=resume_at, trackers=trackers)
 
 
 def _start(run: Run) -> Costs:

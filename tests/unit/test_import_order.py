@@ -14,7 +14,7 @@ LAYERS = [
     ["ops"],
     ["parallel"],
     ["model"],
-    ["data", "generation", "optimizer", "learning_rate", "checkpoint", "metrics", "hf"],
+    ["data", "generation", "optimizer", "learning_rate", "checkpoint", "trackers", "metrics", "hf"],
     ["objectives", "averaging", "evaluation"],
     ["stages"],
     ["trainer"],

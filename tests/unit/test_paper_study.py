@@ -1,0 +1,104 @@
+"""configs/paper_1b is the paper's study: what is known of it stands in the files, and all of it
+loads, without data and without a GPU."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from megarlx.config import load_config
+from megarlx.config.sweep import SweepConfig
+from megarlx.run.branch import excursion_config
+from megarlx.sweeps.plan import jobs_of
+
+ROOT = Path(__file__).resolve().parents[2]
+STUDY = ROOT / "configs" / "paper_1b"
+RECIPES = sorted((STUDY / "recipes").glob("*.toml"))
+STUDIED = [2, 4, 6, 10, 12, 14, 20, 28, 44]  # billions of tokens
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)  # a sweep names its files from the repository's folder
+
+
+def test_the_trunk_has_the_papers_setup() -> None:
+    config = load_config(STUDY / "trunk.toml")
+    tokens_per_step = config.training.sequences_per_step * config.training.sequence_length
+    assert (config.training.sequences_per_step, config.training.sequence_length) == (512, 4096)
+    assert math.isclose(config.steps * tokens_per_step, 50e9, rel_tol=1e-4)
+    assert config.optimizer is not None
+    assert (config.optimizer.lr, config.optimizer.schedule) == (4e-4, "cosine")
+    assert config.data is not None
+    shares = {source.name: source.weight for source in config.data.sources}
+    assert shares == {
+        "web": 60,
+        "math": 20,
+        "wikipedia": 7,
+        "stem_papers": 5,
+        "stackexchange": 2,
+    }
+    assert list(config.checkpoints.save_at_tokens) == [n * 10**9 for n in STUDIED]
+    sampled = [suite for suite in config.evaluation.suites if suite.kind == "pass_at_k"]
+    for suite in sampled:
+        assert (suite.ks, suite.temperature, suite.few_shot) == ((1, 8, 32), 0.6, 8)
+        assert suite.few_shot_trained == 0
+    capability = {suite.name for suite in config.evaluation.suites} - {s.name for s in sampled}
+    assert len(capability) == 6
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_branches_from_the_trunk(tmp_path: Path, recipe: Path) -> None:
+    (tmp_path / "resolved.json").write_text(load_config(STUDY / "trunk.toml").to_json())
+    config = excursion_config(tmp_path, recipe)
+    assert config.model.layers == 16
+    kinds = [sorted(stage.objectives) for stage in config.stages]
+    assert (
+        kinds
+        == {
+            "rl": [["rl"]],
+            "sft": [["sft"]],
+            "sft_gold": [["sft"]],
+            "sft_then_rl": [["sft"], ["rl"]],
+            "sft_gold_then_rl": [["sft"], ["rl"]],
+            "parallel": [["rl", "sft"]],
+        }[recipe.stem]
+    )
+    if "sft" in recipe.stem or recipe.stem == "parallel":
+        assert config.sft is not None
+        assert config.sft.demonstrations == ("all" if "gold" in recipe.stem else "one")
+    for stage in config.stages:
+        if "rl" in stage.objectives:
+            assert 600 <= stage.steps <= 1560
+        if stage.combine == "average":
+            assert stage.of == "updates"
+            assert {one.weight.first for one in stage.objectives.values()} == {0.5}
+
+
+def test_the_sweep_starts_every_recipe_from_every_studied_checkpoint_once(here: None) -> None:
+    sweep = load_config(STUDY / "sweep.toml", (), SweepConfig)
+    jobs = jobs_of(sweep)
+    outs = [job.out for job in jobs if job.out is not None]
+    assert len(set(outs)) == len(outs)
+    plain = {
+        (Path(job.arguments[2]).stem, job.arguments[1].partition("@tokens:")[2])
+        for job in jobs
+        if job.arguments[0] == "branch" and "rl.samples_per_prompt" not in str(job.arguments)
+    }
+    assert plain == {(recipe.stem, f"{n}B") for recipe in RECIPES for n in STUDIED}
+    measured = [job.arguments[1] for job in jobs if job.arguments[0] == "evaluate"]
+    assert [where.partition("@tokens:")[2] for where in measured] == [f"{n}B" for n in STUDIED]
+    groups = [a for job in jobs for a in job.arguments if a.startswith("rl.samples_per_prompt=")]
+    assert groups == ["rl.samples_per_prompt=5", "rl.samples_per_prompt=64"]
+    for job in jobs:
+        assert all((ROOT / a).is_file() for a in job.arguments if a.endswith(".toml"))
+
+
+def test_what_the_paper_does_not_say_is_marked() -> None:
+    for recipe in RECIPES:
+        text = recipe.read_text()
+        for line in text.splitlines():
+            if line.startswith(("lr ", "schedule ", "prompts_per_step ", "temperature ")):
+                assert "not known" in line, f"{recipe}: {line}"
