@@ -11,8 +11,16 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"(?:^(?: {4}.*)?\n)+", re.MULTILINE)
 
 
+SPAN = re.compile(r"`([^`\n]+)`")
+
+
 def documents() -> list[Path]:
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    """What shows commands: the documents, and the comments of configurations."""
+    return [
+        ROOT / "README.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+        *sorted((ROOT / "configs").rglob("*.toml")),
+    ]
 
 
 def fenced(document: Path, language: str) -> list[str]:
@@ -22,12 +30,17 @@ def fenced(document: Path, language: str) -> list[str]:
 
 
 def shell_lines(document: Path) -> list[str]:
-    """Every line of every block of code, those that a backslash goes on with in one."""
+    """Every line of every block of code, those that a backslash goes on with in one, and what is
+    set as code inside a text."""
     text = document.read_text(encoding="utf-8")
+    if document.suffix == ".toml":
+        return re.findall(r"^# {3}(.*)$", text, re.MULTILINE)
     code = [content for _, content in FENCE.findall(text)]
-    code += INDENTED.findall(FENCE.sub("", text))
-    return [
+    prose = FENCE.sub("", text)
+    code += INDENTED.findall(prose)
+    lines = [
         line.strip().removeprefix("$ ")
         for block in code
         for line in re.sub(r"\\\n\s*", "", block).splitlines()
     ]
+    return lines + SPAN.findall(INDENTED.sub("\n", prose))
