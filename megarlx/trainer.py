@@ -208,6 +208,7 @@ class Trainer:
             raise ValueError(f"training: all {self.steps_done} steps of the stages are done")
         before = self.optimizer
         if self.stage.in_replicas:
+            self.share_counts()
             for name, state in self._states().items():
                 if name not in before.trained:
                     self.objectives[name].load_state(state)

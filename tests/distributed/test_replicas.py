@@ -28,7 +28,7 @@ from megarlx.checkpoint import Saver, latest
 from megarlx.comm.groups import Mesh
 from megarlx.data.loader import BatchLayout, Loader
 from megarlx.data.samples import Sample
-from megarlx.model.build import ParallelModel, build_model
+from megarlx.model.build import build_model
 from megarlx.objectives.rl import Reinforcement
 from megarlx.objectives.supervised import Supervised
 from megarlx.optimizer import AdamSettings
@@ -209,14 +209,10 @@ def small(names: str, every: int) -> dict[str, Tensor]:
         for name in names
     ]
     stage = TrainingStage(members, placement="replicas", sync_every=every)
-    trainer = Trainer(on_mesh(stage_cases.small_model(), mesh), [stage])
+    trainer = Trainer(stage_cases.small_model(mesh=mesh), [stage])
     for _ in range(6):
         trainer.step()
     return stage_cases.parameters_of(trainer.model)
-
-
-def on_mesh(alone: ParallelModel, mesh: Mesh) -> ParallelModel:
-    return build_model(alone.config, mesh, seed=1, dtype=torch.float64, bucket_elements=700)
 
 
 @pytest.mark.parametrize(("names", "every"), [("ab", 1), ("abc", 1), ("ab", 3)])
@@ -410,9 +406,7 @@ def refused(objectives: int) -> str:
         for name in "abc"[:objectives]
     ]
     try:
-        Trainer(
-            on_mesh(stage_cases.small_model(), mesh), [TrainingStage(members, placement="replicas")]
-        )
+        Trainer(stage_cases.small_model(mesh=mesh), [TrainingStage(members, placement="replicas")])
     except ValueError as error:
         return str(error)
     return ""
