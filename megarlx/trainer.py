@@ -144,16 +144,21 @@ class Trainer:
         barrier(self.mesh.replica)
         self._waited += time.perf_counter() - begun
 
-    def idle_share(self, seconds: float) -> dict[str, float]:
-        """The share of the last `seconds`, those since the last call, that ranks waited for other
-        replicas on average; nothing where there are none."""
+    def take_waited_seconds(self) -> float:
+        """What this rank has waited for other replicas since the last call."""
         waited, self._waited = self._waited, 0.0
         for objective in self.objectives.values():
             waited, objective.waited_seconds = waited + objective.waited_seconds, 0.0
+        return waited
+
+    def idle_share(self, seconds: float) -> dict[str, float]:
+        """The share of the last `seconds`, those since the last call, that ranks waited for other
+        replicas on average; nothing where there are none."""
+        waited = torch.tensor([self.take_waited_seconds()], dtype=torch.float64)
         if not self.stage.in_replicas:
             return {}
-        total = all_reduce_(torch.tensor([waited], dtype=torch.float64), self.mesh.world)
-        return {"perf/idle_share": float(total) / self.mesh.world.size / seconds}
+        all_reduce_(waited, self.mesh.world)
+        return {"perf/idle_share": float(waited) / self.mesh.world.size / seconds}
 
     def metrics(self, names: Iterable[str]) -> dict[str, float]:
         """The objectives' own, on every rank."""
