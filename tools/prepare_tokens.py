@@ -9,14 +9,13 @@ it was when the same command is given again. Exit status 1: an error, said on st
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable
 
+from megarlx.comm.share import share_of_this_process
 from megarlx.data.documents import FORMATS, Reading
-from megarlx.data.prepare import Settings, Share, prepare
+from megarlx.data.prepare import Settings, prepare
 
 
 def arguments(argv: list[str] | None = None) -> tuple[Settings, bool]:
@@ -54,30 +53,6 @@ def arguments(argv: list[str] | None = None) -> tuple[Settings, bool]:
         fresh=asked.fresh,
     )
     return settings, not asked.quiet
-
-
-def share_of_this_process() -> tuple[Share, int, Callable[[], None]]:
-    """This rank's share, the ranks on this node, and what ends the communication."""
-    from megarlx.comm import launch
-
-    here = launch.read()
-    if here.world_size == 1:
-        return Share(), 1, lambda: None
-    if here.launcher in ("openmpi", "pmi") and importlib.util.find_spec("mpi4py"):
-        here = launch.read(launcher="mpi4py")  # finds the first host and a free port by itself
-    launch.start(here)
-    import torch
-
-    from megarlx.comm.collectives import all_reduce_
-    from megarlx.comm.groups import Mesh
-
-    world = Mesh.build(dp=here.world_size).world
-    share = Share(here.rank, here.world_size, lambda: void(all_reduce_(torch.zeros(1), world)))
-    return share, here.local_world_size, launch.stop
-
-
-def void(_: object) -> None:
-    """The value is not wanted, only that it arrived."""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,8 +21,13 @@ from megarlx.checkpoint.manifest import SavedFile
 
 PIECE = 16 * 2**20  # bytes that are written, and hashed, at a time
 
-# safetensors' names of the types that a checkpoint holds
-TYPE_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16"}
+# safetensors' names of the types that are written; a checkpoint holds no F16, an export may
+TYPE_NAMES = {
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,29 @@ class Entry:
 
 def write_safetensors(path: Path, entries: Sequence[Entry], values: Iterable[Tensor]) -> SavedFile:
     """Writes and syncs a new file; its digest is taken on the way, not by reading it again."""
+
+    def whole() -> Iterator[list[Tensor]]:
+        for entry, tensor in zip(entries, values, strict=True):
+            if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
+                raise ValueError(
+                    f"{entry.name} is {tuple(tensor.shape)} {tensor.dtype}; planned was "
+                    f"{entry.shape} {entry.dtype}"
+                )
+            yield [tensor]
+
+    return write_safetensors_in_parts(path, entries, whole())
+
+
+def write_safetensors_in_parts(
+    path: Path,
+    entries: Sequence[Entry],
+    parts: Iterable[Iterable[Tensor]],
+    waiting_pieces: int = 64,
+) -> SavedFile:
+    """The same for entries whose values come as several tensors, in the order of their elements.
+
+    At most `waiting_pieces` pieces wait for their digest, and are held in memory for it.
+    """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for entry in entries:
@@ -52,15 +80,24 @@ def write_safetensors(path: Path, entries: Sequence[Entry], values: Iterable[Ten
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the values after it are then aligned
     try:
-        with open(path, "xb", buffering=0) as file, _Stream(file.fileno()) as stream:
+        with (
+            open(path, "xb", buffering=0) as file,
+            _Stream(file.fileno(), waiting_pieces) as stream,
+        ):
             stream.write(memoryview(len(text).to_bytes(8, "little") + text))
-            for entry, tensor in zip(entries, values, strict=True):
-                if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
+            for entry, tensors in zip(entries, parts, strict=True):
+                written = 0
+                for tensor in tensors:
+                    if tensor.dtype != entry.dtype:
+                        raise ValueError(
+                            f"{entry.name} has a part of {tensor.dtype}; planned was {entry.dtype}"
+                        )
+                    stream.write(_bytes_of(tensor))
+                    written += tensor.nbytes
+                if written != entry.bytes:
                     raise ValueError(
-                        f"{entry.name} is {tuple(tensor.shape)} {tensor.dtype}; planned was "
-                        f"{entry.shape} {entry.dtype}"
+                        f"the parts of {entry.name} have {written} bytes; planned was {entry.bytes}"
                     )
-                stream.write(_bytes_of(tensor))
             digest = stream.finish()
             size = os.fstat(file.fileno()).st_size
     except OSError as error:
@@ -83,8 +120,8 @@ class _Stream:
     would leave it idle during the hashing: this is about twice as fast.
     """
 
-    def __init__(self, file: int) -> None:
-        self._file = file
+    def __init__(self, file: int, waiting_pieces: int) -> None:
+        self._file, self._waiting_pieces = file, waiting_pieces
         self._digest = hashlib.sha256()
         self._hashing, self._syncing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._hashed: deque[Future[None]] = deque()
@@ -103,7 +140,7 @@ class _Stream:
             piece = data[: os.write(self._file, data[:PIECE])]
             data = data[len(piece) :]
             self._hashed.append(self._hashing.submit(self._digest.update, piece))
-            if len(self._hashed) > 64:  # a piece may hold memory of its own: not too many wait
+            if len(self._hashed) > self._waiting_pieces:  # each may hold memory of its own
                 self._hashed.popleft().result()
             self._unsynced += len(piece)
             if self._unsynced >= PIECE and all(future.done() for future in self._synced[-1:]):

@@ -371,4 +371,6 @@ def backend_for(device: str | torch.device, backend: str | None) -> str:
         raise ValueError(f"mesh: backend is '{backend}'; allowed are {', '.join(allowed)}")
     if backend == "nccl" and torch.device(device).type != "cuda":
         raise ValueError(f"mesh: backend nccl needs a CUDA device, but device is '{device}'")
+    if backend == "fake" and torch.device(device).type == "meta":
+        return "cpu:fake,meta:fake"  # torch registers it for devices that hold data
     return "cpu:gloo,cuda:nccl" if backend == "nccl" else backend

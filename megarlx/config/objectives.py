@@ -220,6 +220,17 @@ class StageConfig(Section):
     def label(self) -> str:
         return self.name or "+".join(self.objectives)
 
+    def steps_of(self, objective: str) -> int:
+        """How many of the steps train it."""
+        if self.combine != "alternate":
+            return self.steps
+        rounds, left = divmod(self.steps, sum(one.turns for one in self.objectives.values()))
+        for name, one in self.objectives.items():
+            if name == objective:
+                return rounds * one.turns + min(left, one.turns)
+            left = max(left - one.turns, 0)
+        raise KeyError(objective)
+
     def problems(self) -> list[tuple[str, str]]:
         found = []
         count = len(self.objectives)

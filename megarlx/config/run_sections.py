@@ -31,7 +31,9 @@ class CompositionConfig(Section):
 class WorldConfig(Section):
     """A synthetic world, written as token files before training where they are not there yet."""
 
-    folder: str = Field(description="Where its token files are written and looked for")
+    folder: str = Field(
+        description="Where its files are written and looked for; {seed}: the world's seed"
+    )
     seed: int = Field(default=0, ge=0, description="Seed of the world: its facts and its problems")
     documents: int = Field(
         default=40_000, ge=1, description="Training documents, shared out by the kinds' weights"
@@ -49,6 +51,10 @@ class WorldConfig(Section):
     settings: dict[str, Any] = Field(
         default={}, description="Knobs of the world by name; docs/data.md lists them"
     )
+
+    @property
+    def place(self) -> str:
+        return self.folder.replace("{seed}", str(self.seed))
 
 
 class DataConfig(Section):

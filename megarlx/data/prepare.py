@@ -20,6 +20,7 @@ from multiprocessing.synchronize import Lock
 from pathlib import Path
 from typing import Any, Literal
 
+from megarlx.comm.share import Share
 from megarlx.data.documents import (
     BadLineError,
     Format,
@@ -58,23 +59,6 @@ class Settings:
     piece_bytes: int = 32 << 20
     processes: int = 1  # on this rank
     fresh: bool = False  # throw away what an earlier run with other settings left
-
-
-@dataclass(frozen=True)
-class Share:
-    """Which part of the pieces this rank makes, and how all ranks wait for each other at the start.
-
-    Later on nobody waits for a message: rank 0 sees in the folder what is finished, and a rank
-    that fails ends the job through its launcher (mpirun, srun and torchrun all do that).
-    """
-
-    rank: int = 0
-    ranks: int = 1
-    meet: Callable[[], None] = lambda: None
-
-    @property
-    def is_first(self) -> bool:
-        return self.rank == 0
 
 
 class PrepareError(ValueError):

@@ -52,6 +52,7 @@ class Counts:
     steps: int = 0
     tokens_decoded: int = 0
     rows_padded: int = 0  # of decode steps
+    tokens_observed: int = 0  # of observations (episodes.py), prefilled or fed in decode steps
 
 
 @dataclass(frozen=True)
@@ -185,13 +186,7 @@ class _Run:
         config = engine.config
         check_requests(requests, longest=engine.longest, vocab_size=config.vocab_size)
         self.engine = engine
-        self.scheduler = Scheduler(
-            requests,
-            sampling,
-            StopStrings(sampling.stop_strings, engine.detokenize),
-            rows=engine.rows,
-            slots=engine.slots,
-        )
+        self.scheduler = self._scheduler(requests, sampling)
         device = engine.device
         self.seed = torch.tensor([seed], dtype=torch.int64, device=device)
         self.temperature = torch.tensor([sampling.temperature], device=device)
@@ -213,6 +208,11 @@ class _Run:
         engine.counts = Counts()
         for decoder in engine.decoders:
             decoder.begin()
+
+    def _scheduler(self, requests: Sequence[Request], sampling: SamplingSettings) -> Scheduler:
+        engine = self.engine
+        stop_strings = StopStrings(sampling.stop_strings, engine.detokenize)
+        return Scheduler(requests, sampling, stop_strings, rows=engine.rows, slots=engine.slots)
 
     def finished(self) -> Iterator[tuple[Rows, int]]:
         """Runs to the end; yields a group's rows and their number whenever tokens were drawn."""
@@ -318,6 +318,7 @@ class _Run:
         counts = engine.counts
         counts.prompts_prefilled += len(admission.prefills)
         prompt_tokens = sum(map(len, admission.prefills.values()))
+        prompt_tokens += sum(len(tokens) for _, tokens in admission.continued.values())
         counts.tokens_prefilled += prompt_tokens
         computed = sum(chunk.tokens.numel() for chunk in self.chunks[group])
         counts.tokens_padded += computed - prompt_tokens

@@ -1,4 +1,4 @@
-"""Prompts into the cache, several of one padded length at a time.
+"""Prompts into the cache, several of one padded length at a time; and observations behind turns.
 
 Nothing is sampled here: a prompt's last token is the first one that its samples decode, so a
 prefill runs over the tokens before it and its output only feeds the next stage.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,12 @@ from megarlx.model.kv_cache import CacheStep, KVCache
 from megarlx.model.transformer import Stage
 
 
+class Prefill(NamedTuple):
+    slot: int
+    start: int  # tokens the slot holds already
+    tokens: Sequence[int]
+
+
 @dataclass(frozen=True)
 class Chunk:
     """Padding stands behind a prompt: under causal attention only padding sees it, and decoding
@@ -28,13 +35,16 @@ class Chunk:
 
     tokens: Tensor  # [n, L]
     slots: Tensor  # [n]
+    starts: Tensor  # [n], tokens the slots hold before
+    held: int  # the most of them
 
     @staticmethod
-    def of(prompts: Sequence[tuple[int, Sequence[int]]], device: torch.device) -> Chunk:
-        length = padded_length(len(prompts[0][1]))
-        rows = [[*tokens, *([0] * (length - len(tokens)))] for _, tokens in prompts]
-        slots = [slot for slot, _ in prompts]
-        return Chunk(torch.tensor(rows, device=device), torch.tensor(slots, device=device))
+    def of(prompts: Sequence[Prefill], device: torch.device) -> Chunk:
+        length = padded_length(len(prompts[0].tokens))
+        rows = [[*p.tokens, *([0] * (length - len(p.tokens)))] for p in prompts]
+        slots, starts = [p.slot for p in prompts], [p.start for p in prompts]
+        tokens, at, held = (torch.tensor(values, device=device) for values in (rows, slots, starts))
+        return Chunk(tokens, at, held, max(starts))
 
     def hidden_like(self, stage: Stage) -> Tensor:
         """An empty tensor for this chunk's hidden states in front of a stage."""
@@ -45,11 +55,13 @@ class Chunk:
 
 def chunks_of(admission: Admission, most_tokens: int, device: torch.device) -> list[Chunk]:
     """At most `most_tokens` tokens a chunk where that holds more than one prompt."""
-    by_length: dict[int, list[tuple[int, Sequence[int]]]] = {}
-    for slot, tokens in admission.prefills.items():
-        by_length.setdefault(padded_length(len(tokens)), []).append((slot, tokens))
+    everything = [Prefill(slot, 0, tokens) for slot, tokens in admission.prefills.items()]
+    everything += [Prefill(slot, *held) for slot, held in admission.continued.items()]
+    alike: dict[tuple[bool, int], list[Prefill]] = {}
+    for prompt in everything:
+        alike.setdefault((prompt.start > 0, padded_length(len(prompt.tokens))), []).append(prompt)
     chunks = []
-    for length, prompts in sorted(by_length.items()):
+    for (_, length), prompts in sorted(alike.items()):
         many = max(1, most_tokens // length)
         for first in range(0, len(prompts), many):
             chunks.append(Chunk.of(prompts[first : first + many], device))
@@ -63,9 +75,9 @@ def prefill(stage: Stage, cache: KVCache, chunk: Chunk, hidden: Tensor | None) -
         cache,
         Documents.rows(n, length, chunk.tokens.device),
         chunk.slots,
-        torch.zeros_like(chunk.slots),
-        length,
-        fresh=True,
+        chunk.starts,
+        chunk.held + length,
+        fresh=chunk.held == 0,
     )
     out: Tensor = stage(chunk.tokens if hidden is None else hidden, cache=step)
     return out

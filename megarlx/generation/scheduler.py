@@ -31,6 +31,8 @@ class Admission:
     prefills: dict[int, ListLike[int]] = field(default_factory=dict)  # slot -> tokens
     copies: dict[int, list[int]] = field(default_factory=dict)
     lengths: dict[int, int] = field(default_factory=dict)  # tokens of each copied slot
+    # slot -> (tokens it holds, tokens behind them): a sequence that goes on after an observation
+    continued: dict[int, tuple[int, ListLike[int]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -77,23 +79,38 @@ class Scheduler:
 
     def advance(self, group: int, tokens: np.ndarray) -> tuple[list[Finished], Admission]:
         """Takes in the drawn tokens; finished rows go to the next samples or disappear."""
-        rows, n = self.rows[group], self.rows[group].live
+        rows = self.rows[group]
+        ended = self._ended(rows, tokens)
+        admission = Admission()
+        for row, done in ended:
+            self._replace(rows, row, done.slot, admission)
+        rows.upload()
+        return [done for _, done in ended], admission
+
+    def _ended(
+        self, rows: decoding.Rows, tokens: np.ndarray, given: np.ndarray | None = None
+    ) -> list[tuple[int, Finished]]:
+        """Moves every row on and finds those that are over, from the back: so a row that moves
+        forward into a gap was already looked at. `given` rows got a token that was not drawn."""
+        n = rows.live
         tokens = tokens[:n]
         if n and tokens.min() < 0:
             self._refuse(rows, int(tokens.argmin()))
         rows.advance(tokens)
         stopped = (tokens[:, None] == self.stop_tokens).any(1)
+        if given is not None:
+            stopped &= ~given
         full = rows.host_positions[:n] >= rows.last_positions[:n]
         over = stopped | full
         in_text = np.zeros(n, dtype=bool)
         if self.stop_strings:
             for row in range(n):
-                in_text[row] = self._in_text(rows.sequences[row], int(tokens[row]), stopped[row])
+                if given is None or not given[row]:
+                    sequence = rows.sequences[row]
+                    in_text[row] = self._in_text(sequence, int(tokens[row]), stopped[row])
             over |= in_text
-        finished, admission = [], Admission()
-        # From the back, so that a row that moves forward into a gap was already looked at.
-        ended = np.flatnonzero(over)[::-1].tolist()
-        for row in ended:
+        ended = []
+        for row in np.flatnonzero(over)[::-1].tolist():
             reason: FinishReason = "length"
             if stopped[row]:
                 reason = "stop"
@@ -101,14 +118,15 @@ class Scheduler:
                 reason = "stop_string"
             slot = int(rows.host_slots[row])
             length = int(rows.host_positions[row]) + 1
-            finished.append(Finished(rows.sequences[row], slot, length, reason))
-        for row, done in zip(ended, finished, strict=True):
-            if self.queue:
-                self._start(rows, row, done.slot, admission)
-            else:
-                rows.remove(row)
-        rows.upload()
-        return finished, admission
+            ended.append((row, Finished(rows.sequences[row], slot, length, reason)))
+        return ended
+
+    def _replace(self, rows: decoding.Rows, row: int, slot: int, admission: Admission) -> None:
+        """A finished row goes to the next sample, or disappears."""
+        if self.queue:
+            self._start(rows, row, slot, admission)
+        else:
+            rows.remove(row)
 
     def _start(self, rows: decoding.Rows, row: int, slot: int, admission: Admission) -> None:
         sequence = self.queue.popleft()

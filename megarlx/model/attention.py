@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,9 @@ from torch import Tensor
 from megarlx.model.documents import Documents, from_buckets, to_buckets
 from megarlx.model.kv_cache import LayerCache
 
-QUERY_BLOCK = 128  # rows of a mask when cached sequences are continued by several tokens
+# When cached sequences are continued by several tokens: rows of a mask, and what its columns are a
+# multiple of.
+QUERY_BLOCK, SPAN = 128, 64
 
 
 def attention(
@@ -92,24 +94,44 @@ def _continue(q: Tensor, cache: LayerCache, scale: float, flash: _Flash | None) 
     slots, starts = step.slot_index.tolist(), step.starts.tolist()
     if flash is not None:
         return flash.continued(q, cache, slots, starts, scale)
-    out, begin = torch.empty_like(q), 0
-    for slot, start, length in zip(slots, starts, step.documents.lengths, strict=True):
-        for row in range(0, length, QUERY_BLOCK):
-            rows = slice(begin + row, begin + min(row + QUERY_BLOCK, length))
-            count = rows.stop - rows.start
-            seen = start + row + count
-            keys, values = (t[slot, :seen].transpose(0, 1) for t in (cache.keys, cache.values))
-            mask = torch.ones(count, seen, dtype=torch.bool, device=q.device).tril(seen - count)
-            out[rows] = F.scaled_dot_product_attention(
-                q[rows].transpose(0, 1)[None],
-                keys[None],
-                values[None],
-                attn_mask=mask,
+    out = torch.empty_like(q)
+    for (rows, span), alike in _continued_alike(starts, step.documents.lengths, cache).items():
+        first = torch.tensor([place for _, place, _ in alike], device=q.device)
+        seen = torch.tensor([start for _, _, start in alike], device=q.device)
+        held = torch.tensor([slots[document] for document, _, _ in alike], device=q.device)
+        ahead = torch.arange(rows, device=q.device)
+        places = (first[:, None] + ahead).flatten()
+        keys, values = (t[held, :span].transpose(1, 2) for t in (cache.keys, cache.values))
+        last = (seen[:, None] + ahead)[:, None, :, None]  # the last place that a row sees
+        out[places] = (
+            F.scaled_dot_product_attention(
+                q[places].unflatten(0, (len(alike), rows)).transpose(1, 2),
+                keys,
+                values,
+                attn_mask=torch.arange(span, device=q.device) <= last,
                 scale=scale,
-                enable_gqa=q.shape[1] != keys.shape[0],
-            )[0].transpose(0, 1)
-        begin += length
+                enable_gqa=q.shape[1] != keys.shape[1],
+            )
+            .transpose(1, 2)
+            .flatten(0, 1)
+        )
     return out
+
+
+def _continued_alike(
+    starts: list[int], lengths: Sequence[int], cache: LayerCache
+) -> dict[tuple[int, int], list[tuple[int, int, int]]]:
+    """(rows, span) -> blocks of (document, its first row in q, tokens before it). A block's span
+    follows from its own document alone, so its neighbours in a call change none of its sums."""
+    alike: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+    begin, most = 0, cache.keys.shape[1]
+    for document, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        for row in range(0, length, QUERY_BLOCK):
+            rows = min(QUERY_BLOCK, length - row)
+            span = min(-(-(start + row + rows) // SPAN) * SPAN, most)
+            alike.setdefault((rows, span), []).append((document, begin + row, start + row))
+        begin += length
+    return alike
 
 
 @dataclass(frozen=True)

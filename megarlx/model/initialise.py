@@ -35,5 +35,10 @@ def initialise_(
     seed: int,
     std: float,
 ) -> None:
-    """Fill local parameters with their slices of what `seed` means for the whole model."""
+    """Fill local parameters with their slices of what `seed` means for the whole model.
+
+    On the meta device there is nothing to fill, and a model of any size costs nothing.
+    """
+    if all(parameter.is_meta for parameter in parameters.values()):
+        return
     fill_(parameters, layouts, lambda p: draw(p.name, p.global_shape, seed=seed, std=std))

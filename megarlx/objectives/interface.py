@@ -82,5 +82,9 @@ class Objective(ABC):
         """Of the steps since the last call; all ranks call it together and get the same."""
         return {}
 
+    def new_examples(self) -> list[dict[str, Any]]:
+        """Samples to be shown, each once: prompt, completion, reference, reward, finish_reason."""
+        return []
+
     def close(self) -> None:  # noqa: B027 - most have nothing to close
         """Nobody will ask for another batch."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megarlx.comm.collectives import all_reduce_
 from megarlx.comm.groups import Group
-from megarlx.config.objectives import RlConfig
+from megarlx.config.objectives import RL, RlConfig
 from megarlx.data.order import key_of, shuffled
 from megarlx.model.build import ParallelModel
 from megarlx.objectives.interface import Batch, Objective
@@ -34,7 +34,7 @@ from megarlx.objectives.rollout import Rollout, Sampler
 from megarlx.ops import TokenLoss, linear_token_loss
 from megarlx.ops.loss_spec import METRICS
 
-KeepSamples = Callable[[int, list[dict[str, Any]]], None]  # rollout's number, examples
+KeepSamples = Callable[[int, list[dict[str, Any]]], bool]  # rollout's number, examples: kept?
 
 
 class Reinforcement(Objective):
@@ -59,6 +59,7 @@ class Reinforcement(Objective):
         self._minibatch: Completions | None = None
         self._seen: list[TokenLoss] = []
         self._first_of_rollout = False
+        self._examples: list[dict[str, Any]] = []
         self._signal: float | None = None
         self._prepared = False
         self.trainers = model.mesh.dp
@@ -131,7 +132,10 @@ class Reinforcement(Objective):
             return {}
         found = dict(self.current.metrics)
         found |= self._loss_metrics()
-        return found
+        if self.name == RL:
+            return found
+        # Several of them in one run: each under its name.
+        return {f"rl/{self.name}/{k[3:]}" if k[:3] == "rl/" else k: v for k, v in found.items()}
 
     def state(self) -> dict[str, Any]:
         state: dict[str, Any] = {
@@ -175,6 +179,10 @@ class Reinforcement(Objective):
             [],
         )
 
+    def new_examples(self) -> list[dict[str, Any]]:
+        examples, self._examples = self._examples, []
+        return examples
+
     def close(self) -> None:
         self.sampler.rewards.close()
 
@@ -199,9 +207,9 @@ class Reinforcement(Objective):
         self.work.generated_tokens += rollout.metrics["rl/generated_tokens"]
         self.work.forward_tokens += rollout.metrics["rl/prompt_tokens"]
         self._signal = rollout.metrics["rl/informative_groups"]
-        first = makers.is_first and self.model.mesh.model.is_first
-        if self.keep_samples is not None and first:
-            self.keep_samples(self.rollouts, rollout.examples)
+        keep = self.keep_samples if makers.is_first and self.model.mesh.model.is_first else None
+        if keep is not None and keep(self.rollouts, rollout.examples):
+            self._examples = rollout.examples
         self.rollouts += 1
 
     def _logprobs(self, completions: Completions, group: Group) -> Tensor:

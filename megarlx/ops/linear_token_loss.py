@@ -138,10 +138,14 @@ def linear_token_loss(
 
 
 def default_rows(hidden: Tensor, weight: Tensor) -> int:
-    on_cuda = hidden.device.type == "cuda"
+    return rows_for(weight.shape[0], on_cuda=hidden.device.type == "cuda")
+
+
+def rows_for(vocabulary: int, *, on_cuda: bool) -> int:
+    """Rows of a chunk of logits where nothing else is said; `vocabulary` is this rank's."""
     least, most = CUDA_ROWS if on_cuda else CPU_ROWS
     logits = CUDA_LOGITS if on_cuda else CPU_LOGITS
-    return max(least, min(most, logits // weight.shape[0]))
+    return max(least, min(most, logits // vocabulary))
 
 
 def check_weight_grad(op: str, weight: Tensor, weight_grad_: Tensor) -> None:

@@ -192,9 +192,9 @@ class DataParallel:
     def _reduce(self, bucket: int) -> None:
         assert self._into is not None
         start, stop = self.layout.buckets[bucket]
-        part = self._into[start // self.group.size : stop // self.group.size]
-        if part.data_ptr() == self.gradients[start:stop].data_ptr():
+        if self._into is self.gradients:
             return  # one rank, one objective: the buffer is the shard
+        part = self._into[start // self.group.size : stop // self.group.size]
         self._pending[bucket] = reduce_scatter_flat_(
             part, self.gradients[start:stop], self.group, async_op=True
         )

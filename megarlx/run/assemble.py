@@ -13,6 +13,7 @@ from megarlx.comm import launch
 from megarlx.comm.collectives import barrier
 from megarlx.comm.groups import Layout, Mesh
 from megarlx.config import Config, StageConfig
+from megarlx.config.objectives import PRETRAINING
 from megarlx.data.tokenizer import Tokenizer
 from megarlx.learning_rate import learning_rate
 from megarlx.model.build import build_model
@@ -151,19 +152,15 @@ def assemble(
 
 
 def training_stage(config: StageConfig, objectives: ObjectiveMaker) -> TrainingStage:
-    turns = sum(one.turns for one in config.objectives.values())
     members = []
     for name, one in config.objectives.items():
-        steps = config.steps
-        if config.combine == "alternate":
-            steps = -(-steps * one.turns // turns)
         adam = AdamSettings(
             betas=one.betas,
             eps=one.eps,
             weight_decay=one.weight_decay,
             clip_norm=one.clip_norm or None,
         )
-        rate = learning_rate(one, one.course_steps or steps)
+        rate = learning_rate(one, one.course_steps or config.steps_of(name))
         members.append(
             TrainedObjective(objectives[name], adam, rate, turns=one.turns, goes_on=one.goes_on)
         )
@@ -188,11 +185,21 @@ def training_stage(config: StageConfig, objectives: ObjectiveMaker) -> TrainingS
 
 
 def steps_at_tokens(config: Config) -> list[int]:
-    """The first step at or past each listed token count that can be saved."""
+    """The first step at or past each listed count of pre-training tokens that can be saved."""
+    if not config.checkpoints.save_at_tokens:
+        return []
     per_step = config.training.sequences_per_step * config.training.sequence_length
-    return [
-        next_average(config, -(-tokens // per_step)) for tokens in config.checkpoints.save_at_tokens
-    ]
+    wanted, found, tokens, done = sorted(config.checkpoints.save_at_tokens), [], 0, 0
+    for stage in config.all_stages:
+        turn = [name for name, one in stage.objectives.items() for _ in range(one.turns)]
+        for step in range(stage.steps):
+            active = [turn[step % len(turn)]] if stage.combine == "alternate" else turn
+            tokens += per_step * (PRETRAINING in active)
+            done += 1
+            while wanted and tokens >= wanted[0]:
+                wanted.pop(0)
+                found.append(next_average(config, done))
+    return found
 
 
 def next_average(config: Config, step: int) -> int:

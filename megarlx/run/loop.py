@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import signal
-import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megarlx.checkpoint import latest
+from megarlx.comm import launch
 from megarlx.comm.collectives import all_reduce_, gather_values
 from megarlx.config.objectives import PRETRAINING
 from megarlx.data.conversations import Template
+from megarlx.evaluation.results import samples_path
 from megarlx.evaluation.suites import Parent as EvaluatedParent
 from megarlx.evaluation.suites import Subject, evaluate, metrics_of
 from megarlx.metrics import MetricsWriter
@@ -27,9 +31,12 @@ from megarlx.objectives.supervised import Supervised
 from megarlx.run.assemble import Run, next_average, steps_at_tokens
 from megarlx.run.costs import Costs
 from megarlx.run.directory import RunError
+from megarlx.run.lock import run_lock
+from megarlx.run.rank_logs import RankLog, rank_log
+from megarlx.run.stopped import REQUEUE, clear_mark, exit_code, mark_stopped
 from megarlx.run.world import world_of
 
-REQUEUE = 75  # exit code of a run that was told to stop, saved, and wants to be started again
+SHOWN_SAMPLES = 4
 GPU_PEAK_FLOP_PER_SECOND = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
@@ -66,21 +73,31 @@ class StopRequest:
 
 def train(run: Run) -> int:
     """Trains to the end of the last stage; returns the exit code."""
+    place = run.directory.path
+    with run_lock(place, run.mesh.world), rank_log(place, run.mesh.rank) as log:
+        return _train(run, log)
+
+
+def _train(run: Run, log: RankLog) -> int:
     costs = _start(run)
     resumed = run.trainer.steps_done
     first = run.mesh.rank == 0
     logging = run.config.logging
     writer = MetricsWriter(run.directory.path, resume_at=resumed + 1) if first else None
     stop = StopRequest(logging.stop_after_minutes)
-    loop = _Loop(run, costs, writer)
+    loop = _Loop(run, costs, writer, log)
     with writer or nullcontext(), stop.listening(), loop.progress():
         try:
             code = loop.until(run.config.steps, stop)
         finally:
             run.close()
-    if code == REQUEUE and first:
-        print(f"stopped by {stop.reason or 'another rank'}; saved, start again to go on")
-    return code
+    if code != REQUEUE:
+        return code
+    if first:
+        reason = stop.reason or "another rank"
+        mark_stopped(run.directory.path, reason, run.trainer.steps_done)
+        print(f"stopped by {reason}; saved, start again to go on")
+    return exit_code(launch.read().launcher)
 
 
 def _start(run: Run) -> Costs:
@@ -99,25 +116,35 @@ def _start(run: Run) -> Costs:
         _check_nothing_goes_on(run)
         return costs
     if run.mesh.rank == 0:
+        clear_mark(run.directory.path)
         print(text)
     return costs
 
 
 def _check_nothing_goes_on(run: Run) -> None:
-    first = run.config.all_stages[0]
-    if names := [name for name, one in first.objectives.items() if one.goes_on]:
+    if names := run.trainer.from_parent:
         raise RunError(
-            f"stages[0].objectives.{names[0]}.goes_on is true, but this run has no parent to go on "
-            "from; an excursion (`megarlx branch`) has one"
+            f"goes_on of {', '.join(names)} is true, but no stage before has it, and this run has "
+            "no parent to go on from; an excursion (`megarlx branch`) has one"
         )
 
 
+@dataclass(frozen=True)
+class _Trained:
+    """An objective's last step, on the device until it is logged."""
+
+    loss: torch.Tensor
+    gradient_norm: torch.Tensor
+    learning_rate: float
+
+
 class _Loop:
-    def __init__(self, run: Run, costs: Costs, writer: MetricsWriter | None) -> None:
-        self.run, self.writer = run, writer
+    def __init__(self, run: Run, costs: Costs, writer: MetricsWriter | None, log: RankLog) -> None:
+        self.run, self.writer, self.log = run, writer, log
         self.listed = set(steps_at_tokens(run.config))
         self.skipped_in_a_row: dict[str, int] = dict.fromkeys(run.trainer.objectives, 0)
         self.skipped = 0
+        self.recent: dict[str, _Trained] = {}
         self.bar: Progress | None = None
         self.since = (time.perf_counter(), run.trainer.steps_done)
         self.costs = costs
@@ -127,7 +154,7 @@ class _Loop:
 
     @contextmanager
     def progress(self) -> Iterator[None]:
-        if self.run.mesh.rank or not sys.stderr.isatty():
+        if self.run.mesh.rank or not self.log.terminal.isatty():
             yield
             return
         columns = (
@@ -136,7 +163,8 @@ class _Loop:
             MofNCompleteColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns) as self.bar:
+        console = Console(file=self.log.terminal)
+        with Progress(*columns, console=console) as self.bar, self.log.beside_progress():
             total = self.run.config.steps
             self.task = self.bar.add_task(
                 "training", total=total, completed=self.run.trainer.steps_done
@@ -151,8 +179,12 @@ class _Loop:
             done = trainer.steps_done
             last = done == steps
             self._check_finite(report.found_inf)
+            for name, loss in losses.items():
+                self.recent[name] = _Trained(
+                    loss, report.gradient_norms[name], trainer.last_rates[name]
+                )
             if last or done % config.logging.log_every_steps == 0:
-                self._log(losses, report)
+                self._log()
             stopping = stop.agreed(self.run)
             self._note_what_is_due(done, last=last, stopping=stopping)
             if trainer.in_sync:
@@ -221,15 +253,18 @@ class _Loop:
                     f"{self.run.config.logging.skipped_updates_allowed}"
                 )
 
-    def _log(self, losses: dict[str, torch.Tensor], report: Any) -> None:
-        trainer = self.run.trainer
+    def _log(self) -> None:
+        """Of every objective's last step since it was last logged: they may have taken turns."""
+        trainer, recent = self.run.trainer, self.recent
+        self.recent = {}
+        losses = {name: one.loss for name, one in recent.items()}
         values = {f"loss/{name}": value for name, value in trainer.global_loss(losses).items()}
         now, done = time.perf_counter(), trainer.steps_done
         seconds, steps = now - self.since[0], done - self.since[1]
         self.since = (now, done)
         spent = self.costs.since_last(seconds)
-        values |= {f"grad_norm/{n}": float(v) for n, v in report.gradient_norms.items()}
-        values |= {f"lr/{n}": trainer.last_rates[n] for n in losses}
+        values |= {f"grad_norm/{n}": float(one.gradient_norm) for n, one in recent.items()}
+        values |= {f"lr/{n}": one.learning_rate for n, one in recent.items()}
         values |= {f"share/{n}": share for n, share in (trainer.last_shares or {}).items()}
         values |= {
             "perf/tokens_per_second": spent["trained_tokens"] / seconds,
@@ -240,6 +275,8 @@ class _Loop:
             **trainer.idle_share(seconds),
             **trainer.metrics(losses),
         }
+        for name, examples in trainer.new_examples(losses).items():
+            self._show(f"samples/{name}", examples)
         several = len(trainer.objectives) > 1
         shown = [
             f"{name if several else ''} loss {values[f'loss/{name}']:.4f}".lstrip()
@@ -258,6 +295,18 @@ class _Loop:
             self.bar.update(self.task, description=text)
         else:
             print(f"step {step}: {text}", flush=True)
+
+    def _show(self, key: str, samples: Sequence[Mapping[str, Any]]) -> None:
+        """A few samples as TensorBoard text; what a model wrote is shown, not rendered."""
+        if self.writer is None or not samples:
+            return
+        parts = [
+            f"    {'prompt':<14}{sample['prompt']}\n    {'completion':<14}{sample['completion']}\n"
+            f"    {'reference':<14}{sample['reference']}\n    {'reward':<14}{sample['reward']} "
+            f"({sample['finish_reason']})\n"
+            for sample in samples[:SHOWN_SAMPLES]
+        ]
+        self.writer.text(self.run.trainer.steps_done, key, "\n".join(parts))
 
     def _validate(self) -> None:
         values = {}
@@ -293,6 +342,11 @@ class _Loop:
             parent=self._evaluated_parent(),
         )
         values = metrics_of(results)
+        for result in results:
+            path = samples_path(run.directory.path, done, result["suite"])
+            if self.writer is not None and path.exists():
+                lines = path.read_text(encoding="utf-8").splitlines()[:SHOWN_SAMPLES]
+                self._show(f"samples/{result['suite']}", [json.loads(line) for line in lines])
         headline = "  ".join(f"{key} {value:.3f}" for key, value in list(values.items())[:6])
         self._say(done, headline, values)
         # Not training: neither speed nor cost counts it.

@@ -25,7 +25,7 @@ from megarlx.generation.engine import Engine
 from megarlx.model.build import ParallelModel
 from megarlx.objectives.interface import Objective
 from megarlx.objectives.rewards import Rewards
-from megarlx.objectives.rl import Reinforcement
+from megarlx.objectives.rl import KeepSamples, Reinforcement
 from megarlx.objectives.rollout import Sampler
 from megarlx.objectives.supervised import Supervised
 from megarlx.run.directory import RunError
@@ -218,18 +218,19 @@ class ObjectiveMaker:
         )
         return Reinforcement(name, config, self.model, sampler, keep_samples=self._keeper(name))
 
-    def _keeper(self, name: str) -> Callable[[int, list[dict[str, Any]]], None]:
+    def _keeper(self, name: str) -> KeepSamples:
         every = self.config.named_objectives[name]
         assert isinstance(every, RlConfig)
 
-        def keep(rollout: int, examples: list[dict[str, Any]]) -> None:
+        def keep(rollout: int, examples: list[dict[str, Any]]) -> bool:
             step = rollout * every.steps_of_a_rollout
             if step % every.keep_samples_every_steps:
-                return
+                return False
             self.samples.mkdir(parents=True, exist_ok=True)
             lines = [json.dumps({"step": step, **example}) + "\n" for example in examples]
             path = self.samples / f"step_{step:08d}.{name}.jsonl"
             path.write_text("".join(lines), encoding="utf-8")
+            return True
 
         return keep
 

@@ -25,7 +25,7 @@ def world_shares(world: WorldConfig) -> dict[str, float]:
 
 def world_data(data: DataConfig, world: WorldConfig) -> DataConfig:
     """The same configuration with the world's files in place of the world."""
-    folder = Path(world.folder)
+    folder = Path(world.place)
     shares = world_shares(world)
     changes = {
         "world": None,
@@ -52,7 +52,7 @@ def write_world(world: WorldConfig) -> None:
     documents = {k: max(1, round(world.documents * s / total)) for k, s in shares.items() if s > 0}
     write_world_files(
         settings_of(world),
-        Path(world.folder),
+        Path(world.place),
         documents,
         world.held_out_documents,
         world.prompts,
@@ -74,7 +74,7 @@ def path_of(text: str, config: Config) -> str:
         return text
     if config.data is None or config.data.world is None:
         raise RunError(f"the path {text!r} asks for a world's folder, but there is no [data.world]")
-    return text.replace(WORLD, config.data.world.folder)
+    return text.replace(WORLD, config.data.world.place)
 
 
 def load_tokenizer_of(config: Config, directory: RunDirectory) -> Tokenizer | None:
@@ -101,7 +101,7 @@ def world_of(config: Config) -> World | None:
     """The synthetic world that the run was trained on, with its tests."""
     if config.data is None or config.data.world is None:
         return None
-    written = Path(config.data.world.folder) / DESCRIPTION
+    written = Path(config.data.world.place) / DESCRIPTION
     if not written.exists():
         return World(settings_of(config.data.world))
     settings = json.loads(written.read_text(encoding="utf-8"))["settings"]

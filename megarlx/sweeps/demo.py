@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from megarlx.report import command as report
+    from megarlx.report.command import run as report
     from megarlx.sweeps.plan import jobs_of
     from megarlx.sweeps.run import LEFT, SweepRunner
 
@@ -55,5 +55,5 @@ def run(arguments: argparse.Namespace) -> int:
     code = SweepRunner(config, jobs, console=console).run()
     if code not in (0, LEFT):
         return code
-    shown = report.run(argparse.Namespace(directory=Path(config.out), out=None))
+    shown = report(argparse.Namespace(directory=Path(config.out), out=None))
     return code or shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 
@@ -43,10 +44,12 @@ def test_a_signal_finishes_the_step_saves_and_asks_to_be_started_again(
     overrides = (*settings(STEPS), "checkpoints.save_every_steps=1000")
     code, said = told_to_stop(command(config, tmp_path, *overrides), number)
     assert code == 75, said
+    assert json.loads((tmp_path / "stopped.json").read_text())["reason"] == number.name
     assert f"stopped by {number.name}; saved" in said
     done = run(command(config, tmp_path, *overrides))
     assert done.returncode == 0, done.stderr
     assert "going on from" in done.stdout
+    assert not (tmp_path / "stopped.json").exists()
     check_same(tmp_path, undisturbed, STEPS)
 
 

@@ -169,7 +169,7 @@ def test_unknown_table_names_the_nearest_table_and_a_hopeless_one_lists_them(tmp
     assert problems(path) == [
         "run.toml:12: layuot: unknown key; did you mean 'layout'?",
         "run.toml:13: zzz: unknown key; allowed are model, layout, optimizer, training, data, "
-        "template, sft, rl, objectives, stages, checkpoints, logging",
+        "template, sft, rl, objectives, stages, evaluation, checkpoints, logging",
     ]
 
 
@@ -486,6 +486,12 @@ prefix = "q"
 [[data.composition]]
 from_tokens = 0
 weights = { web = 1.0 }
+[[evaluation.suites]]
+name = "sums"
+kind = "pass_at_k"
+path = "p"
+[[evaluation.suites.rewards]]
+function = "final_number"
 [[stages]]
 steps = 200
 combine = "average"
@@ -496,6 +502,7 @@ combine = "average"
 SET_ABOVE = {
     *("data.sources", "data.composition", "data.validation", "stages", "objectives"),
     *("rl.rewards", "objectives.NAME.rl.rewards", "stages[].combine"),
+    *("evaluation.suites", "evaluation.suites[].rewards"),
 }
 
 

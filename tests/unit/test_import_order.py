@@ -18,7 +18,7 @@ LAYERS = [
     ["objectives", "averaging", "evaluation"],
     ["stages"],
     ["trainer"],
-    ["run"],
+    ["planning", "run"],
     ["report", "doctor"],
     ["sweeps"],
     ["cli", "__main__"],

@@ -1,0 +1,116 @@
+"""A Hugging Face folder of a checkpoint: what AutoModelForCausalLM and AutoTokenizer load."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megarlx.checkpoint.files import sync_folder, write_new
+from megarlx.config.model import ModelConfig
+from megarlx.data.tokenizer import Tokenizer
+from megarlx.hf.config_map import SPECIAL_IDS, hugging_face_config, read_json
+from megarlx.hf.conversion import Conversion
+from megarlx.hf.errors import ConversionError
+from megarlx.hf.sources import INDEX
+from megarlx.hf.tokenizer_files import TOKENIZER_FILES, hugging_face_tokenizer
+
+TYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+TYPE_NAMES = {dtype: name for name, dtype in TYPES.items()}
+
+
+def types_of_origin(dtypes: Mapping[str, torch.dtype]) -> dict[str, Any]:
+    """As JSON, the types that converted tensors had: the usual one, and the exceptions."""
+    counted = Counter(dtypes.values())
+    usual = counted.most_common(1)[0][0]
+    others = {name: TYPE_NAMES[dtype] for name, dtype in dtypes.items() if dtype != usual}
+    return {"dtype": TYPE_NAMES[usual], "other_dtypes": others}
+
+
+def export_types(
+    asked: str | None, state: Mapping[str, Any], held: Mapping[str, torch.dtype]
+) -> dict[str, torch.dtype]:
+    """The types to write: as asked; or those that the tensors came in, where nothing has changed
+    them since; or those that the checkpoint holds. Only the first can round."""
+    if asked is not None:
+        return dict.fromkeys(held, TYPES[asked])
+    converted = state.get("run", {}).get("converted")
+    if not converted:
+        return dict(held)
+    usual, others = converted["dtype"], converted["other_dtypes"]
+    return {name: TYPES[others.get(name, usual)] for name in held}
+
+
+def write_beside_tensors(
+    job: Conversion,
+    model: ModelConfig,
+    kept: Path | None,
+    tokenizer: Tokenizer | None,
+) -> None:
+    """Index, config, generation config and tokenizer, into the folder of the new files.
+
+    `kept` is what the model came with, if it came from Hugging Face; else our tokenizer is written
+    in their form.
+    """
+    files: dict[str, Any] = {}
+    usual = Counter(b.entry.dtype for f in job.files for b in f.blocks).most_common(1)[0][0]
+    ids: dict[str, Any] = {}
+    if kept is not None:
+        before = read_json(kept / "config.json")
+        ids = {key: before.get(key) for key in SPECIAL_IDS}
+        for name in TOKENIZER_FILES:
+            if (kept / name).is_file():
+                shutil.copyfile(kept / name, job.made / name)
+        generation = kept / "generation_config.json"
+        files["generation_config.json"] = read_json(generation) if generation.is_file() else ids
+    else:
+        if tokenizer is not None:
+            ids = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
+            definition, config = hugging_face_tokenizer(tokenizer)
+            config["model_max_length"] = model.max_sequence_length
+            files |= {"tokenizer.json": definition, "tokenizer_config.json": config}
+        files["generation_config.json"] = ids
+    files["config.json"] = hugging_face_config(model, TYPE_NAMES[usual], ids)
+    if len(job.files) > 1:
+        files[INDEX] = _index(job)
+    for name, content in files.items():
+        (job.made / name).unlink(missing_ok=True)
+        write_new(job.made / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    sync_folder(job.made)
+
+
+def _index(job: Conversion) -> dict[str, Any]:
+    place = {block.entry.name: file.name for file in job.files for block in file.blocks}
+    return {"metadata": {"total_size": job.bytes}, "weight_map": dict(sorted(place.items()))}
+
+
+def working_folder(target: Path) -> Path:
+    return target.with_name(f".{target.name}.converting")
+
+
+def check_target(target: Path, fresh: bool) -> None:
+    if target.exists() and not fresh and (not target.is_dir() or any(target.iterdir())):
+        raise ConversionError(f"{target} is there already; --fresh replaces it")
+
+
+def give_name(job: Conversion, target: Path) -> None:
+    """The finished folder gets its name; what had it goes only now."""
+    replaced = target.with_name(f".{target.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if target.exists():
+        os.rename(target, replaced)
+    os.rename(job.made, target)
+    sync_folder(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+    shutil.rmtree(job.folder)

@@ -1,0 +1,127 @@
+"""The tokenizer beside a model: Hugging Face's files kept as they came, or made from ours."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megarlx.data.tokenizer import EOS, ByteTokenizer, Tokenizer, WordTokenizer, load_tokenizer
+from megarlx.hf.errors import ConversionError
+
+# What comes with a model besides its tensors, and goes back with it.
+KEPT = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    *("tokenizer.model", "chat_template.jinja"),
+)
+TOKENIZER_FILES = tuple(n for n in KEPT if n not in ("config.json", "generation_config.json"))
+
+
+def keep(source: Path, target: Path) -> None:
+    """Copies what is there of the files beside the tensors."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in KEPT:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def hugging_face_tokenizer(tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """tokenizer.json and tokenizer_config.json, from which AutoTokenizer makes the same ids."""
+    if isinstance(tokenizer, WordTokenizer):
+        definition = _words(tokenizer)
+    elif isinstance(tokenizer, ByteTokenizer):
+        definition = _bytes(tokenizer)
+    else:
+        definition = tokenizer.definition()["tokenizer"]
+    eos = tokenizer.definition().get("eos", EOS)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": eos,
+        "clean_up_tokenization_spaces": False,
+    }
+    return definition, config
+
+
+def _definition(**parts: Any) -> dict[str, Any]:
+    empty = ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder")
+    return {"version": "1.0", **dict.fromkeys(empty), "added_tokens": [], **parts}
+
+
+def _added(token: str, number: int) -> dict[str, Any]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": number, "content": token, **flags, "special": True}
+
+
+def _words(tokenizer: WordTokenizer) -> dict[str, Any]:
+    vocabulary = {word: i for i, word in enumerate((EOS, *tokenizer.words))}
+    # A word that is not in the list is no token there either: it would be left out in silence, so
+    # it becomes the end of the text, which shows.
+    return _definition(
+        added_tokens=[_added(EOS, 0)],
+        pre_tokenizer={"type": "WhitespaceSplit"},
+        model={"type": "WordLevel", "vocab": vocabulary, "unk_token": EOS},
+    )
+
+
+def _bytes(tokenizer: ByteTokenizer) -> dict[str, Any]:
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    vocabulary = {letter: byte for byte, letter in enumerate(_letters())}
+    return _definition(
+        added_tokens=[_added(EOS, tokenizer.eos_id)],
+        pre_tokenizer={**level, "use_regex": False},
+        decoder={**level, "use_regex": False},
+        model={
+            "type": "BPE",
+            "vocab": vocabulary | {EOS: tokenizer.eos_id},
+            "merges": [],
+            **dict.fromkeys(
+                ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
+            ),
+            "fuse_unk": False,
+            "byte_fallback": False,
+        },
+    )
+
+
+def _letters() -> Iterator[str]:
+    """The printable letter that byte-level tokenizers write for each byte, 0 to 255."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = 0
+    for byte in range(256):
+        if byte in printable:
+            yield chr(byte)
+        else:
+            yield chr(256 + others)
+            others += 1
+
+
+def tokenizer_of_run(run: Path) -> Tokenizer | None:
+    """The one kept with the run, or the one that its configuration names."""
+    if (run / "tokenizer.json").is_file():
+        return load_tokenizer(run / "tokenizer.json")
+    try:
+        data = json.loads((run / "resolved.json").read_text(encoding="utf-8")).get("data") or {}
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{run / 'resolved.json'} cannot be read: {error}") from error
+    if data.get("world"):
+        return load_tokenizer(Path(data["world"]["folder"]) / "tokenizer.json")
+    return load_tokenizer(data["tokenizer"]) if data.get("tokenizer") else None
+
+
+def kept_files(run: Path) -> Path | None:
+    """What came from Hugging Face with this run or with the run it goes back to."""
+    seen: set[Path] = set()
+    here: Path | None = run
+    while here is not None and here not in seen:
+        if (here / "huggingface" / "config.json").is_file():
+            return here / "huggingface"
+        seen.add(here)
+        lineage = here / "lineage.json"
+        parent = None
+        if lineage.is_file():
+            parent = json.loads(lineage.read_text(encoding="utf-8")).get("parent")
+        here = Path(parent["run"]) if parent else None
+    return None

@@ -1,0 +1,176 @@
+"""A user's code in a process of its own, which may hang or crash without harm to the run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megarlx.objectives import worker_program
+
+Kind = Literal["timeout", "crash", "error", "wrong_shape", "not_finite", "not_asked"]
+
+# With as many failures, and most answers among them, what runs there is broken: waiting for the
+# time limit of each of the others would only delay the news.
+GIVE_UP = 8
+
+
+class CallFailed(Exception):
+    """One call went wrong; which of its parts did it is found out by calling again."""
+
+    def __init__(self, kind: Kind, detail: str) -> None:
+        super().__init__(detail)
+        self.kind, self.detail = kind, detail
+
+
+class CannotStart(RuntimeError):
+    """A process whose server cannot be made: no call will ever succeed."""
+
+
+@dataclass
+class Tally:
+    """Of one batch, over all its calls."""
+
+    answered: int = 0
+    failed: int = 0
+
+    @property
+    def hopeless(self) -> bool:
+        return self.failed >= GIVE_UP and 2 * self.failed > self.answered
+
+    def add(self, answered: int, failed: int) -> None:
+        self.answered += answered
+        self.failed += failed
+
+
+@dataclass(frozen=True)
+class Limits:
+    call_seconds: float
+    start_seconds: float
+    memory_mb: int | None
+
+
+class WorkerProcess:
+    """One process. It is started when first asked, and again after it had to be killed.
+
+    `server` is a module:function that is called there with `arguments` and returns the function
+    that is given each request.
+    """
+
+    def __init__(self, server: str, arguments: dict[str, Any], limits: Limits) -> None:
+        self.server, self.arguments, self.limits = server, arguments, limits
+        self.starts = 0  # state of a server is lost with each
+        self._process: subprocess.Popen[str] | None = None
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None
+
+    def ask(self, request: Any) -> dict[str, Any]:
+        process = self._process or self._started()
+        reply = self._exchange(process, json.dumps(request), self.limits.call_seconds)
+        if "error" in reply:
+            raise CallFailed("error", reply["error"])
+        return reply
+
+    def _started(self) -> subprocess.Popen[str]:
+        # -P: the folder of the file must not come before other modules
+        self._process = process = subprocess.Popen(
+            [sys.executable, "-P", str(Path(worker_program.__file__))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+            start_new_session=True,  # killed with all that it started; deaf to Ctrl-C
+        )
+        self.starts += 1
+        hello = {
+            "path": [path or os.getcwd() for path in sys.path],
+            "server": self.server,
+            "arguments": self.arguments,
+            "memory_limit_mb": self.limits.memory_mb,
+        }
+        try:
+            reply = self._exchange(process, json.dumps(hello), self.limits.start_seconds)
+        except CallFailed as failed:
+            reply = {"error": failed.detail}
+        if "error" in reply:
+            self.close()
+            raise CannotStart(reply["error"])
+        return process
+
+    def _exchange(
+        self, process: subprocess.Popen[str], request: str, limit_seconds: float
+    ) -> dict[str, Any]:
+        """Both pipes break when the process is killed, which is what the timer does."""
+        assert process.stdin is not None
+        assert process.stdout is not None
+        late = threading.Event()
+
+        def kill() -> None:
+            late.set()
+            _kill(process)
+
+        timer = threading.Timer(limit_seconds, kill)
+        timer.daemon = True
+        timer.start()
+        try:
+            process.stdin.write(request + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except (BrokenPipeError, ConnectionResetError):
+            line = ""
+        finally:
+            timer.cancel()
+            timer.join()
+        if line.endswith("\n") and not late.is_set():
+            reply: dict[str, Any] = json.loads(line)
+            return reply
+        if not late.is_set():
+            _let_end(process)
+        code = self.close()
+        if late.is_set():
+            raise CallFailed("timeout", f"took longer than {limit_seconds:g} s and was killed")
+        raise CallFailed("crash", f"its process ended with {_ending(code)}")
+
+    def close(self) -> int:
+        """The exit status; a process that still runs is killed."""
+        process, self._process = self._process, None
+        if process is None:
+            return 0
+        assert process.stdout is not None
+        assert process.stdin is not None
+        _kill(process)
+        code = process.wait()
+        process.stdout.close()
+        with contextlib.suppress(BrokenPipeError):  # of what is still in the buffer
+            process.stdin.close()
+        return code
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    # Not waited for yet, so the number is still its own. A crashed one keeps its exit status.
+    if process.returncode is None:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _let_end(process: subprocess.Popen[str]) -> None:
+    """A pipe closes before its process has ended: waits a second for the true exit status, which
+    stays unread, and with it the process's number its own."""
+    for _ in range(100):
+        if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return
+        time.sleep(0.01)
+
+
+def _ending(code: int) -> str:
+    if code < 0:
+        return f"signal {signal.Signals(-code).name}"
+    return f"exit status {code}"

@@ -1,0 +1,137 @@
+"""`megarlx plan`: memory, messages and time of a layout, without the GPUs it is for."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from rich.console import Console
+
+from megarlx.config import Config, ConfigError, load_config
+
+SLOTS = 64  # of rollouts where nothing is said
+WIDTH = 100  # of what is written to a file or a pipe
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG.toml", help="what is to be trained")
+    parser.add_argument(
+        "--gpus", type=int, required=True, metavar="N", help="GPUs of the whole job"
+    )
+    parser.add_argument(
+        "--gpu", default="h100", metavar="KIND", help="h100 (default), h200, a100 or b200"
+    )
+    parser.add_argument(
+        "--objectives", type=int, default=1, metavar="N", help="objectives that are averaged"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="a.b=c",
+        dest="overrides",
+        help="override one key; may be given several times",
+    )
+    parser.add_argument(
+        "--best", type=int, default=5, metavar="N", help="layouts that the search shows"
+    )
+    rollouts = parser.add_argument_group("rollouts")
+    rollouts.add_argument(
+        "--rollout-slots",
+        type=int,
+        metavar="N",
+        help="sequences generated at once on each copy of the model; their cache then counts in "
+        "the memory of a step (default: 64, beside it)",
+    )
+    rollouts.add_argument(
+        "--prompt-tokens", type=int, metavar="N", help="default: 512, or a third of the longest"
+    )
+    rollouts.add_argument(
+        "--completion-tokens", type=int, metavar="N", help="default: 1024, or what is left"
+    )
+    dry = parser.add_argument_group("dry run")
+    dry.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build one rank without data and count what it sends in a step",
+    )
+    dry.add_argument("--rank", type=int, default=0, metavar="R", help="which one (default: 0)")
+    parser.add_argument("--json", action="store_true", help="print values and no tables")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from megarlx.comm import launch
+
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    try:
+        if launch.read().rank != 0:
+            return 0  # under a launcher every process would say the same
+        return _plan(config, arguments)
+    # What the user can mend is told in one line; anything else keeps its traceback.
+    except (ValueError, launch.LaunchError) as error:
+        print(f"megarlx plan: {error}", file=sys.stderr)
+        return 2
+
+
+def _plan(config: Config, arguments: argparse.Namespace) -> int:
+    from megarlx.planning.dry_run import dry_run
+    from megarlx.planning.hardware import GPUS
+    from megarlx.planning.job import Job
+    from megarlx.planning.memory import Rollouts
+    from megarlx.planning.report import (
+        compare,
+        differing,
+        dry_run_values,
+        make_plan,
+        plan_values,
+        print_dry_run,
+        print_plan,
+    )
+
+    if arguments.gpu not in GPUS:
+        raise ValueError(f"--gpu is '{arguments.gpu}'; allowed are {', '.join(GPUS)}")
+    for name in ("gpus", "objectives", "best", "rollout_slots"):
+        given = getattr(arguments, name)
+        if given is not None and given < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {given}; it must be at least 1")
+    job = Job.of(config, arguments.gpus, objectives=arguments.objectives)
+    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+    if arguments.dry_run:
+        walked = dry_run(job, arguments.rank)
+        if arguments.json:
+            print(json.dumps(dry_run_values(walked, job), indent=1))
+        else:
+            print_dry_run(walked, job, console)
+        if wrong := differing(compare(walked, job)):
+            print(
+                f"megarlx plan: the bytes counted differ from the formula's in {', '.join(wrong)}",
+                file=sys.stderr,
+            )
+            return 1
+        return 0
+    longest = min(1536, config.model.max_sequence_length)
+    prompt = arguments.prompt_tokens or longest // 3
+    completion = arguments.completion_tokens or max(1, longest - prompt)
+    if min(prompt, completion) < 1 or prompt + completion > config.model.max_sequence_length:
+        raise ValueError(
+            f"--prompt-tokens {prompt} and --completion-tokens {completion} must be at least 1 and "
+            f"together at most model.max_sequence_length, {config.model.max_sequence_length}"
+        )
+    slots = arguments.rollout_slots
+    plan = make_plan(
+        job,
+        GPUS[arguments.gpu],
+        Rollouts(slots or SLOTS, prompt, completion),
+        cache_counts=slots is not None,
+        best=arguments.best,
+    )
+    if arguments.json:
+        print(json.dumps(plan_values(plan), indent=1))
+    else:
+        print_plan(plan, console)
+    return 0

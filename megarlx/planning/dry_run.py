@@ -1,0 +1,158 @@
+"""One rank of a layout of any size in this one process, and one training step of its messages.
+
+torch's fake process group answers every collective at once with nothing. On the meta device the
+model has shapes and no numbers, so a rank of a thousand costs seconds and no memory; on the CPU
+the same step computes on zeros, which is how `benchmarks/memory.py` measures any rank's memory.
+What is sent is counted where it always is: megarlx/comm/collectives.py.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megarlx.comm.groups import Count, Mesh
+from megarlx.model.build import ParallelModel, build_model
+from megarlx.model.transformer import Recompute
+from megarlx.objectives.interface import Batch, Objective
+from megarlx.ops import LossSpec, TokenLoss, linear_token_loss
+from megarlx.optimizer import AdamSettings
+from megarlx.planning.job import Job
+from megarlx.trainer import TrainedObjective, Trainer, TrainingStage
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What one rank did in one step."""
+
+    rank: int
+    place: dict[str, int]  # on each axis
+    stages: tuple[tuple[int, int], ...]  # first layer and one past the last, of each stage held
+    parameters: int  # numbers this rank holds
+    counts: Mapping[tuple[str, str], Count]  # (axis, operation)
+    build_seconds: float
+    step_seconds: float
+
+    def sent(self) -> dict[tuple[str, str], int]:
+        """Bytes of a step, without the few that a pipeline agrees with once, before its first."""
+        return {
+            key: count.bytes
+            for key, count in self.counts.items()
+            if count.bytes and key != ("pp", "send_agreement")
+        }
+
+
+class Shapes(Objective):
+    """An objective of the right shapes: next-token prediction on the token 0."""
+
+    def __init__(self, name: str, job: Job, device: torch.device) -> None:
+        self.name, self.job, self.device = name, job, device
+        self.spec = LossSpec("nll")
+
+    def next_batch(self) -> Batch:
+        job, count = self.job, self.job.microbatches
+        rows, length = job.sequences_per_microbatch, job.sequence_length
+        tokens = torch.zeros(count * rows, length, dtype=torch.int64, device=self.device)
+        # Where documents begin is read on the host, so it holds numbers on every device.
+        offsets = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32)
+        positions = torch.arange(length, device=self.device).expand(count * rows, length)
+        inputs = {
+            "tokens": tokens,
+            "targets": torch.zeros_like(tokens),
+            "documents": offsets.expand(count, rows + 1).contiguous(),
+            "positions": positions.contiguous(),
+        }
+        weight = torch.ones((), dtype=torch.float64, device=self.device) * tokens.numel()
+        return Batch(inputs, microbatches=count, weight=weight, tokens=tokens.numel())
+
+    def loss(self, hidden: Tensor, weight: Tensor, **fields: Any) -> TokenLoss:
+        targets, rows = fields.pop("targets"), self.job.loss_rows
+        return linear_token_loss(hidden, weight, targets, self.spec, rows_per_chunk=rows, **fields)
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@contextmanager
+def fake_world(rank: int, size: int) -> Iterator[None]:
+    """This process as `rank` of `size` that are not there."""
+    # Importing it is what makes torch know the backend.
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise RuntimeError("a dry run needs a process of its own: process groups are already up")
+    if not 0 <= rank < size:
+        raise ValueError(f"dry run: rank is {rank}; allowed are 0 to {size - 1}")
+    if size == 1:
+        yield
+        return
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def build(job: Job, device: torch.device) -> ParallelModel:
+    """This rank's part of the model; inside `fake_world`."""
+    mesh = Mesh.build(job.pp, 1, job.dp, job.tp, backend="fake", device=device)
+    recompute: Recompute = job.recompute  # type: ignore[assignment]
+    return build_model(
+        job.model,
+        mesh,
+        seed=0,
+        schedule=job.schedule,
+        virtual_stages=job.virtual_stages,
+        layers_per_stage=job.layers_per_stage,
+        sequence_parallel=job.sequence_parallel,
+        recompute=recompute,
+        dtype=DTYPES[job.precision],
+        device=device,
+        bucket_elements=job.bucket_elements,
+    )
+
+
+def trainer_of(job: Job, model: ParallelModel, device: torch.device) -> Trainer:
+    names = ["pretraining"] if job.objectives == 1 else [f"o{i}" for i in range(job.objectives)]
+    objectives = [
+        TrainedObjective(Shapes(name, job, device), AdamSettings(), lambda step: 1e-3)
+        for name in names
+    ]
+    return Trainer(model, [TrainingStage(objectives)])
+
+
+def dry_run(job: Job, rank: int, device: torch.device | str = "meta") -> DryRun:
+    """Builds `rank` of the job and walks one step of it."""
+    device = torch.device(device)
+    start = time.perf_counter()
+    with fake_world(rank, job.gpus):
+        model = build(job, device)
+        trainer = trainer_of(job, model, device)
+        built = time.perf_counter()
+        trainer.step()
+        stepped = time.perf_counter()
+        place = job.layout.coordinates(rank)
+        return DryRun(
+            rank,
+            {axis: place[axis] for axis in ("pp", "dp", "tp")},
+            tuple(job.plan.layers[stage] for stage in job.plan.stages_of(place["pp"])),
+            sum(p.numel() for p in model.data_parallel.parameters.values()),
+            dict(model.mesh.traffic.counts),
+            built - start,
+            stepped - built,
+        )

@@ -1,0 +1,137 @@
+"""Bytes of memory on each rank, by kind.
+
+    weights          the model's, in the type it computes in
+    gradients        the flat buffer that every objective's backward fills in turn
+    optimizer        masters, and of each objective a gradient shard and two moments
+    activations      of the micro-batches in flight, as the recomputation leaves them
+    workspace        what the loss, or the backward of a layer, needs on top at the worst moment
+    batch            the step's token ids and masks
+    kv_cache         keys and values of the rollouts, where there are any
+
+The sum is the peak of a step. What an allocator loses between blocks, CUDA's own context and the
+buffers of NCCL are not in it: `hardware` has a reserve for them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from megarlx.model.documents import padded_length
+from megarlx.model.metadata import local_kv_heads
+from megarlx.planning.activations import (
+    Widths,
+    layer_backward_workspace,
+    loss_workspace,
+    stage_kept,
+)
+from megarlx.planning.job import Job
+
+BYTES_OF_A_TOKEN = 8 + 8 + 8 + 1  # id, target, position, mask
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Generation beside training: how many sequences at once on one copy of the model."""
+
+    slots: int
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def longest(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of one rank, in bytes."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    workspace: int
+    batch: int
+    kv_cache: int
+
+    @property
+    def persistent(self) -> int:
+        """There from the first step to the last."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def peak(self) -> int:
+        return self.persistent + self.activations + self.workspace + self.batch + self.kv_cache
+
+    def by_kind(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def rank_memory(job: Job, rank: int, rollouts: Rollouts | None = None) -> Memory:
+    """What a global rank needs."""
+    pp_rank = job.layout.coordinates(rank)["pp"]
+    numbers = job.sizes(pp_rank).flat
+    n = Widths.of(job)
+    stages = list(job.stages(pp_rank))
+    kept = sum(stage_kept(job, n, stage) for stage in stages)
+    flying = in_flight(job, pp_rank)
+    backward = layer_backward_workspace(job, n) if any(s.layers for s in stages) else 0
+    loss = loss_workspace(job, n) if any(s.head for s in stages) else 0
+    return Memory(
+        weights=numbers * n.e,
+        gradients=numbers * n.w,
+        optimizer=optimizer_bytes(job, numbers),
+        activations=kept * flying // len(stages),
+        workspace=max(backward, loss),
+        batch=job.tokens_per_microbatch * job.microbatches * BYTES_OF_A_TOKEN,
+        kv_cache=0 if rollouts is None else kv_cache_bytes(job, pp_rank, rollouts),
+    )
+
+
+def optimizer_bytes(job: Job, numbers: int) -> int:
+    """Of a rank that holds `numbers`, buffer padding included: `AveragingAdamW`'s own tensors."""
+    shard, w = numbers // job.dp, job.wide_bytes
+    masters_are_weights = job.dp == 1 and job.element_bytes == w
+    gradients_are_buffer = job.dp == 1 and job.objectives == 1
+    each = 2 * w + (0 if gradients_are_buffer else w)
+    total = shard * (job.objectives * each + (0 if masters_are_weights else w))
+    if job.dp > 1 and job.element_bytes != w:
+        total += shard * job.element_bytes  # updated weights on their way to everybody
+    return total
+
+
+def in_flight(job: Job, pp_rank: int) -> int:
+    """Micro-batches whose activations a rank holds at once, each stage of it counted by itself.
+
+    Where backward is split, a micro-batch is held until its weight gradients are there.
+    """
+    p, v, m = job.pp, job.virtual_stages, job.microbatches
+    if p == 1:
+        return 1
+    behind = p - 1 - pp_rank
+    if job.schedule == "1f1b":
+        # With fewer micro-batches than ranks, all go forward before the first goes back.
+        return min(m, behind + 1) if m >= p else m
+    if job.schedule == "zbv":
+        return min(2 * m, 2 * p)
+    a_round = m // max(1, m // p)
+    if job.schedule == "interleaved":
+        return min(v * m, (v - 1) * a_round + 2 * behind + 1)
+    return min(v * m, (v - 1) * a_round + behind + 1 + pp_rank)
+
+
+def kv_cache_bytes(job: Job, pp_rank: int, rollouts: Rollouts) -> int:
+    """`Engine`'s caches: its slots and an idle one, at a padded length."""
+    slots = -(-rollouts.slots // job.pp) * job.pp + 1
+    layers = sum(stage.layers for stage in job.stages(pp_rank))
+    kv = local_kv_heads(job.model, job.tp) * job.model.head_dim
+    return 2 * layers * slots * padded_length(rollouts.longest) * kv * job.element_bytes
+
+
+def worst_rank(job: Job, rollouts: Rollouts | None = None) -> tuple[int, Memory]:
+    """The rank with the highest peak. Ranks differ by their place in the pipeline alone, and of
+    those that hold the same shapes the first has the most micro-batches in flight."""
+    candidates = [job.layout.rank_at(pp=pp, replica=0, dp=0, tp=0) for pp in job.kinds()]
+    memories = {rank: rank_memory(job, rank, rollouts) for rank in candidates}
+    worst = max(memories, key=lambda rank: memories[rank].peak)
+    return worst, memories[worst]

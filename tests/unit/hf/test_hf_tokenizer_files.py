@@ -1,0 +1,118 @@
+"""AutoTokenizer gives the ids that our tokenizer gave the model, and the texts back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hf_cases import convert, published, save, transformers
+from tokenizers import Tokenizer as Engine
+from tokenizers import models, pre_tokenizers
+
+from megarlx.data.tokenizer import ByteTokenizer, Tokenizer, WordTokenizer, load_tokenizer
+from megarlx.hf.tokenizer_files import hugging_face_tokenizer
+
+TEXTS = ["tom has 3 apples", "apples", "3 3 3 has tom"]
+ANY_TEXTS = [*TEXTS, "  two  spaces\n\ttab", "naïve ☃ 日本 \x00\x7f", "", "a" * 50]
+
+
+def written(tokenizer: Tokenizer, folder: Path) -> Path:
+    for name, content in zip(
+        ("tokenizer.json", "tokenizer_config.json"), hugging_face_tokenizer(tokenizer), strict=True
+    ):
+        (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+def engine_file(folder: Path, eos: str = "<|endoftext|>") -> Path:
+    words = {word: i for i, word in enumerate([eos, *" ".join(TEXTS).split()])}
+    vocabulary = {word: i for i, word in enumerate(words)}
+    engine = Engine(models.WordLevel(vocabulary, unk_token=eos))
+    engine.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    engine.add_special_tokens([eos])
+    folder.mkdir(exist_ok=True)
+    engine.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["words", "bytes", "file"])
+def test_ids_and_texts_are_the_same_through_auto_tokenizer(tmp_path: Path, kind: str) -> None:
+    ours: Tokenizer
+    if kind == "words":
+        ours, texts = WordTokenizer(["tom", "has", "3", "apples"]), TEXTS
+    elif kind == "bytes":
+        ours, texts = ByteTokenizer(), ANY_TEXTS
+    else:
+        ours, texts = load_tokenizer(engine_file(tmp_path / "source")), TEXTS
+    theirs = transformers.AutoTokenizer.from_pretrained(written(ours, tmp_path))
+    assert len(theirs) == ours.vocab_size
+    assert theirs.eos_token_id == ours.eos_id
+    for text in texts:
+        ids = theirs(text)["input_ids"]
+        assert ids == ours.encode(text)
+        assert theirs.decode(ids) == ours.decode(ids) == text
+
+
+def test_every_byte_has_its_own_id(tmp_path: Path) -> None:
+    ours = ByteTokenizer()
+    theirs = transformers.AutoTokenizer.from_pretrained(written(ours, tmp_path))
+    letters = theirs.convert_ids_to_tokens(list(range(256)))
+    assert len(set(letters)) == 256
+    for text in (chr(i) for i in range(1, 0x800)):
+        assert theirs(text)["input_ids"] == list(text.encode())
+
+
+def test_files_that_came_with_a_model_go_back_as_they_were(tmp_path: Path) -> None:
+    there = save(published("qwen2", eos_token_id=0, bos_token_id=3), tmp_path / "hf")
+    engine_file(there)
+    beside = {
+        "tokenizer_config.json": '{"eos_token": "<|endoftext|>", "odd": [1]}',
+        "special_tokens_map.json": '{"eos_token": "<|endoftext|>"}',
+        "chat_template.jinja": "{{ messages }}",
+        "generation_config.json": '{"eos_token_id": [0, 3], "temperature": 0.6}',
+    }
+    for name, text in beside.items():
+        (there / name).write_text(text)
+    convert(there, tmp_path / "run")
+    assert load_tokenizer(tmp_path / "run" / "tokenizer.json").encode("tom has") == [1, 2]
+    convert(tmp_path / "run", tmp_path / "back", "megarlx>hf")
+    for name, text in beside.items():
+        if name == "generation_config.json":
+            assert json.loads((tmp_path / "back" / name).read_text()) == json.loads(text)
+        else:
+            assert (tmp_path / "back" / name).read_text() == text
+    assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (
+        there / "tokenizer.json"
+    ).read_bytes()
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (config["eos_token_id"], config["bos_token_id"]) == (0, 3)
+
+
+def test_an_excursion_exports_with_the_files_of_the_trunk_it_goes_back_to(tmp_path: Path) -> None:
+    there = engine_file(save(published("llama"), tmp_path / "hf"))
+    (there / "chat_template.jinja").write_text("{{ messages }}")
+    convert(there, tmp_path / "trunk")
+    # A child has a configuration and weights of its own, and a line back.
+    convert(tmp_path / "trunk", tmp_path / "child", "megarlx>megarlx")
+    child = tmp_path / "child"
+    (child / "huggingface" / "config.json").unlink()
+    lineage = json.loads((child / "lineage.json").read_text())
+    lineage["parent"] = {"run": str(tmp_path / "trunk"), "iteration": 0}
+    (child / "lineage.json").write_text(json.dumps(lineage))
+    convert(child, tmp_path / "back", "megarlx>hf")
+    assert (tmp_path / "back" / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path: Path) -> None:
+    there = engine_file(save(published("olmo2", vocab_size=3), tmp_path / "hf"))
+    with pytest.raises(ValueError, match="tokenizer has 5 ids; the model's vocab_size is 3"):
+        convert(there, tmp_path / "run")
+
+
+def test_a_tokenizer_that_does_not_say_its_end_is_told(tmp_path: Path) -> None:
+    there = engine_file(save(published("olmo2"), tmp_path / "hf"), eos="<fin>")
+    with pytest.raises(ValueError, match="which token ends a document is not said"):
+        convert(there, tmp_path / "run")
+    convert(there, tmp_path / "run", eos="<fin>")
+    assert load_tokenizer(tmp_path / "run" / "tokenizer.json").eos_id == 0

@@ -1,0 +1,133 @@
+"""Stages and objectives in a configuration: defaults, courses, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megarlx.config import Config, ConfigError, load_config
+from megarlx.config.objectives import StageConfig
+
+START = """
+[model]
+vocab_size = 97
+hidden_size = 64
+heads = 4
+layers = 6
+intermediate_size = 128
+[training]
+sequence_length = 32
+[optimizer]
+lr = 5e-3
+clip_norm = 0.5
+[rl]
+[sft]
+"""
+AVERAGE = '[[stages]]\nsteps = 10\ncombine = "average"\n'
+
+
+def loaded(folder: Path, text: str) -> Config:
+    path = folder / "run.toml"
+    path.write_text(START + text)
+    return load_config(path)
+
+
+def refused(folder: Path, text: str) -> str:
+    with pytest.raises(ConfigError) as raised:
+        loaded(folder, text)
+    return "\n".join(raised.value.problems)
+
+
+def test_what_a_stage_does_not_say_about_adam_the_optimizer_section_says(tmp_path: Path) -> None:
+    text = AVERAGE + "[stages.objectives.rl]\nlr = 1e-4\n[stages.objectives.sft]\n"
+    (stage,) = loaded(tmp_path, text).stages
+    rl, sft = stage.objectives["rl"], stage.objectives["sft"]
+    assert (rl.lr, sft.lr) == (1e-4, 5e-3)
+    assert rl.clip_norm == sft.clip_norm == 0.5
+
+
+def test_a_resolved_configuration_with_stages_is_itself(tmp_path: Path) -> None:
+    text = AVERAGE + "[stages.objectives.rl]\n[stages.objectives.sft]\nweight.first = 0.3\n"
+    config = loaded(tmp_path, text)
+    resolved = tmp_path / "resolved.json"
+    resolved.write_text(config.to_json())
+    assert load_config(resolved) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[[stages]]\nsteps = 1\n[stages.objectives.chat]\n", "is not known; allowed are"),
+        ("[[stages]]\nsteps = 1\n[stages.objectives.pretraining]\n", "needs [data]"),
+        (
+            "[[stages]]\nsteps = 1\n[stages.objectives.sft]\n[stages.objectives.rl]\n",
+            "combine is 'single' with 2 objectives; it takes one",
+        ),
+        (
+            AVERAGE + "[stages.objectives.sft]\n",
+            "combine is 'average' with 1 objectives; it takes two",
+        ),
+        (
+            '[[stages]]\nsteps = 1\nof = "gradients"\n[stages.objectives.sft]\n',
+            "of is for combine = 'average' only",
+        ),
+        (
+            AVERAGE + 'of = "gradients"\n[stages.objectives.sft]\nlr = 1e-5\n'
+            "[stages.objectives.rl]\n",
+            "one Adam; its objectives' settings must be the same",
+        ),
+        (
+            AVERAGE + "[stages.objectives.sft]\nweight.first = 0\n"
+            "[stages.objectives.rl]\nweight.first = 0\n",
+            "objectives have no weight above 0",
+        ),
+        (
+            "[objectives.rl.sft]\n[[stages]]\nsteps = 1\n[stages.objectives.rl]\n",
+            "uses the name rl, which is taken",
+        ),
+        (
+            "[objectives.chat]\n[[stages]]\nsteps = 1\n[stages.objectives.rl]\n",
+            "or rl: exactly one of them must be given",
+        ),
+        ("", "training.steps is missing; give it, or [[stages]]"),
+        (
+            "[[stages]]\nsteps = 4\n[stages.objectives.rl]\nwarmup_steps = 5\n",
+            "+ decay_steps = 5; the stage allows at most 4",
+        ),
+        (
+            '[[stages]]\nsteps = 4\ncombine = "alternate"\n[stages.objectives.rl]\n'
+            "warmup_steps = 3\n[stages.objectives.sft]\n",
+            "+ decay_steps = 3; the stage allows at most 2",
+        ),
+        ("[template]\nuser = 'no place'\n", "it must hold {content} once"),
+    ],
+)
+def test_stages_that_cannot_be_are_refused_with_the_reason(
+    tmp_path: Path, text: str, said: str
+) -> None:
+    assert said in refused(tmp_path, text)
+
+
+def test_steps_beside_stages_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(START + "[[stages]]\nsteps = 1\n[stages.objectives.rl]\n")
+    with pytest.raises(ConfigError, match=r"is 3, but \[\[stages\]\] have steps of their own"):
+        load_config(path, ["training.steps=3"])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 6, 7, 11, 12])
+@pytest.mark.parametrize("turns", [(1, 1), (3, 2), (5, 1), (2, 9)])
+def test_steps_of_alternating_objectives_are_those_that_are_taken(
+    steps: int, turns: tuple[int, int]
+) -> None:
+    names = ("rl", "sft")
+    stage = StageConfig.model_validate(
+        {
+            "steps": steps,
+            "combine": "alternate",
+            "objectives": {n: {"turns": t} for n, t in zip(names, turns, strict=True)},
+        }
+    )
+    taken = ((["rl"] * turns[0] + ["sft"] * turns[1]) * steps)[:steps]
+    assert {name: stage.steps_of(name) for name in names} == {n: taken.count(n) for n in names}
