@@ -21,18 +21,27 @@ from megarlx.run.loop import check_startable, train
 
 TOKENS = {"sequences_per_step": 4, "sequences_per_microbatch": 1, "sequence_length": 160}
 SMALL = {
-    "family": "olmo2", "vocab_size": 400, "hidden_size": 24, "layers": 2, "heads": 2,
-    "intermediate_size": 40, "max_sequence_length": 192,
+    "family": "olmo2",
+    "vocab_size": 400,
+    "hidden_size": 24,
+    "layers": 2,
+    "heads": 2,
+    "intermediate_size": 40,
+    "max_sequence_length": 192,
 }
 RL = {
-    "prompts_per_step": 2, "samples_per_prompt": 2, "max_completion_tokens": 6,
+    "prompts_per_step": 2,
+    "samples_per_prompt": 2,
+    "max_completion_tokens": 6,
     "rewards": [{"function": "marked_answer", "workers": 0}],
 }
 
 
 def config(world: str = "nowhere", replica: int = 2, **stage: Any) -> Config:
     average = {
-        "steps": 4, "combine": "average", "placement": "replicas",
+        "steps": 4,
+        "combine": "average",
+        "placement": "replicas",
         "objectives": {"sft": {"lr": 1e-3}, "rl": {"lr": 1e-3}},
     }
     return Config.model_validate(
