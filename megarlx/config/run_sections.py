@@ -32,7 +32,7 @@ class WorldConfig(Section):
     """A synthetic world, written as token files before training where they are not there yet."""
 
     folder: str = Field(
-        description="Where its files are written and looked for; {seed}: the world's seed"
+        description="Where its files are; {seed}, {problems_share} and the like: their values"
     )
     seed: int = Field(default=0, ge=0, description="Seed of the world: its facts and its problems")
     documents: int = Field(
@@ -54,7 +54,10 @@ class WorldConfig(Section):
 
     @property
     def place(self) -> str:
-        return self.folder.replace("{seed}", str(self.seed))
+        path = self.folder
+        for name in ("seed", "documents", "problems_share", "facts_share", "stories_share"):
+            path = path.replace(f"{{{name}}}", str(getattr(self, name)))
+        return path
 
 
 class DataConfig(Section):

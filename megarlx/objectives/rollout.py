@@ -1,6 +1,6 @@
 """A rollout: prompts drawn, answers sampled from the policy as it is, scored, and compared.
 
-Every data-parallel rank generates and scores its share of the prompts; then all ranks hold all of
+Every rank of a group generates and scores its share of the prompts; then all of them hold all of
 it, in the order in which the prompts were drawn, so that nothing below depends on the layout.
 
 Letters: P prompts, n samples of each, N = P·n sequences, T tokens of all of them.
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarlx.comm.collectives import gather_values
+from megarlx.comm.collectives import barrier, gather_values
 from megarlx.comm.groups import Mesh
 from megarlx.config.objectives import RlConfig
 from megarlx.data.prompts import Drawn, PromptData
@@ -101,6 +101,8 @@ class Sampler:
     ) -> None:
         self.config, self.engine, self.prompts = config, engine, prompts
         self.tokenizer, self.rewards, self.mesh, self.seed = tokenizer, rewards, mesh, seed
+        self.group = mesh.dp  # shares out the prompts
+        self.waited_seconds = 0.0
         self.sampling = SamplingSettings(
             temperature=config.temperature,
             top_k=config.top_k,
@@ -151,10 +153,10 @@ class Sampler:
         examples: list[dict[str, Any]],
     ) -> _Groups:
         """`count` new prompts, sampled and scored, on all ranks."""
-        config, mesh = self.config, self.mesh
+        config, group = self.config, self.group
         n = config.samples_per_prompt
         drawn = self.prompts.take(count)
-        mine = drawn[mesh.dp.rank :: mesh.dp.size]
+        mine = drawn[group.rank :: group.size]
         requests = [
             Request(
                 one.ids,
@@ -166,11 +168,14 @@ class Sampler:
         begun = time.perf_counter()
         found = self.engine().generate(requests, self.sampling, self.seed)
         generated = time.perf_counter()
+        barrier(group)
+        met = time.perf_counter()
+        self.waited_seconds += met - generated
         samples = [self._sample(mine[i // n], completion) for i, completion in enumerate(found)]
         scored = self._score(samples)
         rewarded = time.perf_counter()
         self._add(sums, "perf/generate_seconds", generated - begun, 1)
-        self._add(sums, "perf/reward_seconds", rewarded - generated, 1)
+        self._add(sums, "perf/reward_seconds", rewarded - met, 1)
         for key, (total, number) in scored["metrics"].items():
             self._add(sums, key, total, number)
         totals = torch.tensor(scored["totals"], dtype=torch.float64)
@@ -197,7 +202,7 @@ class Sampler:
         said: dict[str, Any] = {}
         if self.mesh.model.rank == 0:
             try:
-                scored = self.rewards.score(samples, self.mesh.dp)
+                scored = self.rewards.score(samples, self.group)
                 first = next(iter(scored.parts.values()))
                 said = {"totals": scored.totals, "first": first, "metrics": scored.metrics()}
             except RewardError as error:
@@ -222,7 +227,7 @@ class Sampler:
     def _gathered(
         self, mine: Sequence[Drawn], found: Sequence[Completion], totals: Tensor, first: Tensor
     ) -> _Groups:
-        n, group = self.config.samples_per_prompt, self.mesh.dp
+        n, group = self.config.samples_per_prompt, self.group
         device = self.engine().device
         # Without a filter both are the log-probs of the policy that is trained, at its temperature.
         own = (
@@ -255,7 +260,7 @@ class Sampler:
         self, sampled: _Groups, used: _Groups, sums: dict[str, tuple[float, float]], rounds: int
     ) -> dict[str, float]:
         """Over all ranks. Times are those of the slowest."""
-        every = gather_values({k: list(v) for k, v in sums.items()}, self.mesh.dp)
+        every = gather_values({k: list(v) for k, v in sums.items()}, self.group)
         metrics: dict[str, float] = {}
         for key in sums:
             pairs = [found.get(key, [0.0, 0.0]) for found in every]

@@ -43,4 +43,6 @@ def shell_lines(document: Path) -> list[str]:
         for block in code
         for line in re.sub(r"\\\n\s*", "", block).splitlines()
     ]
-    return lines + SPAN.findall(INDENTED.sub("\n", prose))
+    spans = SPAN.findall(INDENTED.sub("\n", prose))
+    # `megarlx plan` alone is the name of a command.
+    return lines + [span for span in spans if len(span.split()) > 2]
