@@ -40,7 +40,7 @@ class WandbTracker:
 
     def __init__(self, project: str, run: Path, config: Mapping[str, Any], known: str | None):
         self._wandb: Any = importlib.import_module("wandb")
-        self.failures = (self._wandb.errors.Error, OSError)
+        self.failures: tuple[type[Exception], ...] = (self._wandb.errors.Error, OSError)
         self._run = self._wandb.init(
             project=project,
             name=run.name,
@@ -67,7 +67,10 @@ class MlflowTracker:
 
     def __init__(self, project: str, run: Path, config: Mapping[str, Any], known: str | None):
         self._mlflow: Any = importlib.import_module("mlflow")
-        self.failures = (self._mlflow.exceptions.MlflowException, OSError)
+        self.failures: tuple[type[Exception], ...] = (
+            self._mlflow.exceptions.MlflowException,
+            OSError,
+        )
         self._mlflow.set_experiment(project)
         started = self._mlflow.start_run(run_id=known, run_name=None if known else run.name)
         self.run_id = str(started.info.run_id)

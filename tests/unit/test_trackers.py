@@ -198,6 +198,7 @@ def test_the_real_mlflow_keeps_the_numbers_in_files(
     pytest.importorskip("sqlalchemy", reason="mlflow without its database: no place for runs")
     import mlflow
 
+    monkeypatch.chdir(tmp_path)  # where it puts what is no number
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
     run = tmp_path / "run"
     for resume_at in (0, 2):
