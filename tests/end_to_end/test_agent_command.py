@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from training_runs import train
 
 from megarlx.metrics import read_metrics
@@ -116,3 +117,15 @@ def test_a_cold_start_and_play_in_one_run(tmp_path: Path) -> None:
     assert train(config, tmp_path / "third", more, "stages.1.steps=1") == 0
     tasks = (world / "sokoban" / "tasks_train.jsonl").read_text().splitlines()
     assert len(tasks) == 21
+
+
+def test_a_broken_environment_stops_the_run_with_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, world = tmp_path / "agent.toml", tmp_path / "world"
+    config.write_text(CONFIG.format(world=world))
+    broken = "rl.environment.options.level=huge"
+    assert train(config, tmp_path / "run", broken, "stages.0.steps=1") == 1
+    said = capsys.readouterr().err
+    assert "could not start: ValueError: sokoban: level is 'huge'" in said
+    assert "Traceback" not in said
