@@ -5,34 +5,27 @@ training. The master weights are fp32 (fp64 in fp64 runs) and exist for the shar
 model computes in that same type on one data-parallel rank, they are the weights themselves.
 
 With `shared_moments` the objectives' gradients are averaged instead of their updates: one Adam.
+
+Two things may differ from "every rank, every step". With `replicas` each rank trains one of the
+objectives, has only its moments, and the update shards are added up over that axis, so that the
+masters stay the same bits everywhere. With `local_steps` an objective goes on by itself from a
+master of its own until a step with `average=True`, which applies the weighted sum of the ways that
+they went; in between, `master` is where all of them began.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from megarlx.checkpoint import FROZEN, OPTIMIZER, CheckpointError, FlatShards
 from megarlx.comm.collectives import all_reduce_
-from megarlx.comm.groups import Group
-from megarlx.ops import average_adamw_
-from megarlx.parallel.data_parallel import DataParallel
+from megarlx.ops.averaging import adamw_update_, average_adamw_, replica_average_
+from megarlx.optimizer_state import SHARED, AdamSettings, OptimizerState
 
-SHARED = "shared"  # whose the moments are where all objectives have the same ones
-
-
-@dataclass(frozen=True)
-class AdamSettings:
-    """What does not change from step to step, for one objective."""
-
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float | None = 1.0
+__all__ = ["SHARED", "AdamSettings", "AveragingAdamW", "StepReport"]
 
 
 @dataclass(frozen=True)
@@ -43,117 +36,12 @@ class StepReport:
     found_inf: dict[str, Tensor]
 
 
-class AveragingAdamW:
+class AveragingAdamW(OptimizerState):
     """The optimizer of one rank.
 
     `gradient_shard(objective)` is where that objective's reduced gradients go; `step` then clips,
     updates all objectives from one snapshot, applies the weighted sum and gathers the weights.
     """
-
-    def __init__(
-        self,
-        data_parallel: DataParallel,
-        settings: Mapping[str, AdamSettings],
-        norm_groups: Sequence[Group],
-        *,
-        shared_moments: bool = False,
-        waiting: Sequence[str] = (),
-        frozen: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """`waiting` objectives are not trained, but keep their moments for later; `frozen` shards
-        are saved and restored beside the weights (a reference policy's, say)."""
-        if not settings:
-            raise ValueError("an optimizer needs at least one objective")
-        self.data_parallel, self.settings = data_parallel, dict(settings)
-        if shared_moments and len(set(self.settings.values())) > 1:
-            raise ValueError(f"one Adam cannot have the settings {self.settings}; they differ")
-        self.norm_groups, self.shared = tuple(norm_groups), shared_moments
-        layout, weights = data_parallel.layout, data_parallel.weights
-        size, dtype = layout.shard_size, data_parallel.gradient_dtype
-        shard = data_parallel.shard_of_weights()
-        self.masters_are_weights = shard is weights and weights.dtype == dtype
-        self.master = shard if self.masters_are_weights else shard.to(dtype, copy=True)
-        self.weights_out = None if self.masters_are_weights else self._weights_out(shard)
-
-        def zeros() -> Tensor:
-            return torch.zeros(size, dtype=dtype, device=weights.device)
-
-        names = list(self.settings)
-        self.owners = [*([SHARED] if shared_moments else names), *waiting]  # of moments
-        self.exp_avgs = {name: zeros() for name in self.owners}
-        self.exp_avg_sqs = {name: zeros() for name in self.owners}
-        self.steps = torch.zeros(len(self.owners), dtype=torch.int64, device=weights.device)
-        # One objective on one rank reduces in place; several must outlive the gradient buffer.
-        alone = len(names) == 1 and data_parallel.group.size == 1
-        self.gradients = {name: data_parallel.gradients if alone else zeros() for name in names}
-        self._uncounted = data_parallel.uncounted_ranges()
-        # What a checkpoint holds of this rank, under the names that it gets there.
-        moments = [("exp_avg", self.exp_avgs), ("exp_avg_sq", self.exp_avg_sqs)]
-        self.frozen = dict(frozen or {})
-        self.shards = self._shards(
-            {"": self.master}
-            | {f"{OPTIMIZER}{n}/{k}/": shard[n] for n in self.owners for k, shard in moments}
-            | {f"{FROZEN}{name}/": shard for name, shard in self.frozen.items()}
-        )
-
-    def _weights_out(self, shard: Tensor) -> Tensor | None:
-        """Where the updated weights are written in the model's type, before they are gathered."""
-        whole = shard is self.data_parallel.weights
-        if whole:
-            return shard
-        return None if shard.dtype == self.data_parallel.gradient_dtype else shard
-
-    def _shards(self, shards: Mapping[str, Tensor]) -> FlatShards:
-        data_parallel = self.data_parallel
-        rank = data_parallel.group.rank
-        return FlatShards(data_parallel.layout, data_parallel.layouts, rank, shards)
-
-    def state(self) -> dict[str, Any]:
-        """What of a checkpoint is not in `shards`."""
-        return {"steps": dict(zip(self.owners, self.steps.tolist(), strict=True))}
-
-    def starting_shards(self, going_on: Sequence[str]) -> FlatShards:
-        """What a run takes over from the run it branches from: weights, and some moments."""
-        moments = [("exp_avg", self.exp_avgs), ("exp_avg_sq", self.exp_avg_sqs)]
-        return self._shards(
-            {"": self.master}
-            | {f"{OPTIMIZER}{n}/{k}/": shard[n] for n in going_on for k, shard in moments}
-        )
-
-    def start(self, going_on: Sequence[str], state: Mapping[str, Any]) -> None:
-        """After `starting_shards` were filled."""
-        steps = _steps(state, going_on)
-        for name in going_on:
-            self.steps[self.owners.index(name)] = steps[name]
-        self.weights_from_masters()
-
-    def take_moments(self, before: AveragingAdamW, objective: str) -> None:
-        """Goes on with an objective where another stage's optimizer left it."""
-        for mine, theirs in (
-            (self.exp_avgs, before.exp_avgs),
-            (self.exp_avg_sqs, before.exp_avg_sqs),
-        ):
-            mine[objective].copy_(theirs[objective])
-        at, was = self.owners.index(objective), before.owners.index(objective)
-        self.steps[at] = before.steps[was]
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """After `shards` were filled."""
-        steps = _steps(state, self.owners)
-        self.steps.copy_(torch.tensor([steps[name] for name in self.owners]))
-        self.weights_from_masters()
-
-    @torch.no_grad()
-    def weights_from_masters(self) -> None:
-        """The model's weights again, rounded as a step would round them."""
-        if self.weights_out is not None:
-            self.weights_out.copy_(self.master)
-        self.data_parallel.gather_weights(
-            self.master if self.weights_out is None else self.weights_out
-        )
-
-    def gradient_shard(self, objective: str) -> Tensor:
-        return self.gradients[objective]
 
     def _squared_norm(self, gradient: Tensor) -> Tensor:
         total = torch.linalg.vector_norm(gradient, dtype=gradient.dtype).square()
@@ -168,34 +56,165 @@ class AveragingAdamW:
             all_reduce_(squares, group)
         return squares.sqrt()
 
+    @torch.no_grad()
     def step(
-        self, learning_rates: Mapping[str, float], weights: Mapping[str, float] | None = None
+        self,
+        learning_rates: Mapping[str, float],
+        weights: Mapping[str, float] | None = None,
+        *,
+        average: bool = True,
     ) -> StepReport:
         """One update by the objectives that `learning_rates` names; the others stay as they are.
 
-        `weights` of their updates (default: equal, summing to one).
+        `weights` of their updates (default: equal, summing to one). Without `average`, which is for
+        local steps, each objective's own master moves and nothing else.
         """
-        names = [name for name in self.settings if name in learning_rates]
-        shares = weights or {name: 1.0 / len(names) for name in names}
-        gradients = [self.gradients[name] for name in names]
-        norms = self.gradient_norms(gradients)
+        active = [name for name in self.settings if name in learning_rates]
+        names = [name for name in active if name in self.trained]
+        shares = weights or {name: 1.0 / len(active) for name in active}
+        norms = self.gradient_norms([self.gradients[name] for name in names])
         found_inf = (~torch.isfinite(norms)).to(self.master.dtype)
-        report = StepReport(
-            dict(zip(names, norms, strict=True)), dict(zip(names, found_inf, strict=True))
-        )
+        report = self._report(active, names, norms, found_inf)
         if self.shared:
-            mixed = gradients[0].mul_(shares[names[0]])
-            for name, gradient in zip(names[1:], gradients[1:], strict=True):
-                mixed.add_(gradient, alpha=shares[name])
-            norms = self.gradient_norms([mixed])
-            found_inf = found_inf.amax(0, keepdim=True)  # what is mixed cannot be taken apart
-            self._update([names[0]], [SHARED], norms, found_inf, learning_rates, {names[0]: 1.0})
+            self._update_shared(names, found_inf, report, learning_rates, shares)
+        elif self.locals:
+            for at, name in enumerate(names):
+                one = slice(at, at + 1)
+                self._update(
+                    [name],
+                    [name],
+                    norms[one],
+                    found_inf[one],
+                    learning_rates,
+                    {name: 1.0},
+                    self.locals[name],
+                )
+            if average:
+                self._average_locals(shares)
+                self.weights_from_masters()
+            return report
+        elif self._in_replicas:
+            self._update_replica(names[0], norms, found_inf, learning_rates, shares)
         else:
             self._update(names, names, norms, found_inf, learning_rates, shares)
         self.data_parallel.gather_weights(
             self.master if self.weights_out is None else self.weights_out
         )
         return report
+
+    def _report(
+        self, active: Sequence[str], names: Sequence[str], norms: Tensor, found_inf: Tensor
+    ) -> StepReport:
+        """Of all active objectives, on every rank."""
+        if self._in_replicas:
+            mine = torch.stack((norms, found_inf.to(norms.dtype)))
+            table = mine.new_zeros(2, len(active))
+            table[:, [active.index(name) for name in names]] = mine
+            norms, found_inf = all_reduce_(table, self.replicas).unbind()
+        return StepReport(
+            dict(zip(active, norms, strict=True)), dict(zip(active, found_inf, strict=True))
+        )
+
+    def _update_shared(
+        self,
+        names: Sequence[str],
+        found_inf: Tensor,
+        report: StepReport,
+        learning_rates: Mapping[str, float],
+        shares: Mapping[str, float],
+    ) -> None:
+        """One Adam for the weighted sum of the gradients."""
+        first = names[0]
+        mixed = self.gradients[first]
+        if self._in_replicas:
+            replica_average_(
+                mixed,
+                mixed,
+                weight=shares[first],
+                group=self.replicas,
+                of="gradients",
+                packed=self._packed,
+                found_inf=found_inf,
+            )
+        else:
+            mixed.mul_(shares[first])
+            for name in names[1:]:
+                mixed.add_(self.gradients[name], alpha=shares[name])
+        # What is mixed cannot be taken apart: one that is not finite skips the step.
+        every = torch.stack(list(report.found_inf.values())).to(self.master.dtype)
+        rate = learning_rates[next(iter(report.found_inf))]  # the same for all
+        norms = self.gradient_norms([mixed])
+        skip = every.amax(0, keepdim=True)
+        self._update([first], [SHARED], norms, skip, {first: rate}, {first: 1.0})
+
+    def _update_replica(
+        self,
+        name: str,
+        norms: Tensor,
+        found_inf: Tensor,
+        learning_rates: Mapping[str, float],
+        shares: Mapping[str, float],
+    ) -> None:
+        """This replica's own update, and then the sum of all of them."""
+        assert self._delta is not None
+        settings, at = self.settings[name], self.owners.index(name)
+        clip = self._clips([name], norms)
+        before = self.steps[at : at + 1]
+        steps = before
+        for part, decays in self._parts():
+            steps = before.clone()
+            adamw_update_(
+                self.master[part],
+                self.gradients[name][part],
+                self.exp_avgs[name][part],
+                self.exp_avg_sqs[name][part],
+                lr=learning_rates[name],
+                betas=settings.betas,
+                eps=settings.eps,
+                weight_decay=settings.weight_decay if decays else 0.0,
+                steps=steps,
+                clip=clip,
+                found_inf=found_inf,
+                delta=self._delta[part],
+            )
+        before.copy_(steps)
+        self._sum_over_replicas(self._delta, shares[name], found_inf, self.weights_out)
+
+    def _sum_over_replicas(
+        self, delta: Tensor, share: float, found_inf: Tensor, out: Tensor | None
+    ) -> None:
+        replica_average_(
+            self.master,
+            delta,
+            weight=share,
+            group=self.replicas,
+            packed=self._packed,
+            found_inf=found_inf,
+            param_out=out,
+        )
+
+    def _average_locals(self, shares: Mapping[str, float]) -> None:
+        """The weighted sum of the ways that the objectives went since they were last together."""
+        for local in self.locals.values():
+            local.sub_(self.master)
+        for name, way in self.locals.items():
+            if self._in_replicas:
+                finite = torch.zeros(1, dtype=torch.bool, device=way.device)
+                self._sum_over_replicas(way, shares[name], finite, None)
+            else:
+                self.master.add_(way, alpha=shares[name])
+
+    def _parts(self) -> Iterator[tuple[slice, bool]]:
+        """The parts of the shard with weight decay and without; empty ones are left out."""
+        border = self.data_parallel.layout.decayed_shard_size
+        for low, high, decays in ((0, border, True), (border, self.master.numel(), False)):
+            if low < high:
+                yield slice(low, high), decays
+
+    def _clips(self, names: Sequence[str], norms: Tensor) -> Tensor:
+        limits = [self.settings[n].clip_norm or float("inf") for n in names]
+        limit = torch.tensor(limits, dtype=self.master.dtype).to(norms.device, non_blocking=True)
+        return (limit / norms).clamp(max=1.0).to(self.master.dtype)
 
     def _update(
         self,
@@ -205,32 +224,34 @@ class AveragingAdamW:
         found_inf: Tensor,
         learning_rates: Mapping[str, float],
         shares: Mapping[str, float],
+        local: Tensor | None = None,
     ) -> None:
-        """Clips, and averages the updates; `owners` of the moments, in the order of `names`."""
+        """Clips, and averages the updates; `owners` of the moments, in the order of `names`.
+
+        A `local` master moves in place of the common one, and is not written to the weights.
+        """
         device, dtype = self.master.device, self.master.dtype
+        master = self.master if local is None else local
+        out = self.weights_out if local is None else None
 
         def scalars(values: Sequence[float]) -> Tensor:
             return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
-        limits = [self.settings[n].clip_norm or float("inf") for n in names]
-        clips = (scalars(limits) / norms).clamp(max=1.0).to(dtype)
+        clips = self._clips(names, norms)
         lrs = scalars([learning_rates[n] for n in names])
         averages = scalars([shares[n] for n in names])
-        border = self.data_parallel.layout.decayed_shard_size
         index = torch.tensor([self.owners.index(n) for n in owners], device=device)
         before = self.steps[index]
         steps = before
-        for low, high, decays in ((0, border, True), (border, self.master.numel(), False)):
-            if low == high:
-                continue
+        for part, decays in self._parts():
             # Both parts are the same step: each call advances a copy of the same counts.
             steps = before.clone()
             decay = [self.settings[n].weight_decay if decays else 0.0 for n in names]
             average_adamw_(
-                self.master[low:high],
-                [self.gradients[n][low:high] for n in names],
-                [self.exp_avgs[n][low:high] for n in owners],
-                [self.exp_avg_sqs[n][low:high] for n in owners],
+                master[part],
+                [self.gradients[n][part] for n in names],
+                [self.exp_avgs[n][part] for n in owners],
+                [self.exp_avg_sqs[n][part] for n in owners],
                 lrs=lrs,
                 betas=[self.settings[n].betas for n in names],
                 eps=[self.settings[n].eps for n in names],
@@ -239,17 +260,6 @@ class AveragingAdamW:
                 clips=clips,
                 weights=averages,
                 found_inf=found_inf,
-                param_out=None if self.weights_out is None else self.weights_out[low:high],
+                param_out=None if out is None else out[part],
             )
         self.steps[index] = steps
-
-
-def _steps(state: Mapping[str, Any], owners: Sequence[str]) -> Mapping[str, int]:
-    steps = state.get("steps")
-    if not isinstance(steps, Mapping) or any(
-        type(steps.get(name)) is not int or steps[name] < 0 for name in owners
-    ):
-        raise CheckpointError(
-            f"optimizer steps are {steps!r}; expected one count each of {', '.join(owners)}"
-        )
-    return steps

@@ -33,13 +33,32 @@ class TrainingStage:
         combine: Literal["single", "alternate", "average"] = "average",
         shared_moments: bool = False,
         shares: Shares | None = None,
+        placement: Literal["colocated", "replicas"] = "colocated",
+        sync_every: int = 1,
+        generate_together: bool = True,
     ) -> None:
+        """`replicas`: each place on the mesh's replica axis trains one of the objectives, in their
+        order. `sync_every`: steps that each takes by itself between averages. `generate_together`:
+        all replicas help an objective that makes samples, as long as their weights are equal."""
         self.members = {trained.objective.name: trained for trained in objectives}
         if len(self.members) != len(objectives):
             names = [trained.objective.name for trained in objectives]
             raise ValueError(f"objectives need different names; given: {', '.join(names)}")
         self.steps, self.combine, self.shared_moments = steps, combine, shared_moments
         self.shares = shares
+        self.in_replicas, self.sync_every = placement == "replicas", sync_every
+        self.helps = self.in_replicas and generate_together and sync_every == 1
+        local = self.in_replicas or sync_every > 1
+        if local and combine != "average":
+            raise ValueError(
+                f"stage: placement is '{placement}' with sync_every {sync_every}; that is for "
+                f"combine = 'average', not '{combine}'"
+            )
+        if sync_every > 1 and shared_moments:
+            raise ValueError(
+                f"stage: sync_every is {sync_every}; objectives with one Adam for all can take no "
+                "steps of their own: allowed is 1"
+            )
         self._first_losses: dict[str, float] = {}
 
     @property
@@ -61,21 +80,25 @@ class TrainingStage:
         """None: equal shares of those that are trained."""
         return None if self.shares is None or self.combine != "average" else self.shares.at(step)
 
+    def averages_at(self, step: int) -> bool:
+        """Whether the updates are averaged at the end of a step; the last one always does."""
+        return (step + 1) % self.sync_every == 0 or step + 1 == self.steps
+
     @property
     def adapts(self) -> bool:
         return self.shares is not None and self.shares.adaptation is not None
 
-    def observe(self, objectives: Mapping[str, Objective], losses: Mapping[str, float]) -> None:
-        """Signals of the step that was just made, for adaptive shares."""
+    def observe(self, signals: Mapping[str, float | None], losses: Mapping[str, float]) -> None:
+        """Signals of the step that was just made, for adaptive shares; None: the loss tells."""
         assert self.shares is not None
-        signals = {}
+        found = {}
         for name in self.members:
-            signal = objectives[name].signal()
+            signal = signals[name]
             if signal is None:
                 first = self._first_losses.setdefault(name, losses[name])
                 signal = losses[name] / first if first > 0 else 0.0
-            signals[name] = signal
-        self.shares.observe(signals)
+            found[name] = signal
+        self.shares.observe(found)
 
     def state(self) -> dict[str, Any]:
         if not self.adapts:

@@ -294,7 +294,7 @@ class Mesh:
             replica=along("replica"),
             pp=along("pp"),
             model=along("pp", "tp"),
-            data=along("replica", "dp"),
+            data=along("replica", "dp", name=None if replica > 1 else "dp"),
             objective=along("pp", "dp", "tp"),
             decode=along("pp", name="decode", shared=False),
             embedding=maker.make_embedding(layout),

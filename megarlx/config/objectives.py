@@ -239,6 +239,9 @@ class StageConfig(Section):
         default="colocated",
         description="Whether every process runs all objectives, or each replica runs one",
     )
+    generate_together: bool = Field(
+        default=True, description="Whether all replicas help to generate one objective's samples"
+    )
     sync_every: int = Field(
         default=1, ge=1, description="Steps each objective takes alone between averages"
     )
@@ -281,6 +284,8 @@ class StageConfig(Section):
             found += [(k, "is for combine = 'average' only") for k, v in given.items() if v]
         elif sum(o.weight.first for o in self.objectives.values()) <= 0:
             found.append(("objectives", "have no weight above 0"))
+        if self.of == "gradients" and self.sync_every > 1:
+            found.append(("sync_every", f"is {self.sync_every}; with of = 'gradients' it is 1"))
         if self.of == "gradients":
             courses = {
                 o.model_copy(update={"weight": WeightConfig()}).to_json()

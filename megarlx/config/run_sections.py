@@ -31,7 +31,9 @@ class CompositionConfig(Section):
 class WorldConfig(Section):
     """A synthetic world, written as token files before training where they are not there yet."""
 
-    folder: str = Field(description="Where its token files are written and looked for")
+    folder: str = Field(
+        description="Where its files are; {seed}, {problems_share} and the like: their values"
+    )
     seed: int = Field(default=0, ge=0, description="Seed of the world: its facts and its problems")
     documents: int = Field(
         default=40_000, ge=1, description="Training documents, shared out by the kinds' weights"
@@ -49,6 +51,13 @@ class WorldConfig(Section):
     settings: dict[str, Any] = Field(
         default={}, description="Knobs of the world by name; docs/data.md lists them"
     )
+
+    @property
+    def place(self) -> str:
+        path = self.folder
+        for name in ("seed", "documents", "problems_share", "facts_share", "stories_share"):
+            path = path.replace(f"{{{name}}}", str(getattr(self, name)))
+        return path
 
 
 class PlaceConfig(Section):
@@ -84,6 +93,10 @@ class AgentsConfig(Section):
     environments: Annotated[tuple[PlaceConfig, ...], Field(strict=False)] = Field(
         description="Each a [[data.agents.environments]] table"
     )
+
+    @property
+    def place(self) -> str:
+        return self.folder
 
     def problems(self) -> list[tuple[str, str]]:
         labels = [place.label for place in self.environments]

@@ -18,6 +18,9 @@ class ExcursionConfig(Section):
     checkpoints: Texts = Field(
         default=("latest",), description="As behind RUN@: a step, latest, tokens:4B"
     )
+    name: str | None = Field(
+        default=None, min_length=1, description="Put into the names of these runs"
+    )
     set: dict[str, Any] = Field(
         default={}, description="Keys of these recipes with other values, as 'rl.slots' = 64"
     )

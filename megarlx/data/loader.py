@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -94,6 +94,13 @@ class Loader:
         self._prefetch_steps = prefetch_steps
         self._thread = ThreadPoolExecutor(1, "megarlx-loader") if prefetch_steps else None
         self._coming: deque[tuple[int, Future[list[Batch]]]] = deque()
+
+    def deal_to(self, rank: int, size: int) -> None:
+        """Goes on as one of another number of ranks; the cursor stays."""
+        layout = replace(self.layout, rank=rank, size=size)
+        if layout != self.layout:
+            self.layout = layout
+            self._forget()
 
     def step_at(self, cursor: int) -> list[Batch]:
         """All micro-batches of this rank for the step that starts at `cursor`."""

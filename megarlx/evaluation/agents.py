@@ -62,7 +62,7 @@ def play(
         stop_strings=suite.stop_strings,
     )
     try:
-        episodes = player.play(starts, sampling, seed)
+        episodes = player.play(starts, sampling, seed, group)
     finally:
         player.close()
     penalty = environment.invalid_action_penalty

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from megarlx.comm.collectives import gather_values
-from megarlx.comm.groups import Mesh
+from megarlx.comm.collectives import barrier, gather_values
+from megarlx.comm.groups import Group, Mesh
 from megarlx.config.environment import EnvironmentConfig
 from megarlx.config.objectives import RlConfig
 from megarlx.data.conversations import Template
@@ -36,7 +36,7 @@ SEEDS = 1 << 31  # of environments: libraries of random numbers often take no la
 
 
 class Player:
-    """Episodes of this rank's tasks; what stops one data-parallel rank stops all of them."""
+    """Episodes of this rank's tasks; what stops one copy of the model stops all of them."""
 
     def __init__(
         self,
@@ -49,22 +49,28 @@ class Player:
         self.config, self.engine = config.resolved, engine
         self.template, self.tokenizer, self.mesh = template, tokenizer, mesh
         self.pool = EnvironmentPool(self.config) if mesh.model.rank == 0 else None
+        self.seconds = self.waited_seconds = 0.0  # of the last play: playing, then for others
 
-    def play(self, starts: Sequence[Start], sampling: SamplingSettings, seed: int) -> list[Episode]:
-        """All data-parallel ranks call this together, each with its own starts, if it has any."""
+    def play(
+        self, starts: Sequence[Start], sampling: SamplingSettings, seed: int, group: Group
+    ) -> list[Episode]:
+        """All ranks of the group call this together, each with its own starts, if it has any."""
         rollout = EnvironmentRollout(
             self.engine(), self.config, self.pool, self.template, self.tokenizer
         )
         found: list[Episode] = []
-        broken = ""
+        broken, begun = "", time.perf_counter()
         try:
             found = rollout.run(starts, sampling, seed)
         except BrokenEnvironment as error:
             broken = str(error)
-        said = gather_values(broken, self.mesh.dp)
+        played = time.perf_counter()
+        barrier(group)
+        self.seconds, self.waited_seconds = played - begun, time.perf_counter() - played
+        said = gather_values(broken, group)
         if why := next((text for text in said if text), ""):
             raise BrokenEnvironment(why)
-        stop_if_too_many_failed(self.config, found, self.mesh.dp)
+        stop_if_too_many_failed(self.config, found, group)
         return found
 
     def close(self) -> None:
@@ -90,6 +96,8 @@ class EpisodeSampler:
         self.player = Player(config.environment, engine, template, tokenizer, mesh)
         self.config, self.environment = config, self.player.config
         self.prompts, self.mesh, self.seed = tasks, mesh, seed
+        self.group = mesh.dp  # shares out the tasks
+        self.waited_seconds = 0.0
         self.sampling = sampling_of(config, tokenizer)
 
     def rollout(self, steps_done: int = 0) -> Rollout:
@@ -118,9 +126,9 @@ class EpisodeSampler:
         self.player.close()
 
     def _played(self, count: int, sums: Sums, examples: list[dict[str, Any]]) -> EpisodeBatch:
-        n, dp = self.config.samples_per_prompt, self.mesh.dp
+        n, group = self.config.samples_per_prompt, self.group
         penalty = self.environment.invalid_action_penalty
-        mine = self.prompts.take(count)[dp.rank :: dp.size]
+        mine = self.prompts.take(count)[group.rank :: group.size]
         starts = [
             Start(
                 one.number,
@@ -130,20 +138,20 @@ class EpisodeSampler:
             )
             for one in mine
         ]
-        begun = time.perf_counter()
-        episodes = self.player.play(starts, self.sampling, self.seed)
-        sums.add("perf/generate_seconds", time.perf_counter() - begun, 1)
+        episodes = self.player.play(starts, self.sampling, self.seed, group)
+        self.waited_seconds += self.player.waited_seconds
+        sums.add("perf/generate_seconds", self.player.seconds, 1)
         for key, (total, number) in metrics_of(episodes, self.environment.label, penalty).items():
             sums.add(key, total, number)
         examples += [example_of(episode, penalty) for episode in episodes[: 2 * n]]
         device = self.player.engine().device
         batch = EpisodeBatch.of(episodes, penalty, per_task=n, device=device)
-        return batch.gathered(dp)
+        return batch.gathered(group)
 
     def _metrics(
         self, sampled: EpisodeBatch, used: EpisodeBatch, sums: Sums, rounds: int
     ) -> dict[str, float]:
-        metrics = sums.means(self.mesh.dp, ("rl/environment_failures",))
+        metrics = sums.means(self.group, ("rl/environment_failures",))
         made = sampled.completions
         written = torch.segment_reduce(made.written.double(), "sum", lengths=made.lengths)
         # Episodes of a task share the tokens before their first answer.

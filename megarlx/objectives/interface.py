@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from megarlx.comm.groups import Group
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -42,6 +44,15 @@ class Objective(ABC):
     @cached_property
     def work(self) -> Work:
         return Work()
+
+    waited_seconds = 0.0  # for other replicas, while samples were made; the trainer takes it
+
+    def deal_over(self, trainers: Group, makers: Group) -> None:  # noqa: B027
+        """A stage begins, in which `trainers` share out the batches, and all of `makers`, which
+        have the same weights, make what they are made of."""
+
+    def prepare(self) -> None:  # noqa: B027 - most have nothing to prepare
+        """What `makers` do together for the next batch; the trainers among them then ask for it."""
 
     @abstractmethod
     def next_batch(self) -> Batch:

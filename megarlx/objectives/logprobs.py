@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megarlx.comm.collectives import all_reduce_
+from megarlx.comm.groups import Group
 from megarlx.model.build import ParallelModel
 from megarlx.objectives.packing import Layout, deal
 from megarlx.objectives.policy_loss import Completions
@@ -15,20 +16,20 @@ from megarlx.ops import LossSpec, TokenLoss, linear_token_loss
 
 
 def layout_for(
-    model: ParallelModel, completions: Completions, tokens_per_microbatch: int
+    model: ParallelModel, completions: Completions, tokens_per_microbatch: int, group: Group
 ) -> Layout:
-    """This rank's micro-batches of completions that all data-parallel ranks hold."""
+    """This rank's micro-batches of completions that all ranks of `group` hold."""
     mesh = model.mesh
     split = mesh.tp.size if any(stage.sequence_parallel for stage in model.stages) else 1
     lengths = completions.lengths.cpu()
     dealt = deal(
         lengths.tolist(),
         tokens_per_microbatch=max(-(-tokens_per_microbatch // split) * split, split),
-        ranks=mesh.dp.size,
+        ranks=group.size,
         microbatches_multiple=mesh.pp.size,
         width_multiple=split,
     )
-    return Layout.of(completions.lengths, dealt, mesh.dp.rank)
+    return Layout.of(completions.lengths, dealt, group.rank)
 
 
 def training_logprobs(
@@ -37,9 +38,10 @@ def training_logprobs(
     *,
     temperature: float,
     tokens_per_microbatch: int,
+    group: Group,
 ) -> Tensor:
-    """[T], at each written token's own place, 0 elsewhere; the same on every rank."""
-    layout = layout_for(model, completions, tokens_per_microbatch)
+    """[T], at each written token's own place, 0 elsewhere; the same on every rank of `group`."""
+    layout = layout_for(model, completions, tokens_per_microbatch, group)
     captured: list[Tensor] = []
 
     def loss(hidden: Tensor, weight: Tensor, **fields: Any) -> TokenLoss:
@@ -55,7 +57,7 @@ def training_logprobs(
     found = torch.zeros(layout.total, dtype=torch.float64, device=layout.source.device)
     if captured:
         found = layout.take_back(torch.stack(captured).reshape(layout.source.shape).double())
-    # Every token was computed by one data-parallel rank, on the last pipeline stage.
-    all_reduce_(all_reduce_(found, model.mesh.dp), model.mesh.pp)
+    # Every token was computed by one rank of the group, on the last pipeline stage.
+    all_reduce_(all_reduce_(found, group), model.mesh.pp)
     dtype = torch.float64 if model.pipeline.dtype == torch.float64 else torch.float32
     return found.to(dtype)

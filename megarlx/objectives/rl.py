@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from megarlx.comm.collectives import all_reduce_
-from megarlx.config.objectives import RlConfig
+from megarlx.comm.groups import Group
+from megarlx.config.objectives import RL, RlConfig
 from megarlx.data.order import key_of, shuffled
 from megarlx.model.build import ParallelModel
 from megarlx.objectives.interface import Batch, Objective
@@ -61,6 +62,8 @@ class Reinforcement(Objective):
         self._first_of_rollout = False
         self._examples: list[dict[str, Any]] = []
         self._signal: float | None = None
+        self._prepared = False
+        self.trainers = model.mesh.dp
 
     @property
     def _precision(self) -> torch.dtype:
@@ -73,17 +76,28 @@ class Reinforcement(Objective):
             self.reference = frozen_copy(weights)
         return self.reference
 
-    def next_batch(self) -> Batch:
+    def deal_over(self, trainers: Group, makers: Group) -> None:
+        self.trainers, self.sampler.group = trainers, makers
+
+    def prepare(self) -> None:
+        """Every step is counted here, also by ranks that only help to make the samples."""
         if self.current is None or self.used == self.config.steps_of_a_rollout:
             self._new_rollout()
-        rollout = self.current
+        self.used += 1
+        self._prepared = True
+
+    def next_batch(self) -> Batch:
+        if not self._prepared:
+            self.prepare()
+        self._prepared = False
+        rollout, step = self.current, self.used - 1
         assert rollout is not None
-        chosen = self._sequences_of(rollout, self.used)
+        chosen = self._sequences_of(rollout, step)
         minibatch = select(rollout.completions, chosen)
         policy, config = self.config.policy, self.config
         now = None
-        if policy.needs_current_logprobs and self.used > 0:
-            now = self._logprobs(minibatch)
+        if policy.needs_current_logprobs and step > 0:
+            now = self._logprobs(minibatch, self.trainers)
         chosen_fields = policy_fields(
             policy,
             minibatch,
@@ -91,10 +105,11 @@ class Reinforcement(Objective):
             max_completion_tokens=config.most_written_tokens,
             current_logprobs=now,
         )
-        self._layout = layout_for(self.model, minibatch, config.tokens_per_microbatch)
+        self._layout = layout_for(
+            self.model, minibatch, config.tokens_per_microbatch, self.trainers
+        )
         self._minibatch, self._seen = minibatch, []
-        self._first_of_rollout = self.used == 0
-        self.used += 1
+        self._first_of_rollout = step == 0
         return policy_batch(minibatch, chosen_fields, self._layout)
 
     def loss(self, hidden: Tensor, weight: Tensor, **given: Any) -> TokenLoss:
@@ -118,7 +133,10 @@ class Reinforcement(Objective):
             return {}
         found = dict(self.current.metrics)
         found |= self._loss_metrics()
-        return found
+        if self.name == RL:
+            return found
+        # Several of them in one run: each under its name.
+        return {f"rl/{self.name}/{k[3:]}" if k[:3] == "rl/" else k: v for k, v in found.items()}
 
     def state(self) -> dict[str, Any]:
         state: dict[str, Any] = {
@@ -149,6 +167,7 @@ class Reinforcement(Objective):
         self.rollouts, self.used = int(state["rollouts"]), int(state["used"])
         self._signal = state["signal"]
         self._minibatch, self._layout, self._seen = None, None, []
+        self._prepared = False
         self.current, kept = None, state["rollout"]
         if kept is None:
             self.used = self.config.steps_of_a_rollout  # the next step makes a new one
@@ -173,32 +192,37 @@ class Reinforcement(Objective):
     # How a step is made.
 
     def _new_rollout(self) -> None:
+        makers = self.sampler.group
         rollout = self.sampler.rollout(self.rollouts * self.config.steps_of_a_rollout)
+        self.waited_seconds += self.sampler.waited_seconds
+        self.sampler.waited_seconds = 0.0
         policy = self.config.policy
         made = rollout.completions
         moves = self.config.steps_of_a_rollout > 1
         if moves or policy.importance_cap is not None or policy.needs_current_logprobs:
-            made = replace(made, old_logprobs=self._logprobs(made))
+            made = replace(made, old_logprobs=self._logprobs(made, makers))
         if policy.needs_reference:
             assert self.reference is not None
             with weights_in_place(self.model.data_parallel, self.reference):
-                made = replace(made, ref_logprobs=self._logprobs(made))
+                made = replace(made, ref_logprobs=self._logprobs(made, makers))
         self.current = replace(rollout, completions=made)
         self.used = 0
         self.work.generated_tokens += rollout.metrics["rl/generated_tokens"]
         self.work.forward_tokens += rollout.metrics["rl/prompt_tokens"]
         self._signal = rollout.metrics["rl/informative_groups"]
-        if self.keep_samples is not None and self.keep_samples(self.rollouts, rollout.examples):
+        keep = self.keep_samples if makers.is_first and self.model.mesh.model.is_first else None
+        if keep is not None and keep(self.rollouts, rollout.examples):
             self._examples = rollout.examples
         self.rollouts += 1
 
-    def _logprobs(self, completions: Completions) -> Tensor:
+    def _logprobs(self, completions: Completions, group: Group) -> Tensor:
         self.work.forward_tokens += len(completions.tokens)
         return training_logprobs(
             self.model,
             completions,
             temperature=self.config.temperature,
             tokens_per_microbatch=self.config.tokens_per_microbatch,
+            group=group,
         )
 
     def _sequences_of(self, rollout: Rollout, step: int) -> Tensor:
@@ -235,7 +259,7 @@ class Reinforcement(Objective):
                 for at, key in enumerate(("gap", "kl", "tokens")):
                     sums[len(METRICS) + at] = gap[key].cpu()
                 most[1] = gap["gap_max"].cpu()
-        for group in (mesh.dp, mesh.pp):
+        for group in (self.trainers, mesh.pp):
             all_reduce_(sums, group)
             all_reduce_(most, group, op="max")
         total = dict(zip(METRICS, sums.tolist(), strict=False))

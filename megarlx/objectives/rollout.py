@@ -1,6 +1,6 @@
 """A rollout: prompts drawn, answers sampled from the policy as it is, scored, and compared.
 
-Every data-parallel rank generates and scores its share of the prompts; then all ranks hold all of
+Every rank of a group generates and scores its share of the prompts; then all of them hold all of
 it, in the order in which the prompts were drawn, so that nothing below depends on the layout.
 
 Letters: P prompts, n samples of each, N = P·n sequences, T tokens of all of them.
@@ -16,7 +16,7 @@ from typing import Any, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
-from megarlx.comm.collectives import gather_values
+from megarlx.comm.collectives import barrier, gather_values
 from megarlx.comm.groups import Group, Mesh
 from megarlx.config.objectives import RlConfig
 from megarlx.data.prompts import Drawn, PromptData
@@ -52,6 +52,8 @@ class RolloutSource(Protocol):
 
     prompts: PromptData
     seed: int
+    group: Group  # shares out the prompts
+    waited_seconds: float  # for others of the group, until somebody sets it back
 
     def rollout(self, steps_done: int = 0) -> Rollout: ...
 
@@ -191,6 +193,8 @@ class Sampler:
     ) -> None:
         self.config, self.engine, self.prompts = config, engine, prompts
         self.tokenizer, self.rewards, self.mesh, self.seed = tokenizer, rewards, mesh, seed
+        self.group = mesh.dp  # shares out the prompts
+        self.waited_seconds = 0.0
         self.sampling = sampling_of(config, tokenizer)
 
     def rollout(self, steps_done: int = 0) -> Rollout:
@@ -214,10 +218,10 @@ class Sampler:
 
     def _groups(self, count: int, sums: Sums, examples: list[dict[str, Any]]) -> _Groups:
         """`count` new prompts, sampled and scored, on all ranks."""
-        config, mesh = self.config, self.mesh
+        config, group = self.config, self.group
         n = config.samples_per_prompt
         drawn = self.prompts.take(count)
-        mine = drawn[mesh.dp.rank :: mesh.dp.size]
+        mine = drawn[group.rank :: group.size]
         requests = [
             Request(
                 one.ids,
@@ -229,11 +233,14 @@ class Sampler:
         begun = time.perf_counter()
         found = self.engine().generate(requests, self.sampling, self.seed)
         generated = time.perf_counter()
+        barrier(group)
+        met = time.perf_counter()
+        self.waited_seconds += met - generated
         samples = [self._sample(mine[i // n], completion) for i, completion in enumerate(found)]
         scored = self._score(samples)
         rewarded = time.perf_counter()
         sums.add("perf/generate_seconds", generated - begun, 1)
-        sums.add("perf/reward_seconds", rewarded - generated, 1)
+        sums.add("perf/reward_seconds", rewarded - met, 1)
         for key, (total, number) in scored["metrics"].items():
             sums.add(key, total, number)
         totals = torch.tensor(scored["totals"], dtype=torch.float64)
@@ -260,7 +267,7 @@ class Sampler:
         said: dict[str, Any] = {}
         if self.mesh.model.rank == 0:
             try:
-                scored = self.rewards.score(samples, self.mesh.dp)
+                scored = self.rewards.score(samples, self.group)
                 first = next(iter(scored.parts.values()))
                 said = {"totals": scored.totals, "first": first, "metrics": scored.metrics()}
             except RewardError as error:
@@ -285,7 +292,7 @@ class Sampler:
     def _gathered(
         self, mine: Sequence[Drawn], found: Sequence[Completion], totals: Tensor, first: Tensor
     ) -> _Groups:
-        n, group = self.config.samples_per_prompt, self.mesh.dp
+        n, group = self.config.samples_per_prompt, self.group
         device = self.engine().device
         # Without a filter both are the log-probs of the policy that is trained, at its temperature.
         own = (
@@ -312,7 +319,7 @@ class Sampler:
     def _metrics(
         self, sampled: _Groups, used: _Groups, sums: Sums, rounds: int
     ) -> dict[str, float]:
-        metrics = sums.means(self.mesh.dp, ("rl/reward_failures",))
+        metrics = sums.means(self.group, ("rl/reward_failures",))
         made = sampled.completions
         lengths = torch.segment_reduce(made.written.double(), "sum", lengths=made.lengths)
         truncated = made.truncated

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megarlx.comm.groups import Group
 from megarlx.data.loader import Loader
 from megarlx.objectives.interface import Batch, Objective
 from megarlx.ops import LossSpec, TokenLoss, linear_token_loss
@@ -22,6 +23,9 @@ class Supervised(Objective):
     def __init__(self, name: str, loader: Loader, *, device: torch.device | str = "cpu") -> None:
         self.name, self.loader, self.device = name, loader, torch.device(device)
         self.spec = LossSpec("nll")
+
+    def deal_over(self, trainers: Group, makers: Group) -> None:
+        self.loader.deal_to(trainers.rank, trainers.size)
 
     def next_batch(self) -> Batch:
         parts = self.loader.next_step()

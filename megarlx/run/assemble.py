@@ -13,6 +13,7 @@ from megarlx.comm import launch
 from megarlx.comm.collectives import barrier
 from megarlx.comm.groups import Layout, Mesh
 from megarlx.config import Config, StageConfig
+from megarlx.config.objectives import PRETRAINING
 from megarlx.data.tokenizer import Tokenizer
 from megarlx.learning_rate import learning_rate
 from megarlx.model.build import build_model
@@ -56,11 +57,10 @@ def choose_device(wanted: str) -> torch.device:
 def choose_layout(config: Config, world_size: int) -> Layout:
     """The configured layout; data parallelism takes the processes that are left."""
     given = config.layout
-    objectives = max(len(stage.objectives) for stage in config.all_stages)
-    if given.replica != 1:
+    if given.replica > 1 and not any(s.placement == "replicas" for s in config.all_stages):
         raise RunError(
-            f"layout.replica is {given.replica}; replicas run one objective each, and this run has "
-            f"stages of up to {objectives}, placed together: allowed is 1"
+            f"layout.replica is {given.replica}; replicas run one objective each, and no stage has "
+            "placement = 'replicas': allowed is 1"
         )
     others = given.pipeline * given.replica * given.tensor
     data = given.data if given.data is not None else max(1, world_size // others)
@@ -77,6 +77,17 @@ def choose_layout(config: Config, world_size: int) -> Layout:
     return layout
 
 
+def check_placement(config: Config) -> None:
+    """Replicas are objectives: of another number of them nothing can be made."""
+    for stage in config.all_stages:
+        count = len(stage.objectives)
+        if stage.placement == "replicas" and config.layout.replica != count:
+            raise RunError(
+                f"layout.replica is {config.layout.replica}; stage '{stage.label}' has placement = "
+                f"'replicas' for {count} objectives: allowed is {count}, one each"
+            )
+
+
 def assemble(
     config: Config,
     out: Path,
@@ -89,6 +100,7 @@ def assemble(
 
     An excursion reads text with the tokenizer of the run that it comes from.
     """
+    check_placement(config)
     training = config.training
     layout = choose_layout(config, started.world_size)
     mesh = Mesh.build(
@@ -139,11 +151,6 @@ def assemble(
 
 
 def training_stage(config: StageConfig, objectives: ObjectiveMaker) -> TrainingStage:
-    if config.placement != "colocated" or config.sync_every != 1:
-        raise RunError(
-            f"stage '{config.label}': placement is '{config.placement}' with sync_every "
-            f"{config.sync_every}; implemented are 'colocated' and 1"
-        )
     members = []
     for name, one in config.objectives.items():
         adam = AdamSettings(
@@ -170,10 +177,36 @@ def training_stage(config: StageConfig, objectives: ObjectiveMaker) -> TrainingS
         combine=config.combine,
         shared_moments=config.of == "gradients",
         shares=Shares(courses, config.steps, adaptation),
+        placement=config.placement,
+        sync_every=config.sync_every,
+        generate_together=config.generate_together,
     )
 
 
 def steps_at_tokens(config: Config) -> list[int]:
-    """The first step at or past each listed token count."""
+    """The first step at or past each listed count of pre-training tokens that can be saved."""
+    if not config.checkpoints.save_at_tokens:
+        return []
     per_step = config.training.sequences_per_step * config.training.sequence_length
-    return [-(-tokens // per_step) for tokens in config.checkpoints.save_at_tokens]
+    wanted, found, tokens, done = sorted(config.checkpoints.save_at_tokens), [], 0, 0
+    for stage in config.all_stages:
+        turn = [name for name, one in stage.objectives.items() for _ in range(one.turns)]
+        for step in range(stage.steps):
+            active = [turn[step % len(turn)]] if stage.combine == "alternate" else turn
+            tokens += per_step * (PRETRAINING in active)
+            done += 1
+            while wanted and tokens >= wanted[0]:
+                wanted.pop(0)
+                found.append(next_average(config, done))
+    return found
+
+
+def next_average(config: Config, step: int) -> int:
+    """The first step at or after `step` that no objective has taken alone."""
+    begin = 0
+    for stage in config.all_stages:
+        if step <= begin + stage.steps:
+            rounds = -(-(step - begin) // stage.sync_every)
+            return begin + min(rounds * stage.sync_every, stage.steps)
+        begin += stage.steps
+    return step

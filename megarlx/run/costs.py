@@ -17,7 +17,8 @@ class Costs:
         self._last = self._totals()
 
     def _totals(self) -> dict[str, float]:
-        """Since this run began, on all ranks together."""
+        """Since this run began, on all ranks together; they all call it."""
+        self.trainer.share_counts()
         trained = {name: float(tokens) for name, tokens in self.trainer.tokens.items()}
         generated = forwarded = 0.0
         for objective in self.trainer.objectives.values():
@@ -43,6 +44,7 @@ class Costs:
         return {"cost/seconds": self.seconds} | {f"cost/{k}": v for k, v in self._last.items()}
 
     def tokens(self) -> dict[str, int]:
+        self.trainer.share_counts()
         found = dict(self.inherited)
         for name, tokens in self.trainer.tokens.items():
             found[name] = found.get(name, 0) + int(tokens)

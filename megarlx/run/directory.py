@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ MAY_CHANGE = (
     "training.device",
     "training.recompute",
     "data.validation",
+    "stages.*.placement",
+    "stages.*.generate_together",
 )
 
 
@@ -102,7 +105,7 @@ class RunDirectory:
         differences = [
             f"  {key}: was {json.dumps(was)}, is {json.dumps(now)}"
             for key, was, now in _differences(saved, json.loads(config.to_json()))
-            if not any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE)
+            if not any(fnmatch(key, free) or fnmatch(key, f"{free}.*") for free in MAY_CHANGE)
         ]
         if differences:
             raise RunError(
@@ -156,5 +159,8 @@ def _differences(saved: Any, now: Any, where: str = "") -> Iterator[tuple[str, A
         for key in [*saved, *(k for k in now if k not in saved)]:
             inside = f"{where}.{key}" if where else str(key)
             yield from _differences(saved.get(key), now.get(key), inside)
+    elif isinstance(saved, list) and isinstance(now, list) and len(saved) == len(now):
+        for at, (one, other) in enumerate(zip(saved, now, strict=True)):
+            yield from _differences(one, other, f"{where}.{at}")
     elif saved != now:
         yield where, saved, now

@@ -28,7 +28,7 @@ from megarlx.evaluation.suites import Parent as EvaluatedParent
 from megarlx.evaluation.suites import Subject, evaluate, metrics_of
 from megarlx.metrics import MetricsWriter
 from megarlx.objectives.supervised import Supervised
-from megarlx.run.assemble import Run, steps_at_tokens
+from megarlx.run.assemble import Run, next_average, steps_at_tokens
 from megarlx.run.costs import Costs
 from megarlx.run.directory import RunError
 from megarlx.run.lock import run_lock
@@ -122,11 +122,10 @@ def _start(run: Run) -> Costs:
 
 
 def _check_nothing_goes_on(run: Run) -> None:
-    first = run.config.all_stages[0]
-    if names := [name for name, one in first.objectives.items() if one.goes_on]:
+    if names := run.trainer.from_parent:
         raise RunError(
-            f"stages[0].objectives.{names[0]}.goes_on is true, but this run has no parent to go on "
-            "from; an excursion (`megarlx branch`) has one"
+            f"goes_on of {', '.join(names)} is true, but no stage before has it, and this run has "
+            "no parent to go on from; an excursion (`megarlx branch`) has one"
         )
 
 
@@ -151,6 +150,7 @@ class _Loop:
         self.costs = costs
         self.peak = _peak_flop_per_second(run.device) * run.mesh.world.size
         self.saved_at = run.trainer.steps_done
+        self.due: set[str] = set()
 
     @contextmanager
     def progress(self) -> Iterator[None]:
@@ -185,31 +185,56 @@ class _Loop:
                 )
             if last or done % config.logging.log_every_steps == 0:
                 self._log()
-            every = config.logging.compare_replicas_every_steps
-            if every and done % every == 0:
-                self._compare_replicas()
-            every = config.logging.validate_every_steps
-            if last or (every and done % every == 0):
-                self._validate()
             stopping = stop.agreed(self.run)
-            every = config.checkpoints.save_every_steps
-            due = done in self.listed or bool(every and done % every == 0)
-            if last or stopping or due:
-                self._save(blocking=last or stopping or not config.checkpoints.in_background)
+            self._note_what_is_due(done, last=last, stopping=stopping)
+            if trainer.in_sync:
+                self._do_what_is_due(wait=last or stopping)
             else:
                 self.run.saver.poll()
             if self.bar is not None:
                 self.bar.update(self.task, completed=done)
-            if stopping and not last:
+            if stopping and not last and trainer.in_sync:
                 return REQUEUE
-            every = config.evaluation.every_steps
-            if not last and every and done % every == 0:
+            if trainer.in_sync and "evaluate" in self.due:
+                self.due.discard("evaluate")
                 self._evaluate()
         if config.evaluation.at_end:
             self._evaluate()
         if self.saved_at < trainer.steps_done:
             self.run.saver.wait()
         return 0
+
+    def _note_what_is_due(self, done: int, *, last: bool, stopping: bool) -> None:
+        """Between two averages there is no one set of weights: what is due then waits."""
+        config, before = self.run.config, set(self.due)
+
+        def falls_on(every: int | None) -> bool:
+            return bool(every and done % every == 0)
+
+        due = {
+            "compare": falls_on(config.logging.compare_replicas_every_steps),
+            "validate": last or falls_on(config.logging.validate_every_steps),
+            "save": last
+            or stopping
+            or done in self.listed
+            or falls_on(config.checkpoints.save_every_steps),
+            "evaluate": not last and falls_on(config.evaluation.every_steps),
+        }
+        self.due |= {what for what, now in due.items() if now}
+        if "save" in self.due - before and not self.run.trainer.in_sync:
+            step = next_average(config, done)
+            self._say(done, f"the checkpoint waits for step {step}, which averages the objectives")
+
+    def _do_what_is_due(self, *, wait: bool) -> None:
+        if "compare" in self.due:
+            self._compare_replicas()
+        if "validate" in self.due:
+            self._validate()
+        if "save" in self.due:
+            self._save(blocking=wait or not self.run.config.checkpoints.in_background)
+        else:
+            self.run.saver.poll()
+        self.due &= {"evaluate"}
 
     def _check_finite(self, found_inf: dict[str, torch.Tensor]) -> None:
         for name, flag in found_inf.items():
@@ -247,10 +272,11 @@ class _Loop:
             "perf/mfu": spent["flop"] / seconds / self.peak,
             "perf/skipped_updates": float(self.skipped),
             **self.costs.metrics(),
+            **trainer.idle_share(seconds),
+            **trainer.metrics(losses),
         }
-        for name in losses:
-            values |= trainer.objectives[name].metrics()
-            self._show(f"samples/{name}", trainer.objectives[name].new_examples())
+        for name, examples in trainer.new_examples(losses).items():
+            self._show(f"samples/{name}", examples)
         several = len(trainer.objectives) > 1
         shown = [
             f"{name if several else ''} loss {values[f'loss/{name}']:.4f}".lstrip()
@@ -260,10 +286,11 @@ class _Loop:
         text = "  ".join([*shown, f"{values['perf/tokens_per_second']:,.0f} tokens/s"])
         self._say(done, f"{text}  mfu {values['perf/mfu']:.2f}", values)
 
-    def _say(self, step: int, text: str, values: dict[str, float]) -> None:
+    def _say(self, step: int, text: str, values: Mapping[str, float] | None = None) -> None:
         if self.writer is None:
             return
-        self.writer.scalars(step, values)
+        if values:
+            self.writer.scalars(step, values)
         if self.bar is not None:
             self.bar.update(self.task, description=text)
         else:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megarlx.comm.groups import Group
 from megarlx.config import Config, RlConfig, SftConfig
 from megarlx.config.environment import EnvironmentConfig
 from megarlx.config.objectives import PRETRAINING
@@ -120,11 +121,13 @@ class ObjectiveMaker:
         sequences_per_microbatch: int | None = None,
         *,
         prefetch_steps: int = 2,
+        group: Group | None = None,
     ) -> Supervised:
-        training, dp = self.config.training, self.mesh.dp
+        training = self.config.training
+        group = group or self.mesh.dp  # at least these; a stage may deal to more
         each = sequences_per_microbatch or training.sequences_per_microbatch
         batches = BatchLayout(
-            sequences_per_step or training.sequences_per_step, each, dp.rank, dp.size
+            sequences_per_step or training.sequences_per_step, each, group.rank, group.size
         )
         self.model.pipeline.plan.check_microbatches(batches.microbatches)
         # In one micro-batch: every document has at least one token.
@@ -142,13 +145,19 @@ class ObjectiveMaker:
         """One small dataset a source; its first sequences, the same at every validation."""
         if self.data is None:
             return {}
-        unit = self.config.training.sequences_per_microbatch * self.mesh.dp.size
+        everyone = self.mesh.data
+        unit = self.config.training.sequences_per_microbatch * everyone.size
         count = -(-self.config.logging.validation_sequences // unit) * unit
         found = {}
         for source in self.data.validation:
             only = Blend([self._source(source)], [Composition(0, {source.name: 1.0})], seed=0)
             found[source.name] = self._supervised(
-                source.name, only, self.data.documents_apart, count, prefetch_steps=0
+                source.name,
+                only,
+                self.data.documents_apart,
+                count,
+                prefetch_steps=0,
+                group=everyone,
             )
         return found
 
@@ -246,9 +255,7 @@ class ObjectiveMaker:
             )
         )
 
-    def _keeper(self, name: str) -> KeepSamples | None:
-        if self.mesh.rank:
-            return None
+    def _keeper(self, name: str) -> KeepSamples:
         every = self.config.named_objectives[name]
         assert isinstance(every, RlConfig)
 

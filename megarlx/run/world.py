@@ -30,7 +30,7 @@ def world_shares(world: WorldConfig) -> dict[str, float]:
 
 def world_data(data: DataConfig, world: WorldConfig) -> DataConfig:
     """The same configuration with the world's files in place of the world."""
-    folder = Path(world.folder)
+    folder = Path(world.place)
     shares = world_shares(world)
     changes = {
         "world": None,
@@ -57,7 +57,7 @@ def write_world(world: WorldConfig) -> None:
     documents = {k: max(1, round(world.documents * s / total)) for k, s in shares.items() if s > 0}
     write_world_files(
         settings_of(world),
-        Path(world.folder),
+        Path(world.place),
         documents,
         world.held_out_documents,
         world.prompts,
@@ -76,9 +76,11 @@ def write_agents(agents: AgentsConfig, template: TemplateConfig) -> None:
     words = dict.fromkeys(" ".join(of_template).replace(PLACE, " ").split())
     wanted["words"] = list(words)
     description = folder / AGENTS_DESCRIPTION
-    if description.exists() and json.loads(description.read_text(encoding="utf-8")) == wanted:
-        return
-    description.unlink(missing_ok=True)
+    if description.exists():
+        if json.loads(description.read_text(encoding="utf-8")) == wanted:
+            return
+        # Another run may be reading it.
+        raise RunError(f"{folder} holds agents' tasks of other settings; use another folder")
     demonstrations: list[str] = []
     for place in agents.environments:
         given = EnvironmentConfig(
@@ -125,7 +127,7 @@ def path_of(text: str, config: Config) -> str:
             f"the path {text!r} asks for a world's folder, but there is no [data.world] and no "
             "[data.agents]"
         )
-    return text.replace(WORLD, made.folder)
+    return text.replace(WORLD, made.place)
 
 
 def load_tokenizer_of(config: Config, directory: RunDirectory) -> Tokenizer | None:
@@ -152,7 +154,7 @@ def world_of(config: Config) -> World | None:
     """The synthetic world that the run was trained on, with its tests."""
     if config.data is None or config.data.world is None:
         return None
-    written = Path(config.data.world.folder) / DESCRIPTION
+    written = Path(config.data.world.place) / DESCRIPTION
     if not written.exists():
         return World(settings_of(config.data.world))
     settings = json.loads(written.read_text(encoding="utf-8"))["settings"]

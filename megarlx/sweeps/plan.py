@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megarlx.config import load_config
+from megarlx.config import ConfigError, load_config
 from megarlx.config.sweep import ExcursionConfig, SweepConfig
 
 
@@ -27,7 +28,13 @@ class Job:
 
 def jobs_of(sweep: SweepConfig) -> list[Job]:
     """In an order in which every job comes after what it needs."""
-    return [job for seed in sweep.seeds for job in _of_seed(sweep, seed)]
+    jobs = [job for seed in sweep.seeds for job in _of_seed(sweep, seed)]
+    counts = Counter(job.name for job in jobs)
+    if double := [name for name, count in counts.items() if count > 1]:
+        raise ConfigError(
+            [f"two runs of the sweep are called {double[0]}; give an [[excursions]] table a name"]
+        )
+    return jobs
 
 
 def _of_seed(sweep: SweepConfig, seed: int) -> Iterator[Job]:
@@ -51,7 +58,8 @@ def _excursions(
     for recipe, where, values in itertools.product(
         config.recipes, config.checkpoints, _combinations(config.axes)
     ):
-        stem = f"{Path(recipe).stem}-at-{_plain(where)}"
+        named = f"-{_plain(config.name)}" if config.name else ""
+        stem = f"{Path(recipe).stem}{named}-at-{_plain(where)}"
         out = trunk.parent / _named(stem, {**trunk_values, **values}, seed)
         overrides = _overrides({**config.set, **values})
         yield Job(

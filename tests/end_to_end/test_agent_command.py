@@ -87,7 +87,9 @@ max_episode_tokens = 110
 """
 
 
-def test_a_cold_start_and_play_in_one_run(tmp_path: Path) -> None:
+def test_a_cold_start_and_play_in_one_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config, world, out = tmp_path / "agent.toml", tmp_path / "world", tmp_path / "run"
     config.write_text(CONFIG.format(world=world))
     assert train(config, out) == 0
@@ -109,14 +111,15 @@ def test_a_cold_start_and_play_in_one_run(tmp_path: Path) -> None:
     ]
     (first, *_) = map(json.loads, (out / "samples" / samples[1]).read_text().splitlines())
     assert first["completion"].startswith("did: ")
-    # What is there is not written again; what was asked for in another way is.
+    # What is there is not written again, and never in another way.
     made = (world / "agents.words").stat().st_mtime_ns
     assert train(config, tmp_path / "other", "stages.1.steps=1") == 0
     assert (world / "agents.words").stat().st_mtime_ns == made
     more = "data.agents.environments.0.tasks=21"
-    assert train(config, tmp_path / "third", more, "stages.1.steps=1") == 0
+    assert train(config, tmp_path / "third", more, "stages.1.steps=1") == 1
+    assert "use another folder" in capsys.readouterr().err
     tasks = (world / "sokoban" / "tasks_train.jsonl").read_text().splitlines()
-    assert len(tasks) == 21
+    assert len(tasks) == 20
 
 
 def test_a_broken_environment_stops_the_run_with_one_line(

@@ -164,12 +164,14 @@ def test_samples_are_kept_for_people_to_read(staged: Path) -> None:
     assert {"prompt", "completion", "reference", "reward", "finish_reason", "step"} <= set(lines[0])
 
 
+@pytest.mark.parametrize("place", ["0.objectives.pretraining", "1.objectives.sft"])
 def test_going_on_from_nothing_is_refused(
-    tmp_path: Path, staged: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, staged: Path, capsys: pytest.CaptureFixture[str], place: str
 ) -> None:
-    override = "stages.0.objectives.pretraining.goes_on=true"
-    assert train(staged, tmp_path, override) == 1
-    assert "this run has no parent to go on from" in capsys.readouterr().err
+    assert train(staged, tmp_path, f"stages.{place}.goes_on=true") == 1
+    error = capsys.readouterr().err
+    assert f"goes_on of {place.rpartition('.')[2]} is true" in error
+    assert "no parent to go on from" in error
 
 
 def test_stages_run_under_torchrun(tmp_path: Path, staged: Path) -> None:

@@ -85,7 +85,9 @@ def objective(
     return made
 
 
-def small_model(seed: int = 1, dtype: torch.dtype = torch.float64) -> ParallelModel:
+def small_model(
+    seed: int = 1, dtype: torch.dtype = torch.float64, mesh: Mesh | None = None
+) -> ParallelModel:
     config = family_config(
         "olmo2",
         vocab_size=VOCABULARY,
@@ -96,7 +98,8 @@ def small_model(seed: int = 1, dtype: torch.dtype = torch.float64) -> ParallelMo
         head_dim=6,
         intermediate_size=20,
     )
-    return build_model(config, Mesh.alone(), seed=seed, dtype=dtype, bucket_elements=700)
+    mesh = mesh or Mesh.alone()
+    return build_model(config, mesh, seed=seed, dtype=dtype, bucket_elements=700)
 
 
 def stage_of(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from megarlx.data.synthetic.problems import Split
-from megarlx.data.synthetic.settings import WorldSettings
+from megarlx.data.synthetic.settings import WorldError, WorldSettings
 from megarlx.data.synthetic.world import World
 from megarlx.data.token_files import TokenFileWriter, dtype_for, write_atomically
 from megarlx.data.tokenizer import WordTokenizer
@@ -38,11 +38,11 @@ def write_world_files(
         "test_questions": test_questions,
     }
     description = folder / DESCRIPTION
-    if description.exists() and json.loads(description.read_text()) == json.loads(
-        json.dumps(wanted)
-    ):
-        return
-    description.unlink(missing_ok=True)
+    if description.exists():
+        if json.loads(description.read_text()) == json.loads(json.dumps(wanted)):
+            return
+        # Another run may be reading it.
+        raise WorldError(f"world: {folder} holds a world of other settings; use another folder")
     folder.mkdir(parents=True, exist_ok=True)
     world = World(settings)
     tokenizer = world.tokenizer()

@@ -120,7 +120,7 @@ def test_a_model_of_another_shape_is_refused_by_the_tensors_that_differ(tmp_path
         ({"steps_done": "3"}, "steps_done '3'"),
         ({"stage": 1}, "stage 1 .* below 1"),
         ({"positions": {}}, "nothing about 'pretraining'"),
-        ({"optimizer": None}, "optimizer None"),
+        ({"optimizer": None}, "optimizer is None"),
         ({"optimizer": {"steps": {"sft": 1}}}, r"one count each of pretraining"),
         ({"optimizer": {"steps": {"pretraining": 1.5}}}, "steps are"),
         ({"optimizer": {"steps": {"pretraining": -1}}}, "steps are"),

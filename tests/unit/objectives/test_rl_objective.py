@@ -386,11 +386,18 @@ def test_ids_without_a_word_are_shown_as_unknown() -> None:
 def test_kept_examples_are_the_first_two_groups_with_their_rewards() -> None:
     kept: list[tuple[int, list[dict[str, Any]]]] = []
     one = reinforcement(config(), model())
-    one.keep_samples = lambda number, examples: kept.append((number, examples))
+
+    def keep(number: int, examples: list[dict[str, Any]]) -> bool:
+        kept.append((number, examples))
+        return number == 1
+
+    one.keep_samples = keep
     trainer = trainer_of(one)
     trainer.step()
     trainer.step()
     assert [number for number, _ in kept] == [0, 1]
+    assert one.new_examples() == kept[1][1]
+    assert one.new_examples() == []
     assert [len(examples) for _, examples in kept] == [8, 8]
     assert set(kept[0][1][0]) == {*("prompt", "completion", "reference", "reward", "finish_reason")}
 

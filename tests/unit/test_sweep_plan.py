@@ -1,0 +1,138 @@
+"""A sweep becomes runs: which, in what order, told what."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from megarlx.cli import main
+from megarlx.config import ConfigError, load_config
+from megarlx.config.sweep import SweepConfig
+from megarlx.sweeps.plan import Job, jobs_of
+from megarlx.sweeps.run import LEFT, SweepRunner, slurm_script
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where `python -m megarlx` finds what stands in the folder of the test."""
+    monkeypatch.chdir(tmp_path)
+
+
+def sweep(tmp_path: Path, text: str = "") -> SweepConfig:
+    path = tmp_path / "sweep.toml"
+    path.write_text(
+        f'out = "{tmp_path}/out"\ntrunk = "{ROOT}/configs/demo_trunk.toml"\n'
+        f'{text}\n[[excursions]]\nrecipes = ["recipes/rl.toml", "recipes/sft.toml"]\n'
+        'checkpoints = ["1000", "tokens:3M"]\n'
+    )
+    return load_config(path, (), SweepConfig)
+
+
+def test_runs_are_trunks_times_checkpoints_times_recipes_times_seeds(tmp_path: Path) -> None:
+    text = 'seeds = [3, 5]\nevaluate = ["1000"]\n[axes]\n"model.hidden_size" = [64, 96]'
+    jobs = jobs_of(sweep(tmp_path, text))
+    kinds = [job.arguments[0] for job in jobs]
+    assert (kinds.count("train"), kinds.count("evaluate"), kinds.count("branch")) == (4, 4, 16)
+    assert len({job.name for job in jobs}) == len(jobs)
+    assert len({job.out for job in jobs if job.out is not None}) == 20
+    seen: set[str] = set()
+    for job in jobs:
+        assert job.needs is None or job.needs in seen
+        seen.add(job.name)
+    wide = next(job for job in jobs if job.name == "trunk-hidden_size-96-seed-5")
+    assert "model.hidden_size=96" in wide.arguments
+    assert "training.seed=5" in wide.arguments
+
+
+def test_every_sweep_that_comes_with_megarlx_can_be_planned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    found = [p for p in ROOT.glob("configs/**/*.toml") if "\ntrunk = " in p.read_text()]
+    assert found
+    for path in found:
+        for job in jobs_of(load_config(path, (), SweepConfig)):
+            recipe = job.arguments[2] if job.arguments[0] == "branch" else "README.md"
+            assert (ROOT / recipe).exists(), (path, recipe)
+
+
+def runner(tmp_path: Path, todo: list[Job], **settings: object) -> SweepRunner:
+    """Jobs are programs of this test in place of megarlx."""
+    program = tmp_path / "megarlx" / "__main__.py"
+    program.parent.mkdir(exist_ok=True)
+    program.write_text(
+        "import sys\nfrom pathlib import Path\nlog = Path(sys.argv[1])\n"
+        "log.open('a').write(sys.argv[2] + '\\n')\nsys.exit(int(sys.argv[3]))\n"
+    )
+    config = sweep(tmp_path).model_copy(
+        update={"launcher": ("env", f"PYTHONPATH={tmp_path}", sys.executable), **settings}
+    )
+    return SweepRunner(config, todo, console=Console(quiet=True))
+
+
+def job(tmp_path: Path, name: str, code: int = 0, needs: str | None = None) -> Job:
+    return Job(name, (str(tmp_path / "log"), name, str(code)), None, None, needs)
+
+
+def ran(tmp_path: Path) -> list[str]:
+    path = tmp_path / "log"
+    return sorted(path.read_text().split()) if path.exists() else []
+
+
+def test_a_job_that_fails_stops_only_what_needs_it_and_is_run_again(tmp_path: Path) -> None:
+    first = [job(tmp_path, "a", 3), job(tmp_path, "b", 0, "a"), job(tmp_path, "c")]
+    assert runner(tmp_path, first).run() == 1
+    assert ran(tmp_path) == ["a", "c"]
+    mended = [job(tmp_path, "a"), job(tmp_path, "b", 0, "a"), job(tmp_path, "c")]
+    assert runner(tmp_path, mended).run() == 0
+    assert ran(tmp_path) == ["a", "a", "b", "c"]
+    assert runner(tmp_path, mended).run() == 0
+    assert ran(tmp_path) == ["a", "a", "b", "c"]
+
+
+def test_a_job_told_something_else_is_not_taken_for_done(tmp_path: Path) -> None:
+    assert runner(tmp_path, [job(tmp_path, "a")]).run() == 0
+    other = Job("a", (str(tmp_path / "log"), "other", "0"), None, None)
+    assert runner(tmp_path, [other]).run() == 0
+    assert ran(tmp_path) == ["a", "other"]
+
+
+def test_a_budget_leaves_the_rest_for_later(tmp_path: Path) -> None:
+    jobs = [job(tmp_path, "a"), job(tmp_path, "b")]
+    assert runner(tmp_path, jobs, jobs=1, budget_minutes=1e-9).run() == LEFT
+    assert ran(tmp_path) == []
+    assert runner(tmp_path, jobs).run() == 0
+
+
+def test_the_slurm_script_is_valid_and_holds_every_command(tmp_path: Path) -> None:
+    config = sweep(tmp_path, "seeds = [0, 1]")
+    jobs = jobs_of(config)
+    path = tmp_path / "submit.sh"
+    path.write_text(slurm_script(config, jobs))
+    assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
+    text = path.read_text()
+    assert all(" ".join(one.arguments[:2]) in text for one in jobs)
+    assert '--dependency="afterok:$first"' in text
+    assert "--array=0-1%" in text
+
+
+def test_list_prints_the_commands_and_runs_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep(tmp_path)
+    assert main(["sweep", str(tmp_path / "sweep.toml"), "--list"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 5
+    assert said[0].startswith("megarlx train ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sweep_without_values_on_an_axis_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="lr has no values"):
+        sweep(tmp_path, '[axes]\n"optimizer.lr" = []')
