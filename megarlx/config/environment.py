@@ -20,10 +20,7 @@ ENVIRONMENTS = {
 class EnvironmentConfig(Section):
     """A class with reset(task, seed) and step(action), and what an episode in it may cost."""
 
-    function: str = Field(
-        description="module:Class, made with options for each episode, or a short name: "
-        + ", ".join(ENVIRONMENTS)
-    )
+    function: str = Field(description="module:Class, or a short name: " + ", ".join(ENVIRONMENTS))
     name: str | None = Field(
         default=None, min_length=1, description="Name in the metrics; absent: the class's"
     )

@@ -7,10 +7,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from megarlx.config.environment import EnvironmentConfig
 from megarlx.config.reward import RewardConfig
 from megarlx.config.section import Section
 
-Kind = Literal["pass_at_k", "choice", "cloze", "perplexity", "behaviour"]
+Kind = Literal["pass_at_k", "choice", "cloze", "perplexity", "behaviour", "agent"]
 WorldTests = Literal["problems", "facts", "held_out_facts", "stories", "behaviours"]
 Count = Annotated[int, Field(ge=1)]
 
@@ -21,8 +22,10 @@ OF_THE_WORLD: dict[str, tuple[str, ...]] = {
     "cloze": ("facts", "held_out_facts"),
     "perplexity": ("problems", "facts", "stories"),
     "behaviour": ("behaviours",),
+    "agent": (),
 }
-SAMPLED = ("pass_at_k", "behaviour")
+SAMPLED = ("pass_at_k", "behaviour", "agent")
+SCORED = ("pass_at_k", "behaviour")  # by rewards
 
 
 class SuiteConfig(Section):
@@ -73,6 +76,9 @@ class SuiteConfig(Section):
         default=None, description="Style of a world's examples; absent: the demonstrations' style"
     )
 
+    environment: EnvironmentConfig | None = Field(
+        default=None, description="What the tasks of an agent suite are played in"
+    )
     rewards: Annotated[tuple[RewardConfig, ...], Field(strict=False)] = Field(
         default=(), description="What scores a sample; absent: final_number, or the world's own"
     )
@@ -97,12 +103,18 @@ class SuiteConfig(Section):
         found = []
         if re.fullmatch(r"[\w-]+", self.name, re.ASCII) is None:
             found.append(("name", f"is '{self.name}'; allowed are letters, digits, _ and -"))
+        if (self.environment is not None) != (self.kind == "agent"):
+            found.append(("environment", "is needed for kind = 'agent', and for that only"))
         if (self.path is None) == (self.world is None):
             found.append(("path", "or world is needed, and not both of them"))
         allowed = OF_THE_WORLD[self.kind]
         if self.world is not None and self.world not in allowed:
             found.append(
-                ("world", f"is '{self.world}'; a {self.kind} suite can use {', '.join(allowed)}")
+                (
+                    "world",
+                    f"is '{self.world}'; a {self.kind} suite can use "
+                    + (", ".join(allowed) or "a path only"),
+                )
             )
         if self.kind == "pass_at_k" and min(self.ks, default=1) > self.samples:
             found.append(("ks", f"are {list(self.ks)}; samples = {self.samples} allows none"))
@@ -115,10 +127,10 @@ class SuiteConfig(Section):
             found.append(("few_shot_path", f"is missing; {shots} examples are to be shown"))
         if self.kind == "behaviour" and self.path is not None and not self.rewards:
             found.append(("rewards", "are missing; a behaviour is what a reward says it is"))
-        if self.kind not in SAMPLED:
+        if self.kind not in SCORED:
             for field in ("rewards", "few_shot", "few_shot_trained", "group_size"):
                 if getattr(self, field):
-                    found.append((field, f"is for {' and '.join(SAMPLED)}, not for {self.kind}"))
+                    found.append((field, f"is for {' and '.join(SCORED)}, not for {self.kind}"))
         return found
 
 

@@ -69,11 +69,12 @@ def load_config(
 
 
 def over(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values`, and what they leave out; tables are put together, anything else is replaced."""
+    """`values`, and what they leave out; tables are put together, anything else is replaced. So is
+    what a table with a preset of its own would leave out: the preset says it."""
     merged = dict(base)
     for key, value in values.items():
         below = merged.get(key)
-        if isinstance(value, Mapping) and isinstance(below, Mapping):
+        if isinstance(value, Mapping) and isinstance(below, Mapping) and "preset" not in value:
             value = over(below, value)
         merged[key] = value
     return merged

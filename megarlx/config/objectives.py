@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from megarlx.config.environment import EnvironmentConfig
 from megarlx.config.optimizer import OptimizerConfig
 from megarlx.config.policy import PolicyConfig
 from megarlx.config.reward import RewardConfig
@@ -13,7 +14,7 @@ from megarlx.config.section import Section
 
 PRETRAINING, SFT, RL = "pretraining", "sft", "rl"
 PLACE = "{content}"
-WORLD = "{world}"  # in a path: the folder of [data.world]
+WORLD = "{world}"  # in a path: the folder of [data.world] or [data.agents]
 
 
 class TemplateConfig(Section):
@@ -107,6 +108,10 @@ class RlConfig(Section):
     slots: int = Field(
         default=256, ge=1, description="Sequences that are generated at once by a process"
     )
+    environment: EnvironmentConfig | None = Field(
+        default=None,
+        description="What episodes are played in, in place of rewards; prompts are its tasks",
+    )
     policy: PolicyConfig = Field(
         default=PolicyConfig(), description="Advantages, loss, penalties; see docs/rl.md"
     )
@@ -131,7 +136,38 @@ class RlConfig(Section):
         if not labels or len(set(labels)) < len(labels):
             given = ", ".join(labels) or "none"
             return [("rewards", f"are {given}; at least one is needed, each with its own name")]
-        return []
+        return self._problems_of_environment()
+
+    def _problems_of_environment(self) -> list[tuple[str, str]]:
+        environment, policy = self.environment, self.policy
+        if environment is None:
+            if policy.advantage == "gigpo":
+                return [("policy.advantage", "is 'gigpo'; it needs turns: [rl.environment]")]
+            return []
+        found = []
+        if "rewards" in self.model_fields_set and self.rewards != type(self)().rewards:
+            found.append(("rewards", "cannot be given with an environment, which has its own"))
+        if self.examples is not None:
+            found.append(("examples", "cannot be given with an environment"))
+        if policy.overlong == "penalty":
+            found.append(("policy.overlong", "is 'penalty'; with turns it is 'keep' or 'mask'"))
+        if self.tokens_per_microbatch < environment.max_episode_tokens:
+            found.append(
+                (
+                    "tokens_per_microbatch",
+                    f"is {self.tokens_per_microbatch}; an episode has up to "
+                    f"environment.max_episode_tokens = {environment.max_episode_tokens}",
+                )
+            )
+        return found
+
+    @property
+    def most_written_tokens(self) -> int:
+        """Of one sample, by the policy."""
+        if self.environment is None:
+            return self.max_completion_tokens
+        limits = self.environment
+        return min(limits.max_turns * limits.max_turn_tokens, limits.max_episode_tokens)
 
     @property
     def steps_of_a_rollout(self) -> int:

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from megarlx.config.section import Section
 
-PresetName = Literal["grpo", "dapo", "dr_grpo", "gspo", "rloo", "cispo"]
+PresetName = Literal["grpo", "dapo", "dr_grpo", "gspo", "rloo", "cispo", "gigpo", "sampo"]
 
 # Only what differs from PolicyConfig's defaults; docs/rl.md shows all of it as a table.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -29,6 +29,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         "kl_coefficient": 0.05,
     },
     "cispo": {"loss": "cispo", "clip_low": 1.0, "clip_high": 4.0},
+    "gigpo": {"advantage": "gigpo", "kl": "k3", "kl_coefficient": 0.01},
+    "sampo": {
+        "advantage": "gigpo",
+        "loss": "gspo",
+        "clip_low": 3e-3,
+        "clip_high": 4e-3,
+        "aggregation": "sequence_mean",
+        "kl": "k3",
+        "kl_coefficient": 0.01,
+        "drop_uninformative": True,
+    },
 }
 
 
@@ -38,12 +49,21 @@ class PolicyConfig(Section):
     preset: PresetName | None = Field(
         default=None, description="Published method whose settings hold where no others are given"
     )
-    advantage: Literal["grpo", "dr_grpo", "rloo"] = Field(
+    advantage: Literal["grpo", "dr_grpo", "rloo", "gigpo"] = Field(
         default="grpo",
-        description="Reward minus its group's mean; grpo: over the deviation; rloo: minus others'",
+        description="Reward less its group's mean; gigpo: also a turn's; see docs/rl.md",
+    )
+    omega: float = Field(
+        default=1.0, ge=0, description="Weight of a turn's own advantage beside the episode's"
+    )
+    gamma: float = Field(
+        default=0.95, ge=0, le=1, description="Discount of a later turn's reward, for gigpo"
     )
     drop_uninformative: bool = Field(
         default=False, description="Groups whose rewards are all equal are replaced by new ones"
+    )
+    drop_uninformative_after_steps: int = Field(
+        default=0, ge=0, description="Steps of a cold start in which no group is dropped"
     )
     loss: Literal["reinforce", "ppo_clip", "cispo", "gspo", "sapo"] = Field(
         default="ppo_clip", description="How the ratio of new to old probability enters the loss"

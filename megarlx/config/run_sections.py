@@ -60,11 +60,60 @@ class WorldConfig(Section):
         return path
 
 
+class PlaceConfig(Section):
+    """An environment whose tasks and demonstrations are written."""
+
+    function: str = Field(description="As in [rl.environment]; one that comes with megarlx")
+    name: str | None = Field(
+        default=None, pattern=r"^[\w-]+$", description="Of its folder; absent: the class's"
+    )
+    options: dict[str, Any] = Field(default={}, description="Keyword arguments of the class")
+    max_turns: int = Field(default=8, ge=1, description="Demonstrations end before that many")
+    tasks: int = Field(default=1024, ge=1, description="Tasks to learn on")
+    test_tasks: int = Field(
+        default=128, ge=1, description="Tasks for tests and for validation, each"
+    )
+    demonstrations: int = Field(
+        default=256, ge=1, description="Episodes of the solver, for a supervised cold start"
+    )
+    mistakes: float = Field(
+        default=0.0, ge=0, lt=1, description="Share of a demonstration's actions drawn at random"
+    )
+
+    @property
+    def label(self) -> str:
+        return self.name or self.function.rpartition(":")[2]
+
+
+class AgentsConfig(Section):
+    """Tasks and demonstrations of environments, written where they are not there yet."""
+
+    folder: str = Field(description="Where they are written and looked for: {world} in paths")
+    seed: int = Field(default=0, ge=0, description="Seed of the demonstrations' mistakes")
+    environments: Annotated[tuple[PlaceConfig, ...], Field(strict=False)] = Field(
+        description="Each a [[data.agents.environments]] table"
+    )
+
+    @property
+    def place(self) -> str:
+        return self.folder
+
+    def problems(self) -> list[tuple[str, str]]:
+        labels = [place.label for place in self.environments]
+        if not labels or len(set(labels)) < len(labels):
+            given = ", ".join(labels) or "none"
+            return [("environments", f"are {given}; needed is one or more, each with its name")]
+        return []
+
+
 class DataConfig(Section):
     """What is trained on: token files in given shares, which may change on the way."""
 
     world: WorldConfig | None = Field(
         default=None, description="A synthetic world in place of sources, validation, tokenizer"
+    )
+    agents: AgentsConfig | None = Field(
+        default=None, description="Environments' tasks, demonstrations and words, in place of them"
     )
 
     tokenizer: str | None = Field(
@@ -90,9 +139,14 @@ class DataConfig(Section):
             given = [source.name for source in sources]
             if double := sorted({name for name in given if given.count(name) > 1}):
                 found.append((field, f"uses the name {', '.join(double)} more than once"))
-        if self.world is not None:
-            given = [f for f in ("sources", "validation", "tokenizer") if getattr(self, f)]
-            return [(f, "cannot be given together with data.world, which sets it") for f in given]
+        for maker in ("world", "agents"):
+            if getattr(self, maker) is None:
+                continue
+            fields = ("world", "sources", "validation", "tokenizer")
+            given = [f for f in fields if getattr(self, f) and f != maker]
+            return [
+                (f, f"cannot be given together with data.{maker}, which sets it") for f in given
+            ]
         if not self.sources:
             found.append(("sources", "is empty; give [[data.sources]] tables, or [data.world]"))
         elif not self.composition and sum(source.weight for source in self.sources) <= 0:

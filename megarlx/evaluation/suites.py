@@ -18,7 +18,7 @@ from megarlx.data.conversations import Template
 from megarlx.data.synthetic.problems import guesses
 from megarlx.data.synthetic.world import World
 from megarlx.data.tokenizer import Tokenizer
-from megarlx.evaluation import behaviour, capability
+from megarlx.evaluation import agents, behaviour, capability
 from megarlx.evaluation.pass_at_k import Pool, guessing_pass_at_k
 from megarlx.evaluation.questions import Question, few_shot_of, questions_of
 from megarlx.evaluation.readiness import informative_groups
@@ -115,7 +115,9 @@ def _suite(
         "trunk_tokens": subject.trunk_tokens,
     }
     lines: list[dict[str, Any]] = []
-    if suite.kind in SAMPLED:
+    if suite.kind == "agent":
+        found, lines = _played(subject, config, suite)
+    elif suite.kind in SAMPLED:
         found, lines = _sampled(subject, config, suite, say)
     else:
         found = _read(subject, config, suite)
@@ -207,6 +209,22 @@ def _sampled(
         metrics, errors = behaviour.summary(items)
         return {"metrics": metrics, "standard_errors": errors, "items": items}, lines
     return {**_pass_at_k(suite, subject.world, questions, items), "items": items}, lines
+
+
+def _played(
+    subject: Subject, config: EvaluationConfig, suite: SuiteConfig
+) -> tuple[Result, list[dict[str, Any]]]:
+    items, lines = agents.play(
+        subject.model,
+        subject.tokenizer,
+        subject.template,
+        suite,
+        seed=config.seed,
+        slots=config.slots,
+        kept_samples=config.kept_samples,
+    )
+    metrics, errors = agents.summary(items)
+    return {"metrics": metrics, "standard_errors": errors, "items": items}, lines
 
 
 def _item(scored: ScoredQuestion, correct_from: float) -> dict[str, Any]:

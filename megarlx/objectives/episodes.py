@@ -9,22 +9,24 @@ Letters: P tasks, n episodes of each, N episodes that have tokens, T their token
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megarlx.comm.collectives import all_reduce_
+from megarlx.comm.collectives import all_reduce_, gather_values
 from megarlx.comm.groups import Group
 from megarlx.config.environment import EnvironmentConfig
 from megarlx.generation.episodes import NOT_WRITTEN, Trajectory
 from megarlx.objectives.advantages import gigpo, grpo
 from megarlx.objectives.environment_process import BrokenEnvironment, Failure
-from megarlx.objectives.policy_loss import Completions
+from megarlx.objectives.exchange import gather_completions, gather_ragged
+from megarlx.objectives.policy_loss import Completions, places_of, select
 
 SHOWN = 300  # characters of an observation or an action in an error
 
@@ -53,6 +55,16 @@ class Episode:
         made = self.trajectory
         return made is not None and (made.full or made.reasons[-1] == "length")
 
+    def rewards_of_turns(self, invalid_action_penalty: float) -> list[float]:
+        return [t.reward - (0 if t.valid else invalid_action_penalty) for t in self.turns]
+
+    @property
+    def end(self) -> str:
+        """How it ended, in a word."""
+        if self.failure is not None:
+            return self.failure.kind
+        return "success" if self.success else "length" if self.truncated else "stop"
+
     def messages(self) -> list[dict[str, str]]:
         """For people to read."""
         return [
@@ -68,58 +80,140 @@ def observation_hash(text: str) -> int:
 
 @dataclass(frozen=True)
 class EpisodeBatch:
-    """`episodes` in the order of their tasks. NaN is a reward that is not known."""
+    """Groups of episodes as numbers, so that ranks can exchange them. NaN: a reward not known."""
 
-    episodes: tuple[Episode, ...]
-    rewards: Tensor  # fp32 [P, n], of whole episodes
+    numbers: tuple[int, ...]  # [P], of the tasks
+    rewards: Tensor  # fp64 [P, n], of whole episodes
     completions: Completions  # of those that have tokens: [T], [N]
-    kept: Tensor  # int64 [N], their places among all episodes
-    step_rewards: Tensor  # fp32 [K]
-    episode_of_turn: Tensor  # int64 [K], place among all episodes
+    kept: Tensor  # int64 [N], their places among all P·n episodes
+    turns: Tensor  # int64 [N], how many each has: K in all
+    step_rewards: Tensor  # fp64 [K]
     observations: Tensor  # int64 [K], hashes
-    turn_of_token: Tensor  # int64 [T], which of the K turns wrote it, or NOT_WRITTEN
+    turn: Tensor  # int64 [T], which of its episode's turns wrote a token, or NOT_WRITTEN
 
     @staticmethod
-    def of(episodes: Sequence[Episode], invalid_action_penalty: float = 0.0) -> EpisodeBatch:
+    def of(
+        episodes: Sequence[Episode],
+        invalid_action_penalty: float = 0.0,
+        *,
+        per_task: int | None = None,  # n, where there may be no episode at all
+        device: torch.device | str = "cpu",
+    ) -> EpisodeBatch:
         ordered = sorted(episodes, key=lambda episode: episode.group)  # stable
         sizes = Counter(episode.group for episode in ordered)
-        if not ordered or len(set(sizes.values())) > 1:
+        n = per_task or max(sizes.values(), default=0)
+        if not n or set(sizes.values()) - {n}:
             raise ValueError(
                 f"episodes: tasks have {sorted(set(sizes.values()))} episodes; each must have as "
                 "many as the others, and there must be some"
             )
-        rewards: list[float] = []
-        step_rewards: list[float] = []
-        episode_of_turn, observations, kept, turn_of_token = [], [], [], []
-        for place, episode in enumerate(ordered):
-            taken = [t.reward - (0 if t.valid else invalid_action_penalty) for t in episode.turns]
-            lost = episode.failure is not None
-            rewards.append(math.nan if lost else math.fsum(taken))
-            made = episode.trajectory
-            if made is None:
-                continue
-            if len(made.reasons) != len(taken):
+        begun = [(i, e, e.trajectory) for i, e in enumerate(ordered) if e.trajectory is not None]
+        for _, episode, made in begun:
+            if len(made.reasons) != len(episode.turns):
                 raise ValueError(
                     f"episodes: sequence {episode.sequence_id} has {len(made.reasons)} turns of "
-                    f"tokens and {len(taken)} of rewards"
+                    f"tokens and {len(episode.turns)} of rewards"
                 )
-            kept.append(place)
-            written = made.turn != NOT_WRITTEN
-            turn_of_token.append(made.turn + len(step_rewards) * written)
-            step_rewards += [math.nan] * len(taken) if lost else taken
-            episode_of_turn += [place] * len(taken)
-            observations += [observation_hash(turn.observation) for turn in episode.turns]
-        trajectories = [ordered[place].trajectory for place in kept]
+        taken = [e.rewards_of_turns(invalid_action_penalty) for e in ordered]
+        for episode, values in zip(ordered, taken, strict=True):
+            if episode.failure is not None:
+                values[:] = [math.nan] * len(values)
+        rewards = [
+            math.nan if episode.failure is not None else math.fsum(values)
+            for episode, values in zip(ordered, taken, strict=True)
+        ]
+        steps = [value for place, _, _ in begun for value in taken[place]]
+
+        def ids(values: Iterable[int]) -> Tensor:
+            return torch.tensor(list(values), dtype=torch.int64, device=device)
+
         return EpisodeBatch(
-            tuple(ordered),
-            torch.tensor(rewards, dtype=torch.float32).view(len(sizes), -1),
-            _completions([t for t in trajectories if t is not None], [ordered[k] for k in kept]),
-            torch.tensor(kept),
-            torch.tensor(step_rewards, dtype=torch.float32),
-            torch.tensor(episode_of_turn, dtype=torch.int64),
-            torch.tensor(observations, dtype=torch.int64),
-            torch.cat(turn_of_token),
+            tuple(sizes),
+            torch.tensor(rewards, dtype=torch.float64, device=device).view(-1, n),
+            _completions([made for _, _, made in begun], [e for _, e, _ in begun], device),
+            ids(place for place, _, _ in begun),
+            ids(len(e.turns) for _, e, _ in begun),
+            torch.tensor(steps, dtype=torch.float64, device=device),
+            ids(observation_hash(turn.observation) for _, e, _ in begun for turn in e.turns),
+            torch.cat([ids(()), *(made.turn.to(device) for _, _, made in begun)]),
         )
+
+    @property
+    def groups(self) -> Tensor:
+        """int64 [N], which of the P tasks each sequence is of."""
+        return self.kept // self.rewards.shape[1]
+
+    @property
+    def episode_of_turn(self) -> Tensor:
+        """int64 [K], place among all episodes."""
+        return self.kept.repeat_interleave(self.turns)
+
+    @property
+    def turn_of_token(self) -> Tensor:
+        """int64 [T], which of the K turns wrote it, or NOT_WRITTEN."""
+        first = (self.turns.cumsum(0) - self.turns)[self.completions.sequence_of_token]
+        return (self.turn + first).where(self.turn != NOT_WRITTEN, NOT_WRITTEN)
+
+    def chosen(self, which: Sequence[int]) -> EpisodeBatch:
+        """The tasks at these places, in this order."""
+        n, device = self.rewards.shape[1], self.rewards.device
+        tasks = torch.tensor(which, dtype=torch.int64, device=device)
+        episodes = (tasks[:, None] * n + torch.arange(n, device=device)).reshape(-1)
+        place = torch.full((self.rewards.numel(),), -1, device=device)
+        place[self.kept] = torch.arange(len(self.kept), device=device)
+        rows = place[episodes]
+        kept = (rows >= 0).nonzero().flatten()
+        rows = rows[kept]
+        turns = places_of(self.turns, rows)
+        return EpisodeBatch(
+            tuple(self.numbers[i] for i in which),
+            self.rewards[tasks],
+            select(self.completions, rows),
+            kept,
+            self.turns[rows],
+            self.step_rewards[turns],
+            self.observations[turns],
+            self.turn[places_of(self.completions.lengths, rows)],
+        )
+
+    @staticmethod
+    def joined(parts: Sequence[EpisodeBatch]) -> EpisodeBatch:
+        """All of them, in the order of their tasks' numbers."""
+        before = [0, *itertools.accumulate(part.rewards.numel() for part in parts)]
+        made = [part.completions for part in parts]
+        present = [f.name for f in fields(made[0]) if getattr(made[0], f.name) is not None]
+        together = EpisodeBatch(
+            tuple(number for part in parts for number in part.numbers),
+            torch.cat([part.rewards for part in parts]),
+            Completions(**{k: torch.cat([getattr(m, k) for m in made]) for k in present}),
+            torch.cat([part.kept + b for part, b in zip(parts, before[:-1], strict=True)]),
+            *(
+                torch.cat([getattr(part, name) for part in parts])
+                for name in ("turns", "step_rewards", "observations", "turn")
+            ),
+        )
+        order = sorted(range(len(together.numbers)), key=lambda i: together.numbers[i])
+        return together if order == list(range(len(order))) else together.chosen(order)
+
+    def gathered(self, group: Group) -> EpisodeBatch:
+        """The episodes of all ranks, in the order of their tasks' numbers."""
+        if group.size == 1:
+            return EpisodeBatch.joined([self])
+        numbers = gather_values(list(self.numbers), group)
+        first = sum(map(len, numbers[: group.rank])) * self.rewards.shape[1]
+        every = EpisodeBatch(
+            tuple(number for of_rank in numbers for number in of_rank),
+            gather_ragged(self.rewards, group),
+            gather_completions(self.completions, group),
+            *(
+                gather_ragged(values, group)
+                for values in (
+                    *(self.kept + first, self.turns),
+                    *(self.step_rewards, self.observations, self.turn),
+                )
+            ),
+        )
+        return EpisodeBatch.joined([every])
 
     def token_advantages(
         self,
@@ -143,32 +237,42 @@ class EpisodeBatch:
             )
         else:
             of_turn = of_episode[self.episode_of_turn]
-        return of_turn[self.turn_of_token.clamp_min(0)].where(self.turn_of_token != NOT_WRITTEN, 0)
-
-    def metrics(self, label: str) -> dict[str, tuple[float, int]]:
-        """(sum, count) of each, so that ranks can add theirs up before dividing."""
-        known = [episode for episode in self.episodes if episode.failure is None]
-        turns = [turn for episode in known for turn in episode.turns]
-        failed = len(self.episodes) - len(known)
-        return {
-            "rl/reward": (float(self.rewards.nansum()), len(known)),
-            f"rl/success_{label}": (sum(e.success for e in known), len(known)),
-            f"rl/valid_actions_{label}": (sum(t.valid for t in turns), len(turns)),
-            f"rl/turns_{label}": (len(turns), len(known)),
-            f"rl/truncated_{label}": (sum(e.truncated for e in known), len(known)),
-            f"rl/environment_failures_{label}": (failed, 1),
-        }
+        return of_turn[self.turn_of_token.clamp_min(0)].where(self.turn != NOT_WRITTEN, 0)
 
 
-def _completions(trajectories: Sequence[Trajectory], episodes: Sequence[Episode]) -> Completions:
-    if not trajectories:
-        raise ValueError("episodes: none of them has begun; there is nothing to learn from")
+def metrics_of(
+    episodes: Sequence[Episode], label: str, invalid_action_penalty: float = 0.0
+) -> dict[str, tuple[float, int]]:
+    """(sum, count) of each, so that ranks can add theirs up before dividing."""
+    known = [episode for episode in episodes if episode.failure is None]
+    turns = [turn for episode in known for turn in episode.turns]
+    rewards = [r for e in known for r in e.rewards_of_turns(invalid_action_penalty)]
+    solved = (sum(e.success for e in known), len(known))
+    return {
+        "rl/reward": (math.fsum(rewards), len(known)),
+        "rl/pass_at_1": solved,
+        f"rl/success_{label}": solved,
+        f"rl/valid_actions_{label}": (sum(t.valid for t in turns), len(turns)),
+        f"rl/turns_{label}": (len(turns), len(known)),
+        f"rl/truncated_{label}": (sum(e.truncated for e in known), len(known)),
+        f"rl/environment_failures_{label}": (len(episodes) - len(known), 1),
+    }
+
+
+def _completions(
+    trajectories: Sequence[Trajectory], episodes: Sequence[Episode], device: torch.device | str
+) -> Completions:
+    def row(values: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
+        return torch.cat([torch.zeros(0, dtype=dtype), *values]).to(device)
+
+    lengths = [len(t.tokens) for t in trajectories]
     return Completions(
-        torch.cat([t.tokens for t in trajectories]),
-        torch.tensor([len(t.tokens) for t in trajectories]),
-        torch.cat([t.written for t in trajectories]),
-        rollout_logprobs=torch.cat([t.logprobs for t in trajectories]),
-        truncated=torch.tensor([episode.truncated for episode in episodes]),
+        row((t.tokens for t in trajectories), torch.int64),
+        torch.tensor(lengths, dtype=torch.int64, device=device),
+        row((t.written for t in trajectories), torch.bool),
+        # of the policy that is trained, at its temperature
+        rollout_logprobs=row((t.sampled_logprobs for t in trajectories), torch.float32),
+        truncated=torch.tensor([e.truncated for e in episodes], dtype=torch.bool, device=device),
     )
 
 

@@ -207,15 +207,17 @@ def sequence_mean(values: Tensor, mask: Tensor, completions: Completions) -> Ten
     return total / sequence_sum(mask.to(values.dtype), completions).clamp_min(1)
 
 
+def places_of(lengths: Tensor, chosen: Tensor) -> Tensor:
+    """Where the parts of these numbers stand in a row of parts of these lengths."""
+    ends = lengths.cumsum(0)
+    bounds = zip((ends - lengths)[chosen].tolist(), ends[chosen].tolist(), strict=True)
+    pieces = [torch.arange(begin, end, device=lengths.device) for begin, end in bounds]
+    return torch.cat(pieces) if pieces else lengths.new_zeros(0)
+
+
 def select(completions: Completions, sequences: Tensor) -> Completions:
     """The sequences of these numbers, in this order: a minibatch."""
-    pieces = [
-        torch.arange(int(a), int(b), device=completions.tokens.device)
-        for a, b in zip(
-            completions.offsets[:-1][sequences], completions.offsets[1:][sequences], strict=True
-        )
-    ]
-    index = torch.cat(pieces) if pieces else completions.lengths.new_zeros(0)
+    index = places_of(completions.lengths, sequences)
 
     def take(value: Tensor | None, where: Tensor) -> Tensor | None:
         return None if value is None else value[where]

@@ -26,11 +26,12 @@ from megarlx.objectives.policy_loss import (
     Completions,
     gap_sums,
     loss_spec,
+    places_of,
     policy_fields,
     select,
 )
 from megarlx.objectives.reference import frozen_copy, weights_in_place
-from megarlx.objectives.rollout import Rollout, Sampler
+from megarlx.objectives.rollout import Rollout, RolloutSource
 from megarlx.ops import TokenLoss, linear_token_loss
 from megarlx.ops.loss_spec import METRICS
 
@@ -43,7 +44,7 @@ class Reinforcement(Objective):
         name: str,
         config: RlConfig,
         model: ParallelModel,
-        sampler: Sampler,
+        sampler: RolloutSource,
         *,
         keep_samples: KeepSamples | None = None,
     ) -> None:
@@ -100,8 +101,8 @@ class Reinforcement(Objective):
         chosen_fields = policy_fields(
             policy,
             minibatch,
-            rollout.advantages[chosen].to(self._precision),
-            max_completion_tokens=config.max_completion_tokens,
+            _advantages_of(rollout, chosen).to(self._precision),
+            max_completion_tokens=config.most_written_tokens,
             current_logprobs=now,
         )
         self._layout = layout_for(
@@ -155,6 +156,7 @@ class Reinforcement(Objective):
                 },
                 "rewards": to_json(self.current.rewards),
                 "advantages": to_json(self.current.advantages),
+                "groups": to_json(self.current.groups),
                 # times differ between ranks, and are nobody's concern later
                 "metrics": {k: v for k, v in self.current.metrics.items() if k[:5] != "perf/"},
             }
@@ -175,6 +177,7 @@ class Reinforcement(Objective):
             Completions(**{k: from_json(v, device) for k, v in kept["completions"].items()}),
             from_json(kept["rewards"], device),
             from_json(kept["advantages"], device),
+            from_json(kept["groups"], device),
             dict(kept["metrics"]),
             [],
         )
@@ -184,13 +187,13 @@ class Reinforcement(Objective):
         return examples
 
     def close(self) -> None:
-        self.sampler.rewards.close()
+        self.sampler.close()
 
     # How a step is made.
 
     def _new_rollout(self) -> None:
         makers = self.sampler.group
-        rollout = self.sampler.rollout()
+        rollout = self.sampler.rollout(self.rollouts * self.config.steps_of_a_rollout)
         self.waited_seconds += self.sampler.waited_seconds
         self.sampler.waited_seconds = 0.0
         policy = self.config.policy
@@ -225,16 +228,16 @@ class Reinforcement(Objective):
     def _sequences_of(self, rollout: Rollout, step: int) -> Tensor:
         """The sequences of a step: whole groups, in another order in each epoch."""
         config = self.config
-        groups, n = rollout.rewards.shape
+        groups = len(rollout.rewards)
         if config.steps_of_a_rollout == 1:
-            return torch.arange(groups * n, device=rollout.rewards.device)
+            return torch.arange(rollout.sequences, device=rollout.groups.device)
         epoch, part = divmod(step, config.steps_per_rollout)
         key = key_of(self.sampler.seed, self.name, self.rollouts, epoch)
         order = shuffled(groups, key).tolist()
         bounds = [groups * i // config.steps_per_rollout for i in (part, part + 1)]
         mine = order[bounds[0] : bounds[1]] or order[:1]  # fewer groups than steps
-        rows = [g * n + i for g in sorted(mine) for i in range(n)]
-        return torch.tensor(rows, dtype=torch.int64, device=rollout.rewards.device)
+        chosen = torch.tensor(mine, dtype=torch.int64, device=rollout.groups.device)
+        return torch.isin(rollout.groups, chosen).nonzero().flatten()
 
     def _loss_metrics(self) -> dict[str, float]:
         """Entropy, divergence and clipping of the last step; how far sampler and trainer are."""
@@ -276,3 +279,10 @@ class Reinforcement(Objective):
                 "rl/logprob_gap_kl": float(sums[len(METRICS) + 1]) / gap_tokens,
             }
         return found
+
+
+def _advantages_of(rollout: Rollout, sequences: Tensor) -> Tensor:
+    """Of these sequences, or of each of their tokens: as the rollout has them."""
+    if len(rollout.advantages) == rollout.sequences:
+        return rollout.advantages[sequences]
+    return rollout.advantages[places_of(rollout.completions.lengths, sequences)]

@@ -11,13 +11,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from megarlx.comm.collectives import barrier, gather_values
-from megarlx.comm.groups import Mesh
+from megarlx.comm.groups import Group, Mesh
 from megarlx.config.objectives import RlConfig
 from megarlx.data.prompts import Drawn, PromptData
 from megarlx.data.tokenizer import Tokenizer
@@ -37,13 +37,105 @@ SOLVED = 1.0 - 1e-6  # of the first reward: a sample with all of it is a success
 class Rollout:
     completions: Completions
     rewards: Tensor  # fp64 [P, n], NaN where not known
-    advantages: Tensor  # fp64 [N]
+    advantages: Tensor  # fp64 [N], or [T] where the turns of a sequence differ
+    groups: Tensor  # int64 [N], which of the P prompts; in ascending order
     metrics: dict[str, float]
     examples: list[dict[str, Any]]  # of the first prompts of this rank, for people to read
 
     @property
     def sequences(self) -> int:
         return len(self.completions.lengths)
+
+
+class RolloutSource(Protocol):
+    """What makes rollouts: from prompts and rewards (here), or in an environment."""
+
+    prompts: PromptData
+    seed: int
+    group: Group  # shares out the prompts
+    waited_seconds: float  # for others of the group, until somebody sets it back
+
+    def rollout(self, steps_done: int = 0) -> Rollout: ...
+
+    def close(self) -> None: ...
+
+
+class Groups(Protocol):
+    """Samples of prompts with their rewards, as all ranks hold them."""
+
+    @property
+    def rewards(self) -> Tensor: ...  # [P, n]
+
+    def chosen(self, which: Sequence[int]) -> Self: ...
+
+    @staticmethod
+    def joined(parts: Sequence[Any]) -> Any: ...
+
+
+G = TypeVar("G", bound=Groups)
+
+
+def with_signal(config: RlConfig, steps_done: int, make: Callable[[int], G]) -> tuple[G, G, int]:
+    """(all that was sampled, what is trained on, the rounds it took).
+
+    With drop_uninformative, and once the cold start is over, more prompts are drawn in the place
+    of groups without signal, until there are enough or the rounds are over.
+    """
+    wanted = config.prompts_per_step * config.steps_per_rollout
+    parts = [make(wanted)]
+    policy = config.policy
+    if not policy.drop_uninformative or steps_done < policy.drop_uninformative_after_steps:
+        return parts[0], parts[0], 1
+    kept = [_informative(parts[0])]
+    for _ in range(config.resampling_rounds):
+        missing = wanted - sum(len(part.rewards) for part in kept)
+        if missing <= 0:
+            break
+        parts.append(make(missing))
+        kept.append(_informative(parts[-1]))
+    used = parts[0].joined(kept)
+    if not len(used.rewards):  # a step needs something: as it would be without dropping
+        used = parts[0]
+    return parts[0].joined(parts), used, len(parts)
+
+
+def _informative(groups: G) -> G:
+    dull = uninformative(groups.rewards).tolist()
+    return groups.chosen([i for i, nothing in enumerate(dull) if not nothing])
+
+
+def sampling_of(config: RlConfig, tokenizer: Tokenizer) -> SamplingSettings:
+    return SamplingSettings(
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        min_p=config.min_p,
+        stop_tokens=(tokenizer.eos_id,),
+        stop_strings=config.stop_strings,
+    )
+
+
+class Sums(dict[str, tuple[float, float]]):
+    """Totals and counts of metrics of this rank, until those of all ranks are put together."""
+
+    def add(self, key: str, total: float, number: float) -> None:
+        before = self.get(key, (0.0, 0.0))
+        self[key] = (before[0] + total, before[1] + number)
+
+    def means(self, group: Group, counted: tuple[str, ...]) -> dict[str, float]:
+        """Times (perf/…) are those of the slowest rank, those that begin as `counted` are sums."""
+        every = gather_values({k: list(v) for k, v in self.items()}, group)
+        found: dict[str, float] = {}
+        for key in self:
+            pairs = [of_rank.get(key, [0.0, 0.0]) for of_rank in every]
+            if key.startswith("perf/"):
+                found[key] = max(total for total, _ in pairs)
+            elif key.startswith(counted):
+                found[key] = sum(total for total, _ in pairs)
+            else:
+                number = sum(number for _, number in pairs)
+                found[key] = sum(total for total, _ in pairs) / number if number else 0.0
+        return found
 
 
 @dataclass
@@ -103,55 +195,28 @@ class Sampler:
         self.tokenizer, self.rewards, self.mesh, self.seed = tokenizer, rewards, mesh, seed
         self.group = mesh.dp  # shares out the prompts
         self.waited_seconds = 0.0
-        self.sampling = SamplingSettings(
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            min_p=config.min_p,
-            stop_tokens=(tokenizer.eos_id,),
-            stop_strings=config.stop_strings,
-        )
+        self.sampling = sampling_of(config, tokenizer)
 
-    def rollout(self) -> Rollout:
-        """The next prompts; with drop_uninformative, more of them until enough had signal."""
-        config = self.config
-        wanted = config.prompts_per_step * config.steps_per_rollout
-        sums: dict[str, tuple[float, float]] = {}
+    def rollout(self, steps_done: int = 0) -> Rollout:
+        config, sums = self.config, Sums()
         examples: list[dict[str, Any]] = []
-        parts = [self._groups(wanted, sums, examples)]
-        if config.policy.drop_uninformative:
-            kept = [self._informative(parts[0])]
-            for _ in range(config.resampling_rounds):
-                missing = wanted - sum(len(part.numbers) for part in kept)
-                if missing <= 0:
-                    break
-                parts.append(self._groups(missing, sums, examples))
-                kept.append(self._informative(parts[-1]))
-            groups = _Groups.joined(kept)
-            if not groups.numbers:  # a step needs something: as it would be without dropping
-                groups = parts[0]
-        else:
-            groups = parts[0]
-        sampled = _Groups.joined(parts)
-        advantages = ADVANTAGES[config.policy.advantage](groups.rewards).reshape(-1)
+        sampled, used, rounds = with_signal(
+            config, steps_done, lambda count: self._groups(count, sums, examples)
+        )
+        count, n = used.rewards.shape
         return Rollout(
-            groups.completions,
-            groups.rewards,
-            advantages,
-            self._metrics(sampled, groups, sums, len(parts)),
+            used.completions,
+            used.rewards,
+            ADVANTAGES[config.policy.advantage](used.rewards).reshape(-1),
+            torch.arange(count, device=used.rewards.device).repeat_interleave(n),
+            self._metrics(sampled, used, sums, rounds),
             examples,
         )
 
-    def _informative(self, groups: _Groups) -> _Groups:
-        dull = uninformative(groups.rewards).tolist()
-        return groups.chosen([i for i, nothing in enumerate(dull) if not nothing])
+    def close(self) -> None:
+        self.rewards.close()
 
-    def _groups(
-        self,
-        count: int,
-        sums: dict[str, tuple[float, float]],
-        examples: list[dict[str, Any]],
-    ) -> _Groups:
+    def _groups(self, count: int, sums: Sums, examples: list[dict[str, Any]]) -> _Groups:
         """`count` new prompts, sampled and scored, on all ranks."""
         config, group = self.config, self.group
         n = config.samples_per_prompt
@@ -174,10 +239,10 @@ class Sampler:
         samples = [self._sample(mine[i // n], completion) for i, completion in enumerate(found)]
         scored = self._score(samples)
         rewarded = time.perf_counter()
-        self._add(sums, "perf/generate_seconds", generated - begun, 1)
-        self._add(sums, "perf/reward_seconds", rewarded - met, 1)
+        sums.add("perf/generate_seconds", generated - begun, 1)
+        sums.add("perf/reward_seconds", rewarded - met, 1)
         for key, (total, number) in scored["metrics"].items():
-            self._add(sums, key, total, number)
+            sums.add(key, total, number)
         totals = torch.tensor(scored["totals"], dtype=torch.float64)
         if config.policy.overlong == "penalty":
             lengths = torch.tensor([float(len(c.tokens)) for c in found], dtype=torch.float64)
@@ -251,26 +316,10 @@ class Sampler:
         solved = (table[..., 1] >= SOLVED).double()
         return _Groups.joined([_Groups(numbers, completions, table[..., 0], solved)])
 
-    @staticmethod
-    def _add(sums: dict[str, tuple[float, float]], key: str, total: float, number: float) -> None:
-        before = sums.get(key, (0.0, 0.0))
-        sums[key] = (before[0] + total, before[1] + number)
-
     def _metrics(
-        self, sampled: _Groups, used: _Groups, sums: dict[str, tuple[float, float]], rounds: int
+        self, sampled: _Groups, used: _Groups, sums: Sums, rounds: int
     ) -> dict[str, float]:
-        """Over all ranks. Times are those of the slowest."""
-        every = gather_values({k: list(v) for k, v in sums.items()}, self.group)
-        metrics: dict[str, float] = {}
-        for key in sums:
-            pairs = [found.get(key, [0.0, 0.0]) for found in every]
-            if key.startswith("perf/"):
-                metrics[key] = max(total for total, _ in pairs)
-            elif key.startswith("rl/reward_failures"):
-                metrics[key] = sum(total for total, _ in pairs)
-            else:
-                number = sum(number for _, number in pairs)
-                metrics[key] = sum(total for total, _ in pairs) / number if number else 0.0
+        metrics = sums.means(self.group, ("rl/reward_failures",))
         made = sampled.completions
         lengths = torch.segment_reduce(made.written.double(), "sum", lengths=made.lengths)
         truncated = made.truncated

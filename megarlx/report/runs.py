@@ -20,7 +20,7 @@ from megarlx.metrics import read_metrics
 
 FORMAT = 1
 ACCURACY_KINDS = ("choice", "cloze")
-KINDS = ("pass_at_k", *ACCURACY_KINDS, "perplexity", "behaviour")
+KINDS = ("pass_at_k", *ACCURACY_KINDS, "perplexity", "behaviour", "agent")
 NOT_RUNS = ("checkpoints", "tensorboard", "evaluations", "samples", "logs")
 T = TypeVar("T")
 
@@ -53,6 +53,12 @@ class Evaluation:
                 str(item["id"]): 100 * pass_at_k(item["samples"], item["correct"], k)
                 for item in self.items
                 if item["samples"] >= k
+            }
+        if self.kind == "agent" and metric == "success":
+            return {
+                str(item["id"]): 100 * item["correct"] / item["samples"]
+                for item in self.items
+                if item["samples"]
             }
         if self.kind in ACCURACY_KINDS and metric == "accuracy":
             return {str(item["id"]): 100 * float(item["correct"]) for item in self.items}

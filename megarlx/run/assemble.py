@@ -22,7 +22,7 @@ from megarlx.objectives.supervised import Supervised
 from megarlx.optimizer import AdamSettings
 from megarlx.run.directory import RunDirectory, RunError
 from megarlx.run.objectives import ObjectiveMaker
-from megarlx.run.world import load_tokenizer_of, write_world
+from megarlx.run.world import load_tokenizer_of, write_data
 from megarlx.trainer import TrainedObjective, Trainer, TrainingStage
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -102,7 +102,6 @@ def assemble(
     """
     check_placement(config)
     training = config.training
-    world = None if config.data is None else config.data.world
     layout = choose_layout(config, started.world_size)
     mesh = Mesh.build(
         layout.pp,
@@ -112,10 +111,10 @@ def assemble(
         timeout_seconds=config.layout.time_limit_seconds,
         device=device,
     )
-    if world is not None:
+    if config.data is not None:
         # Every node writes its own copy, and nobody reads before all have written.
         if started.local_rank == 0:
-            write_world(world)
+            write_data(config)
         barrier(mesh.world)
     directory = RunDirectory(out)
     kept = directory if tokenizer_from is None else RunDirectory(tokenizer_from)

@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from megarlx.checkpoint import CheckpointError
     from megarlx.comm import launch
+    from megarlx.objectives.environment_process import BrokenEnvironment
     from megarlx.objectives.reward_process import RewardError
     from megarlx.run.assemble import choose_device
     from megarlx.run.opened import open_config
@@ -59,7 +60,10 @@ def run(arguments: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 2
     # What the user can mend is told in one line each; anything else keeps its traceback.
-    except (ValueError, OSError, CheckpointError, RewardError, launch.LaunchError) as error:
+    except (
+        *(ValueError, OSError, CheckpointError, RewardError),
+        *(BrokenEnvironment, launch.LaunchError),
+    ) as error:
         print(f"megarlx evaluate: {error}", file=sys.stderr)
         return 1
     return 0

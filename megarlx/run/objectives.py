@@ -11,6 +11,7 @@ import torch
 
 from megarlx.comm.groups import Group
 from megarlx.config import Config, RlConfig, SftConfig
+from megarlx.config.environment import EnvironmentConfig
 from megarlx.config.objectives import PRETRAINING
 from megarlx.config.run_sections import DataConfig, SourceConfig
 from megarlx.data.blend import Blend, Composition
@@ -23,10 +24,11 @@ from megarlx.data.token_files import TokenFile, check_tokenizer
 from megarlx.data.tokenizer import Tokenizer
 from megarlx.generation.engine import Engine
 from megarlx.model.build import ParallelModel
+from megarlx.objectives.episode_sampler import EpisodeSampler
 from megarlx.objectives.interface import Objective
 from megarlx.objectives.rewards import Rewards
 from megarlx.objectives.rl import KeepSamples, Reinforcement
-from megarlx.objectives.rollout import Sampler
+from megarlx.objectives.rollout import RolloutSource, Sampler
 from megarlx.objectives.supervised import Supervised
 from megarlx.run.directory import RunError
 from megarlx.run.world import data_of, path_of
@@ -71,6 +73,8 @@ class ObjectiveMaker:
 
     def _pretraining(self) -> Supervised:
         data = self._data()
+        if not data.sources:
+            raise RunError("[data] has no sources: there is nothing to pre-train on")
         own = Composition(0, {source.name: source.weight for source in data.sources})
         schedule = [Composition(part.from_tokens, part.weights) for part in data.composition]
         blend = Blend(
@@ -172,6 +176,34 @@ class ObjectiveMaker:
     # Policy optimisation.
 
     def _rl(self, name: str, config: RlConfig) -> Reinforcement:
+        if config.environment is not None:
+            sampler: RolloutSource = self._episodes(name, config, config.environment)
+        else:
+            sampler = self._answers(name, config)
+        return Reinforcement(name, config, self.model, sampler, keep_samples=self._keeper(name))
+
+    def _episodes(
+        self, name: str, config: RlConfig, environment: EnvironmentConfig
+    ) -> EpisodeSampler:
+        most, length = environment.max_episode_tokens, self.config.model.max_sequence_length
+        if most > length:
+            raise RunError(
+                f"{name}.environment.max_episode_tokens is {most}; model.max_sequence_length "
+                f"allows {length}"
+            )
+        room = most - environment.max_turn_tokens
+        tasks = self._prompts(name, config, min(config.max_prompt_tokens or room, room))
+        return EpisodeSampler(
+            config,
+            self._engine(config.slots, most),
+            tasks,
+            self.template,
+            self.tokenizer,
+            self.mesh,
+            self.config.training.seed,
+        )
+
+    def _answers(self, name: str, config: RlConfig) -> Sampler:
         length = self.config.model.max_sequence_length
         room = length - config.max_completion_tokens
         if room < 1:
@@ -180,11 +212,29 @@ class ObjectiveMaker:
                 f"model.max_sequence_length = {length} leaves no room for a prompt"
             )
         most = min(config.max_prompt_tokens or room, room)
+        prompts = self._prompts(name, config, most)
+        longest = most + config.max_completion_tokens
+        if config.tokens_per_microbatch < longest:
+            raise RunError(
+                f"{name}.tokens_per_microbatch is {config.tokens_per_microbatch}; a prompt and its "
+                f"completion have up to {longest} tokens"
+            )
+        return Sampler(
+            config,
+            self._engine(config.slots, longest),
+            prompts,
+            self.tokenizer,
+            Rewards(config.rewards, config.reward_failures_allowed),
+            self.mesh,
+            self.config.training.seed,
+        )
+
+    def _prompts(self, name: str, config: RlConfig, most: int) -> PromptData:
         keys = PromptKeys(config.question_key, config.answer_key)
         examples: tuple[Any, ...] = ()
         if config.examples is not None:
             examples = tuple(read_conversations(path_of(config.examples, self.config)))
-        prompts = PromptData(
+        return PromptData(
             read_prompts(path_of(config.prompts, self.config), keys),
             self.template,
             self.tokenizer,
@@ -194,29 +244,16 @@ class ObjectiveMaker:
             too_long=config.too_long,
             name=name,
         )
-        longest = most + config.max_completion_tokens
-        if config.tokens_per_microbatch < longest:
-            raise RunError(
-                f"{name}.tokens_per_microbatch is {config.tokens_per_microbatch}; a prompt and its "
-                f"completion have up to {longest} tokens"
+
+    def _engine(self, slots: int, longest: int) -> Callable[[], Engine]:
+        return _once(
+            lambda: Engine.of(
+                self.model,
+                slots=slots,
+                longest=longest,
+                detokenize=self.tokenizer.decode_sampled,
             )
-        sampler = Sampler(
-            config,
-            _once(
-                lambda: Engine.of(
-                    self.model,
-                    slots=config.slots,
-                    longest=longest,
-                    detokenize=self.tokenizer.decode_sampled,
-                )
-            ),
-            prompts,
-            self.tokenizer,
-            Rewards(config.rewards, config.reward_failures_allowed),
-            self.mesh,
-            self.config.training.seed,
         )
-        return Reinforcement(name, config, self.model, sampler, keep_samples=self._keeper(name))
 
     def _keeper(self, name: str) -> KeepSamples:
         every = self.config.named_objectives[name]

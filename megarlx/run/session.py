@@ -10,6 +10,7 @@ import torch
 from megarlx.checkpoint import CheckpointError
 from megarlx.comm import launch
 from megarlx.config import Config
+from megarlx.objectives.environment_process import BrokenEnvironment
 from megarlx.objectives.reward_process import RewardError
 from megarlx.run.assemble import choose_device, choose_layout
 from megarlx.run.loop import TrainingError
@@ -31,7 +32,7 @@ def session(command: str, config: Config, work: Work) -> int:
     # What the user can mend is told in one line each; anything else keeps its traceback.
     except (
         *(ValueError, OSError, CheckpointError, TrainingError, RewardError),
-        launch.LaunchError,
+        *(BrokenEnvironment, launch.LaunchError),
     ) as error:
         print(f"megarlx {command}: {error}", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""A run's synthetic world, and the tokenizer it keeps."""
+"""A run's synthetic world or its agents' tasks, and the tokenizer it keeps."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import json
 from pathlib import Path
 
 from megarlx.config import Config
-from megarlx.config.objectives import WORLD
-from megarlx.config.run_sections import DataConfig, WorldConfig
+from megarlx.config.environment import EnvironmentConfig
+from megarlx.config.objectives import PLACE, WORLD, TemplateConfig
+from megarlx.config.run_sections import AgentsConfig, DataConfig, WorldConfig
 from megarlx.data.synthetic.settings import WorldSettings
 from megarlx.data.synthetic.tokens import DESCRIPTION, write_world_files
 from megarlx.data.synthetic.world import World
+from megarlx.data.token_files import write_atomically
 from megarlx.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from megarlx.objectives.environments.demonstrations import Sizes, built_in, write_environment
 from megarlx.run.directory import RunDirectory, RunError
+
+AGENTS_WORDS, AGENTS_DESCRIPTION = "agents.words", "agents.json"
 
 
 def world_shares(world: WorldConfig) -> dict[str, float]:
@@ -60,21 +65,69 @@ def write_world(world: WorldConfig) -> None:
     )
 
 
+def write_agents(agents: AgentsConfig, template: TemplateConfig) -> None:
+    """NAME/tasks_<split>.jsonl and NAME/demonstrations.jsonl of each environment; and of all of
+    them demonstrations.jsonl and agents.words, unless the folder holds just these.
+
+    The description is written last, so a folder that has it is complete.
+    """
+    folder, wanted = Path(agents.folder), agents.model_dump(mode="json", exclude={"folder"})
+    of_template = (template.system, template.user, template.opening, template.assistant)
+    words = dict.fromkeys(" ".join(of_template).replace(PLACE, " ").split())
+    wanted["words"] = list(words)
+    description = folder / AGENTS_DESCRIPTION
+    if description.exists():
+        if json.loads(description.read_text(encoding="utf-8")) == wanted:
+            return
+        # Another run may be reading it.
+        raise RunError(f"{folder} holds agents' tasks of other settings; use another folder")
+    demonstrations: list[str] = []
+    for place in agents.environments:
+        given = EnvironmentConfig(
+            function=place.function, options=place.options, max_turns=place.max_turns
+        )
+        sizes = Sizes(place.tasks, place.test_tasks, place.test_tasks, place.demonstrations)
+        own = folder / place.label
+        write_environment(given, own, sizes, seed=agents.seed, mistakes=place.mistakes)
+        text = (own / "demonstrations.jsonl").read_text(encoding="utf-8")
+        demonstrations += text.splitlines(keepends=True)
+        words |= dict.fromkeys(built_in(given).words)
+    write_atomically(folder / "demonstrations.jsonl", "".join(demonstrations))
+    write_atomically(folder / AGENTS_WORDS, "".join(f"{word}\n" for word in words))
+    write_atomically(description, json.dumps(wanted, indent=1) + "\n")
+
+
+def write_data(config: Config) -> None:
+    """What a run's data need and is not there yet."""
+    if config.data is not None and config.data.world is not None:
+        write_world(config.data.world)
+    if config.data is not None and config.data.agents is not None:
+        write_agents(config.data.agents, config.template)
+
+
 def data_of(config: Config) -> DataConfig | None:
-    """What is read, with a world's files in place of the world."""
+    """What is read, with files in place of the world or the agents that they were written for."""
     data = config.data
-    if data is None or data.world is None:
-        return data
-    return world_data(data, data.world)
+    if data is not None and data.world is not None:
+        return world_data(data, data.world)
+    if data is not None and data.agents is not None:
+        return data.model_copy(
+            update={"tokenizer": str(Path(data.agents.folder) / AGENTS_WORDS), "agents": None}
+        )
+    return data
 
 
 def path_of(text: str, config: Config) -> str:
     """A path of the configuration, with the world's folder put in."""
     if WORLD not in text:
         return text
-    if config.data is None or config.data.world is None:
-        raise RunError(f"the path {text!r} asks for a world's folder, but there is no [data.world]")
-    return text.replace(WORLD, config.data.world.place)
+    data = config.data
+    if data is None or (made := data.world or data.agents) is None:
+        raise RunError(
+            f"the path {text!r} asks for a world's folder, but there is no [data.world] and no "
+            "[data.agents]"
+        )
+    return text.replace(WORLD, made.place)
 
 
 def load_tokenizer_of(config: Config, directory: RunDirectory) -> Tokenizer | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megarlx.config import Config, ConfigError, load_config
+from megarlx.config.load import over
 from megarlx.config.objectives import StageConfig
 
 START = """
@@ -131,3 +132,10 @@ def test_steps_of_alternating_objectives_are_those_that_are_taken(
     )
     taken = ((["rl"] * turns[0] + ["sft"] * turns[1]) * steps)[:steps]
     assert {name: stage.steps_of(name) for name in names} == {n: taken.count(n) for n in names}
+
+
+def test_a_preset_of_a_recipe_is_not_mixed_with_the_settings_of_the_parent() -> None:
+    parent = {"rl": {"slots": 8, "policy": {"preset": "sampo", "loss": "gspo", "kl": "k3"}}}
+    recipe = {"rl": {"policy": {"preset": "dapo"}}}
+    assert over(parent, recipe) == {"rl": {"slots": 8, "policy": {"preset": "dapo"}}}
+    assert over(parent, {"rl": {"policy": {"kl": "k2"}}})["rl"]["policy"]["loss"] == "gspo"

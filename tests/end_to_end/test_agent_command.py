@@ -1,0 +1,134 @@
+"""`megarlx train` of an agent: tasks written, a cold start, play, a test of what was learned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from training_runs import train
+
+from megarlx.metrics import read_metrics
+
+CONFIG = """
+[model]
+family = "olmo2"
+vocab_size = 150
+hidden_size = 24
+layers = 2
+heads = 2
+intermediate_size = 40
+max_sequence_length = 128
+
+[training]
+sequences_per_step = 4
+sequences_per_microbatch = 2
+sequence_length = 128
+
+[template]
+user = "seen : {{content}} act :"
+assistant = " {{content}}"
+
+[data.agents]
+folder = "{world}"
+[[data.agents.environments]]
+function = "sokoban"
+max_turns = 4
+tasks = 20
+test_tasks = 4
+demonstrations = 10
+[[data.agents.environments]]
+function = "calculator"
+tasks = 20
+test_tasks = 4
+demonstrations = 10
+
+[sft]
+
+[rl]
+prompts = "{{world}}/sokoban/tasks_train.jsonl"
+prompts_per_step = 3
+samples_per_prompt = 4
+policy = {{ preset = "sampo" }}
+keep_samples_every_steps = 2
+[rl.environment]
+function = "sokoban"
+workers = 1
+max_turns = 4
+max_turn_tokens = 4
+max_episode_tokens = 110
+
+[[stages]]
+steps = 3
+[stages.objectives.sft]
+[[stages]]
+steps = 4
+[stages.objectives.rl]
+
+[checkpoints]
+save_every_steps = 5
+
+[logging]
+log_every_steps = 1
+
+[evaluation]
+at_end = true
+[[evaluation.suites]]
+name = "sokoban"
+kind = "agent"
+path = "{world}/sokoban/tasks_test.jsonl"
+samples = 2
+[evaluation.suites.environment]
+function = "sokoban"
+workers = 0
+max_turns = 4
+max_turn_tokens = 4
+max_episode_tokens = 110
+"""
+
+
+def test_a_cold_start_and_play_in_one_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, world, out = tmp_path / "agent.toml", tmp_path / "world", tmp_path / "run"
+    config.write_text(CONFIG.format(world=world))
+    assert train(config, out) == 0
+    lines = list(read_metrics(out / "metrics.jsonl"))
+    played = [line for line in lines if "rl/success_sokoban" in line]
+    assert [line["step"] for line in played] == [4, 5, 6, 7]
+    for line in played:
+        assert 0 <= line["rl/valid_actions_sokoban"] <= 1
+        assert 1 <= line["rl/turns_sokoban"] <= 4
+        assert {"rl/clip_fraction", "rl/entropy", "rl/kl", "grad_norm/rl"} <= line.keys()
+    result = json.loads((out / "evaluations" / "iter_00000007.sokoban.json").read_text())
+    assert len(result["items"]) == 4
+    assert result["kind"] == "agent"
+    samples = sorted(path.name for path in (out / "samples").iterdir())
+    assert samples == [
+        "iter_00000007.sokoban.jsonl",
+        "step_00000000.rl.jsonl",
+        "step_00000002.rl.jsonl",
+    ]
+    (first, *_) = map(json.loads, (out / "samples" / samples[1]).read_text().splitlines())
+    assert first["completion"].startswith("did: ")
+    # What is there is not written again, and never in another way.
+    made = (world / "agents.words").stat().st_mtime_ns
+    assert train(config, tmp_path / "other", "stages.1.steps=1") == 0
+    assert (world / "agents.words").stat().st_mtime_ns == made
+    more = "data.agents.environments.0.tasks=21"
+    assert train(config, tmp_path / "third", more, "stages.1.steps=1") == 1
+    assert "use another folder" in capsys.readouterr().err
+    tasks = (world / "sokoban" / "tasks_train.jsonl").read_text().splitlines()
+    assert len(tasks) == 20
+
+
+def test_a_broken_environment_stops_the_run_with_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, world = tmp_path / "agent.toml", tmp_path / "world"
+    config.write_text(CONFIG.format(world=world))
+    broken = "rl.environment.options.level=huge"
+    assert train(config, tmp_path / "run", broken, "stages.0.steps=1") == 1
+    said = capsys.readouterr().err
+    assert "could not start: ValueError: sokoban: level is 'huge'" in said
+    assert "Traceback" not in said
