@@ -124,6 +124,7 @@ def reinforcement(task: Task, model: ParallelModel, config: RlConfig, seed: int)
 def pass_at_1(task: Task, objective: Reinforcement, seed: int) -> float:
     """On the held-out questions, by the objective's own engine and rewards."""
     sampler, tokenizer = objective.sampler, task.tokenizer
+    assert isinstance(sampler, Sampler)
     questions = PromptData(task.prompts(held_out=True), Template(), tokenizer, seed)
     drawn = questions.take(len(questions.prompts))
     requests = [
@@ -132,7 +133,7 @@ def pass_at_1(task: Task, objective: Reinforcement, seed: int) -> float:
     ]
     settings = SamplingSettings(stop_tokens=(tokenizer.eos_id,))
     found = sampler.engine().generate(requests, settings, seed=1_000_003 + seed)
-    samples = [sampler._sample(drawn[i // SAMPLES], one) for i, one in enumerate(found)]
+    samples = [sampler.sample_of(drawn[i // SAMPLES], one) for i, one in enumerate(found)]
     return sum(sampler.rewards.score(samples).totals) / len(samples)
 
 

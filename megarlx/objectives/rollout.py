@@ -236,7 +236,7 @@ class Sampler:
         barrier(group)
         met = time.perf_counter()
         self.waited_seconds += met - generated
-        samples = [self._sample(mine[i // n], completion) for i, completion in enumerate(found)]
+        samples = [self.sample_of(mine[i // n], completion) for i, completion in enumerate(found)]
         scored = self._score(samples)
         rewarded = time.perf_counter()
         sums.add("perf/generate_seconds", generated - begun, 1)
@@ -277,7 +277,7 @@ class Sampler:
             raise RewardError(said["error"])
         return said
 
-    def _sample(self, drawn: Drawn, completion: Completion) -> Sample:
+    def sample_of(self, drawn: Drawn, completion: Completion) -> Sample:
         tokens = completion.tokens.tolist()
         said = tokens[:-1] if completion.finish_reason == "stop" else tokens
         return Sample(

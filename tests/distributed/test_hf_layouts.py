@@ -26,7 +26,7 @@ from megarlx.hf.trunk import find_checkpoint
 from megarlx.model.build import build_model
 from megarlx.objectives.supervised import Supervised
 from megarlx.optimizer import AdamSettings
-from megarlx.trainer import TrainedObjective, Trainer
+from megarlx.trainer import TrainedObjective, Trainer, TrainingStage
 
 transformers = pytest.importorskip("transformers")
 
@@ -56,14 +56,15 @@ def trainer_of(config: ModelConfig, place: Case) -> Trainer:
     layout = BatchLayout(SEQUENCES, per_microbatch, mesh.dp.rank, mesh.dp.size)
     data = Loader(RandomSequences(), layout, prefetch_steps=0)
     objective = Supervised("pretraining", data)
-    return Trainer(built, [TrainedObjective(objective, AdamSettings(), lambda step: 1e-2)])
+    member = TrainedObjective(objective, AdamSettings(), lambda step: 1e-2)
+    return Trainer(built, [TrainingStage([member], combine="single")])
 
 
 def loaded(config: ModelConfig, place: Case, checkpoint: Path) -> tuple[Any, float]:
     """Runs on every rank: the weights it holds, and the loss of the first batch."""
     trainer = trainer_of(config, place)
     trainer.start_from(checkpoint)
-    loss = trainer.evaluate(trainer.objectives["pretraining"].objective)
+    loss = trainer.evaluate(trainer.objectives["pretraining"])
     return chunks(trainer, trainer.optimizer.master), loss
 
 
