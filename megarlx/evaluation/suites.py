@@ -291,7 +291,7 @@ def _add_drift(result: Result, parent: Parent, first: bool, world: Any) -> None:
     found = None
     if first and path.exists():
         away = behaviour.drift(result, read_result(path))
-        found = [away.mean, away.low, away.high]
+        found = [away.estimate, away.low, away.high]
     found = gather_values(found, world)[0]
     if found is not None:
         result["metrics"]["drift"] = found[0]

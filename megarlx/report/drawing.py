@@ -14,8 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter
 
+from megarlx.evaluation.bootstrap import Interval
 from megarlx.report.settings import quantity
-from megarlx.report.statistics import Interval
 from megarlx.report.style import WIDTH_INCHES, look_of
 
 Table = list[list[str]]  # the first row is the head

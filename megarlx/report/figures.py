@@ -12,6 +12,7 @@ from typing import Any
 
 from matplotlib.lines import Line2D
 
+from megarlx.evaluation.bootstrap import Interval, Values, interval_of_mean
 from megarlx.report.comparison import of_suite
 from megarlx.report.drawing import (
     Course,
@@ -26,7 +27,6 @@ from megarlx.report.drawing import (
 )
 from megarlx.report.runs import ACCURACY_KINDS
 from megarlx.report.settings import quantity
-from megarlx.report.statistics import Interval, Values, interval_of_mean
 from megarlx.report.study import BASE, KS, Cell, Study
 from megarlx.report.style import GREY, in_order, look_of
 

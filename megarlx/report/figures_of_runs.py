@@ -11,9 +11,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
+from megarlx.evaluation.bootstrap import interval_of_mean
+from megarlx.evaluation.consistency import Transition
 from megarlx.report import consistency
 from megarlx.report.comparison import of_suite
-from megarlx.report.consistency import Moves
 from megarlx.report.drawing import (
     Course,
     Figure,
@@ -25,7 +26,6 @@ from megarlx.report.drawing import (
 )
 from megarlx.report.runs import Evaluation
 from megarlx.report.settings import quantity
-from megarlx.report.statistics import interval_of_mean
 from megarlx.report.study import BASE, KS, Cell, Study
 from megarlx.report.style import BLUE, GREEN, GREY, ORANGE, VERMILION, in_order, look_of
 
@@ -116,7 +116,7 @@ def single_questions(study: Study) -> Figure | None:
     through = consistency.of_trunks(study)
     excursions = consistency.of_recipes(study)
     order = in_order(set(excursions))
-    rows: dict[str, dict[str, Moves]] = {}
+    rows: dict[str, dict[str, Transition]] = {}
     if through:
         rows["Checkpoint to checkpoint"] = {
             f"{quantity(a)} → {quantity(b)}": moves for (a, b), moves in through.items()
@@ -157,7 +157,7 @@ def _name(label: str, labels: list[str]) -> str:
     return look_of(label, labels).name if label in labels else label
 
 
-def _draw_moves(ax: Axes, moves_of: Mapping[str, Moves], labels: list[str]) -> None:
+def _draw_moves(ax: Axes, moves_of: Mapping[str, Transition], labels: list[str]) -> None:
     for row, moves in enumerate(moves_of.values()):
         left = 0.0
         for kind, color, hatch, _ in KINDS:
@@ -175,7 +175,7 @@ def _coverage(study: Study, label: str) -> list[str]:
     found = consistency.coverage([p for p in pairs if p[0].recipe != BASE], KS)
     if found is None:
         return ["–", "–", "–"]
-    return [found.kind, with_interval(found.at_1), with_interval(found.at_k)]
+    return [found.verdict, with_interval(found.at_1), with_interval(found.at_k)]
 
 
 COSTS = {

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from math import inf
 
+from megarlx.evaluation.bootstrap import Values, differences
 from megarlx.report.comparison import Comparison, of_suite
 from megarlx.report.runs import Run
 from megarlx.report.settings import parameters, setting_named
-from megarlx.report.statistics import Values, differences
 from megarlx.report.study import BASE, Cell, Study
 
 TARGETED = ("math", "problem")  # in the name of a source: what the questions are about

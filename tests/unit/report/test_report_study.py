@@ -227,7 +227,7 @@ def test_sharpening_is_told_from_expansion(tmp_path: Path, outcome: Outcome, kin
     study = Study.of(sweep.write(["rl"]))
     found = consistency.coverage(study.pairs("rl", BASE), (1, 8, 32))
     assert found is not None
-    assert (found.k, found.kind) == (32, kind)
+    assert (found.k, found.verdict) == (32, kind)
 
 
 def test_the_probe_before_an_excursion_is_found(tmp_path: Path) -> None:
