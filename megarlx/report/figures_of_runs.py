@@ -97,7 +97,8 @@ def _starts_of_rl(study: Study, label: str) -> set[float]:
     """Where RL does not begin with the run."""
     found = set()
     for cell in study.cells:
-        logged = [int(line["step"]) for line in cell.run.metrics]
+        trained = [line for line in cell.run.metrics if any(key[:5] == "loss/" for key in line)]
+        logged = [int(line["step"]) for line in trained]
         first = cell.run.first_step_with("rl/")
         if cell.label == label and first is not None and first > min(logged, default=first):
             found.add(float(max(step for step in logged if step < first)))

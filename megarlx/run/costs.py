@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from megarlx.config import Config
 from megarlx.trainer import Trainer
+
+GPU_PEAK_FLOP_PER_SECOND = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
 class Costs:
@@ -56,3 +62,21 @@ class Costs:
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.seconds = float(state["seconds"])
         self._last = self._totals()
+
+
+def peak_flop_per_second(device: torch.device) -> float:
+    """What MFU is measured against: a GPU's data sheet in bf16, or this machine's own sgemm."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for known, peak in GPU_PEAK_FLOP_PER_SECOND.items():
+            if known in name:
+                return peak
+        return math.inf
+    a = torch.randn(512, 512)
+    torch.mm(a, a)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        torch.mm(a, a)
+        times.append(time.perf_counter() - start)
+    return 2 * 512**3 / min(times)

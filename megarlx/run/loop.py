@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megarlx.checkpoint import latest
 from megarlx.comm import launch
 from megarlx.comm.collectives import all_reduce_, gather_values
+from megarlx.config.evaluation import EvaluationConfig
 from megarlx.config.objectives import PRETRAINING
 from megarlx.data.conversations import Template
 from megarlx.evaluation.results import samples_path
@@ -29,16 +30,16 @@ from megarlx.evaluation.suites import Subject, evaluate, metrics_of
 from megarlx.metrics import MetricsWriter
 from megarlx.objectives.supervised import Supervised
 from megarlx.run.assemble import Run, next_average, steps_at_tokens
-from megarlx.run.costs import Costs
+from megarlx.run.costs import Costs, peak_flop_per_second
 from megarlx.run.directory import RunError
 from megarlx.run.lock import run_lock
 from megarlx.run.rank_logs import RankLog, rank_log
+from megarlx.run.readiness import beginnings_of_rl, readiness_of
 from megarlx.run.stopped import REQUEUE, clear_mark, exit_code, mark_stopped
 from megarlx.run.world import world_of
 from megarlx.trackers import Trackers, check_installed
 
 SHOWN_SAMPLES = 4
-GPU_PEAK_FLOP_PER_SECOND = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
 class TrainingError(RuntimeError):
@@ -85,7 +86,7 @@ def _train(run: Run, log: RankLog) -> int:
     first = run.mesh.rank == 0
     logging = run.config.logging
     check_installed(logging.trackers)
-    writer = _metrics_writer(run, resumed + 1) if first else None
+    writer = _metrics_writer(run, resumed + 1 if resumed else 0) if first else None
     stop = StopRequest(logging.stop_after_minutes)
     loop = _Loop(run, costs, writer, log)
     with writer or nullcontext(), stop.listening(), loop.progress():
@@ -157,9 +158,12 @@ class _Loop:
         self.bar: Progress | None = None
         self.since = (time.perf_counter(), run.trainer.steps_done)
         self.costs = costs
-        self.peak = _peak_flop_per_second(run.device) * run.mesh.world.size
+        self.peak = peak_flop_per_second(run.device) * run.mesh.world.size
         self.saved_at = run.trainer.steps_done
+        self.went_on = run.trainer.steps_done > 0
         self.due: set[str] = set()
+        prompts = run.config.evaluation.readiness_prompts
+        self.probed = beginnings_of_rl(run.config) if prompts else {}
 
     @contextmanager
     def progress(self) -> Iterator[None]:
@@ -184,6 +188,8 @@ class _Loop:
     def until(self, steps: int, stop: StopRequest) -> int:
         trainer, config = self.run.trainer, self.run.config
         while trainer.steps_done < steps:
+            if names := self.probed.get(trainer.steps_done):
+                self._evaluate(readiness_of(config, names))
             losses, report = trainer.step()
             done = trainer.steps_done
             last = done == steps
@@ -206,9 +212,9 @@ class _Loop:
                 return REQUEUE
             if trainer.in_sync and "evaluate" in self.due:
                 self.due.discard("evaluate")
-                self._evaluate()
+                self._evaluate(config.evaluation)
         if config.evaluation.at_end:
-            self._evaluate()
+            self._evaluate(config.evaluation)
         if self.saved_at < trainer.steps_done:
             self.run.saver.wait()
         return 0
@@ -329,8 +335,8 @@ class _Loop:
         data.loader.consumed_sequences = 0
         return self.run.trainer.evaluate(data)
 
-    def _evaluate(self) -> None:
-        """The suites on the weights as they are; results that are there are not made again."""
+    def _evaluate(self, evaluation: EvaluationConfig) -> None:
+        """The suites on the weights as they are; a run that goes on has what it had measured."""
         run, done = self.run, self.run.trainer.steps_done
         tokens = self.costs.tokens()
         if run.tokenizer is None:
@@ -346,9 +352,10 @@ class _Loop:
                 trunk_tokens=tokens.get(PRETRAINING, 0),
                 world=world_of(run.config),
             ),
-            run.config.evaluation,
+            evaluation,
             run=run.directory.path,
             parent=self._evaluated_parent(),
+            again=not self.went_on,  # what lies there was left by another run
         )
         values = metrics_of(results)
         for result in results:
@@ -391,24 +398,6 @@ class _Loop:
                 f"{', '.join(map(str, different))} differ from those of rank {group.ranks[0]}, "
                 "though they are replicas; go on from a checkpoint before this step"
             )
-
-
-def _peak_flop_per_second(device: torch.device) -> float:
-    """What MFU is measured against: a GPU's data sheet in bf16, or this machine's own sgemm."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for known, peak in GPU_PEAK_FLOP_PER_SECOND.items():
-            if known in name:
-                return peak
-        return math.inf
-    a = torch.randn(512, 512)
-    torch.mm(a, a)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        torch.mm(a, a)
-        times.append(time.perf_counter() - start)
-    return 2 * 512**3 / min(times)
 
 
 def check_startable(run: Run, fresh: bool) -> None:
