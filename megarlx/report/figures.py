@@ -144,14 +144,14 @@ def _figure(
     labels = in_order({label for courses in data.values() for label in courses})
     ticks = sorted({x for courses in data.values() for c in courses.values() for x in c})
     one = len(ticks) == 1
-    height = 0.36 * len(labels) + 0.75 if one else 2.35
+    height = 0.36 * len(labels) + 0.75 if one else 2.6
     canvas, axes = panels(list(data), height, share_x=not one)
     for ax, (panel, courses) in zip(axes, data.items(), strict=True):
         ordered = {label: courses[label] for label in labels if courses.get(label)}
         if one:
             draw_dots(ax, {k: c[ticks[0]] for k, c in ordered.items()}, labels, digits)
         else:
-            draw_courses(ax, ordered, labels)
+            draw_courses(ax, ordered, labels, beside=True)
         if panel in floors:
             line = ax.axvline if one else ax.axhline
             line(floors[panel], color=GREY, linestyle=(0, (1, 2)), linewidth=1.3, zorder=0)

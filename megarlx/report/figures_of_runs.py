@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from textwrap import fill
 
 from matplotlib.axes import Axes
@@ -11,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
-from megarlx.evaluation.bootstrap import interval_of_mean
+from megarlx.evaluation.bootstrap import Interval, interval_of_mean
 from megarlx.evaluation.consistency import Transition
 from megarlx.report import consistency
 from megarlx.report.comparison import of_suite
@@ -27,7 +28,7 @@ from megarlx.report.drawing import (
 from megarlx.report.runs import Evaluation
 from megarlx.report.settings import quantity
 from megarlx.report.study import BASE, KS, Cell, Study
-from megarlx.report.style import BLUE, GREEN, GREY, ORANGE, VERMILION, in_order, look_of
+from megarlx.report.style import BLUE, GREEN, GREY, VERMILION, in_order, look_of
 
 
 def dynamics(study: Study) -> Figure | None:
@@ -245,41 +246,92 @@ def _amount(kind: str, value: float) -> str:
     return f"{value:.1e}" if kind == "flop" and value else quantity(value)
 
 
+@dataclass(frozen=True)
+class _Start:
+    """What a probe said, in percent, and the gain that followed, in points."""
+
+    cell: Cell
+    probe: Evaluation
+    gain: Interval
+
+    def percent(self, metric: str) -> float | None:
+        value = self.probe.metrics.get(metric)
+        return None if value is None else 100 * value
+
+
+PROBED = {
+    "informative_groups": "informative groups before RL, %",
+    "pass_at_1": "pass@1 before RL at its temperature, %",
+}
+
+
 def readiness(study: Study) -> Figure | None:
-    """Each RL excursion: what the probe said before it, and the gain that followed."""
-    points: list[tuple[Cell, float, float]] = []
-    for cell, base in study.pairs("rl", BASE):
-        probe = study.readiness_of(cell)
-        change = of_suite(cell.headline, base.headline, "pass_at_1")
-        gain = interval_of_mean(list(change.values()))
-        if probe is not None and gain is not None:
-            points.append((cell, 100 * probe.metrics["informative_groups"], gain.estimate))
-    if not points:
+    """Each excursion with RL: what the probe said before it, and the gain that followed."""
+    starts = list(_starts(study))
+    if not starts:
         return None
-    canvas, axes = panels(["Gain of RL in pass@1, points"], 2.9)
-    checkpoints = sorted({cell.checkpoint_tokens for cell, _, _ in points})
-    names = [f"{quantity(tokens)} tokens" for tokens in checkpoints]
-    for tokens, name in zip(checkpoints, names, strict=True):
-        look = look_of(name, names)
-        here = [(x, y) for cell, x, y in points if cell.checkpoint_tokens == tokens]
-        axes[0].plot(*zip(*here, strict=True), look.marker, color=look.color, markersize=8)
-    axes[0].set_xlabel("informative groups before RL, %")
-    axes[0].axhline(0, color=ORANGE, linestyle=(0, (1, 2)), linewidth=1.3, zorder=0)
+    by = {s.cell.label for s in starts}
+    told_by_checkpoint = len(by) == 1
+    names = (
+        [f"{quantity(t)} tokens" for t in sorted({s.cell.checkpoint_tokens for s in starts})]
+        if told_by_checkpoint
+        else in_order(by)
+    )
+    shown = [m for m in PROBED if any(s.percent(m) is not None for s in starts)]
+    canvas, axes = panels(["Gain in pass@1, points", *[""] * (len(shown) - 1)], 2.7, share_x=False)
+    for ax, metric in zip(axes, shown, strict=True):
+        for start in starts:
+            x, gain = start.percent(metric), start.gain
+            name = f"{quantity(start.cell.checkpoint_tokens)} tokens"
+            look = look_of(name if told_by_checkpoint else start.cell.label, names)
+            if x is None:
+                continue
+            if math.isfinite(gain.low):
+                ax.plot([x, x], [gain.low, gain.high], color=look.color, linewidth=1.2)
+            ax.plot([x], [gain.estimate], look.marker, color=look.color, markersize=7)
+        ax.set_xlabel(PROBED[metric])
+        ax.axhline(0, color=GREY, linestyle=(0, (1, 2)), linewidth=1.3, zorder=0)
+    looks = [look_of(name, names) for name in names]
     handles = [
         Line2D([], [], color=k.color, marker=k.marker, linestyle="none", label=k.name)
-        for k in (look_of(name, names) for name in names)
+        for k in looks
     ]
-    legend(canvas, [], handles)
-    table: Table = [["run", "tokens", "informative groups, %", "gain, points"]]
-    for cell, x, y in points:
-        table.append([cell.run.name, quantity(cell.checkpoint_tokens), f"{x:.1f}", f"{y:+.1f}"])
+    no_change = Line2D([], [], color=GREY, linestyle=(0, (1, 2)), label="no change")
+    legend(canvas, [], [*handles, no_change])
+    table: Table = [
+        ["run", "tokens", "measured by", "informative groups, %", "pass@1, %", "gain, points"]
+    ]
+    for start in starts:
+        values = [start.percent(metric) for metric in PROBED]
+        table.append(
+            [
+                start.cell.run.name,
+                quantity(start.cell.checkpoint_tokens),
+                f"{start.probe.suite}, step {start.probe.iteration:,}",
+                *("–" if value is None else f"{value:.1f}" for value in values),
+                with_interval(start.gain),
+            ]
+        )
     return Figure(
         "readiness",
         "Readiness for RL",
-        "Before an excursion the base draws groups of samples at the temperature that RL trains "
-        "with. A group is informative when it holds right and wrong answers: others teach nothing.",
-        "A point for each RL excursion: the share of informative groups before it, and the gain "
-        "in pass@1 that followed. The numbers are in the table.",
+        "Where RL begins, the model draws groups of samples of RL's own prompts at the temperature "
+        "that RL trains with. A group is informative when it holds right and wrong answers: others "
+        "teach nothing. The gain that followed is that of the headline suite, with its 95% "
+        "interval. Runs without a probe of their own show what a suite of their base says.",
+        "A point for each excursion with RL: the share of informative groups and pass@1 before it, "
+        "and the gain in pass@1 that followed. The numbers are in the table.",
         table,
         canvas,
     )
+
+
+def _starts(study: Study) -> Iterator[_Start]:
+    for cell in study.cells:
+        probe = None if cell.recipe == BASE else study.readiness_of(cell)
+        if probe is None or (probe not in cell.run.evaluations and cell.recipe != "rl"):
+            continue
+        change = of_suite(cell.headline, study.before_rl(cell, probe), "pass_at_1")
+        gain = interval_of_mean(list(change.values()))
+        if gain is not None:
+            yield _Start(cell, probe, gain)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from megarlx.config import Config
+from megarlx.config.objectives import PRETRAINING
 from megarlx.trainer import Trainer
 
 GPU_PEAK_FLOP_PER_SECOND = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
@@ -48,6 +49,12 @@ class Costs:
 
     def metrics(self) -> dict[str, float]:
         return {"cost/seconds": self.seconds} | {f"cost/{k}": v for k, v in self._last.items()}
+
+    @property
+    def trunk_tokens(self) -> int:
+        """Of pre-training, ancestors' included, as this rank knows it without asking others."""
+        own = self.trainer.tokens.get(PRETRAINING)
+        return self.inherited.get(PRETRAINING, 0) + (0 if own is None else int(own))
 
     def tokens(self) -> dict[str, int]:
         self.trainer.share_counts()

@@ -82,11 +82,10 @@ def train(run: Run) -> int:
 
 def _train(run: Run, log: RankLog) -> int:
     costs = _start(run)
-    resumed = run.trainer.steps_done
     first = run.mesh.rank == 0
     logging = run.config.logging
     check_installed(logging.trackers)
-    writer = _metrics_writer(run, resumed + 1 if resumed else 0) if first else None
+    writer = _metrics_writer(run, costs.trunk_tokens) if first else None
     stop = StopRequest(logging.stop_after_minutes)
     loop = _Loop(run, costs, writer, log)
     with writer or nullcontext(), stop.listening(), loop.progress():
@@ -103,11 +102,14 @@ def _train(run: Run, log: RankLog) -> int:
     return exit_code(launch.read().launcher)
 
 
-def _metrics_writer(run: Run, resume_at: int) -> MetricsWriter:
+def _metrics_writer(run: Run, trunk_tokens: int) -> MetricsWriter:
+    done = run.trainer.steps_done
     logging, place = run.config.logging, run.directory.path
     config = run.config.model_dump(mode="json")
     trackers = Trackers(logging.trackers, logging.tracker_project, place, config)
-    return MetricsWriter(place, resume_at=resume_at, trackers=trackers)
+    return MetricsWriter(
+        place, resume_at=done + 1 if done else 0, trunk_tokens=trunk_tokens, trackers=trackers
+    )
 
 
 def _start(run: Run) -> Costs:
@@ -305,7 +307,7 @@ class _Loop:
         if self.writer is None:
             return
         if values:
-            self.writer.scalars(step, values)
+            self.writer.scalars(step, values, self.costs.trunk_tokens)
         if self.bar is not None:
             self.bar.update(self.task, description=text)
         else:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from test_branch_command import TRUNK, branch
-from training_runs import command, run, train
+from training_runs import train
 
 from megarlx.metrics import read_metrics
 
@@ -26,14 +26,6 @@ workers = 0
 """
 SFT_STAGE = "[sft]\n[[stages]]\nsteps = 2\n[stages.objectives.sft]\n"
 RL_STAGE = "[[stages]]\nsteps = 2\n[stages.objectives.rl]\n"
-AVERAGE = """
-[sft]
-[[stages]]
-steps = 1
-combine = "average"
-[stages.objectives.sft]
-[stages.objectives.rl]
-"""
 FIVE = "evaluation.readiness_prompts=5"
 
 
@@ -104,23 +96,3 @@ def test_no_probe_where_nothing_is_asked_or_nothing_begins(trunk: Path, tmp_path
     assert probes(tmp_path / "none") == []
     assert branch(f"{trunk}@4", recipe(tmp_path, SFT_STAGE), tmp_path / "sft") == 0
     assert probes(tmp_path / "sft") == []
-
-
-def test_a_layout_of_replicas_measures_what_one_process_does(trunk: Path, tmp_path: Path) -> None:
-    average = recipe(tmp_path, RL, AVERAGE)
-    assert branch(f"{trunk}@4", average, tmp_path / "one", FIVE) == 0
-    words = ["branch", f"{trunk}@4", str(average), "--out", str(tmp_path / "two")]
-    for override in (FIVE, "layout.replica=2", "stages.0.placement=replicas"):
-        words += ["--set", override]
-    launcher = command(average, tmp_path, processes=2)
-    begin = launcher.index("train")
-    done = run([*launcher[:begin], *words])
-    assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (
-        json.loads(
-            (tmp_path / name / "evaluations" / "iter_00000000.rl-readiness.json").read_text()
-        )
-        for name in ("one", "two")
-    )
-    assert one["items"] == two["items"]
-    assert one["metrics"] == two["metrics"]
