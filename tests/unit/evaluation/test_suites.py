@@ -217,7 +217,11 @@ def test_what_a_result_depends_on_makes_it_be_computed_again(tmp_path: Path) -> 
     assert not again()
     assert again(settings=chosen.model_copy(update={"seed": 4}))
     assert again(settings=chosen)
-    assert again(dataclasses.replace(subject(), digest="another"))
+    one, another = (dataclasses.replace(subject(), digest=name) for name in ("one", "another"))
+    assert not again(one)  # weights that were measured in training are that step's checkpoint
+    result_path(tmp_path / "run", 7, "s").unlink()
+    assert again(one)
+    assert again(another)
     assert again(dataclasses.replace(subject(), template=Template(user="{content}")))
     assert again()
     lines(Path(asked), {"question": "tom has 9 pears", "answer": "13"})
