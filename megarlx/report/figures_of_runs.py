@@ -14,6 +14,7 @@ from matplotlib.ticker import FuncFormatter
 
 from megarlx.evaluation.bootstrap import Interval, interval_of_mean
 from megarlx.evaluation.consistency import Transition
+from megarlx.evaluation.readiness import PROBE
 from megarlx.report import consistency
 from megarlx.report.comparison import of_suite
 from megarlx.report.drawing import (
@@ -25,6 +26,7 @@ from megarlx.report.drawing import (
     panels,
     with_interval,
 )
+from megarlx.report.figures import guessing_of
 from megarlx.report.runs import Evaluation
 from megarlx.report.settings import quantity
 from megarlx.report.study import BASE, KS, Cell, Study
@@ -76,12 +78,18 @@ def dynamics(study: Study) -> Figure | None:
         "dynamics",
         "Inside the runs",
         "pass@k while a recipe runs, pooled over checkpoints and seeds. Step 0 is the checkpoint "
-        "that it starts from.",
+        "that it starts from." + _guessing(study),
         f"pass@1, pass@8 and pass@32 over the steps of {', '.join(names)}. The numbers are in the "
         "table.",
         table,
         canvas,
     )
+
+
+def _guessing(study: Study) -> str:
+    reached = {f"pass@{k}": guessing_of(study.cells, k) for k in KS}
+    said = ", ".join(f"{name} {value:.1f}%" for name, value in reached.items() if value is not None)
+    return f" Guessing reaches {said}." if said else ""
 
 
 def _course_of(study: Study, cell: Cell) -> dict[int, Evaluation]:
@@ -255,6 +263,8 @@ class _Start:
     gain: Interval
 
     def percent(self, metric: str) -> float | None:
+        if metric == "pass_at_1" and not self.probe.suite.endswith(PROBE):
+            return None  # at another temperature
         value = self.probe.metrics.get(metric)
         return None if value is None else 100 * value
 
