@@ -268,6 +268,14 @@ class _Start:
         value = self.probe.metrics.get(metric)
         return None if value is None else 100 * value
 
+    @property
+    def widest(self) -> str:
+        """pass@k of the probe at its largest k."""
+        ks = [int(m[8:]) for m in self.probe.metrics if m.startswith("pass_at_")]
+        if not self.probe.suite.endswith(PROBE) or not ks:
+            return "–"
+        return f"{100 * self.probe.metrics[f'pass_at_{max(ks)}']:.1f} (k = {max(ks)})"
+
 
 PROBED = {
     "informative_groups": "informative groups before RL, %",
@@ -298,18 +306,29 @@ def readiness(study: Study) -> Figure | None:
                 continue
             if math.isfinite(gain.low):
                 ax.plot([x, x], [gain.low, gain.high], color=look.color, linewidth=1.2)
-            ax.plot([x], [gain.estimate], look.marker, color=look.color, markersize=7)
+            ax.plot(
+                [x],
+                [gain.estimate],
+                look.marker,
+                color=look.color,
+                markersize=7,
+                markerfacecolor="none",  # where points meet both can be seen
+                markeredgewidth=1.6,
+            )
         ax.set_xlabel(PROBED[metric])
         ax.axhline(0, color=GREY, linestyle=(0, (1, 2)), linewidth=1.3, zorder=0)
     looks = [look_of(name, names) for name in names]
     handles = [
-        Line2D([], [], color=k.color, marker=k.marker, linestyle="none", label=k.name)
+        Line2D([], [], color=k.color, marker=k.marker, mfc="none", linestyle="none", label=k.name)
         for k in looks
     ]
     no_change = Line2D([], [], color=GREY, linestyle=(0, (1, 2)), label="no change")
     legend(canvas, [], [*handles, no_change])
     table: Table = [
-        ["run", "tokens", "measured by", "informative groups, %", "pass@1, %", "gain, points"]
+        [
+            *("run", "tokens", "measured by", "informative groups, %", "pass@1, %", "pass@k, %"),
+            "gain, points",
+        ]
     ]
     for start in starts:
         values = [start.percent(metric) for metric in PROBED]
@@ -319,6 +338,7 @@ def readiness(study: Study) -> Figure | None:
                 quantity(start.cell.checkpoint_tokens),
                 f"{start.probe.suite}, step {start.probe.iteration:,}",
                 *("–" if value is None else f"{value:.1f}" for value in values),
+                start.widest,
                 with_interval(start.gain),
             ]
         )

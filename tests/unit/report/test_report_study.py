@@ -257,7 +257,7 @@ def test_a_probe_stands_beside_the_gain_that_followed_where_rl_began(tmp_path: P
         sweep.evaluate(*given, only_headline=True, suite="rl-readiness")
         change(
             run / "evaluations" / f"iter_{step:08d}.rl-readiness.json",
-            metrics={"informative_groups": 0.4, "pass_at_1": 0.2},
+            metrics={"informative_groups": 0.4, "pass_at_1": 0.2, "pass_at_8": 0.5},
         )
     study = Study.of(root)
     assert study.headline == "math"
@@ -272,8 +272,8 @@ def test_a_probe_stands_beside_the_gain_that_followed_where_rl_began(tmp_path: P
     figure = readiness(study)
     assert figure is not None
     rows = {row[0].split("/")[-1].split("-")[0]: row[2:] for row in figure.table[1:]}
-    assert rows["rl"][:3] == ["rl-readiness, step 0", "40.0", "20.0"]
-    assert rows["sft_then_rl"][:3] == ["rl-readiness, step 20", "40.0", "20.0"]
-    gains = {name: float(row[3].split()[0]) for name, row in rows.items()}
+    assert rows["rl"][:4] == ["rl-readiness, step 0", "40.0", "20.0", "50.0 (k = 8)"]
+    assert rows["sft_then_rl"][0] == "rl-readiness, step 20"
+    gains = {name: float(row[4].split()[0]) for name, row in rows.items()}
     assert gains["rl"] == pytest.approx(35, abs=2)
     assert gains["sft_then_rl"] == pytest.approx(23, abs=2)
