@@ -228,9 +228,14 @@ def _played(
         kept_samples=config.kept_samples,
     )
     metrics, errors = agents.summary(items)
-    whole = [i for i in items if suite.group_size and i["samples"] >= suite.group_size]
+    group = suite.group_size or 0
+    whole = [i for i in items if 0 < group <= i["samples"]]  # no episode of the group was lost
     if whole:
-        _add_informative(suite, _pool_of(whole), metrics, errors)
+        pool = _pool_of(whole)
+        for k in (k for k in suite.ks if k <= group):
+            metrics[f"pass_at_{k}"] = pool.estimate(k).mean
+            errors[f"pass_at_{k}"] = pool.estimate(k).standard_error
+        _add_informative(group, pool, metrics, errors)
     return {"metrics": metrics, "standard_errors": errors, "items": items}, lines
 
 
@@ -275,7 +280,7 @@ def _pass_at_k(
             guessing[f"pass_at_{k}"] = guessing_pass_at_k(answers, k, leave_one_out=True)
     metrics["truncated"] = sum(i["truncated"] for i in items) / sum(pool.samples)
     if suite.group_size is not None:
-        _add_informative(suite, pool, metrics, errors)
+        _add_informative(suite.group_size, pool, metrics, errors)
     return {"metrics": metrics, "standard_errors": errors, "guessing": guessing}
 
 
@@ -284,10 +289,9 @@ def _pool_of(items: Sequence[Mapping[str, Any]]) -> Pool:
 
 
 def _add_informative(
-    suite: SuiteConfig, pool: Pool, metrics: dict[str, float], errors: dict[str, float]
+    group_size: int, pool: Pool, metrics: dict[str, float], errors: dict[str, float]
 ) -> None:
-    assert suite.group_size is not None  # asked for
-    informative = informative_groups(pool, suite.group_size)
+    informative = informative_groups(pool, group_size)
     metrics["informative_groups"] = informative.mean
     errors["informative_groups"] = informative.standard_error
 

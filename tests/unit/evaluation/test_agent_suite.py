@@ -71,6 +71,7 @@ def test_the_share_of_informative_groups_is_of_tasks_solved_at_times(tmp_path: P
     (found,) = evaluate(subject(), chosen)
     mixed = [0 < item["correct"] < 4 for item in found["items"]]
     assert found["metrics"]["informative_groups"] == pytest.approx(sum(mixed) / 5)
+    assert found["metrics"]["pass_at_1"] == pytest.approx(found["metrics"]["success"])
 
 
 def test_lost_episodes_count_nowhere_and_too_many_stop(tmp_path: Path) -> None:
