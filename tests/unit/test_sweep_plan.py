@@ -50,6 +50,19 @@ def test_runs_are_trunks_times_checkpoints_times_recipes_times_seeds(tmp_path: P
     assert "training.seed=5" in wide.arguments
 
 
+def test_trunks_can_be_those_of_another_sweep(tmp_path: Path) -> None:
+    own = jobs_of(sweep(tmp_path))
+    theirs = jobs_of(sweep(tmp_path, 'trunks = "elsewhere"'))
+    assert [job.name for job in own] == [job.name for job in theirs]
+    for job in theirs:
+        assert job.out is not None
+        if job.arguments[0] == "train":
+            assert job.out == Path("elsewhere") / job.name
+        else:
+            assert job.arguments[1].startswith(f"elsewhere/{job.needs}@")
+            assert job.out == tmp_path / "out" / job.name
+
+
 def test_every_sweep_that_comes_with_megarlx_can_be_planned(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
