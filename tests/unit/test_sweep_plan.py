@@ -123,6 +123,25 @@ def test_a_budget_leaves_the_rest_for_later(tmp_path: Path) -> None:
     assert runner(tmp_path, jobs).run() == 0
 
 
+def test_sigterm_ends_the_runs_and_they_are_not_taken_for_done(tmp_path: Path) -> None:
+    jobs = [job(tmp_path, "a")]
+    one = runner(tmp_path, jobs)
+    program = tmp_path / "megarlx" / "__main__.py"
+    said = tmp_path / "told"
+    program.write_text(
+        "import signal, sys, time\nfrom pathlib import Path\n"
+        f"def end(*_):\n    Path({str(said)!r}).write_text('to end')\n    sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        "import os\nos.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(30)\n"
+    )
+    with pytest.raises(KeyboardInterrupt):
+        one.run()
+    assert said.read_text() == "to end"
+    runner(tmp_path, jobs)  # writes the program that ends well
+    assert runner(tmp_path, jobs).run() == 0
+    assert ran(tmp_path) == ["a"]
+
+
 def test_the_slurm_script_is_valid_and_holds_every_command(tmp_path: Path) -> None:
     config = sweep(tmp_path, "seeds = [0, 1]")
     jobs = jobs_of(config)
