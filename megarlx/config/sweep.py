@@ -37,6 +37,11 @@ class SweepConfig(Section):
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)] = Field(
         default=(0,), description="One trunk and its excursions for each"
     )
+    trunks: str | None = Field(
+        default=None,
+        description="Folder of the trunks, if it is another sweep's: trained there unless they are "
+        "there; absent: out",
+    )
     set: dict[str, Any] = Field(default={}, description="Keys of the trunk with other values")
     axes: dict[str, list[Any]] = Field(
         default={}, description="Keys of the trunk with the values each of which is run"

@@ -41,7 +41,7 @@ def _of_seed(sweep: SweepConfig, seed: int) -> Iterator[Job]:
     out = Path(sweep.out)
     for values in _combinations(sweep.axes):
         settings = {**sweep.set, **dict.fromkeys(sweep.seed_keys, seed), **values}
-        trunk = out / _named("trunk", values, seed)
+        trunk = Path(sweep.trunks or out) / _named("trunk", values, seed)
         overrides = _overrides(settings)
         steps = load_config(sweep.trunk, [f"{k}={_toml(v)}" for k, v in settings.items()]).steps
         yield Job(trunk.name, ("train", sweep.trunk, "--out", str(trunk), *overrides), trunk, steps)
@@ -49,23 +49,23 @@ def _of_seed(sweep: SweepConfig, seed: int) -> Iterator[Job]:
             name = f"{trunk.name}-evaluate-{_plain(where)}"
             yield Job(name, ("evaluate", f"{trunk}@{where}"), None, None, trunk.name)
         for excursions in sweep.excursions:
-            yield from _excursions(excursions, trunk, values, seed)
+            yield from _excursions(excursions, out, trunk, values, seed)
 
 
 def _excursions(
-    config: ExcursionConfig, trunk: Path, trunk_values: Mapping[str, Any], seed: int
+    config: ExcursionConfig, out: Path, trunk: Path, trunk_values: Mapping[str, Any], seed: int
 ) -> Iterator[Job]:
     for recipe, where, values in itertools.product(
         config.recipes, config.checkpoints, _combinations(config.axes)
     ):
         named = f"-{_plain(config.name)}" if config.name else ""
         stem = f"{Path(recipe).stem}{named}-at-{_plain(where)}"
-        out = trunk.parent / _named(stem, {**trunk_values, **values}, seed)
+        run = out / _named(stem, {**trunk_values, **values}, seed)
         overrides = _overrides({**config.set, **values})
         yield Job(
-            out.name,
-            ("branch", f"{trunk}@{where}", recipe, "--out", str(out), *overrides),
-            out,
+            run.name,
+            ("branch", f"{trunk}@{where}", recipe, "--out", str(run), *overrides),
+            run,
             None,
             trunk.name,
         )
