@@ -34,7 +34,7 @@ sequence_length = 128
 [optimizer]
 lr = 3e-3
 schedule = "constant"
-warmup_steps = 5
+warmup_steps = 2
 
 [data.world]
 folder = "{world}"
