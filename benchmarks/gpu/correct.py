@@ -159,6 +159,8 @@ def whole_runs(context: Context) -> Result:
         out = folder / recipe
         sets = [device, bf16, "evaluation.at_end=false"]
         sets += [f"stages.0.steps={context.either(10, 2)}"]
+        names = ("rl", "sft") if recipe == "parallel" else (recipe,)
+        sets += [f"stages.0.objectives.{name}.warmup_steps=1" for name in names]
         if recipe != "sft":
             sets += ["rl.prompts_per_step=4", "rl.samples_per_prompt=8"]
             sets += ["rl.max_completion_tokens=40"]
