@@ -198,18 +198,20 @@ def run_stage(options: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     about = facts(device)
     about["command"] = " ".join(["python", "benchmarks/gpu_suite.py", *sys.argv[1:]])
-    before: dict[str, Result] = {}
-    if path.exists() and not options.again:
-        kept = json.loads(path.read_text())
-        if kept["machine"].get("gpu") == about.get("gpu"):
-            before = {piece["name"]: piece for piece in kept["pieces"]}
+    pieces = [p for p in pieces_of(stage) if not options.only or p.name in options.only]
+    names = {piece.name for piece in pieces}
+    kept: dict[str, Result] = {}
+    if path.exists():
+        held = json.loads(path.read_text())
+        if held["machine"].get("gpu") == about.get("gpu"):
+            kept = {piece["name"]: piece for piece in held["pieces"]}
+    others = [piece for name, piece in kept.items() if name not in names]
+    before = {} if options.again else kept
 
     def save(found: list[Result]) -> None:
         write_json(path, {"stage": stage, "machine": about, "pieces": found})
         (out / f"{stage}.md").write_text(table(found, about))
 
-    pieces = [p for p in pieces_of(stage) if not options.only or p.name in options.only]
-    others = [p for name, p in before.items() if name not in {piece.name for piece in pieces}]
     found = run_pieces(
         pieces,
         before,

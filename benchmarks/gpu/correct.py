@@ -12,8 +12,8 @@ from megarlx.metrics import read_metrics
 
 TESTS = sorted(path.name for path in (ROOT / "tests" / "gpu").glob("test_*.py"))
 SECONDS = {"test_token_loss_cuda.py": 150.0, "test_layouts_on_one_gpu.py": 200.0}
-# Loss of the last logged step in bf16 on the device against fp32 on the CPU, relative.
-BF16_BAND, FP32_BAND = 0.03, 1e-3
+# The largest gap to the loss curve of fp32 on the CPU, relative.
+BF16_BAND, FP32_BAND = 0.05, 0.01
 
 TRUNK = """
 [model]

@@ -7,10 +7,12 @@ sequences, which would take half a minute each, so the optimizer's share is larg
 from __future__ import annotations
 
 import functools
+import gc
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from training import SIZES, Size, our_step
@@ -32,6 +34,23 @@ def size_of(context: Context, sequences_per_microbatch: int) -> Size:
     return Size(config.model, sequences, config.training.sequence_length)
 
 
+def attempt(
+    context: Context, size: Size, at_once: int, options: dict[str, Any]
+) -> Callable[[], object] | None:
+    """A step that was taken once, or nothing: no memory is held on to where there was too little."""
+    shape = (size.sequences, size.sequence_length + 1)
+    samples = torch.randint(size.model.vocab_size, shape)
+    try:
+        step = our_step(
+            size, samples, sequences_per_microbatch=at_once, device=context.device, **options
+        )
+        step()
+    except torch.OutOfMemoryError:
+        print(f"{at_once} sequences at once: out of memory", flush=True)
+        return None
+    return step
+
+
 def made(
     context: Context, backend: str, fp8: str | None, recompute: str
 ) -> tuple[Callable[[], object], Size, int]:
@@ -40,25 +59,13 @@ def made(
     Backward of the first step is the tightest place, so one step is taken to see.
     """
     dtype = torch.bfloat16 if context.device.type == "cuda" else torch.float32
+    options = {"dtype": dtype, "backend": backend, "fp8": fp8, "recompute": recompute}
     for at_once in context.either((4, 2, 1), (2,)):
         size = size_of(context, at_once)
-        shape = (size.sequences, size.sequence_length + 1)
-        samples = torch.randint(size.model.vocab_size, shape)
-        try:
-            step = our_step(
-                size,
-                samples,
-                sequences_per_microbatch=at_once,
-                device=context.device,
-                dtype=dtype,
-                backend=backend,
-                fp8=fp8,
-                recompute=recompute,
-            )
-            step()
+        step = attempt(context, size, at_once, options)
+        if step is not None:
             return step, size, at_once
-        except torch.OutOfMemoryError:
-            print(f"{at_once} sequences at once: out of memory", flush=True)
+        gc.collect()
         torch.cuda.empty_cache()
     raise RuntimeError("one sequence at once does not fit either")
 
