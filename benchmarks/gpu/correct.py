@@ -157,7 +157,7 @@ def whole_runs(context: Context) -> Result:
     recipes = ROOT / "configs" / "recipes"
     for recipe in ("rl", "sft", "parallel"):
         out = folder / recipe
-        sets = [device, bf16, "evaluation.at_end=false"]
+        sets = [device, bf16, "evaluation.at_end=false", "logging.log_every_steps=1"]
         sets += [f"stages.0.steps={context.either(10, 2)}"]
         names = ("rl", "sft") if recipe == "parallel" else (recipe,)
         sets += [f"stages.0.objectives.{name}.warmup_steps=1" for name in names]
@@ -168,8 +168,12 @@ def whole_runs(context: Context) -> Result:
         megarlx(
             "branch", f"{folder / 'bf16'}@{steps}", recipes / f"{recipe}.toml", "--out", out, *words
         )
-        last = list(read_metrics(out / "metrics.jsonl"))[-1]
+        last: dict[str, float] = {}
+        for line in read_metrics(out / "metrics.jsonl"):
+            last |= line
         found[recipe] = {k: v for k, v in last.items() if k.startswith(("loss/", "rl/", "step"))}
+        if not any(key.startswith("loss/") for key in found[recipe]):
+            raise Failed(f"{recipe} logged no loss", found)
     megarlx("evaluate", folder / "rl", "--samples", "8")
     found["evaluated"] = [p.name for p in sorted((folder / "rl" / "evaluations").glob("*.json"))]
     if not found["evaluated"]:

@@ -161,7 +161,7 @@ def grpo(context: Context) -> Result:
         "split_seconds": split,
         "floor_seconds": floors,
         "share_neither_arithmetic_nor_bandwidth": neither,
-        "logprob_gap": objective.current.metrics.get("rl/logprob_gap") if objective.current else 0,
+        "logprob_gap": objective.metrics().get("rl/logprob_gap"),
     }
 
 

@@ -37,7 +37,7 @@ def size_of(context: Context, sequences_per_microbatch: int) -> Size:
 def attempt(
     context: Context, size: Size, at_once: int, options: dict[str, Any]
 ) -> Callable[[], object] | None:
-    """A step that was taken once, or nothing: no memory is held on to where there was too little."""
+    """A step that was taken once; nothing, and no memory held, where there was too little."""
     shape = (size.sequences, size.sequence_length + 1)
     samples = torch.randint(size.model.vocab_size, shape)
     try:
