@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,9 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import gpu_suite
-from gpu.pieces import ROOT, Absent, Context, Failed, Piece, call, gated, python, write_json
-
-SCRIPT = ROOT / "benchmarks" / "gpu_suite.py"
+from gpu.pieces import Absent, Context, Failed, Piece, call, gated, python, write_json
 
 
 class Clock:
@@ -50,20 +47,18 @@ def run(
     return found, begun
 
 
-def test_list_shows_every_stage_and_needs_no_gpu() -> None:
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--list"],
-        cwd=ROOT,
-        env=gpu_suite.environment(),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    lines = [line.split() for line in done.stdout.splitlines()]
+def test_list_shows_every_stage_and_needs_no_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--list"])
+    assert gpu_suite.main() == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert {line[0] for line in lines} == set(gpu_suite.STAGES)
     names = [line[1] for line in lines]
     assert len(set(names)) == len(names)
     assert all(name.replace("_", "").replace("-", "").isalnum() for name in names)  # file names
+    for stage in gpu_suite.STAGES:  # no piece is too long for the stage that begins with it
+        assert all(p.seconds <= gpu_suite.BUDGET_SECONDS for p in gpu_suite.pieces_of(stage))
 
 
 def test_a_piece_that_may_not_fit_is_left_and_a_shorter_one_still_begun() -> None:
