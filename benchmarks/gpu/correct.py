@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from gpu.pieces import ROOT, Absent, Context, Failed, Piece, Result, call, python
+from gpu.pieces import ROOT, Absent, Context, Failed, Piece, Result, call, environment, python
 from megarlx.metrics import read_metrics
 
+# Where megarlx finds the reward of the RL branches.
+REWARDS = {"PYTHONPATH": os.pathsep.join((str(ROOT / "benchmarks"), environment()["PYTHONPATH"]))}
 TESTS = sorted(path.name for path in (ROOT / "tests" / "gpu").glob("test_*.py"))
 SECONDS = {"test_token_loss_cuda.py": 150.0, "test_layouts_on_one_gpu.py": 200.0}
 # The largest gap to the loss curve of fp32 on the CPU, relative.
@@ -124,7 +127,9 @@ def whole_runs(context: Context) -> Result:
     device = f"training.device={context.device.type}"
 
     def megarlx(*words: str | Path) -> None:
-        code, output = call(python("-m", "megarlx", *words), context.seconds_left())
+        code, output = call(
+            python("-m", "megarlx", *words), context.seconds_left(), variables=REWARDS
+        )
         if code != 0:
             raise Failed(f"megarlx {words[0]} ended with {code}", {"output": output[-3000:]})
 
@@ -163,6 +168,8 @@ def whole_runs(context: Context) -> Result:
         sets += [f"stages.0.objectives.{name}.warmup_steps=1" for name in names]
         if recipe != "sft":
             sets += ["rl.prompts_per_step=4", "rl.samples_per_prompt=8"]
+            # The recipe's own is 0 for every sample of so young a model: nothing would be learned.
+            sets += ['rl.rewards=[{function="gpu.rewards:share_of_e", workers=0}]']
             sets += ["rl.max_completion_tokens=40"]
         words = [word for setting in sets for word in ("--set", setting)]
         megarlx(
@@ -174,6 +181,8 @@ def whole_runs(context: Context) -> Result:
         found[recipe] = {k: v for k, v in last.items() if k.startswith(("loss/", "rl/", "step"))}
         if not any(key.startswith("loss/") for key in found[recipe]):
             raise Failed(f"{recipe} logged no loss", found)
+        if recipe != "sft" and not found[recipe]["rl/informative_groups"] > 0:
+            raise Failed(f"{recipe} had no group to learn from", found)
     megarlx("evaluate", folder / "rl", "--samples", "8")
     found["evaluated"] = [p.name for p in sorted((folder / "rl" / "evaluations").glob("*.json"))]
     if not found["evaluated"]:
