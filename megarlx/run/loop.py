@@ -28,6 +28,7 @@ from megarlx.evaluation.suites import Parent as EvaluatedParent
 from megarlx.evaluation.suites import Subject, evaluate, metrics_of
 from megarlx.metrics import MetricsWriter
 from megarlx.objectives.supervised import Supervised
+from megarlx.planning.hardware import gpu_named
 from megarlx.run.assemble import Run, next_average, steps_at_tokens
 from megarlx.run.costs import Costs
 from megarlx.run.directory import RunError
@@ -38,7 +39,6 @@ from megarlx.run.world import world_of
 from megarlx.trackers import Trackers, check_installed
 
 SHOWN_SAMPLES = 4
-GPU_PEAK_FLOP_PER_SECOND = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
 class TrainingError(RuntimeError):
@@ -397,10 +397,8 @@ def _peak_flop_per_second(device: torch.device) -> float:
     """What MFU is measured against: a GPU's data sheet in bf16, or this machine's own sgemm."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        for known, peak in GPU_PEAK_FLOP_PER_SECOND.items():
-            if known in name:
-                return peak
-        return math.inf
+        known = gpu_named(name)
+        return math.inf if known is None else known.flops
     a = torch.randn(512, 512)
     torch.mm(a, a)
     times = []
