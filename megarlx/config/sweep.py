@@ -40,6 +40,11 @@ class SweepConfig(Section):
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)] = Field(
         default=(0,), description="One trunk and its excursions for each"
     )
+    trunks: str | None = Field(
+        default=None,
+        description="Folder of the trunks, if it is another sweep's: trained there unless they are "
+        "there; absent: out",
+    )
     set: dict[str, Any] = Field(default={}, description="Keys of the trunk with other values")
     axes: dict[str, list[Any]] = Field(
         default={}, description="Keys of the trunk with the values each of which is run"
@@ -75,7 +80,7 @@ class SweepConfig(Section):
             if not values:
                 found.append(("axes", f"{name} has no values"))
         if self.trunk_is_there:
-            given = {"set": self.set, "axes": self.axes}
+            given = {"set": self.set, "axes": self.axes, "trunks": self.trunks}
             found += [
                 (key, f"is for trunks that are trained; {self.trunk} is a run")
                 for key, value in given.items()

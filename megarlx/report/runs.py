@@ -147,7 +147,7 @@ def find_runs(root: Path) -> tuple[list[Run], list[str]]:
     if not root.is_dir():
         raise ReportError(f"{root} is not a folder; allowed is one that holds runs at any depth")
     problems: list[str] = []
-    runs = [_read_run(path, root, problems) for path in sorted(_run_folders(root))]
+    runs = [read_run(path, root, problems) for path in sorted(_run_folders(root))]
     found = [run for run in runs if run is not None]
     if not found:
         detail = "".join(f"\n  {problem}" for problem in problems)
@@ -163,14 +163,15 @@ def _run_folders(root: Path) -> Iterator[Path]:
         below[:] = [name for name in below if not name.startswith(".")]
 
 
-def _read_run(path: Path, root: Path, problems: list[str]) -> Run | None:
-    name = "." if path == root else path.relative_to(root).as_posix()
+def read_run(path: Path, root: Path, problems: list[str]) -> Run | None:
+    """The run in a folder, named by its path from `root`; what is wrong is added to `problems`."""
+    name = Path(os.path.relpath(path, root)).as_posix()
 
     def read(file: Path, make: Callable[[Any], T]) -> T | None:
         try:
             return make(json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            shown = file.relative_to(root).as_posix()
+            shown = Path(os.path.relpath(file, root)).as_posix()
             problems.append(f"{shown}: cannot be used: {_said(error)}")
             return None
 

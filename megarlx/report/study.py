@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from megarlx.report.runs import ACCURACY_KINDS, Evaluation, ReportError, Run, find_runs
+from megarlx.report.runs import ACCURACY_KINDS, Evaluation, ReportError, Run, find_runs, read_run
 from megarlx.report.settings import settings_hash, told_apart
 from megarlx.report.style import in_order
 
@@ -67,7 +67,14 @@ class Study:
 
     @staticmethod
     def of(root: Path) -> Study:
-        return Study(root, *find_runs(root))
+        """The runs below a folder, and those elsewhere that they started from."""
+        study = Study(root, *find_runs(root))
+        while elsewhere := study._ancestors_elsewhere():
+            found = [read_run(path, root, study.problems) for path in elsewhere]
+            if not (read := [run for run in found if run is not None]):
+                break
+            study = Study(root, [*study.runs, *read], study.problems)
+        return study
 
     @property
     def trunks(self) -> list[Run]:
@@ -91,8 +98,8 @@ class Study:
         if run.parent is None:
             return None
         given = Path(run.parent.run)
-        for base in (run.path, run.path.parent, self.root, Path.cwd()):
-            found = here.get(os.path.realpath(base / given))
+        for path in self._may_lie_at(run, given):
+            found = here.get(os.path.realpath(path))
             if found is not None and found is not run:
                 return found
         moved = [
@@ -101,6 +108,20 @@ class Study:
             if other is not run and f"/{given.as_posix()}".endswith(f"/{other.name}")
         ]
         return max(moved, key=lambda other: len(other.name), default=None)
+
+    def _may_lie_at(self, run: Run, given: Path) -> list[Path]:
+        return [base / given for base in (run.path, run.path.parent, self.root, Path.cwd())]
+
+    def _ancestors_elsewhere(self) -> list[Path]:
+        """Folders outside of this one that hold the parents of runs in it."""
+        found: dict[str, Path] = {}
+        for run in self.excursions:
+            if self.parent_of(run) is None and run.parent is not None:
+                for path in self._may_lie_at(run, Path(run.parent.run)):
+                    if (path / "lineage.json").exists():
+                        found.setdefault(os.path.realpath(path), path)
+                        break
+        return list(found.values())
 
     def trunk_of(self, run: Run) -> Run | None:
         seen = {run.name}

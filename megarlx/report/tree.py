@@ -40,7 +40,7 @@ def lineage(study: Study) -> Tree:
         _add(study, root, trunk)
     for other in study.excursions:
         if study.parent_of(other) is None and other.parent is not None:
-            far = Text(f"{other.parent.run} (not below this folder)", style="dim")
+            far = Text(f"{other.parent.run} (not found)", style="dim")
             _add(study, root.add(far), other)
     return root
 

@@ -42,13 +42,13 @@ def _of_seed(sweep: SweepConfig, seed: int) -> Iterator[Job]:
     out = Path(sweep.out)
     for values in _combinations(sweep.axes):
         settings = {**sweep.set, **dict.fromkeys(sweep.seed_keys, seed), **values}
-        trunk = out / _named("trunk", values, seed)
+        trunk = Path(sweep.trunks or out) / _named("trunk", values, seed)
         overrides = _overrides(settings)
         steps = load_config(sweep.trunk, [f"{k}={_toml(v)}" for k, v in settings.items()]).steps
         yield Job(trunk.name, ("train", sweep.trunk, "--out", str(trunk), *overrides), trunk, steps)
         yield from _evaluations(sweep, trunk, trunk.name)
         for excursions in sweep.excursions:
-            yield from _excursions(excursions, trunk, out, values, seed, trunk.name)
+            yield from _excursions(excursions, out, trunk, values, seed, trunk.name)
 
 
 def _from_run(sweep: SweepConfig, seed: int) -> Iterator[Job]:
@@ -59,7 +59,7 @@ def _from_run(sweep: SweepConfig, seed: int) -> Iterator[Job]:
     for excursions in sweep.excursions:
         seeded = {**dict.fromkeys(sweep.seed_keys, seed), **excursions.set}
         own = excursions.model_copy(update={"set": seeded})
-        yield from _excursions(own, trunk, Path(sweep.out), {}, seed, None)
+        yield from _excursions(own, Path(sweep.out), trunk, {}, seed, None)
 
 
 def _evaluations(sweep: SweepConfig, trunk: Path, needs: str | None) -> Iterator[Job]:
@@ -71,8 +71,8 @@ def _evaluations(sweep: SweepConfig, trunk: Path, needs: str | None) -> Iterator
 
 def _excursions(
     config: ExcursionConfig,
+    out: Path,
     trunk: Path,
-    folder: Path,
     trunk_values: Mapping[str, Any],
     seed: int,
     needs: str | None,
@@ -82,12 +82,12 @@ def _excursions(
     ):
         named = f"-{_plain(config.name)}" if config.name else ""
         stem = f"{Path(recipe).stem}{named}-at-{_plain(where)}"
-        out = folder / _named(stem, {**trunk_values, **values}, seed)
+        run = out / _named(stem, {**trunk_values, **values}, seed)
         overrides = _overrides({**config.set, **values})
         yield Job(
-            out.name,
-            ("branch", f"{trunk}@{where}", recipe, "--out", str(out), *overrides),
-            out,
+            run.name,
+            ("branch", f"{trunk}@{where}", recipe, "--out", str(run), *overrides),
+            run,
             None,
             needs,
         )

@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
 from rich.console import Console
 from rich.live import Live
@@ -42,6 +44,20 @@ class Progress:
         return step
 
 
+@contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """Who is told to end by a scheduler ends its runs too, as with Ctrl-C: each saves first."""
+
+    def interrupt(_: int, __: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class SweepRunner:
     def __init__(self, config: SweepConfig, jobs: Sequence[Job], *, console: Console) -> None:
         self.config, self.console = config, console
@@ -58,17 +74,18 @@ class SweepRunner:
                 progress.state = "done"
         live = Live(console=self.console, refresh_per_second=2, transient=True)
         show = self.console.is_terminal
-        try:
-            if show:
-                live.start()
-            while self._advance():
+        with sigterm_as_interrupt():
+            try:
                 if show:
-                    live.update(self.table())
-                time.sleep(POLL_SECONDS)
-        finally:
-            self._stop_all()
-            if show:
-                live.stop()
+                    live.start()
+                while self._advance():
+                    if show:
+                        live.update(self.table())
+                    time.sleep(POLL_SECONDS)
+            finally:
+                self._stop_all()
+                if show:
+                    live.stop()
         states = [progress.state for progress in self.all.values()]
         if "failed" in states:
             return 1

@@ -67,6 +67,19 @@ def test_a_run_that_is_there_is_measured_once_and_branched_with_every_seed(tmp_p
         assert {f"training.seed={seed}", "rl.slots=8"} <= set(job.arguments)
 
 
+def test_trunks_can_be_those_of_another_sweep(tmp_path: Path) -> None:
+    own = jobs_of(sweep(tmp_path))
+    theirs = jobs_of(sweep(tmp_path, 'trunks = "elsewhere"'))
+    assert [job.name for job in own] == [job.name for job in theirs]
+    for job in theirs:
+        assert job.out is not None
+        if job.arguments[0] == "train":
+            assert job.out == Path("elsewhere") / job.name
+        else:
+            assert job.arguments[1].startswith(f"elsewhere/{job.needs}@")
+            assert job.out == tmp_path / "out" / job.name
+
+
 def test_every_sweep_that_comes_with_megarlx_can_be_planned(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -125,6 +138,25 @@ def test_a_budget_leaves_the_rest_for_later(tmp_path: Path) -> None:
     assert runner(tmp_path, jobs, jobs=1, budget_minutes=1e-9).run() == LEFT
     assert ran(tmp_path) == []
     assert runner(tmp_path, jobs).run() == 0
+
+
+def test_sigterm_ends_the_runs_and_they_are_not_taken_for_done(tmp_path: Path) -> None:
+    jobs = [job(tmp_path, "a")]
+    one = runner(tmp_path, jobs)
+    program = tmp_path / "megarlx" / "__main__.py"
+    said = tmp_path / "told"
+    program.write_text(
+        "import signal, sys, time\nfrom pathlib import Path\n"
+        f"def end(*_):\n    Path({str(said)!r}).write_text('to end')\n    sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        "import os\nos.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(30)\n"
+    )
+    with pytest.raises(KeyboardInterrupt):
+        one.run()
+    assert said.read_text() == "to end"
+    runner(tmp_path, jobs)  # writes the program that ends well
+    assert runner(tmp_path, jobs).run() == 0
+    assert ran(tmp_path) == ["a"]
 
 
 def test_the_slurm_script_is_valid_and_holds_every_command(tmp_path: Path) -> None:

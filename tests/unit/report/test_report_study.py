@@ -78,6 +78,20 @@ def test_the_parent_is_found(tmp_path: Path, how: str) -> None:
     assert base.run.name == "trunks/seed0"
 
 
+def test_a_trunk_that_lies_elsewhere_is_reported_with_its_excursions(tmp_path: Path) -> None:
+    root = small(tmp_path / "sweep", seeds=(0,)).write(["rl"])
+    shutil.move(root / "trunks", tmp_path / "trunks")
+    lineage = root / "excursions" / "rl-2000000-seed0" / "lineage.json"
+    parent = json.loads(lineage.read_text())["parent"] | {"run": str(tmp_path / "trunks" / "seed0")}
+    change(lineage, parent=parent)
+    study = Study.of(root)
+    assert study.missing() == []
+    (excursion,) = study.of_recipe("rl")
+    base = study.base_of(excursion)
+    assert base is not None
+    assert base.run.name == "../trunks/seed0"
+
+
 def test_an_excursion_of_an_excursion_is_called_after_both(tmp_path: Path) -> None:
     sweep = small(tmp_path, seeds=(0,))
     trunk = sweep.trunk(0)
