@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     from megarlx.comm import launch
 
     try:
-        config = _read(arguments)
+        config = planned_config(arguments)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
@@ -94,7 +94,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 2
 
 
-def _read(arguments: argparse.Namespace) -> Config:
+def planned_config(arguments: argparse.Namespace) -> Config:
+    """The configuration, or the recipe over that of its trunk."""
     if arguments.trunk is None:
         return load_config(arguments.config, arguments.overrides)
     from megarlx.run.branch import recipe_config

@@ -52,7 +52,7 @@ sequences_per_step = 16
 sequences_per_microbatch = 1
 
 [rl]
-prompts_per_step = 8
+prompts_per_step = 2
 samples_per_prompt = 16
 max_prompt_tokens = 56
 max_completion_tokens = 200
@@ -218,7 +218,7 @@ def test_the_command_shows_every_stage_and_plans_the_one_asked_for(
     text = " ".join(capsys.readouterr().out.split())
     for part in ("1 both", "2 after", "3 again", "rl and sft averaged in replicas", "kv cache"):
         assert part in text
-    assert "a step's 128 samples take" in text
+    assert "a step's 32 samples take" in text
     for stage in ("2", "after"):
         assert main([*words, "--stage", stage, "--json"]) == 0
         values = json.loads(capsys.readouterr().out)
@@ -243,13 +243,19 @@ def test_replicas_that_are_no_objectives_are_refused(
     assert message in capsys.readouterr().err
 
 
-def test_a_recipe_is_planned_over_the_trunk_it_starts_from(
-    capsys: pytest.CaptureFixture[str],
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_the_papers_recipe_is_planned_over_its_trunk_and_fits(
+    capsys: pytest.CaptureFixture[str], replicas: int
 ) -> None:
     folder = ROOT / "configs/paper_1b"
     words = [str(folder / "recipes/parallel.toml"), "--trunk", str(folder / "trunk.toml")]
-    assert main(["plan", *words, "--gpus", "8", "--json", "--best", "1"]) == 0
+    words += ["--gpus", str(8 * replicas), "--json", "--best", "1"]
+    if replicas == 2:
+        words += ["--set", "layout.replica=2", "--set", "stages.0.placement=replicas"]
+    assert main(["plan", *words]) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["objectives"] == ["rl", "sft"]
-    assert values["configured"]["memory"]["kv_cache"] > 0
+    # Keys and values of 256 sequences and an idle one, of 512 + 512 tokens, in bf16.
+    assert values["configured"]["memory"]["kv_cache"] == 2 * 16 * 257 * 1024 * 2048 * 2
+    assert values["configured"]["fits"]
     assert values["generate_seconds"] > 0
