@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,7 +71,6 @@ trunk = "runs/trunk"
 seeds = [3]
 evaluate = ["1000"]
 suites = "suites.toml"
-launcher = ["{launcher}"]
 [[excursions]]
 recipes = ["both.toml"]
 checkpoints = ["tokens:3B"]
@@ -128,9 +127,15 @@ def test_generate_says_what_transformers_says(capsys: pytest.CaptureFixture[str]
     assert [float(value) for value in ours] == pytest.approx(theirs, abs=2e-4)
 
 
-def test_a_sweep_measures_and_branches_a_trunk_that_was_never_trained_here(folder: Path) -> None:
-    (folder / "sweep.toml").write_text(SWEEP.format(launcher=sys.executable))
-    assert main(["sweep", "sweep.toml"]) == 0
+def test_a_sweep_measures_and_branches_a_trunk_that_was_never_trained_here(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "sweep.toml").write_text(SWEEP)
+    assert main(["sweep", "sweep.toml", "--list"]) == 0
+    # The commands that it would run, each in a process of its own.
+    for line in capsys.readouterr().out.splitlines():
+        name, *words = shlex.split(line)
+        assert (name, main(words)) == ("megarlx", 0)
     few_shot = json.loads(Path("runs/trunk/evaluations/iter_00001000.mine.json").read_text())
     assert few_shot["trunk_tokens"] == 2_000_000_000
     # A model that was only pre-trained is shown examples.
