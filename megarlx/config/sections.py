@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from megarlx.config.evaluation import EvaluationConfig
+from megarlx.config.evaluation import SAMPLED, EvaluationConfig
 from megarlx.config.model import ModelConfig
 from megarlx.config.objectives import (
     PRETRAINING,
@@ -248,6 +248,12 @@ class Config(Section):
                 "layout.layers_per_stage",
                 f"adds up to {sum(layout.layers_per_stage)}; model.layers is {model.layers}",
             )
+        if layout.schedule == "zbv" and (samplers := self._samplers()):
+            wrong(
+                "layout.schedule",
+                f"is 'zbv', whose last stage is on the first rank; {samplers} generates text and "
+                "needs 1f1b, interleaved or zero_bubble",
+            )
         at_once = training.sequences_per_microbatch * (layout.data or 1)
         if training.sequences_per_step % at_once:
             below = training.sequences_per_step // at_once * at_once
@@ -259,6 +265,19 @@ class Config(Section):
                 + ")",
             )
         return found + self._problems_of_stages()
+
+    def _samplers(self) -> str:
+        """What of the training generates text, if anything."""
+        named = self.named_objectives
+        for stage in self.all_stages if self.stages else ():
+            for name in stage.objectives:
+                if isinstance(named.get(name), RlConfig):
+                    return f"objective '{name}'"
+        if self.evaluation.at_end or self.evaluation.every_steps is not None:
+            for suite in self.evaluation.suites:
+                if suite.kind in SAMPLED:
+                    return f"suite '{suite.name}'"
+        return ""
 
     def _problems_of_stages(self) -> list[tuple[str, str]]:
         found = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -33,7 +34,9 @@ class SweepConfig(Section):
     """Which runs a study is made of. Everything that is there already is not run again."""
 
     out: str = Field(description="Folder of all runs and of the report")
-    trunk: str = Field(description="Configuration of the pre-training run")
+    trunk: str = Field(
+        description="Configuration of the pre-training run; or the folder of a run that is there"
+    )
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)] = Field(
         default=(0,), description="One trunk and its excursions for each"
     )
@@ -51,6 +54,9 @@ class SweepConfig(Section):
     )
     evaluate: Texts = Field(
         default=(), description="Checkpoints of each trunk whose suites are measured"
+    )
+    suites: str | None = Field(
+        default=None, description="File of these suites; absent: those of the trunk itself"
     )
     excursions: Annotated[tuple[ExcursionConfig, ...], Field(strict=False)] = Field(
         default=(), description="What starts from the trunks, each an [[excursions]] table"
@@ -73,4 +79,16 @@ class SweepConfig(Section):
         for name, values in self.axes.items():
             if not values:
                 found.append(("axes", f"{name} has no values"))
+        if self.trunk_is_there:
+            given = {"set": self.set, "axes": self.axes, "trunks": self.trunks}
+            found += [
+                (key, f"is for trunks that are trained; {self.trunk} is a run")
+                for key, value in given.items()
+                if value
+            ]
         return found
+
+    @property
+    def trunk_is_there(self) -> bool:
+        """Whether the trunk is a run, converted ones too, and no configuration of one."""
+        return Path(self.trunk).is_dir()

@@ -162,7 +162,8 @@ class Converter:
         run = run_of(source.path)
         kept = kept_files(run)
         tokenizer = None if kept else tokenizer_of_run(run)
-        export.write_beside_tensors(job, model, kept, tokenizer)
+        template = export.learned_template(run, source.manifest.state)
+        export.write_beside_tensors(job, model, kept, tokenizer, template)
         export.give_name(job, asked.target)
         self._say(f"{asked.target}: {family.architecture}, {job.bytes / 1e6:,.1f} MB")
         if kept is None and tokenizer is None:

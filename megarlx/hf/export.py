@@ -14,12 +14,19 @@ import torch
 
 from megarlx.checkpoint.files import sync_folder, write_new
 from megarlx.config.model import ModelConfig
+from megarlx.config.objectives import PRETRAINING, TemplateConfig
 from megarlx.data.tokenizer import Tokenizer
 from megarlx.hf.config_map import SPECIAL_IDS, hugging_face_config, read_json
 from megarlx.hf.conversion import Conversion
 from megarlx.hf.errors import ConversionError
 from megarlx.hf.sources import INDEX
-from megarlx.hf.tokenizer_files import TOKENIZER_FILES, hugging_face_tokenizer
+from megarlx.hf.tokenizer_files import (
+    CHAT_TEMPLATE,
+    TOKENIZER_FILES,
+    chat_template,
+    has_chat_template,
+    hugging_face_tokenizer,
+)
 
 TYPES = {
     "float32": torch.float32,
@@ -52,16 +59,27 @@ def export_types(
     return {name: TYPES[others.get(name, usual)] for name in held}
 
 
+def learned_template(run: Path, state: Mapping[str, Any]) -> TemplateConfig | None:
+    """How questions were put to a model, if it was trained on any here: a model that has seen
+    nothing but pre-training knows no template."""
+    tokens = state.get("run", {}).get("tokens", {})
+    if not any(count for name, count in tokens.items() if name != PRETRAINING):
+        return None
+    given = read_json(run / "resolved.json").get("template")
+    return TemplateConfig() if given is None else TemplateConfig.model_validate(given)
+
+
 def write_beside_tensors(
     job: Conversion,
     model: ModelConfig,
     kept: Path | None,
     tokenizer: Tokenizer | None,
+    template: TemplateConfig | None = None,
 ) -> None:
     """Index, config, generation config and tokenizer, into the folder of the new files.
 
     `kept` is what the model came with, if it came from Hugging Face; else our tokenizer is written
-    in their form.
+    in their form. So is the `template` of a model that has learned one here, where none came.
     """
     files: dict[str, Any] = {}
     usual = Counter(b.entry.dtype for f in job.files for b in f.blocks).most_common(1)[0][0]
@@ -70,7 +88,7 @@ def write_beside_tensors(
         before = read_json(kept / "config.json")
         ids = {key: before.get(key) for key in SPECIAL_IDS}
         for name in TOKENIZER_FILES:
-            if (kept / name).is_file():
+            if name != CHAT_TEMPLATE and (kept / name).is_file():
                 shutil.copyfile(kept / name, job.made / name)
         generation = kept / "generation_config.json"
         files["generation_config.json"] = read_json(generation) if generation.is_file() else ids
@@ -81,6 +99,11 @@ def write_beside_tensors(
             config["model_max_length"] = model.max_sequence_length
             files |= {"tokenizer.json": definition, "tokenizer_config.json": config}
         files["generation_config.json"] = ids
+    (job.made / CHAT_TEMPLATE).unlink(missing_ok=True)  # of a job that was killed right here
+    if kept is not None and (kept / CHAT_TEMPLATE).is_file():
+        shutil.copyfile(kept / CHAT_TEMPLATE, job.made / CHAT_TEMPLATE)
+    elif template is not None and not (kept is not None and has_chat_template(kept)):
+        write_new(job.made / CHAT_TEMPLATE, chat_template(template))
     files["config.json"] = hugging_face_config(model, TYPE_NAMES[usual], ids)
     if len(job.files) > 1:
         files[INDEX] = _index(job)

@@ -8,14 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megarlx.config.objectives import PLACE, TemplateConfig
 from megarlx.data.tokenizer import EOS, ByteTokenizer, Tokenizer, WordTokenizer, load_tokenizer
 from megarlx.hf.errors import ConversionError
 
+CHAT_TEMPLATE = "chat_template.jinja"
 # What comes with a model besides its tensors, and goes back with it.
 KEPT = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
-    *("tokenizer.model", "chat_template.jinja"),
+    *("tokenizer.model", CHAT_TEMPLATE),
 )
 TOKENIZER_FILES = tuple(n for n in KEPT if n not in ("config.json", "generation_config.json"))
 
@@ -43,6 +45,35 @@ def hugging_face_tokenizer(tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[s
         "clean_up_tokenization_spaces": False,
     }
     return definition, config
+
+
+def chat_template(template: TemplateConfig) -> str:
+    """A run's [template] in Jinja, for `apply_chat_template`: the text whose ids it was trained on,
+    `add_generation_prompt` for what stands before an answer."""
+
+    def literal(text: str) -> str:
+        return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""
+
+    def turn(frame: str) -> str:
+        before, after = frame.split(PLACE)
+        return literal(before) + "{{ message['content'] }}" + literal(after)
+
+    opening = literal(template.opening)
+    roles = (
+        "{% if message['role'] == 'user' %}" + turn(template.user),
+        "{% elif message['role'] == 'system' %}" + turn(template.system),
+        "{% else %}" + opening + turn(template.assistant) + "{{ eos_token }}{% endif %}",
+    )
+    prompt = "{% if add_generation_prompt %}" + opening + "{% endif %}" if opening else ""
+    return "{% for message in messages %}" + "".join(roles) + "{% endfor %}" + prompt
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Whether what came with a model says how a conversation is written."""
+    config = folder / "tokenizer_config.json"
+    if (folder / CHAT_TEMPLATE).is_file() or not config.is_file():
+        return (folder / CHAT_TEMPLATE).is_file()
+    return bool(json.loads(config.read_text(encoding="utf-8")).get("chat_template"))
 
 
 def _definition(**parts: Any) -> dict[str, Any]:

@@ -36,29 +36,58 @@ class StepShape:
     objectives: int = 1
     rows_per_chunk: int = 512  # of the loss
     bucket_elements: int = 25_000_000
+    # Of layouts with replicas: whether each trains one objective, and of how many.
+    in_replicas: bool = False
+    of_replicas: int = 1
+    local_steps: bool = False  # each objective goes by itself between averages
+    averages: float = 1.0  # the share of the steps that end with one
+    shared_moments: bool = False
 
 
 def bytes_per_step(
     config: ModelConfig, layout: Layout, plan: PipelinePlan, step: StepShape, rank: int
 ) -> Sent:
     """What `rank` sends in one step of every objective, training on all of them."""
+    one = objective_bytes(config, layout, plan, step, rank)
+    total: Sent = Counter({k: v * step.objectives for k, v in one.items()})
+    return total + update_bytes(config, layout, plan, step, rank)
+
+
+def objective_bytes(
+    config: ModelConfig, layout: Layout, plan: PipelinePlan, step: StepShape, rank: int
+) -> Sent:
+    """Forward and backward of one objective, and the reduction of its gradients."""
     place = layout.coordinates(rank)
-    sequence_parallel = step.sequence_parallel and layout.tp > 1
-    tp = TensorParallel(layout.tp, place["tp"], sequence_parallel)
-    held = plan.stages_of(place["pp"])
-    layouts: dict[str, ParameterLayout] = {}
     forward_backward: Sent = Counter()
-    for stage in held:
+    for stage in plan.stages_of(place["pp"]):
         first, last = plan.layers[stage]
         ends = {"embedding": stage == 0, "head": stage == plan.stages - 1}
-        layouts |= parameter_layouts(config, tp, first=first, last=last, **ends)
-        stage_bytes = _stage(config, layout.tp, step, last - first, sequence_parallel, ends)
+        split = step.sequence_parallel and layout.tp > 1
+        stage_bytes = _stage(config, layout.tp, step, last - first, split, ends)
         for key, sent in stage_bytes.items():
             forward_backward[key] += sent * step.microbatches
     forward_backward += _pipeline(config, layout, plan, step, place["pp"])
-    forward_backward += _gradients(layouts, layout, step)
-    total: Sent = Counter({k: v * step.objectives for k, v in forward_backward.items()})
-    return total + _optimizer(layouts, layout, step)
+    return forward_backward + _gradients(_held(config, layout, plan, step, rank), layout, step)
+
+
+def update_bytes(
+    config: ModelConfig, layout: Layout, plan: PipelinePlan, step: StepShape, rank: int
+) -> Sent:
+    """The update of all objectives, once a step; between averages the mean of the steps."""
+    return _optimizer(_held(config, layout, plan, step, rank), layout, step)
+
+
+def _held(
+    config: ModelConfig, layout: Layout, plan: PipelinePlan, step: StepShape, rank: int
+) -> dict[str, ParameterLayout]:
+    place = layout.coordinates(rank)
+    tp = TensorParallel(layout.tp, place["tp"], step.sequence_parallel and layout.tp > 1)
+    layouts: dict[str, ParameterLayout] = {}
+    for stage in plan.stages_of(place["pp"]):
+        first, last = plan.layers[stage]
+        ends = {"embedding": stage == 0, "head": stage == plan.stages - 1}
+        layouts |= parameter_layouts(config, tp, first=first, last=last, **ends)
+    return layouts
 
 
 def _stage(
@@ -131,21 +160,38 @@ def _gradients(layouts: Mapping[str, ParameterLayout], layout: Layout, step: Ste
     if len(tied) == 1 and layout.pp > 1:
         whole = prod(tied[0].shape) * step.wide_bytes
         sent["embedding", "all_reduce"] += bytes_sent("all_reduce", 2, whole)
-    for start, stop in _flat(layouts, layout, step).buckets:
+    flat = _flat(layouts, layout, step)
+    for start, stop in flat.buckets:
         whole = (stop - start) * step.wide_bytes
         sent["dp", "reduce_scatter"] += bytes_sent("reduce_scatter", layout.dp, whole)
-    sent["dp", "all_reduce"] += bytes_sent("all_reduce", layout.dp, 2 * 8)
+    if layout.replica > 1 and not step.in_replicas:  # replicas have nothing else to be
+        shard = flat.shard_size * step.wide_bytes
+        sent["replica", "all_reduce"] += bytes_sent("all_reduce", layout.replica, shard)
+        trainers = layout.replica * layout.dp
+        sent["replica+dp", "all_reduce"] += bytes_sent("all_reduce", trainers, 2 * 8)
+    else:
+        sent["dp", "all_reduce"] += bytes_sent("all_reduce", layout.dp, 2 * 8)
     return sent
 
 
 def _optimizer(layouts: Mapping[str, ParameterLayout], layout: Layout, step: StepShape) -> Sent:
-    """The gradient norms over every axis and the new weights, once a step."""
+    """The gradient norms over every axis and the new weights, once a step; between replicas norms,
+    flags, a barrier and the updates."""
     sent: Sent = Counter()
+    norms = step.objectives + step.shared_moments  # of what is mixed, too
     for axis, size in (("dp", layout.dp), ("tp", layout.tp), ("pp", layout.pp)):
-        sent[axis, "all_reduce"] += bytes_sent("all_reduce", size, 8 * step.objectives)
-    for start, stop in _flat(layouts, layout, step).buckets:
+        sent[axis, "all_reduce"] += bytes_sent("all_reduce", size, 8 * norms)
+    flat = _flat(layouts, layout, step)
+    # With steps of their own each objective has weights of its own, and at an average all have.
+    gathers = step.objectives + step.averages if step.local_steps else 1
+    for start, stop in flat.buckets:
         whole = (stop - start) * step.element_bytes
-        sent["dp", "all_gather"] += bytes_sent("all_gather", layout.dp, whole)
+        sent["dp", "all_gather"] += int(gathers * bytes_sent("all_gather", layout.dp, whole))
+    if step.in_replicas:
+        update = bytes_sent("all_reduce", layout.replica, flat.shard_size * step.wide_bytes)
+        sent["replica", "all_reduce"] += int(step.averages * update)
+        for scalars in (2 * 8 * step.of_replicas, 8):
+            sent["replica", "all_reduce"] += bytes_sent("all_reduce", layout.replica, scalars)
     return sent
 
 

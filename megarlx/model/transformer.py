@@ -8,6 +8,7 @@ K key/value heads of this rank, D head_dim, V padded vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, Protocol
 
 import torch
@@ -150,19 +151,35 @@ class MLP(nn.Module):
         self, config: ModelConfig, backend: Any, options: dict[str, Any], recompute: Recompute
     ) -> None:
         super().__init__()
-        self.recompute = backend.recompute if recompute == "selective" else None
+        self.recompute = recompute == "selective"
         hidden, inner = config.hidden_size, config.intermediate_size
         self.gate_up = backend.ColumnLinear(hidden, 2 * inner, bias=False, **options)
         self.down = backend.RowLinear(inner, hidden, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         gate_up = self.gate_up(x)
-        if self.recompute is not None and torch.is_grad_enabled():
-            inner = self.recompute(swiglu, gate_up)
-        else:
-            inner = swiglu(gate_up)
-        out: Tensor = self.down(inner)
+        inner = swiglu(gate_up)
+        again = self.recompute and torch.is_grad_enabled()
+        with _made_again(inner, gate_up) if again else nullcontext():
+            out: Tensor = self.down(inner)
         return out
+
+
+def _made_again(inner: Tensor, gate_up: Tensor) -> AbstractContextManager[None]:
+    """Whoever keeps `inner` for backward keeps gate and up in its place, which are kept anyway.
+
+    A checkpoint around `swiglu` would save nothing: it is the projection down that keeps its input.
+    """
+    source, storage, shape = gate_up.detach(), inner.untyped_storage()._cdata, inner.shape
+
+    def pack(saved: Tensor) -> Tensor | None:
+        same = saved.untyped_storage()._cdata == storage and saved.shape == shape
+        return None if same else saved
+
+    def unpack(kept: Tensor | None) -> Tensor:
+        return swiglu(source) if kept is None else kept
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 class Layer(nn.Module):

@@ -85,7 +85,9 @@ def layer_kept(job: Job, n: Widths) -> int:
     if job.recompute == "full":
         return n.t * n.h * n.e
     whole = layer_whole(job, n)
-    return whole - _attention_core(job, n) if job.recompute == "selective" else whole
+    if job.recompute == "selective":
+        whole -= _attention_core(job, n) + n.T * n.F * n.e  # the product of gate and up
+    return whole
 
 
 def stage_kept(job: Job, n: Widths, stage: StagePart) -> int:
@@ -134,14 +136,16 @@ def layer_backward_workspace(job: Job, n: Widths) -> int:
         return numbers * (n.e if n.e == n.w else n.e + n.w)
 
     inner = n.T * n.F * n.e
+    # The product of gate and up is freed behind the down projection, or was made again for it.
+    again = inner if job.recompute == "selective" else 0
     post = job.model.norm_position == "post"
     # Backward of the down projection, of SwiGLU, and of gate and up, in that order. The gradient
     # of the residual stream is there all along, and the upper norm's is its own.
     coming = hidden + (gathered if post or job.splits_sequence else 0)
     points = [
-        coming + inner + of_weight(n.h * n.F),
-        hidden + 3 * inner - inner,
-        hidden + 2 * inner + gathered + of_weight(2 * n.F * n.h) - 3 * inner,
+        coming + inner + again + of_weight(n.h * n.F),
+        hidden + 3 * inner - (inner - again),
+        hidden + 2 * inner + gathered + of_weight(2 * n.F * n.h) - (3 * inner - again),
     ]
     if job.recompute == "full":
         # Everything of the layer is there again, its output included.

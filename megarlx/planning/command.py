@@ -5,10 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from megarlx.config import Config, ConfigError, load_config
+
+if TYPE_CHECKING:
+    from megarlx.planning.job import Job, Rollouts
 
 SLOTS = 64  # of rollouts where nothing is said
 WIDTH = 100  # of what is written to a file or a pipe
@@ -23,7 +28,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gpu", default="h100", metavar="KIND", help="h100 (default), h200, a100 or b200"
     )
     parser.add_argument(
-        "--objectives", type=int, default=1, metavar="N", help="objectives that are averaged"
+        "--objectives",
+        type=int,
+        metavar="N",
+        help="so many averaged objectives with the batch of [training], whatever the stages are",
+    )
+    parser.add_argument(
+        "--trunk",
+        metavar="CONFIG.toml",
+        help="where CONFIG.toml is a recipe: the configuration, or the run, that it starts from",
+    )
+    parser.add_argument(
+        "--stage", metavar="NAME", help="a stage by name or number (default: the fullest)"
     )
     parser.add_argument(
         "--set",
@@ -64,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     from megarlx.comm import launch
 
     try:
-        config = load_config(arguments.config, arguments.overrides)
+        config = planned_config(arguments)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
@@ -78,11 +94,21 @@ def run(arguments: argparse.Namespace) -> int:
         return 2
 
 
+def planned_config(arguments: argparse.Namespace) -> Config:
+    """The configuration, or the recipe over that of its trunk."""
+    if arguments.trunk is None:
+        return load_config(arguments.config, arguments.overrides)
+    from megarlx.run.branch import recipe_config
+
+    trunk = Path(arguments.trunk)
+    before = load_config(trunk / "resolved.json" if trunk.is_dir() else trunk)
+    return recipe_config(before, Path(arguments.config), arguments.overrides, str(trunk))
+
+
 def _plan(config: Config, arguments: argparse.Namespace) -> int:
     from megarlx.planning.dry_run import dry_run
     from megarlx.planning.hardware import GPUS
     from megarlx.planning.job import Job
-    from megarlx.planning.memory import Rollouts
     from megarlx.planning.report import (
         compare,
         differing,
@@ -91,7 +117,9 @@ def _plan(config: Config, arguments: argparse.Namespace) -> int:
         plan_values,
         print_dry_run,
         print_plan,
+        print_stages,
     )
+    from megarlx.planning.stages import chosen_stage, jobs_by_stage
 
     if arguments.gpu not in GPUS:
         raise ValueError(f"--gpu is '{arguments.gpu}'; allowed are {', '.join(GPUS)}")
@@ -99,7 +127,13 @@ def _plan(config: Config, arguments: argparse.Namespace) -> int:
         given = getattr(arguments, name)
         if given is not None and given < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {given}; it must be at least 1")
-    job = Job.of(config, arguments.gpus, objectives=arguments.objectives)
+    if arguments.objectives is not None:
+        job = Job.of(config, arguments.gpus, objectives=arguments.objectives)
+        job.check(arguments.gpus)
+        jobs = {}
+    else:
+        jobs = jobs_by_stage(config, arguments.gpus)
+        job = chosen_stage(jobs, arguments.stage)
     console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
     if arguments.dry_run:
         walked = dry_run(job, arguments.rank)
@@ -114,6 +148,36 @@ def _plan(config: Config, arguments: argparse.Namespace) -> int:
             )
             return 1
         return 0
+    rollouts = _rollouts(config, job, arguments)
+    plan = make_plan(
+        job,
+        GPUS[arguments.gpu],
+        rollouts,
+        cache_counts=arguments.rollout_slots is not None and not _made(job),
+        best=arguments.best,
+    )
+    if arguments.json:
+        print(json.dumps(plan_values(plan), indent=1))
+    else:
+        if len(jobs) > 1:
+            print_stages(jobs, plan.gpu, console)
+        print_plan(plan, console)
+    return 0
+
+
+def _made(job: Job) -> list[Rollouts]:
+    """What the stage's own objectives generate with."""
+    return [one.rollouts for one in job.all_objectives if one.rollouts is not None]
+
+
+def _rollouts(config: Config, job: Job, arguments: argparse.Namespace) -> Rollouts:
+    """Those of the stage, or what generating on this layout would be; as the command line says."""
+    from megarlx.planning.job import Rollouts
+
+    made = _made(job)
+    words = (arguments.rollout_slots, arguments.prompt_tokens, arguments.completion_tokens)
+    if made and all(word is None for word in words):
+        return made[0]
     longest = min(1536, config.model.max_sequence_length)
     prompt = arguments.prompt_tokens or longest // 3
     completion = arguments.completion_tokens or max(1, longest - prompt)
@@ -122,16 +186,4 @@ def _plan(config: Config, arguments: argparse.Namespace) -> int:
             f"--prompt-tokens {prompt} and --completion-tokens {completion} must be at least 1 and "
             f"together at most model.max_sequence_length, {config.model.max_sequence_length}"
         )
-    slots = arguments.rollout_slots
-    plan = make_plan(
-        job,
-        GPUS[arguments.gpu],
-        Rollouts(slots or SLOTS, prompt, completion),
-        cache_counts=slots is not None,
-        best=arguments.best,
-    )
-    if arguments.json:
-        print(json.dumps(plan_values(plan), indent=1))
-    else:
-        print_plan(plan, console)
-    return 0
+    return Rollouts(arguments.rollout_slots or SLOTS, prompt, completion)

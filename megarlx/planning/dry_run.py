@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -110,7 +110,7 @@ def fake_world(rank: int, size: int) -> Iterator[None]:
 
 def build(job: Job, device: torch.device) -> ParallelModel:
     """This rank's part of the model; inside `fake_world`."""
-    mesh = Mesh.build(job.pp, 1, job.dp, job.tp, backend="fake", device=device)
+    mesh = Mesh.build(job.pp, job.replica, job.dp, job.tp, backend="fake", device=device)
     recompute: Recompute = job.recompute  # type: ignore[assignment]
     return build_model(
         job.model,
@@ -128,17 +128,32 @@ def build(job: Job, device: torch.device) -> ParallelModel:
 
 
 def trainer_of(job: Job, model: ParallelModel, device: torch.device) -> Trainer:
-    names = ["pretraining"] if job.objectives == 1 else [f"o{i}" for i in range(job.objectives)]
+    parts = [*job.all_objectives]
+    if job.objectives > 1:
+        parts = [replace(job, name=f"o{i}", objectives=1) for i in range(job.objectives)]
     objectives = [
-        TrainedObjective(Shapes(name, job, device), AdamSettings(), lambda step: 1e-3)
-        for name in names
+        TrainedObjective(Shapes(part.name, part, device), AdamSettings(), lambda step: 1e-3)
+        for part in parts
     ]
-    return Trainer(model, [TrainingStage(objectives)])
+    # One step is all there is, and the last step of a stage always averages.
+    stage = TrainingStage(
+        objectives,
+        steps=1 if job.sync_every > 1 else None,
+        shared_moments=job.shared_moments,
+        placement="replicas" if job.in_replicas else "colocated",
+        sync_every=job.sync_every,
+    )
+    return Trainer(model, [stage])
+
+
+def first_turn(job: Job) -> Job:
+    """Where objectives alternate, a step is one of them: that of the first step."""
+    return replace(job, others=(), turns=0) if job.turns else job
 
 
 def dry_run(job: Job, rank: int, device: torch.device | str = "meta") -> DryRun:
     """Builds `rank` of the job and walks one step of it."""
-    device = torch.device(device)
+    device, job = torch.device(device), first_turn(job)
     start = time.perf_counter()
     with fake_world(rank, job.gpus):
         model = build(job, device)
@@ -149,7 +164,11 @@ def dry_run(job: Job, rank: int, device: torch.device | str = "meta") -> DryRun:
         place = job.layout.coordinates(rank)
         return DryRun(
             rank,
-            {axis: place[axis] for axis in ("pp", "dp", "tp")},
+            {
+                a: place[a]
+                for a in ("pp", "replica", "dp", "tp")
+                if a != "replica" or job.replica > 1
+            },
             tuple(job.plan.layers[stage] for stage in job.plan.stages_of(place["pp"])),
             sum(p.numel() for p in model.data_parallel.parameters.values()),
             dict(model.mesh.traffic.counts),

@@ -70,3 +70,9 @@ GPUS: Mapping[str, Gpu] = {
         Gpu("b200", 2250e12, 180e9, 7.7e12, 900e9, 50e9),
     )
 }
+
+
+def gpu_named(device: str) -> Gpu | None:
+    """By the name that CUDA gives a device: "NVIDIA H100 80GB HBM3"."""
+    words = device.lower().replace("-", " ").split()
+    return next((gpu for name, gpu in GPUS.items() if name in words), None)

@@ -22,6 +22,8 @@ from megarlx.parallel.data_parallel import FlatLayout
 from megarlx.parallel.metadata import ParameterLayout
 from megarlx.parallel.pipeline_plan import PipelinePlan, Schedule
 
+# Of one objective; what else changes is the layout, and common to all objectives of a step.
+OF_ONE = ("sequences_per_microbatch", "objectives", "held", "others", "model")
 ELEMENT_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 
 
@@ -45,8 +47,36 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class Held:
+    """What of an optimizer a rank holds besides the master, each the size of its shard."""
+
+    gradients: int = 1
+    moments: int = 1  # pairs
+    locals: int = 0  # masters of objectives that take steps of their own
+    exchange: int = 0  # buffers of what goes between replicas
+    frozen: int = 0  # reference policies
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Generation beside training: how many sequences at once on one copy of the model."""
+
+    slots: int
+    prompt_tokens: int
+    completion_tokens: int
+    most_tokens: int | None = None  # what a slot has room for; absent: just these
+
+    @property
+    def longest(self) -> int:
+        return self.most_tokens or self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True)
 class Job:
-    """One layout of one training run. Frozen: a search changes it with `replace`."""
+    """One layout of one training run: an objective, and `others` of the same step.
+
+    Frozen: a search changes it with `replace`.
+    """
 
     model: ModelConfig
     sequences_per_step: int
@@ -64,20 +94,37 @@ class Job:
     objectives: int = 1
     on_gpu: bool = True
     bucket_elements: int = 25_000_000
+    name: str = "pretraining"
+    others: tuple[Job, ...] = ()  # further objectives of a stage, each with a batch of its own
+    turns: int = 0  # steps in a row where the objectives alternate; 0: all in every step
+    replica: int = 1
+    in_replicas: bool = False  # each replica trains one of the objectives
+    generates_together: bool = True  # and whether all help the policy's with its samples
+    sync_every: int = 1
+    shared_moments: bool = False
+    held: Held | None = None  # absent: that of `objectives`
+    packed_tokens: int | None = (
+        None  # of a step of RL, dealt out in as few micro-batches as hold it
+    )
+    document_length: int | None = None  # where sequences are packed documents
+    rollouts: Rollouts | None = None  # what makes its samples, and has caches all along
+    samples_per_step: int = 0  # that it generates
 
     @staticmethod
     def of(config: Config, gpus: int, *, objectives: int = 1, on_gpu: bool = True) -> Job:
-        """The configured layout; data parallelism takes the processes that are left."""
+        """So many objectives with the batch of [training]; `stages.job_of_stage` follows stages."""
+        job = Job.configured(config, gpus, objectives=objectives, on_gpu=on_gpu)
+        job.check(gpus)
+        return job
+
+    @staticmethod
+    def configured(config: Config, gpus: int, **changes: Any) -> Job:
+        """The configured layout, not checked; data parallelism takes the processes left over."""
         layout, training = config.layout, config.training
-        if layout.replica != 1:
-            raise LayoutError(
-                f"layout.replica is {layout.replica}; plans are for 1, where every rank runs all "
-                "objectives"
-            )
         if gpus < 1:
             raise ValueError(f"gpus is {gpus}; it must be at least 1")
-        held = layout.pipeline * layout.tensor
-        job = Job(
+        held = layout.pipeline * layout.tensor * layout.replica
+        return Job(
             config.model,
             sequences_per_step=training.sequences_per_step,
             sequences_per_microbatch=training.sequences_per_microbatch,
@@ -91,18 +138,19 @@ class Job:
             sequence_parallel=layout.sequence_parallel,
             recompute=training.recompute,
             precision=training.precision,
-            objectives=objectives,
-            on_gpu=on_gpu,
+            replica=layout.replica,
+            **changes,
         )
-        job.check(gpus)
-        return job
 
     def changed(self, **changes: Any) -> Job:
         """Another layout, or other pieces, of the same model and batch."""
+        common = {k: v for k, v in changes.items() if k not in OF_ONE}
+        if self.others and common:
+            changes["others"] = tuple(one.changed(**common) for one in self.others)
         job = replace(self, **changes)
         job.__dict__["_sizes"] = self._sizes
-        if job.objectives == self.objectives:
-            job.__dict__["flops_per_step"] = self.flops_per_step
+        if not job.packed_tokens and job.objectives == self.objectives:
+            job.__dict__["flops_of_its_own"] = self.flops_of_its_own
         return job
 
     def check(self, gpus: int | None = None) -> None:
@@ -124,17 +172,44 @@ class Job:
     def check_batch(self) -> None:
         if self.objectives < 1:
             raise ValueError(f"objectives is {self.objectives}; it must be at least 1")
-        at_once = self.sequences_per_microbatch * self.dp
-        if self.sequences_per_step % at_once:
+        at_once = self.sequences_per_microbatch * self.trainers
+        if not self.packed_tokens and self.sequences_per_step % at_once:
+            times = "dp" if self.trainers == self.dp else "replica x dp"
             raise LayoutError(
-                f"sequences_per_step is {self.sequences_per_step}; sequences_per_microbatch x dp = "
+                f"{'' if self.name == 'pretraining' else self.name + '.'}sequences_per_step is "
+                f"{self.sequences_per_step}; sequences_per_microbatch x {times} = "
                 f"{at_once} must divide it"
             )
         self.plan.check_microbatches(self.microbatches)
+        for one in self.others:
+            one.check_batch()
 
     @cached_property
     def layout(self) -> Layout:
-        return Layout(pp=self.pp, dp=self.dp, tp=self.tp)
+        return Layout(pp=self.pp, replica=self.replica, dp=self.dp, tp=self.tp)
+
+    @property
+    def all_objectives(self) -> tuple[Job, ...]:
+        return (self, *self.others)
+
+    def trained_on(self, rank: int) -> tuple[Job, ...]:
+        """The objectives that a global rank trains."""
+        if not self.in_replicas:
+            return self.all_objectives
+        return (self.all_objectives[self.layout.coordinates(rank)["replica"]],)
+
+    @property
+    def trainers(self) -> int:
+        """Who share out an objective's batch."""
+        return self.dp if self.in_replicas else self.replica * self.dp
+
+    @property
+    def kept(self) -> Held:
+        return self.held or Held(self.objectives, self.objectives)
+
+    def share_of_steps(self, one: Job) -> float:
+        """How much of a step an objective is, where they alternate."""
+        return one.turns / sum(o.turns for o in self.all_objectives) if one.turns else 1.0
 
     @cached_property
     def plan(self) -> PipelinePlan:
@@ -148,7 +223,12 @@ class Job:
 
     @property
     def microbatches(self) -> int:
-        return self.sequences_per_step // (self.sequences_per_microbatch * self.dp)
+        if not self.packed_tokens:
+            return self.sequences_per_step // (self.sequences_per_microbatch * self.trainers)
+        count = -(-self.packed_tokens // (self.tokens_per_microbatch * self.trainers))
+        while not self.plan.allows(count):
+            count += 1
+        return count
 
     @property
     def tokens_per_microbatch(self) -> int:
@@ -161,7 +241,13 @@ class Job:
 
     @property
     def tokens_per_step(self) -> int:
-        return self.sequences_per_step * self.sequence_length
+        """That this objective is trained on."""
+        return self.packed_tokens or self.sequences_per_step * self.sequence_length
+
+    @property
+    def seen_length(self) -> int:
+        """The longest that a token can look back."""
+        return self.document_length or self.sequence_length
 
     @property
     def splits_sequence(self) -> bool:
@@ -216,6 +302,15 @@ class Job:
         """The first pipeline rank of every kind."""
         return list({self.kind(pp): pp for pp in reversed(range(self.pp))}.values())
 
+    def different_ranks(self) -> list[int]:
+        """One of every kind: of shapes, and of objectives."""
+        replicas = range(self.replica if self.in_replicas else 1)
+        return [
+            self.layout.rank_at(pp=pp, replica=replica, dp=0, tp=0)
+            for replica in replicas
+            for pp in self.kinds()
+        ]
+
     def sizes(self, pp_rank: int) -> Sizes:
         key = (self.kind(pp_rank), self.tp, self.dp, self.splits_sequence, self.bucket_elements)
         if key not in self._sizes:
@@ -235,9 +330,20 @@ class Job:
 
     @cached_property
     def flops_per_step(self) -> float:
-        """The model's own, without recomputation."""
-        each = self.model.flops_per_token(self.sequence_length)
+        """The model's own of all objectives, without recomputation."""
+        return sum(o.flops_of_its_own * self.share_of_steps(o) for o in self.all_objectives)
+
+    @cached_property
+    def flops_of_its_own(self) -> float:
+        each = self.model.flops_per_token(self.seen_length)
         return each * self.tokens_per_step * self.objectives
+
+    @property
+    def trained_tokens(self) -> float:
+        """In a step, of all objectives."""
+        return sum(
+            o.tokens_per_step * o.objectives * self.share_of_steps(o) for o in self.all_objectives
+        )
 
     @property
     def step_shape(self) -> StepShape:
@@ -248,13 +354,27 @@ class Job:
             recompute=self.recompute,
             element_bytes=self.element_bytes,
             wide_bytes=self.wide_bytes,
-            objectives=self.objectives,
+            objectives=self.updates_per_step,
             rows_per_chunk=self.loss_rows,
             bucket_elements=self.bucket_elements,
+            in_replicas=self.in_replicas,
+            of_replicas=len(self.all_objectives),
+            local_steps=self.sync_every > 1,
+            averages=1 / self.sync_every,
+            shared_moments=self.shared_moments,
         )
+
+    @property
+    def updates_per_step(self) -> int:
+        """Objectives whose gradients a rank has at the end of a step."""
+        if self.turns or self.in_replicas:
+            return 1
+        return sum(one.objectives for one in self.all_objectives)
 
     def __str__(self) -> str:
         parts = [f"tp={self.tp}", f"pp={self.pp}", f"dp={self.dp}"]
+        if self.replica > 1:
+            parts.append(f"replica={self.replica}")
         if self.pp > 1:
             parts.append(self.schedule + (f"x{self.virtual_stages}" * (self.virtual_stages > 1)))
         if self.splits_sequence:

@@ -2,7 +2,8 @@
 
     weights          the model's, in the type it computes in
     gradients        the flat buffer that every objective's backward fills in turn
-    optimizer        masters, and of each objective a gradient shard and two moments
+    optimizer        masters, of each objective a gradient shard and two moments; local masters,
+                     buffers between replicas and frozen references where a stage has them
     activations      of the micro-batches in flight, as the recomputation leaves them
     workspace        what the loss, or the backward of a layer, needs on top at the worst moment
     batch            the step's token ids and masks
@@ -24,22 +25,9 @@ from megarlx.planning.activations import (
     loss_workspace,
     stage_kept,
 )
-from megarlx.planning.job import Job
+from megarlx.planning.job import Job, Rollouts
 
 BYTES_OF_A_TOKEN = 8 + 8 + 8 + 1  # id, target, position, mask
-
-
-@dataclass(frozen=True)
-class Rollouts:
-    """Generation beside training: how many sequences at once on one copy of the model."""
-
-    slots: int
-    prompt_tokens: int
-    completion_tokens: int
-
-    @property
-    def longest(self) -> int:
-        return self.prompt_tokens + self.completion_tokens
 
 
 @dataclass(frozen=True)
@@ -68,33 +56,50 @@ class Memory:
 
 
 def rank_memory(job: Job, rank: int, rollouts: Rollouts | None = None) -> Memory:
-    """What a global rank needs."""
+    """What a global rank needs: objectives follow each other, so what a step adds is the most that
+    one of them does. `rollouts` are held besides those of the objectives."""
     pp_rank = job.layout.coordinates(rank)["pp"]
     numbers = job.sizes(pp_rank).flat
     n = Widths.of(job)
-    stages = list(job.stages(pp_rank))
-    kept = sum(stage_kept(job, n, stage) for stage in stages)
-    flying = in_flight(job, pp_rank)
-    backward = layer_backward_workspace(job, n) if any(s.layers for s in stages) else 0
-    loss = loss_workspace(job, n) if any(s.head for s in stages) else 0
+    trained = job.trained_on(rank)
+    added = max((_of_step(one, pp_rank) for one in trained), key=sum)
+    makers = job.all_objectives if job.generates_together else trained
+    caches = [one.rollouts for one in makers if one.rollouts is not None]
+    caches += [] if rollouts is None else [rollouts]
     return Memory(
         weights=numbers * n.e,
         gradients=numbers * n.w,
         optimizer=optimizer_bytes(job, numbers),
-        activations=kept * flying // len(stages),
-        workspace=max(backward, loss),
-        batch=job.tokens_per_microbatch * job.microbatches * BYTES_OF_A_TOKEN,
-        kv_cache=0 if rollouts is None else kv_cache_bytes(job, pp_rank, rollouts),
+        activations=added[0],
+        workspace=added[1],
+        batch=added[2],
+        kv_cache=sum(kv_cache_bytes(job, pp_rank, held) for held in caches),
+    )
+
+
+def _of_step(job: Job, pp_rank: int) -> tuple[int, int, int]:
+    """Activations, workspace and batch of one objective."""
+    n = Widths.of(job)
+    stages = list(job.stages(pp_rank))
+    kept = sum(stage_kept(job, n, stage) for stage in stages)
+    backward = layer_backward_workspace(job, n) if any(s.layers for s in stages) else 0
+    loss = loss_workspace(job, n) if any(s.head for s in stages) else 0
+    return (
+        kept * in_flight(job, pp_rank) // len(stages),
+        max(backward, loss),
+        job.tokens_per_microbatch * job.microbatches * BYTES_OF_A_TOKEN,
     )
 
 
 def optimizer_bytes(job: Job, numbers: int) -> int:
     """Of a rank that holds `numbers`, buffer padding included: `AveragingAdamW`'s own tensors."""
-    shard, w = numbers // job.dp, job.wide_bytes
-    masters_are_weights = job.dp == 1 and job.element_bytes == w
-    gradients_are_buffer = job.dp == 1 and job.objectives == 1
-    each = 2 * w + (0 if gradients_are_buffer else w)
-    total = shard * (job.objectives * each + (0 if masters_are_weights else w))
+    shard, w, held = numbers // job.dp, job.wide_bytes, job.kept
+    masters_are_weights = job.dp == 1 and job.element_bytes == w and not held.locals
+    gradients_are_buffer = job.dp == 1 and held.gradients == 1
+    wide = 2 * held.moments + held.locals + held.exchange
+    wide += 0 if gradients_are_buffer else held.gradients
+    wide += 0 if masters_are_weights else 1
+    total = shard * (wide * w + held.frozen * job.element_bytes)
     if job.dp > 1 and job.element_bytes != w:
         total += shard * job.element_bytes  # updated weights on their way to everybody
     return total
@@ -129,9 +134,9 @@ def kv_cache_bytes(job: Job, pp_rank: int, rollouts: Rollouts) -> int:
 
 
 def worst_rank(job: Job, rollouts: Rollouts | None = None) -> tuple[int, Memory]:
-    """The rank with the highest peak. Ranks differ by their place in the pipeline alone, and of
-    those that hold the same shapes the first has the most micro-batches in flight."""
-    candidates = [job.layout.rank_at(pp=pp, replica=0, dp=0, tp=0) for pp in job.kinds()]
-    memories = {rank: rank_memory(job, rank, rollouts) for rank in candidates}
+    """The rank with the highest peak. Ranks differ by their place in the pipeline, by the objective
+    of their replica, and of those that hold the same shapes the first has the most micro-batches in
+    flight."""
+    memories = {rank: rank_memory(job, rank, rollouts) for rank in job.different_ranks()}
     worst = max(memories, key=lambda rank: memories[rank].peak)
     return worst, memories[worst]

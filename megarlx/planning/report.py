@@ -10,13 +10,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from megarlx.model.communication import bytes_per_step
-from megarlx.planning.dry_run import DryRun
+from megarlx.planning.dry_run import DryRun, first_turn
 from megarlx.planning.hardware import Gpu
-from megarlx.planning.job import Job
-from megarlx.planning.memory import Rollouts, kv_cache_bytes, optimizer_bytes, rank_memory
-from megarlx.planning.rollouts import RolloutTime, rollout_time
+from megarlx.planning.job import Held, Job, Rollouts
+from megarlx.planning.memory import kv_cache_bytes, optimizer_bytes, rank_memory
+from megarlx.planning.rollouts import RolloutTime, generation_seconds, rollout_time
 from megarlx.planning.search import RECOMPUTE, Prediction, Search, predict, search
+from megarlx.planning.sent import bytes_of_step
 
 GB = 1e9
 
@@ -29,6 +29,7 @@ class Plan:
     configured: Prediction
     rollouts: Rollouts
     rollout_time: RolloutTime
+    generate_seconds: float  # of a step's samples, where the stage makes any
     kv_cache: int  # of the rollouts, on the worst rank
     activations: dict[str, int]  # of the worst rank, by recomputation
     optimizer: dict[int, int]  # of the worst rank, by number of objectives
@@ -46,21 +47,19 @@ def make_plan(
     pp_rank = job.layout.coordinates(rank)["pp"]
     numbers = job.sizes(pp_rank).flat
     counts = range(1, max(2, job.objectives) + 1)
+    alone = job.changed(others=(), held=None)
     return Plan(
         gpu,
         configured,
         rollouts,
         rollout_time(job, gpu, rollouts),
+        generation_seconds(job, gpu),
         kv_cache_bytes(job, pp_rank, rollouts),
         {r: rank_memory(job.changed(recompute=r), rank).activations for r in RECOMPUTE},
-        {n: optimizer_bytes(job.changed(objectives=n), numbers) for n in counts},
-        {k: v for k, v in _formula(job, rank).items() if v},
+        {n: optimizer_bytes(alone.changed(objectives=n), numbers) for n in counts},
+        {k: v for k, v in bytes_of_step(job, rank).items() if v},
         search(job, job.gpus, gpu, rollouts=held, count=best),
     )
-
-
-def _formula(job: Job, rank: int) -> dict[tuple[str, str], int]:
-    return bytes_per_step(job.model, job.layout, job.plan, job.step_shape, rank)
 
 
 def plan_values(plan: Plan) -> dict[str, Any]:
@@ -71,8 +70,9 @@ def plan_values(plan: Plan) -> dict[str, Any]:
         "gpu": asdict(plan.gpu),
         "gpus": job.gpus,
         "parameters": job.model.parameters(),
-        "tokens_per_step": job.tokens_per_step,
-        "objectives": job.objectives,
+        "tokens_per_step": round(job.trained_tokens / job.objectives),
+        "objectives": job.objectives if not job.others else [o.name for o in job.all_objectives],
+        "generate_seconds": plan.generate_seconds,
         "configured": _prediction_values(configured, plan.gpu),
         "activations_by_recompute": plan.activations,
         "optimizer_by_objectives": plan.optimizer,
@@ -105,6 +105,7 @@ def _prediction_values(prediction: Prediction, gpu: Gpu) -> dict[str, Any]:
 def _layout_values(job: Job) -> dict[str, Any]:
     """The keys of a configuration that give this layout."""
     return {
+        **({"layout.replica": job.replica} if job.replica > 1 else {}),
         "layout.tensor": job.tp,
         "layout.pipeline": job.pp,
         "layout.data": job.dp,
@@ -140,7 +141,7 @@ def dry_run_values(run: DryRun, job: Job) -> dict[str, Any]:
 
 def compare(run: DryRun, job: Job) -> list[tuple[str, str, int, int, int]]:
     """(axis, operation, calls, bytes counted, bytes of the formula) of all that is sent."""
-    formula = _formula(job, run.rank)
+    formula = bytes_of_step(first_turn(job), run.rank, averages=True)
     counted = run.sent()
     keys = sorted({*counted, *(key for key, value in formula.items() if value)})
     return [
@@ -155,7 +156,8 @@ def compare(run: DryRun, job: Job) -> list[tuple[str, str, int, int, int]]:
 def print_plan(plan: Plan, console: Console) -> None:
     job, gpu = plan.configured.job, plan.gpu
     console.print(
-        f"{_short(job.model.parameters())} parameters, {job.tokens_per_step:,} tokens a step, "
+        f"{_short(job.model.parameters())} parameters, "
+        f"{round(job.trained_tokens / job.objectives):,} tokens a step, "
         f"{_objectives(job)}, {job.precision}, on {job.gpus} {gpu.name}. "
         "Bytes are computed; seconds are modelled, not measured."
     )
@@ -166,12 +168,32 @@ def print_plan(plan: Plan, console: Console) -> None:
     _print_best(plan, console)
 
 
+def print_stages(jobs: dict[str, Job], gpu: Gpu, console: Console) -> None:
+    """All stages of a configuration, one line each; the fullest is then shown whole."""
+    table = _table("stage", "peak GB", "step s", "samples s", "MFU", "fits")
+    for name, job in jobs.items():
+        found = predict(job, gpu)
+        cells = (_gb(found.memory.peak), f"{found.time.total:.3f}")
+        samples = f"{generation_seconds(job, gpu):.3f}"
+        fits = "yes" if found.fits(gpu) else "NO"
+        table.add_row(name, *cells, samples, f"{found.mfu:.1%}", fits)
+    console.print(table)
+
+
 def _objectives(job: Job) -> str:
+    if job.others or job.name != "pretraining":
+        how = ""
+        if job.others:
+            place = "in replicas" if job.in_replicas else "on every rank"
+            how = " in turn" if job.turns else f" averaged {place}"
+            how += f" every {job.sync_every} steps" if job.sync_every > 1 else ""
+        return " and ".join(one.name for one in job.all_objectives) + how
     return "1 objective" if job.objectives == 1 else f"{job.objectives} objectives"
 
 
 def _print_memory(plan: Plan, console: Console) -> None:
     configured, usable = plan.configured, plan.gpu.usable_bytes
+    job = configured.job
     memory = configured.memory
     table = _table("kind", f"GB on rank {configured.rank}, the fullest")
     for kind, count in memory.by_kind().items():
@@ -185,7 +207,17 @@ def _print_memory(plan: Plan, console: Console) -> None:
     kept = ", ".join(f"{how} {_gb(count)}" for how, count in plan.activations.items())
     console.print(f"activations by recomputation (GB): {kept}")
     states = ", ".join(f"{n}: {_gb(count)}" for n, count in plan.optimizer.items())
-    console.print(f"optimizer by number of objectives (GB): {states}\n")
+    console.print(f"optimizer by number of objectives (GB): {states}")
+    if (held := job.held) is not None and held != Held():
+        console.print(f"of the shard's size on this rank: 1 master, {_shards(held)}")
+    console.print()
+
+
+def _shards(held: Held) -> str:
+    names = {"moments": "pairs of moments", "locals": "local masters", "frozen": "references"}
+    return ", ".join(
+        f"{count} {names.get(kind, kind)}" for kind, count in asdict(held).items() if count
+    ).replace("exchange", "to exchange updates")
 
 
 def _print_time(plan: Plan, console: Console) -> None:
@@ -196,7 +228,7 @@ def _print_time(plan: Plan, console: Console) -> None:
             table.add_row(part.replace("_", " "), f"{seconds:.3f}", f"{seconds / time.total:.1%}")
     table.add_row("step", f"{time.total:.3f}", "100.0%")
     console.print(table)
-    tokens = job.tokens_per_step * job.objectives / time.total
+    tokens = job.trained_tokens / time.total
     bubble = job.plan.bubble_fraction(job.microbatches)
     console.print(
         f"training: MFU {plan.configured.mfu:.1%}, {tokens:,.0f} tokens/s, "
@@ -210,14 +242,20 @@ def _print_time(plan: Plan, console: Console) -> None:
 
 
 def _print_rollouts(plan: Plan, console: Console) -> None:
-    time, rollouts = plan.rollout_time, plan.rollouts
+    time, rollouts, job = plan.rollout_time, plan.rollouts, plan.configured.job
     console.print(
         f"rollouts (modelled): {rollouts.slots} sequences at once on each of "
-        f"{plan.configured.job.dp} copies, {rollouts.prompt_tokens} + "
+        f"{job.dp * job.replica} copies, {rollouts.prompt_tokens} + "
         f"{rollouts.completion_tokens} tokens: {1e3 * time.token_seconds:.2f} ms a token, "
         f"{time.total:.1f} s for all, {time.tokens_per_second:,.0f} tokens/s, MFU {time.mfu:.1%}; "
         f"keys and values {_gb(plan.kv_cache)} GB a rank\n"
     )
+    if plan.generate_seconds:
+        samples = sum(one.samples_per_step for one in job.all_objectives)
+        console.print(
+            f"a step's {samples:,} samples take {plan.generate_seconds:.3f} s where all are of the "
+            "longest (modelled; before the step, and not in its time)\n"
+        )
 
 
 def _print_best(plan: Plan, console: Console) -> None:

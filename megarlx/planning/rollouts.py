@@ -11,12 +11,11 @@ Letters as in activations.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megarlx.planning.activations import Widths
 from megarlx.planning.hardware import Gpu
-from megarlx.planning.job import Job
-from megarlx.planning.memory import Rollouts
+from megarlx.planning.job import Job, Rollouts
 
 
 @dataclass(frozen=True)
@@ -45,10 +44,12 @@ def rollout_time(job: Job, gpu: Gpu, rollouts: Rollouts) -> RolloutTime:
     token = job.pp * slowest
     prefill = _prefill(job, gpu, rollouts)
     decode = token * rollouts.completion_tokens
-    tokens = rollouts.slots * job.dp * rollouts.completion_tokens
-    prompts = rollouts.slots * job.dp * rollouts.prompt_tokens
+    copies = job.dp * job.replica
+    tokens = rollouts.slots * copies * rollouts.completion_tokens
+    prompts = rollouts.slots * copies * rollouts.prompt_tokens
     # Forward is a third of what a training token costs.
-    each = job.model.flops_per_token(rollouts.longest) / 3
+    written = rollouts.prompt_tokens + rollouts.completion_tokens
+    each = job.model.flops_per_token(written) / 3
     share = (tokens + prompts) * each / ((prefill + decode) * job.gpus * gpu.flops)
     return RolloutTime(prefill, decode, token, tokens, share)
 
@@ -84,3 +85,20 @@ def _prefill(job: Job, gpu: Gpu, rollouts: Rollouts) -> float:
     layer += gpu.attention_seconds(4 * n.q * tokens * (rollouts.prompt_tokens + 1) / 2)
     layers = max(sum(s.layers for s in job.stages(pp)) for pp in job.kinds())
     return layers * layer + _sums(job, gpu, tokens, 2 * layers)
+
+
+def generation_seconds(job: Job, gpu: Gpu) -> float:
+    """What the samples of a step take where all are of the longest: the slots are filled again
+    until all are there. Log-probs of samples and their rewards are not modelled."""
+    total = 0.0
+    for one in job.all_objectives:
+        if one.rollouts is None:
+            continue
+        copies = job.dp * (job.replica if job.generates_together else one.trainers // job.dp)
+        each = -(-one.samples_per_step // copies)
+        rounds, left = divmod(each, one.rollouts.slots)
+        seconds = rounds * rollout_time(job, gpu, one.rollouts).total
+        if left:
+            seconds += rollout_time(job, gpu, replace(one.rollouts, slots=left)).total
+        total += seconds * job.share_of_steps(one)
+    return total

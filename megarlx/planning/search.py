@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from megarlx.parallel.pipeline_plan import Schedule
 from megarlx.planning.hardware import Gpu
-from megarlx.planning.job import Job
-from megarlx.planning.memory import Memory, Rollouts, worst_rank
+from megarlx.planning.job import Job, Rollouts
+from megarlx.planning.memory import Memory, worst_rank
 from megarlx.planning.step_time import StepTime, mfu, step_time
 
 SCHEDULES: tuple[tuple[Schedule, int], ...] = (
@@ -75,13 +75,14 @@ def search(
 
 def layouts(job: Job, gpus: int, gpu: Gpu) -> Iterator[Job]:
     """Every layout that the code accepts, each once."""
-    for tp in _divisors(gpus, gpu.gpus_per_node):
-        for pp in _divisors(gpus // tp, job.model.layers):
+    each = gpus // job.replica  # replicas are objectives: their number is not for us to change
+    for tp in _divisors(each, gpu.gpus_per_node):
+        for pp in _divisors(each // tp, job.model.layers):
             for schedule, virtual_stages in SCHEDULES if pp > 1 else SCHEDULES[:1]:
                 candidate = job.changed(
                     tp=tp,
                     pp=pp,
-                    dp=gpus // (tp * pp),
+                    dp=each // (tp * pp),
                     schedule=schedule,
                     virtual_stages=virtual_stages,
                     layers_per_stage=None,
@@ -95,16 +96,16 @@ def layouts(job: Job, gpus: int, gpu: Gpu) -> Iterator[Job]:
 
 
 def _pieces(job: Job) -> Iterator[Job]:
-    each = 1
-    while each <= LARGEST_MICROBATCH:
+    sizes = [2**n for n in range(LARGEST_MICROBATCH.bit_length())]
+    if job.packed_tokens:  # the policy's micro-batches are filled by tokens, and stay
+        sizes = [job.sequences_per_microbatch]
+    for each in sizes:
         try:
             job.changed(sequences_per_microbatch=each).check_batch()
         except ValueError:
-            pass
-        else:
-            for recompute in RECOMPUTE:
-                yield job.changed(sequences_per_microbatch=each, recompute=recompute)
-        each *= 2
+            continue
+        for recompute in RECOMPUTE:
+            yield job.changed(sequences_per_microbatch=each, recompute=recompute)
 
 
 def _divisors(number: int, at_most: int) -> list[int]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megarlx.model.communication import Sent, bytes_per_step
+from megarlx.model.communication import Sent, objective_bytes, update_bytes
 from megarlx.planning.activations import Widths
 from megarlx.planning.hardware import Gpu
 from megarlx.planning.job import Job, Sizes
@@ -50,13 +50,45 @@ class _Microbatch:
 
 
 def step_time(job: Job, gpu: Gpu) -> StepTime:
-    ranks = [job.layout.rank_at(pp=pp, replica=0, dp=0, tp=0) for pp in job.kinds()]
-    rounds = job.microbatches * job.objectives
-    busiest, microbatch = max(
+    """Of the objectives of the slowest rank; in replicas the others wait for it."""
+    return max(
+        (_time_of(job, gpu, rank) for rank in _first_ranks(job)), key=lambda time: time.total
+    )
+
+
+def _first_ranks(job: Job) -> list[int]:
+    """One of each set of objectives."""
+    replicas = range(job.replica if job.in_replicas else 1)
+    return [job.layout.rank_at(pp=0, replica=r, dp=0, tp=0) for r in replicas]
+
+
+def _time_of(job: Job, gpu: Gpu, rank: int) -> StepTime:
+    """Each of the rank's objectives through its pipeline, and then the update."""
+    replica = job.layout.coordinates(rank)["replica"]
+    kinds = [job.layout.rank_at(pp=pp, replica=replica, dp=0, tp=0) for pp in job.kinds()]
+    total = dict.fromkeys(StepTime.__dataclass_fields__, 0.0)
+    for one in job.trained_on(rank):
+        times = one.objectives * job.share_of_steps(one)
+        for part, seconds in vars(_objective_time(one, gpu, kinds)).items():
+            total[part] += times * seconds
+    busiest, _ = _busiest(job.trained_on(rank)[0], gpu, kinds)
+    total["data_links"] += _update_links(job, gpu, busiest)
+    total["optimizer"] = _optimizer(job, gpu, busiest)
+    return StepTime(**total)
+
+
+def _busiest(job: Job, gpu: Gpu, ranks: list[int]) -> tuple[int, _Microbatch]:
+    return max(
         ((rank, _microbatch(job, gpu, rank)) for rank in ranks),
         key=lambda pair: sum(vars(pair[1]).values()),
     )
-    sent = bytes_per_step(job.model, job.layout, job.plan, job.step_shape, busiest)
+
+
+def _objective_time(job: Job, gpu: Gpu, ranks: list[int]) -> StepTime:
+    """Forward and backward of one objective, and the reduction of its gradients."""
+    rounds = job.microbatches
+    busiest, microbatch = _busiest(job, gpu, ranks)
+    sent = objective_bytes(job.model, job.layout, job.plan, job.step_shape, busiest)
     tensor = _tensor_links(job, gpu, sent, busiest)
     pipeline = _pipeline_links(job, gpu, sent, busiest)
     work = rounds * sum(vars(microbatch).values()) + tensor + pipeline
@@ -70,8 +102,8 @@ def step_time(job: Job, gpu: Gpu) -> StepTime:
         tensor_links=tensor,
         pipeline_links=pipeline,
         bubble=work * idle / (1 - idle),
-        data_links=_data_links(job, gpu, sent, busiest, last_backward),
-        optimizer=_optimizer(job, gpu, busiest),
+        data_links=_reduction(job, gpu, sent, busiest, last_backward),
+        optimizer=0.0,
     )
 
 
@@ -86,7 +118,7 @@ def _microbatch(job: Job, gpu: Gpu, rank: int) -> _Microbatch:
     layers = sum(stage.layers for stage in stages)
     shapes = ((n.h, n.q + 2 * n.k), (n.q, n.h), (n.h, 2 * n.F), (n.F, n.h))
     forward = layers * sum(gpu.product_seconds(n.T, a, b, n.e) for a, b in shapes)
-    seen = (job.sequence_length + 1) / 2
+    seen = (job.seen_length + 1) / 2
     attention = layers * gpu.attention_seconds(4 * n.q * n.T * seen)
     heads = n.T * (3 * n.q + 5 * n.k) * n.e if job.model.qk_norm != "none" else 0
     heads += n.T * (2 * n.q + 3 * n.k) * n.e  # rotation
@@ -119,39 +151,57 @@ def _tensor_links(job: Job, gpu: Gpu, sent: Sent, rank: int) -> float:
     if job.model.qk_norm == "full":
         calls += layers * (2 if job.recompute == "none" else 3)
     calls += 2 * sum(stage.embedding + stage.head for stage in stages)
-    rounds = job.microbatches * job.objectives
+    rounds = job.microbatches
     return seconds + calls * rounds * gpu.latency(1, job.tp)
 
 
 def _pipeline_links(job: Job, gpu: Gpu, sent: Sent, rank: int) -> float:
     if job.pp == 1:
         return 0.0
-    stride = job.tp * job.dp
+    stride = job.tp * job.dp * job.replica
     pp_rank = job.layout.coordinates(rank)["pp"]
-    messages = sum(job.plan.sends_per_step(pp_rank, job.microbatches)) * job.objectives
+    messages = sum(job.plan.sends_per_step(pp_rank, job.microbatches))
     seconds = _bytes_on(sent, "pp") / gpu.link_bandwidth(stride, job.pp)
     return seconds + messages * gpu.latency(stride, job.pp)
 
 
-def _data_links(job: Job, gpu: Gpu, sent: Sent, rank: int, last_backward: float) -> float:
-    if job.dp == 1:
-        return 0.0
-    bandwidth = gpu.link_bandwidth(job.tp, job.dp)
-    waits = job.plan.splits_backward or _sizes(job, rank).completes_gradients
-    reduction = sent["dp", "reduce_scatter"] / bandwidth / job.objectives
-    if not waits:
-        reduction = max(0.0, reduction - last_backward)
-    return job.objectives * reduction + sent["dp", "all_gather"] / bandwidth
+def _reduction(job: Job, gpu: Gpu, sent: Sent, rank: int, last_backward: float) -> float:
+    seconds = 0.0
+    if job.dp > 1:
+        waits = job.plan.splits_backward or _sizes(job, rank).completes_gradients
+        seconds = sent["dp", "reduce_scatter"] / gpu.link_bandwidth(job.tp, job.dp)
+        if not waits:
+            seconds = max(0.0, seconds - last_backward)
+    if job.replica > 1:  # after it; nothing where each replica has its own objective
+        seconds += sent["replica", "all_reduce"] / _between_replicas(job, gpu)
+    return seconds
+
+
+def _update_links(job: Job, gpu: Gpu, rank: int) -> float:
+    """What replicas tell each other, and the gather of the new weights."""
+    sent = update_bytes(job.model, job.layout, job.plan, job.step_shape, rank)
+    seconds = 0.0
+    if job.dp > 1:
+        seconds += sent["dp", "all_gather"] / gpu.link_bandwidth(job.tp, job.dp)
+    if job.in_replicas:
+        seconds += sent["replica", "all_reduce"] / _between_replicas(job, gpu)
+    return seconds
+
+
+def _between_replicas(job: Job, gpu: Gpu) -> float:
+    return gpu.link_bandwidth(job.tp * job.dp, job.replica)
 
 
 def _optimizer(job: Job, gpu: Gpu, rank: int) -> float:
     """One pass: master read and written, of each objective a gradient read and moments read and
     written, the new weights; before it the norms, and the gradient buffer's zeros."""
-    n, held = Widths.of(job), _sizes(job, rank).parameters
+    n, held, updates = Widths.of(job), _sizes(job, rank).parameters, job.updates_per_step
     shard = held / job.dp
-    update = shard * (2 * n.w + 5 * n.w * job.objectives + n.e)
-    norms = shard * n.w * job.objectives
-    return gpu.pass_seconds(update + norms + held * n.w * job.objectives)
+    update = shard * (2 * n.w + 5 * n.w * updates + n.e)
+    norms = shard * n.w * updates
+    # An update that is sent is written and packed, and what comes back is added.
+    exchange = shard * 6 * n.w / job.sync_every if job.in_replicas else 0.0
+    return gpu.pass_seconds(update + norms + held * n.w * updates + exchange)
 
 
 def _sizes(job: Job, rank: int) -> Sizes:

@@ -42,7 +42,11 @@ def read_config(run: Path) -> Config:
 
 def excursion_config(parent: Path, recipe: Path, overrides: Sequence[str] = ()) -> Config:
     """The recipe, over what it takes from its parent."""
-    before = read_config(parent)
+    return recipe_config(read_config(parent), recipe, overrides, str(parent))
+
+
+def recipe_config(before: Config, recipe: Path, overrides: Sequence[str], parent: str) -> Config:
+    """The recipe over the configuration that a run of it would start from."""
     whole = before.model_dump(mode="json")
     base = {key: whole[key] for key in INHERITED}
     base["training"] = {key: whole["training"][key] for key in OF_TRAINING}

@@ -11,9 +11,8 @@ import torch
 
 from megarlx.config import Config
 from megarlx.config.objectives import PRETRAINING
+from megarlx.planning.hardware import gpu_named
 from megarlx.trainer import Trainer
-
-GPU_PEAK_FLOP_PER_SECOND = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
 class Costs:
@@ -74,11 +73,8 @@ class Costs:
 def peak_flop_per_second(device: torch.device) -> float:
     """What MFU is measured against: a GPU's data sheet in bf16, or this machine's own sgemm."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for known, peak in GPU_PEAK_FLOP_PER_SECOND.items():
-            if known in name:
-                return peak
-        return math.inf
+        known = gpu_named(torch.cuda.get_device_name(device))
+        return math.inf if known is None else known.flops
     a = torch.randn(512, 512)
     torch.mm(a, a)
     times = []

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -20,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megarlx.checkpoint import latest
 from megarlx.comm import launch
-from megarlx.comm.collectives import all_reduce_, gather_values
+from megarlx.comm.collectives import gather_values
 from megarlx.config.evaluation import EvaluationConfig
 from megarlx.config.objectives import PRETRAINING
 from megarlx.data.conversations import Template
@@ -35,7 +32,7 @@ from megarlx.run.directory import RunError
 from megarlx.run.lock import run_lock
 from megarlx.run.rank_logs import RankLog, rank_log
 from megarlx.run.readiness import beginnings_of_rl, readiness_of
-from megarlx.run.stopped import REQUEUE, clear_mark, exit_code, mark_stopped
+from megarlx.run.stopped import REQUEUE, StopRequest, clear_mark, exit_code, mark_stopped
 from megarlx.run.world import world_of
 from megarlx.trackers import Trackers, check_installed
 
@@ -44,33 +41,6 @@ SHOWN_SAMPLES = 4
 
 class TrainingError(RuntimeError):
     """Training cannot go on: which step, which objective, what went wrong."""
-
-
-class StopRequest:
-    """A signal or the clock asks for the end of the run, after the step that is under way."""
-
-    def __init__(self, minutes: float | None) -> None:
-        self.reason = ""
-        self._until = math.inf if minutes is None else time.monotonic() + 60 * minutes
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        def asked(number: int, _: FrameType | None) -> None:
-            self.reason = signal.Signals(number).name
-
-        before = {n: signal.signal(n, asked) for n in (signal.SIGTERM, signal.SIGUSR1)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def agreed(self, run: Run) -> bool:
-        """Whether any rank was asked: all ranks stop after the same step."""
-        if not self.reason and time.monotonic() >= self._until:
-            self.reason = "stop_after_minutes"
-        asked = torch.tensor([int(bool(self.reason))])
-        return bool(all_reduce_(asked, run.mesh.world, "max").item())
 
 
 def train(run: Run) -> int:
@@ -202,7 +172,7 @@ class _Loop:
                 )
             if last or done % config.logging.log_every_steps == 0:
                 self._log()
-            stopping = stop.agreed(self.run)
+            stopping = stop.agreed(self.run.mesh.world)
             self._note_what_is_due(done, last=last, stopping=stopping)
             if trainer.in_sync:
                 self._do_what_is_due(wait=last or stopping)

@@ -70,6 +70,10 @@ def open_config(
     ]
     if any(o.startswith("layout.") for o in overrides) or processes % model:
         reset.append("layout={}")
+    elif own.schedule == "zbv":  # nothing is trained here, and a V cannot generate
+        sizes = f"tensor = {own.tensor}, pipeline = {own.pipeline}, data = {processes // model}"
+        split = str(own.sequence_parallel).lower()
+        reset.append(f"layout={{ {sizes}, sequence_parallel = {split} }}")
     else:
         reset += ["layout.replica=1", f"layout.data={processes // model}"]
     return load_config(path, [*reset, *overrides])

@@ -28,7 +28,8 @@ class Job:
 
 def jobs_of(sweep: SweepConfig) -> list[Job]:
     """In an order in which every job comes after what it needs."""
-    jobs = [job for seed in sweep.seeds for job in _of_seed(sweep, seed)]
+    of_seed = _from_run if sweep.trunk_is_there else _of_seed
+    jobs = [job for seed in sweep.seeds for job in of_seed(sweep, seed)]
     counts = Counter(job.name for job in jobs)
     if double := [name for name, count in counts.items() if count > 1]:
         raise ConfigError(
@@ -45,15 +46,36 @@ def _of_seed(sweep: SweepConfig, seed: int) -> Iterator[Job]:
         overrides = _overrides(settings)
         steps = load_config(sweep.trunk, [f"{k}={_toml(v)}" for k, v in settings.items()]).steps
         yield Job(trunk.name, ("train", sweep.trunk, "--out", str(trunk), *overrides), trunk, steps)
-        for where in sweep.evaluate:
-            name = f"{trunk.name}-evaluate-{_plain(where)}"
-            yield Job(name, ("evaluate", f"{trunk}@{where}"), None, None, trunk.name)
+        yield from _evaluations(sweep, trunk, trunk.name)
         for excursions in sweep.excursions:
-            yield from _excursions(excursions, out, trunk, values, seed)
+            yield from _excursions(excursions, out, trunk, values, seed, trunk.name)
+
+
+def _from_run(sweep: SweepConfig, seed: int) -> Iterator[Job]:
+    """Excursions from a trunk that is there: the seed is theirs, and it is measured once."""
+    trunk = Path(sweep.trunk)
+    if seed == sweep.seeds[0]:
+        yield from _evaluations(sweep, trunk, None)
+    for excursions in sweep.excursions:
+        seeded = {**dict.fromkeys(sweep.seed_keys, seed), **excursions.set}
+        own = excursions.model_copy(update={"set": seeded})
+        yield from _excursions(own, Path(sweep.out), trunk, {}, seed, None)
+
+
+def _evaluations(sweep: SweepConfig, trunk: Path, needs: str | None) -> Iterator[Job]:
+    suites = () if sweep.suites is None else ("--config", sweep.suites)
+    for where in sweep.evaluate:
+        name = f"{trunk.name}-evaluate-{_plain(where)}"
+        yield Job(name, ("evaluate", f"{trunk}@{where}", *suites), None, None, needs)
 
 
 def _excursions(
-    config: ExcursionConfig, out: Path, trunk: Path, trunk_values: Mapping[str, Any], seed: int
+    config: ExcursionConfig,
+    out: Path,
+    trunk: Path,
+    trunk_values: Mapping[str, Any],
+    seed: int,
+    needs: str | None,
 ) -> Iterator[Job]:
     for recipe, where, values in itertools.product(
         config.recipes, config.checkpoints, _combinations(config.axes)
@@ -67,7 +89,7 @@ def _excursions(
             ("branch", f"{trunk}@{where}", recipe, "--out", str(run), *overrides),
             run,
             None,
-            trunk.name,
+            needs,
         )
 
 

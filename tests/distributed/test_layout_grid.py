@@ -69,6 +69,7 @@ PAIRS = [
     Case("olmo2", tp=4, dp=2, microbatches=2, recompute="full"),
     Case("llama3", tp=4, dp=1, sequence_parallel=True, microbatches=1),
     Case("llama3", tp=1, pp=4, dp=2, microbatches=4, recompute="selective"),
+    Case("llama3", pp=2, microbatches=4, schedule="zero_bubble", recompute="selective"),
     Case("llama3", pp=2, schedule="interleaved", virtual_stages=2, dp=2, microbatches=4),
     Case("qwen2", tp=2, pp=2, schedule="zero_bubble", microbatches=4, tied=True),
     Case("qwen2", pp=2, dp=2, schedule="zbv", virtual_stages=2, microbatches=4, tied=True),

@@ -20,6 +20,7 @@ from training_runs import ROOT
 
 from megarlx.cli import COMMANDS, main
 from megarlx.config import load_config
+from megarlx.planning.command import planned_config
 
 # What is a pattern of commands and none itself: RUN[@ITER], FILE…, <this repository>
 PATTERN = re.compile(r"[\[…<]")
@@ -108,7 +109,9 @@ def test_a_documented_command_is_one_that_the_command_line_takes(
         if word.startswith(OURS):
             assert (ROOT / word).exists(), f"{one.line}\n{word} does not exist"
     config = getattr(parsed, "config", None)
-    if one.words[0] in ("train", "plan", "config") and config and (ROOT / config).exists():
+    if getattr(parsed, "trunk", None) is not None:
+        planned_config(parsed)
+    elif one.words[0] in ("train", "plan", "config") and config and (ROOT / config).exists():
         load_config(config, getattr(parsed, "overrides", []))
 
 

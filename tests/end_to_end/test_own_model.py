@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from documents import fenced
+from public_models import tiny_model
 from training_runs import ROOT, environment
-
-from megarlx.data.tokenizer import ByteTokenizer
-from megarlx.hf.tokenizer_files import hugging_face_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -31,27 +29,6 @@ SMALLER = {
     "samples = 32": "samples = 4",
     "max_new_tokens = 512": "max_new_tokens = 12",
 }
-
-
-def tiny_model(folder: Path) -> None:
-    """Random weights and a tokenizer of bytes, as a model's folder comes from a hub."""
-    tokenizer = ByteTokenizer()
-    torch.manual_seed(0)
-    config = transformers.Olmo2Config(
-        vocab_size=272,
-        hidden_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=40,
-        max_position_embeddings=320,
-        pad_token_id=None,
-        eos_token_id=tokenizer.eos_id,
-    )
-    transformers.Olmo2ForCausalLM(config).save_pretrained(folder)
-    names = ("tokenizer.json", "tokenizer_config.json")
-    for name, content in zip(names, hugging_face_tokenizer(tokenizer), strict=True):
-        (folder / name).write_text(json.dumps(content))
 
 
 def test_the_way_from_a_model_of_ones_own_to_the_report(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from megarlx.config import Config, ConfigError, load_config
 from megarlx.config.load import over
 from megarlx.config.objectives import StageConfig
+from megarlx.run.opened import open_config
 
 START = """
 [model]
@@ -108,6 +109,33 @@ def test_stages_that_cannot_be_are_refused_with_the_reason(
     tmp_path: Path, text: str, said: str
 ) -> None:
     assert said in refused(tmp_path, text)
+
+
+V = '[layout]\npipeline = 2\nvirtual_stages = 2\nschedule = "zbv"\n'
+SINGLE = "[[stages]]\nsteps = 10\n[stages.objectives.{}]\n"
+SUITE = '[evaluation]\nat_end = true\n[[evaluation.suites]]\nname = "s"\nkind = "{}"\npath = "x"\n'
+
+
+def test_a_pipeline_in_a_v_is_refused_where_text_is_generated_and_says_what_works(
+    tmp_path: Path,
+) -> None:
+    loaded(tmp_path, V + SINGLE.format("sft"))
+    loaded(tmp_path, V + SINGLE.format("sft") + SUITE.format("choice"))
+    for text, who in (
+        (SINGLE.format("rl"), "objective 'rl' generates text"),
+        (SINGLE.format("sft") + SUITE.format("pass_at_k"), "suite 's' generates text"),
+    ):
+        said = refused(tmp_path, V + text)
+        assert "layout.schedule is 'zbv'" in said
+        assert who in said
+        assert "needs 1f1b, interleaved or zero_bubble" in said
+
+
+def test_a_run_trained_in_a_v_is_opened_without_it(tmp_path: Path) -> None:
+    config = loaded(tmp_path, V + SINGLE.format("sft"))
+    (tmp_path / "resolved.json").write_text(config.to_json())
+    opened = open_config(tmp_path, 2).layout
+    assert (opened.schedule, opened.pipeline, opened.virtual_stages) == ("1f1b", 2, 1)
 
 
 def test_steps_beside_stages_are_refused(tmp_path: Path) -> None:

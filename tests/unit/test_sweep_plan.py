@@ -50,6 +50,23 @@ def test_runs_are_trunks_times_checkpoints_times_recipes_times_seeds(tmp_path: P
     assert "training.seed=5" in wide.arguments
 
 
+def test_a_run_that_is_there_is_measured_once_and_branched_with_every_seed(tmp_path: Path) -> None:
+    run = tmp_path / "public"
+    run.mkdir()
+    path = tmp_path / "sweep.toml"
+    path.write_text(
+        f'out = "{tmp_path}/out"\ntrunk = "{run}"\nseeds = [3, 5]\nevaluate = ["1000"]\n'
+        'suites = "suites.toml"\n[[excursions]]\nrecipes = ["rl.toml"]\nset = {"rl.slots" = 8}\n'
+    )
+    measured, *branches = jobs_of(load_config(path, (), SweepConfig))
+    assert measured.arguments == ("evaluate", f"{run}@1000", "--config", "suites.toml")
+    assert [job.needs for job in (measured, *branches)] == [None] * 3
+    for job, seed in zip(branches, (3, 5), strict=True):
+        out = tmp_path / "out" / f"rl-at-latest-seed-{seed}"
+        assert job.arguments[:5] == ("branch", f"{run}@latest", "rl.toml", "--out", str(out))
+        assert {f"training.seed={seed}", "rl.slots=8"} <= set(job.arguments)
+
+
 def test_trunks_can_be_those_of_another_sweep(tmp_path: Path) -> None:
     own = jobs_of(sweep(tmp_path))
     theirs = jobs_of(sweep(tmp_path, 'trunks = "elsewhere"'))

@@ -10,8 +10,15 @@ from hf_cases import convert, published, save, transformers
 from tokenizers import Tokenizer as Engine
 from tokenizers import models, pre_tokenizers
 
+from megarlx.config.objectives import TemplateConfig
+from megarlx.data.conversations import Conversation, Template, Turn
 from megarlx.data.tokenizer import ByteTokenizer, Tokenizer, WordTokenizer, load_tokenizer
-from megarlx.hf.tokenizer_files import hugging_face_tokenizer
+from megarlx.hf.export import learned_template
+from megarlx.hf.tokenizer_files import (
+    chat_template,
+    has_chat_template,
+    hugging_face_tokenizer,
+)
 
 TEXTS = ["tom has 3 apples", "apples", "3 3 3 has tom"]
 ANY_TEXTS = [*TEXTS, "  two  spaces\n\ttab", "naïve ☃ 日本 \x00\x7f", "", "a" * 50]
@@ -102,6 +109,44 @@ def test_an_excursion_exports_with_the_files_of_the_trunk_it_goes_back_to(tmp_pa
     (child / "lineage.json").write_text(json.dumps(lineage))
     convert(child, tmp_path / "back", "megarlx>hf")
     assert (tmp_path / "back" / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
+ODD = "a \"quoted\" {{ thing }} \\ of 'two'\nlines, ☃ and 𝄞"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        {},
+        {"user": "<|{content}|>\n", "opening": "Answer:\n", "assistant": "{content}\n"},
+        {"user": ODD + "{content}" + ODD, "system": "{content}", "opening": ODD},
+    ],
+)
+def test_the_exported_chat_template_writes_what_the_model_was_trained_on(
+    tmp_path: Path, template: dict[str, str]
+) -> None:
+    settings, tokenizer = TemplateConfig(**template), ByteTokenizer()
+    (written(tokenizer, tmp_path) / "chat_template.jinja").write_text(chat_template(settings))
+    assert has_chat_template(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    turns = [Turn("system", "be short"), Turn("user", ODD), Turn("assistant", ODD)]
+    ours = Template(**settings.model_dump())
+    asked = [*turns, Turn("user", "and now?")]
+    for given in (asked, asked[1:], asked[:2], asked[-1:]):
+        messages = [{"role": turn.role, "content": turn.content} for turn in given]
+        text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert theirs(text)["input_ids"] == ours.prompt_ids(given, tokenizer)
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    text = theirs.apply_chat_template(messages, tokenize=False)
+    assert theirs(text)["input_ids"] == ours.encode(Conversation(tuple(turns)), tokenizer)[0]
+
+
+def test_a_model_that_saw_pre_training_only_has_no_chat_template(tmp_path: Path) -> None:
+    (tmp_path / "resolved.json").write_text('{"template": {"user": "Q {content}"}}')
+    before = {"run": {"tokens": {"pretraining": 10, "sft": 0}}}
+    assert learned_template(tmp_path, before) is None
+    after = {"run": {"tokens": {"pretraining": 10, "sft": 3}}}
+    assert learned_template(tmp_path, after) == TemplateConfig(user="Q {content}")
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from planned_jobs import llama3, seventy_billion
 
 from megarlx.config.model import family_config
-from megarlx.planning.hardware import GPUS, Gpu
+from megarlx.planning.hardware import GPUS, Gpu, gpu_named
 from megarlx.planning.job import Job
 from megarlx.planning.memory import Rollouts
 from megarlx.planning.rollouts import rollout_time
@@ -130,3 +130,13 @@ def test_tensor_parallel_rollouts_read_less_and_wait_for_sums() -> None:
     big_one = rollout_time(Job(seventy_billion(), 8, 1, 4096), gpu, rollouts)
     big_eight = rollout_time(Job(seventy_billion(), 8, 1, 4096, tp=8), gpu, rollouts)
     assert big_eight.token_seconds < big_one.token_seconds / 4
+
+
+def test_a_device_is_known_by_the_name_that_cuda_gives_it() -> None:
+    for device, name in (
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-40GB", "a100"),
+        ("NVIDIA H200", "h200"),
+    ):
+        assert gpu_named(device) is GPUS[name]
+    assert gpu_named("NVIDIA GeForce RTX 4090") is None

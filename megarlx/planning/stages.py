@@ -1,0 +1,138 @@
+"""A stage of a configuration as a job: what its objectives are, and what of them a rank holds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megarlx.config import Config, RlConfig, SftConfig, StageConfig
+from megarlx.config.objectives import PRETRAINING
+from megarlx.model.check_layout import LayoutError
+from megarlx.planning.job import Held, Job, Rollouts
+from megarlx.planning.memory import worst_rank
+
+PROMPT_TOKENS = 512  # of time, where a configuration says no more than what there is room for
+
+
+def jobs_by_stage(config: Config, gpus: int) -> dict[str, Job]:
+    """Of every stage, by its number and name."""
+    return {
+        f"{index + 1} {stage.label}": job_of_stage(config, gpus, index)
+        for index, stage in enumerate(config.all_stages)
+    }
+
+
+def chosen_stage(jobs: dict[str, Job], wanted: str | None) -> Job:
+    """By name or number; else the one that needs most memory."""
+    if wanted is None:
+        return max(jobs.values(), key=lambda job: worst_rank(job)[1].peak)
+    found = [job for name, job in jobs.items() if wanted in name.split(" ", 1)]
+    if not found:
+        raise ValueError(f"--stage is '{wanted}'; allowed are {', '.join(jobs)}")
+    return found[0]
+
+
+def job_of_stage(config: Config, gpus: int, index: int) -> Job:
+    """The stage's first objective, the others beside it; the batch of each as configured."""
+    stage = config.all_stages[index]
+    replicas, count = config.layout.replica, len(stage.objectives)
+    in_replicas = stage.placement == "replicas"
+    if in_replicas and replicas != count:
+        raise LayoutError(
+            f"layout.replica is {replicas}; stage '{stage.label}' has placement = 'replicas' for "
+            f"{count} objectives: allowed is {count}, one each"
+        )
+    if replicas > 1 and not any(s.placement == "replicas" for s in config.all_stages):
+        raise LayoutError(
+            f"layout.replica is {replicas}; replicas run one objective each, and no stage has "
+            "placement = 'replicas': allowed is 1"
+        )
+    common = replace(
+        Job.configured(config, gpus),
+        in_replicas=in_replicas,
+        generates_together=stage.generate_together and stage.sync_every == 1,
+        sync_every=stage.sync_every,
+        shared_moments=stage.of == "gradients",
+        held=_held(config, index),
+    )
+    first, *others = (_objective(config, stage, name, common) for name in stage.objectives)
+    job = replace(first, others=tuple(others))
+    job.check(gpus)
+    return job
+
+
+def _held(config: Config, index: int) -> Held:
+    """As `OptimizerState` has it."""
+    stage = config.all_stages[index]
+    members, waiting = list(stage.objectives), _waiting(config, index)
+    in_replicas = stage.placement == "replicas" and len(members) > 1
+    trained = 1 if in_replicas else len(members)
+    shared, local = stage.of == "gradients", stage.sync_every > 1
+    references = [
+        name
+        for name in (*members, *waiting)
+        if isinstance(one := config.named_objectives.get(name), RlConfig)
+        and one.policy.needs_reference
+    ]
+    return Held(
+        gradients=trained,
+        moments=(1 if shared else trained) + len(waiting),
+        locals=trained if local else 0,
+        exchange=(1 if shared or local else 2) if in_replicas else 0,
+        frozen=len(references),
+    )
+
+
+def _waiting(config: Config, index: int) -> list[str]:
+    """Objectives that are not trained in this stage, and that a later one goes on with."""
+    kept: list[str] = []
+    decided = set(config.all_stages[index].objectives)
+    for stage in config.all_stages[index + 1 :]:
+        kept += [n for n, one in stage.objectives.items() if one.goes_on and n not in decided]
+        decided |= set(stage.objectives)
+    return kept
+
+
+def _objective(config: Config, stage: StageConfig, name: str, common: Job) -> Job:
+    turns = stage.objectives[name].turns if stage.combine == "alternate" else 0
+    common = replace(common, name=name, turns=turns)
+    if name == PRETRAINING:
+        return common
+    given = config.named_objectives[name]
+    if isinstance(given, SftConfig):
+        return replace(
+            common,
+            sequences_per_step=given.sequences_per_step or common.sequences_per_step,
+            sequences_per_microbatch=given.sequences_per_microbatch
+            or common.sequences_per_microbatch,
+            sequence_length=given.sequence_length or common.sequence_length,
+        )
+    rollouts = _rollouts(config, given)
+    samples = given.prompts_per_step * given.samples_per_prompt
+    each = rollouts.prompt_tokens + rollouts.completion_tokens
+    return replace(
+        common,
+        sequences_per_microbatch=1,
+        sequence_length=given.tokens_per_microbatch,
+        packed_tokens=samples * each,
+        document_length=each,
+        rollouts=rollouts,
+        # Of a rollout that feeds several steps in several passes, this is a step's part.
+        samples_per_step=-(-samples // given.epochs_per_rollout),
+    )
+
+
+def _rollouts(config: Config, given: RlConfig) -> Rollouts:
+    """Completions as long as they may become; prompts as long as is said, or a usual length."""
+    most = config.model.max_sequence_length
+    if given.environment is not None:
+        most = given.environment.max_episode_tokens
+    completion = min(given.most_written_tokens, most - 1)
+    room = most - completion
+    longest = min(given.max_prompt_tokens or room, room)
+    prompt = given.max_prompt_tokens and longest
+    return Rollouts(
+        given.slots,
+        prompt_tokens=prompt or min(PROMPT_TOKENS, longest),
+        completion_tokens=completion,
+        most_tokens=most if given.environment is not None else longest + completion,
+    )
