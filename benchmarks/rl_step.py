@@ -77,8 +77,9 @@ class Case:
         return a_token * (n * length + generated / 3)
 
 
-def our_step(case: Case) -> tuple[Callable[[], object], Reinforcement]:
-    model = build_model(case.model, Mesh.alone(), seed=0)
+def our_step(case: Case, **options: Any) -> tuple[Callable[[], object], Reinforcement]:
+    """`options` are those of `build_model`."""
+    model = build_model(case.model, Mesh.alone(), seed=0, **options)
     tokenizer = WordTokenizer(case.words)
     config = RlConfig(
         prompts_per_step=case.prompts,

@@ -89,12 +89,21 @@ class SameBatch:
         return {"same": consumed_sequences * self.sequence_length}
 
 
-def our_step(size: Size, samples: Tensor) -> Callable[[], object]:
-    loader = Loader(
-        SameBatch(samples), BatchLayout(size.sequences, size.sequences), prefetch_steps=0
-    )
-    trained = TrainedObjective(Supervised("pretraining", loader), AdamSettings(), lambda step: 1e-3)
-    return Trainer(build_model(size.model, Mesh.alone(), seed=0), [TrainingStage([trained])]).step
+def our_step(
+    size: Size,
+    samples: Tensor,
+    *,
+    sequences_per_microbatch: int | None = None,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> Callable[[], object]:
+    """`options` are those of `build_model`."""
+    layout = BatchLayout(size.sequences, sequences_per_microbatch or size.sequences)
+    loader = Loader(SameBatch(samples), layout, prefetch_steps=0)
+    objective = Supervised("pretraining", loader, device=device)
+    trained = TrainedObjective(objective, AdamSettings(), lambda step: 1e-3)
+    model = build_model(size.model, Mesh.alone(), seed=0, device=device, **options)
+    return Trainer(model, [TrainingStage([trained])]).step
 
 
 def with_transformers(size: Size, samples: Tensor, rounds: int, each: Callable[[], None]) -> list:

@@ -1,7 +1,9 @@
 """What a run says about itself: the same numbers in TensorBoard and in metrics.jsonl.
 
 Only the process with the files (rank 0) has a writer. A line of metrics.jsonl is one step:
-{"step": 12, "loss/pretraining": 3.4, …}; keys are those of TensorBoard.
+{"step": 12, "loss/pretraining": 3.4, …}; keys are those of TensorBoard. There, the run
+tensorboard/tokens shows them over the tokens of pre-training in place of steps: trunks beside the
+excursions that start from them.
 """
 
 from __future__ import annotations
@@ -18,9 +20,17 @@ from megarlx.trackers import Trackers
 
 
 class MetricsWriter:
-    """Appends to a run's metrics; `resume_at` drops what an interrupted run wrote after it."""
+    """Appends to a run's metrics; `resume_at`, a step, drops what an interrupted run wrote from it
+    on, when `trunk_tokens` of pre-training had been read."""
 
-    def __init__(self, run: Path, *, resume_at: int = 0, trackers: Trackers | None = None) -> None:
+    def __init__(
+        self,
+        run: Path,
+        *,
+        resume_at: int = 0,
+        trunk_tokens: int = 0,
+        trackers: Trackers | None = None,
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = run / "metrics.jsonl"
@@ -29,11 +39,19 @@ class MetricsWriter:
         self._file = self.path.open("a", encoding="utf-8")
         # purge_step hides events of steps that will be written again.
         self._board: Any = SummaryWriter(str(run / "tensorboard"), purge_step=resume_at)
+        over_tokens = str(run / "tensorboard" / "tokens")
+        self._over_tokens: Any = SummaryWriter(over_tokens, purge_step=trunk_tokens + 1)
+        self._trunk_tokens = trunk_tokens
         self._trackers = trackers
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    def scalars(self, step: int, values: Mapping[str, float], trunk_tokens: int = 0) -> None:
+        """After a step, at which so many tokens of pre-training have been read, ancestors' too."""
+        grown, self._trunk_tokens = trunk_tokens > self._trunk_tokens, trunk_tokens
         for key, value in values.items():
             self._board.add_scalar(key, value, step)
+            # Where pre-training stands still a course would be a pile of points: results only.
+            if trunk_tokens and (grown or key.startswith("eval/")):
+                self._over_tokens.add_scalar(key, value, trunk_tokens)
         line = {"step": step, **{key: _finite(value) for key, value in values.items()}}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
@@ -50,6 +68,7 @@ class MetricsWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         self._board.close()
+        self._over_tokens.close()
         if self._trackers is not None:
             self._trackers.close()
 

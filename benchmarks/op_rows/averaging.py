@@ -21,25 +21,42 @@ def pass_bytes(n: int) -> int:
 class Problem:
     """n objectives over `count` parameters, for ours and for torch, with equal numbers."""
 
-    def __init__(self, n: int, count: int) -> None:
+    def __init__(
+        self,
+        n: int,
+        count: int,
+        *,
+        device: torch.device | str = "cpu",
+        share_moments: bool = False,
+    ) -> None:
+        """`share_moments`: torch's optimizers move ours, where there is no room for two sets."""
         self.n, self.count = n, count
-        self.master = torch.randn(count)
-        self.grads = [torch.randn(count) for _ in range(n)]
-        self.exp_avgs = [torch.zeros(count) for _ in range(n)]
-        self.exp_avg_sqs = [torch.zeros(count) for _ in range(n)]
-        self.steps = torch.zeros(n, dtype=torch.int64)
-        self.out = torch.empty(count, dtype=torch.bfloat16)
-        self.numbers = torch.ones(n, dtype=torch.float64)
-        self.snapshots = [self.master, *(torch.empty(count) for _ in range(n - 1))]
+
+        def drawn() -> Tensor:
+            return torch.randn(count, device=device)
+
+        self.master = drawn()
+        self.grads = [drawn() for _ in range(n)]
+        self.exp_avgs = [torch.zeros_like(self.master) for _ in range(n)]
+        self.exp_avg_sqs = [torch.zeros_like(self.master) for _ in range(n)]
+        self.steps = torch.zeros(n, dtype=torch.int64, device=device)
+        self.out = torch.empty_like(self.master, dtype=torch.bfloat16)
+        self.numbers = torch.ones(n, dtype=torch.float64, device=device)
+        self.snapshots = [self.master, *(torch.empty_like(self.master) for _ in range(n - 1))]
         self.optimizers = []
-        for snapshot, grad in zip(self.snapshots, self.grads, strict=True):
+        for i, (snapshot, grad) in enumerate(zip(self.snapshots, self.grads, strict=True)):
             snapshot.requires_grad_()
             snapshot.grad = grad
-            self.optimizers.append(
-                torch.optim.AdamW(
-                    [snapshot], lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, fused=True
-                )
+            optimizer = torch.optim.AdamW(
+                [snapshot], lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, fused=True
             )
+            if share_moments:
+                optimizer.state[snapshot] = {
+                    "step": torch.zeros((), device=device),
+                    "exp_avg": self.exp_avgs[i],
+                    "exp_avg_sq": self.exp_avg_sqs[i],
+                }
+            self.optimizers.append(optimizer)
 
     def step_with(self, update: Callable[..., None]) -> None:
         update(

@@ -49,6 +49,10 @@ class SuiteConfig(Section):
         default="test", description="Split of the world's problems: choose on one, report the other"
     )
 
+    max_prompt_tokens: int | None = Field(
+        default=None, ge=1, description="Questions whose prompts are longer are left out"
+    )
+
     samples: int = Field(default=64, ge=1, description="Samples of each question")
     ks: Annotated[tuple[Count, ...], Field(strict=False)] = Field(
         default=(1, 8, 32), description="The k of pass@k; those above `samples` are left out"
@@ -128,9 +132,11 @@ class SuiteConfig(Section):
         if self.kind == "behaviour" and self.path is not None and not self.rewards:
             found.append(("rewards", "are missing; a behaviour is what a reward says it is"))
         if self.kind not in SCORED:
-            for field in ("rewards", "few_shot", "few_shot_trained", "group_size"):
+            for field in ("rewards", "few_shot", "few_shot_trained", "max_prompt_tokens"):
                 if getattr(self, field):
                     found.append((field, f"is for {' and '.join(SCORED)}, not for {self.kind}"))
+        if self.kind not in SAMPLED and self.group_size:
+            found.append(("group_size", f"is for {' and '.join(SAMPLED)}, not for {self.kind}"))
         return found
 
 
@@ -144,6 +150,11 @@ class EvaluationConfig(Section):
         default=None, ge=1, description="Steps between evaluations while training; absent: none"
     )
     at_end: bool = Field(default=False, description="Whether the last step is evaluated as well")
+    readiness_prompts: int = Field(
+        default=32,
+        ge=0,
+        description="Of RL's prompts, the first so many are tried before RL begins; 0: no probe",
+    )
     seed: int = Field(
         default=0, ge=0, lt=2**63, description="Seed of samples and few-shot examples"
     )

@@ -126,6 +126,21 @@ class TrainingConfig(Section):
     recompute: Literal["none", "selective", "full"] = Field(
         default="none", description="Activations computed again in backward instead of kept"
     )
+    layers: Literal["torch", "te"] = Field(
+        default="torch", description="What layers are made of: torch, or te: Transformer Engine"
+    )
+    fp8: Literal["none", "delayed", "current", "block", "mxfp8"] = Field(
+        default="none", description="Scaling of fp8 matrix products; needs layers = 'te'"
+    )
+
+    def problems(self) -> list[tuple[str, str]]:
+        found = []
+        if self.layers == "te" and self.device == "cpu":
+            found.append(("layers", "is 'te', Transformer Engine, which runs on CUDA alone"))
+        if self.fp8 != "none" and (self.layers != "te" or self.precision != "bf16"):
+            given = f"layers = '{self.layers}' and precision = '{self.precision}'"
+            found.append(("fp8", f"is '{self.fp8}' with {given}; it needs 'te' and 'bf16'"))
+        return found
 
 
 class Config(Section):

@@ -38,13 +38,11 @@ def summary(items: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], dict[
     )
 
 
-def drift(result: Mapping[str, Any], parent: Mapping[str, Any], *, seed: int = 0) -> Interval:
+def drift(result: Mapping[str, Any], parent: Mapping[str, Any]) -> Interval:
     """How much more reward than the parent gets, prompt by prompt."""
     own, others = (
         {e["id"]: e["reward"] for e in r["items"] if e["reward"] is not None}
         for r in (result, parent)
     )
     both = own.keys() & others.keys()
-    return paired_difference(
-        {i: own[i] for i in own if i in both}, {i: others[i] for i in own if i in both}, seed=seed
-    )
+    return paired_difference({i: own[i] for i in both}, {i: others[i] for i in both})

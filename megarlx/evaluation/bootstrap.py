@@ -1,23 +1,31 @@
 """Intervals by resampling questions: what would have come out of other questions of the same kind.
 
+The same questions are asked in several cells (checkpoints, seeds). A question is drawn together
+with all its cells, so that questions which are hard everywhere widen the interval as they should.
 The differences of two models are taken question by question (paired): what makes a question hard
 for both cancels out.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
-RESAMPLES = 10_000
-AT_ONCE = 4_000_000  # drawn places held in memory
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+SEED = 0  # of the resampling: the same results give the same interval
+
+Values = Mapping[str, float]  # question -> its value in one cell
 
 
 @dataclass(frozen=True)
 class Interval:
-    mean: float
+    estimate: float
     low: float
     high: float
     questions: int
@@ -31,71 +39,67 @@ class Interval:
         return self.high < 0
 
 
-def bootstrap(
-    strata: Sequence[Sequence[float]],
-    *,
-    seed: int = 0,
-    confidence: float = 0.95,
-    resamples: int = RESAMPLES,
-) -> Interval:
-    """The mean over all strata, each with the same weight, and its percentile interval.
+def differences(after: Values, before: Values) -> dict[str, float]:
+    """Of the questions that both hold."""
+    return {
+        question: after[question] - before[question] for question in after if question in before
+    }
 
-    A stratum holds one number a question; its questions are drawn again with putting back, within
-    the stratum. (Seeds of a study are strata: each has a world of its own.)
-    """
-    if not strata or any(len(values) == 0 for values in strata):
-        sizes = [len(values) for values in strata]
-        raise ValueError(f"bootstrap: strata of {sizes} questions; each needs at least 1")
-    if not 0 < confidence < 1 or resamples < 1:
+
+def paired_difference(one: Values, other: Values) -> Interval:
+    """`one` minus `other`, which were asked the same questions."""
+    if one.keys() != other.keys() or not one:
+        differing = sorted(one.keys() ^ other.keys())
         raise ValueError(
-            f"bootstrap: confidence is {confidence} and resamples {resamples}; allowed are "
-            "0 to 1 without the ends, and at least 1"
+            f"bootstrap: {len(one)} and {len(other)} questions, different in "
+            f"{', '.join(differing[:5]) or 'none'}; pairs need the same questions, and some"
         )
-    generator = np.random.default_rng(seed)
-    means = np.zeros(resamples)
-    for values in strata:
-        numbers = np.asarray(values, dtype=np.float64)
-        step = max(1, AT_ONCE // len(numbers))
-        for begin in range(0, resamples, step):
-            count = min(step, resamples - begin)
-            drawn = generator.integers(0, len(numbers), (count, len(numbers)))
-            means[begin : begin + count] += numbers[drawn].mean(1) / len(strata)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    mean = float(np.mean([np.mean(values) for values in strata]))
-    return Interval(mean, float(low), float(high), sum(map(len, strata)))
+    found = interval_of_mean([differences(one, other)])
+    assert found is not None  # there are some
+    return found
 
 
-Values = Mapping[str, float]  # of each question, by its id
+def interval_of_mean(cells: Sequence[Values]) -> Interval | None:
+    """Of the mean over the questions of all cells; None where there are none."""
+    return interval_of_suites([cells])
 
 
-def paired_difference(
-    one: Values, other: Values, *, seed: int = 0, confidence: float = 0.95
-) -> Interval:
-    """`one` minus `other`, on the same questions."""
-    return pooled_difference([[(one, other)]], seed=seed, confidence=confidence)
+def interval_of_suites(suites: Sequence[Sequence[Values]]) -> Interval | None:
+    """Of the mean of the suites' means, each over the questions of all its cells.
+
+    Every suite weighs the same however many questions it has; suites without any are left out.
+    """
+    sums = [_by_question(cells) for cells in suites if any(cells)]
+    if not sums:
+        return None
+    estimate = math.fsum(float(total.sum() / count.sum()) for total, count in sums) / len(sums)
+    questions = sum(len(total) for total, _ in sums)
+    if min(len(total) for total, _ in sums) < 2:
+        return Interval(estimate, -math.inf, math.inf, questions)
+    means = np.zeros(RESAMPLES)
+    for at, (total, count) in enumerate(sums):
+        drawn = _draws(len(total), at)
+        means += total[drawn].sum(axis=1) / count[drawn].sum(axis=1)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(means / len(sums), [tail, 1 - tail])
+    return Interval(estimate, float(low), float(high), questions)
 
 
-def pooled_difference(
-    strata: Sequence[Sequence[tuple[Values, Values]]], *, seed: int = 0, confidence: float = 0.95
-) -> Interval:
-    """Over several pairs of models: a stratum holds the pairs that answered the same questions
-    (the checkpoints of one seed, say). A question is drawn with its differences in all of them,
-    which are no independent observations."""
-    return bootstrap(
-        [_mean_differences(pairs) for pairs in strata], seed=seed, confidence=confidence
-    )
+def _by_question(cells: Sequence[Values]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Of each question: the sum of its values and in how many cells it was asked."""
+    place: dict[str, int] = {}
+    for cell in cells:
+        for question in cell:
+            place.setdefault(question, len(place))
+    total, count = np.zeros(len(place)), np.zeros(len(place))
+    for cell in cells:
+        at = np.fromiter((place[question] for question in cell), dtype=np.intp, count=len(cell))
+        np.add.at(total, at, np.fromiter(cell.values(), dtype=np.float64, count=len(cell)))
+        np.add.at(count, at, 1.0)
+    return total, count
 
 
-def _mean_differences(pairs: Sequence[tuple[Values, Values]]) -> list[float]:
-    if not pairs:
-        raise ValueError("bootstrap: a stratum holds no pair")
-    ids = list(pairs[0][0])
-    for one, other in pairs:
-        for values in (one, other):
-            if values.keys() != pairs[0][0].keys():
-                differing = sorted(values.keys() ^ pairs[0][0].keys())
-                raise ValueError(
-                    f"bootstrap: the questions differ in {', '.join(differing[:5])} "
-                    f"({len(differing)} in all); pairs need the same questions"
-                )
-    return [sum(one[i] - other[i] for one, other in pairs) / len(pairs) for i in ids]
+@lru_cache(maxsize=16)
+def _draws(questions: int, stream: int) -> NDArray[np.intp]:
+    generator = np.random.default_rng((SEED, stream))
+    return generator.integers(questions, size=(RESAMPLES, questions), dtype=np.intp)

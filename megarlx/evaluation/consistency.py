@@ -15,7 +15,7 @@ from megarlx.evaluation.bootstrap import Interval, paired_difference
 from megarlx.evaluation.pass_at_k import pass_at_k
 
 Result = Mapping[str, Any]  # one of results.py
-Verdict = Literal["expansion", "sharpening", "both_fell", "undetermined"]
+Verdict = Literal["expansion", "sharpening", "both fell", "undetermined"]
 
 
 def solved(result: Result, *, from_share: float = 0.5) -> dict[str, bool]:
@@ -38,10 +38,19 @@ def solved(result: Result, *, from_share: float = 0.5) -> dict[str, bool]:
 class Transition:
     """Counts of the questions that two checkpoints share; shares are NaN where nothing can be."""
 
-    kept: int  # solved before and after
-    acquired: int
-    forgotten: int
-    never: int
+    kept: int = 0  # solved before and after
+    acquired: int = 0
+    forgotten: int = 0
+    never: int = 0
+
+    def __add__(self, other: Transition) -> Transition:
+        """Over several pairs of checkpoints."""
+        return Transition(
+            self.kept + other.kept,
+            self.acquired + other.acquired,
+            self.forgotten + other.forgotten,
+            self.never + other.never,
+        )
 
     @property
     def questions(self) -> int:
@@ -69,13 +78,8 @@ def _share(part: int, whole: int) -> float:
 
 
 def transition(before: Mapping[str, bool], after: Mapping[str, bool]) -> Transition:
-    if before.keys() != after.keys() or not before:
-        differing = sorted(before.keys() ^ after.keys())[:5]
-        raise ValueError(
-            f"consistency: {len(before)} questions before and {len(after)} after, different in "
-            f"{', '.join(differing) or 'none'}; both must be the same, and some"
-        )
-    pairs = [(before[i], after[i]) for i in before]
+    """Of the questions that both were asked."""
+    pairs = [(before[i], after[i]) for i in before if i in after]
     return Transition(
         pairs.count((True, True)),
         pairs.count((False, True)),
@@ -101,31 +105,30 @@ def through(
 
 @dataclass(frozen=True)
 class Change:
-    """From a parent to what was trained from it, on the same questions."""
+    """From a parent to what was trained from it, on the same questions: of one sample, and of k.
+
+    Expansion: what is reachable with k samples grew. Sharpening: it shrank while one sample got
+    better. A verdict needs an interval that leaves zero out.
+    """
 
     k: int
     at_1: Interval
     at_k: Interval
-    verdict: Verdict
+
+    @property
+    def verdict(self) -> Verdict:
+        if self.at_k.above_zero:
+            return "expansion"
+        if self.at_k.below_zero and self.at_1.above_zero:
+            return "sharpening"
+        if self.at_k.below_zero and self.at_1.below_zero:
+            return "both fell"
+        return "undetermined"
 
 
-def change(
-    parent: Result, child: Result, *, k: int = 32, seed: int = 0, confidence: float = 0.95
-) -> Change:
-    """Expansion: what is reachable with k samples grew. Sharpening: it shrank while one sample got
-    better. A verdict needs an interval that leaves zero out."""
-    at_1, at_k = (
-        paired_difference(at_each(child, n), at_each(parent, n), seed=seed, confidence=confidence)
-        for n in (1, k)
-    )
-    verdict: Verdict = "undetermined"
-    if at_k.above_zero:
-        verdict = "expansion"
-    elif at_k.below_zero and at_1.above_zero:
-        verdict = "sharpening"
-    elif at_k.below_zero and at_1.below_zero:
-        verdict = "both_fell"
-    return Change(k, at_1, at_k, verdict)
+def change(parent: Result, child: Result, *, k: int = 32) -> Change:
+    at_1, at_k = (paired_difference(at_each(child, n), at_each(parent, n)) for n in (1, k))
+    return Change(k, at_1, at_k)
 
 
 def at_each(result: Result, k: int) -> dict[str, float]:

@@ -63,6 +63,26 @@ def questions_of(suite: SuiteConfig, world: World | None) -> list[Question]:
     return checked(suite, found)
 
 
+def short_enough(
+    suite: SuiteConfig,
+    questions: list[Question],
+    few_shot: FewShot,
+    template: Template,
+    tokenizer: Tokenizer,
+) -> list[Question]:
+    """Those whose prompts, with the examples, have no more tokens than the suite allows."""
+    if suite.max_prompt_tokens is None:
+        return questions
+    room = suite.max_prompt_tokens - len(few_shot.ids(template, tokenizer))
+    found = [q for q in questions if len(q.prompt_ids(template, tokenizer)) <= room]
+    if not found:
+        raise SuiteError(
+            f"suite {suite.name}: max_prompt_tokens is {suite.max_prompt_tokens}; every prompt "
+            "has more"
+        )
+    return found
+
+
 def checked(suite: SuiteConfig, found: list[Any]) -> list[Any]:
     """There are some, and each has an id of its own."""
     ids = [entry.id for entry in found]

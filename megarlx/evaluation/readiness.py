@@ -1,13 +1,18 @@
 """Whether a model is ready for RL: how often a group of its samples has anything to teach.
 
 A group-relative advantage is zero where all samples of a group are right, or all are wrong. The
-probe draws from the base as the excursion will: same prompts, same temperature, no examples.
+probe draws as RL will: its prompts and examples, its temperature, its groups, its first reward.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from megarlx.config.evaluation import SuiteConfig
+from megarlx.config.objectives import RlConfig
 from megarlx.evaluation.pass_at_k import Estimate, Pool, informative_share, mean_and_error
+
+PROBE = "-readiness"  # ends the name of such a suite, after the objective's
 
 
 def informative_groups(pool: Pool, group_size: int) -> Estimate:
@@ -16,14 +21,43 @@ def informative_groups(pool: Pool, group_size: int) -> Estimate:
     return mean_and_error([informative_share(n, c, group_size) for n, c in pairs])
 
 
-def readiness_suite(suite: SuiteConfig, *, temperature: float, group_size: int) -> SuiteConfig:
-    """The probe that goes with a pass@k suite over the prompts that RL will train on."""
-    changes = {
-        "name": f"{suite.name}-readiness",
-        "temperature": temperature,
-        "few_shot": 0,
-        "few_shot_trained": 0,
-        "group_size": group_size,
-        "samples": max(suite.samples, group_size),
+def readiness_suite(
+    name: str,
+    rl: RlConfig,
+    *,
+    prompts: int,
+    path: str,
+    max_prompt_tokens: int | None = None,
+    examples: str | None = None,
+    shown: int = 0,
+) -> SuiteConfig:
+    """The probe of an objective on the first `prompts` of the file `path`, each with the `shown`
+    examples of the file `examples` before it."""
+    group = rl.samples_per_prompt
+    common: dict[str, Any] = {
+        "name": f"{name}{PROBE}",
+        "path": path,
+        "question_key": rl.question_key,
+        "answer_key": rl.answer_key,
+        "questions": prompts,
+        "samples": group,
+        "group_size": group,
+        "ks": sorted({1, *(k for k in (8, 32) if k < group), group}),
+        "temperature": rl.temperature,
+        "top_p": rl.top_p,
+        "stop_strings": rl.stop_strings,
     }
-    return SuiteConfig.model_validate({**suite.model_dump(), **changes})
+    if rl.environment is not None:
+        played = {"kind": "agent", "environment": rl.environment.model_dump()}
+        return SuiteConfig.model_validate(common | played)
+    first = rl.rewards[0].model_copy(update={"weight": 1.0})
+    own: dict[str, Any] = {
+        "kind": "pass_at_k",
+        "rewards": [first.model_dump()],
+        "max_new_tokens": rl.max_completion_tokens,
+        "max_prompt_tokens": max_prompt_tokens,
+    }
+    if examples is not None:
+        own |= {"few_shot": shown, "few_shot_trained": shown, "few_shot_path": examples}
+        own |= {"few_shot_separator": "\n\n"}  # as in RL's prompts
+    return SuiteConfig.model_validate(common | own)

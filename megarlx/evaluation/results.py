@@ -1,7 +1,7 @@
 """The files of an evaluation: RUN/evaluations/iter_00001000.SUITE.json and RUN/samples/.
 
 A result that is there with the same settings is not computed again, so an evaluation that was
-killed goes on with the suite it was at.
+killed goes on with the suite it was at, and `megarlx evaluate` takes what training has measured.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megarlx.checkpoint import checkpoint_name
+from megarlx.config.evaluation import SuiteConfig
 from megarlx.data.token_files import write_atomically
 
 FORMAT = 1
@@ -44,11 +45,26 @@ def read_result(path: Path) -> Result:
 
 
 def finished(path: Path, settings: Mapping[str, Any]) -> Result | None:
-    """The result in the file, where it was computed with just these settings."""
+    """The result in the file, where it was computed with just these settings.
+
+    Weights that were measured while they were trained have no digest: they are those of the
+    checkpoint which the same run saved at that step.
+    """
     if not path.exists():
         return None
     found = read_result(path)
-    return found if found.get("settings") == json.loads(json.dumps(settings)) else None
+    there, wanted = _completed(found.get("settings") or {}), _completed(settings)
+    of_weights = [one.pop("checkpoint", None) for one in (there, wanted)]
+    same = there == wanted and (of_weights[0] == of_weights[1] or "" in of_weights)
+    return found if same else None
+
+
+def _completed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON; what a suite's settings did not know yet when it was computed has its default."""
+    defaults = {k: f.default for k, f in SuiteConfig.model_fields.items() if not f.is_required()}
+    suite = {**defaults, **settings.get("suite", {})}
+    found: dict[str, Any] = json.loads(json.dumps({**settings, "suite": suite}))
+    return found
 
 
 def results_of(run: Path, suite: str) -> list[Result]:

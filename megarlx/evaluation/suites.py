@@ -20,7 +20,7 @@ from megarlx.data.synthetic.world import World
 from megarlx.data.tokenizer import Tokenizer
 from megarlx.evaluation import agents, behaviour, capability
 from megarlx.evaluation.pass_at_k import Pool, guessing_pass_at_k
-from megarlx.evaluation.questions import Question, few_shot_of, questions_of
+from megarlx.evaluation.questions import Question, few_shot_of, questions_of, short_enough
 from megarlx.evaluation.readiness import informative_groups
 from megarlx.evaluation.results import (
     FORMAT,
@@ -68,13 +68,14 @@ def evaluate(
     run: Path | None = None,
     parent: Parent | None = None,
     say: Say | None = None,
+    again: bool = False,
 ) -> list[Result]:
     """The result of every suite, on every rank; called by all of them.
 
     With `run`, results are written there, and those that are there already are not computed
-    again.
+    again; with `again` they are.
     """
-    return [_suite(subject, config, suite, run, parent, say) for suite in config.suites]
+    return [_suite(subject, config, suite, run, parent, say, again) for suite in config.suites]
 
 
 def metrics_of(results: Sequence[Result]) -> dict[str, float]:
@@ -93,13 +94,14 @@ def _suite(
     run: Path | None,
     parent: Parent | None,
     say: Say | None,
+    again: bool,
 ) -> Result:
     mesh = subject.model.mesh
     first = mesh.rank == 0
     settings = settings_of(subject, config, suite)
     path = None if run is None else result_path(run, subject.iteration, suite.name)
     # One process looks: the others might see another moment of a shared file system.
-    there = finished(path, settings) if first and path is not None else None
+    there = finished(path, settings) if first and path is not None and not again else None
     there = gather_values(there, mesh.world)[0]
     if there is not None:
         if say is not None and first:
@@ -179,8 +181,10 @@ def _sampled(
     subject: Subject, config: EvaluationConfig, suite: SuiteConfig, say: Say | None
 ) -> tuple[Result, list[dict[str, Any]]]:
     mesh = subject.model.mesh
-    questions = questions_of(suite, subject.world)
     few_shot = few_shot_of(suite, subject.world, config.seed, is_base=subject.is_base)
+    questions = short_enough(
+        suite, questions_of(suite, subject.world), few_shot, subject.template, subject.tokenizer
+    )
     scored = sample_and_score(
         subject.model,
         subject.tokenizer,
@@ -224,6 +228,14 @@ def _played(
         kept_samples=config.kept_samples,
     )
     metrics, errors = agents.summary(items)
+    group = suite.group_size or 0
+    whole = [i for i in items if 0 < group <= i["samples"]]  # no episode of the group was lost
+    if whole:
+        pool = _pool_of(whole)
+        for k in (k for k in suite.ks if k <= group):
+            metrics[f"pass_at_{k}"] = pool.estimate(k).mean
+            errors[f"pass_at_{k}"] = pool.estimate(k).standard_error
+        _add_informative(group, pool, metrics, errors)
     return {"metrics": metrics, "standard_errors": errors, "items": items}, lines
 
 
@@ -257,7 +269,7 @@ def _pass_at_k(
     questions: Sequence[Question],
     items: Sequence[Mapping[str, Any]],
 ) -> Result:
-    pool = Pool(tuple(i["samples"] for i in items), tuple(i["correct"] for i in items))
+    pool = _pool_of(items)
     metrics, errors, guessing = {}, {}, {}
     answers = _answers(suite, world, questions)
     for k in (k for k in suite.ks if k <= suite.samples):
@@ -268,10 +280,20 @@ def _pass_at_k(
             guessing[f"pass_at_{k}"] = guessing_pass_at_k(answers, k, leave_one_out=True)
     metrics["truncated"] = sum(i["truncated"] for i in items) / sum(pool.samples)
     if suite.group_size is not None:
-        informative = informative_groups(pool, suite.group_size)
-        metrics["informative_groups"] = informative.mean
-        errors["informative_groups"] = informative.standard_error
+        _add_informative(suite.group_size, pool, metrics, errors)
     return {"metrics": metrics, "standard_errors": errors, "guessing": guessing}
+
+
+def _pool_of(items: Sequence[Mapping[str, Any]]) -> Pool:
+    return Pool(tuple(i["samples"] for i in items), tuple(i["correct"] for i in items))
+
+
+def _add_informative(
+    group_size: int, pool: Pool, metrics: dict[str, float], errors: dict[str, float]
+) -> None:
+    informative = informative_groups(pool, group_size)
+    metrics["informative_groups"] = informative.mean
+    errors["informative_groups"] = informative.standard_error
 
 
 def _answers(
@@ -291,7 +313,7 @@ def _add_drift(result: Result, parent: Parent, first: bool, world: Any) -> None:
     found = None
     if first and path.exists():
         away = behaviour.drift(result, read_result(path))
-        found = [away.mean, away.low, away.high]
+        found = [away.estimate, away.low, away.high]
     found = gather_values(found, world)[0]
     if found is not None:
         result["metrics"]["drift"] = found[0]

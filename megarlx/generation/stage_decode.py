@@ -83,7 +83,10 @@ class StageDecoder:
 
 
 def captured(step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """Writes to the cache are repeated by the warm-up: the same values at the same places."""
+    """Writes to the cache are repeated by the warm-up: the same values at the same places.
+
+    What other threads do meanwhile (a checkpoint copied to the host) must not break the capture.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -91,6 +94,6 @@ def captured(step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
             step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         out = step()
     return graph, out

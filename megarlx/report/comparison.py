@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from megarlx.evaluation.bootstrap import Interval, Values, differences, interval_of_suites
 from megarlx.report.runs import Evaluation
-from megarlx.report.statistics import Interval, Values, differences, interval_of_suites
 from megarlx.report.study import Cell
 
 Verdict = Literal["held", "not held", "undetermined"]

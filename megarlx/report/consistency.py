@@ -2,115 +2,47 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
+from megarlx.evaluation.bootstrap import interval_of_mean
+from megarlx.evaluation.consistency import Change, Transition, transition
 from megarlx.report.comparison import of_suite
 from megarlx.report.runs import Evaluation
-from megarlx.report.statistics import Interval, interval_of_mean
 from megarlx.report.study import BASE, Cell, Study
 
 
-@dataclass(frozen=True)
-class Moves:
-    """Counts of questions, over all pairs of evaluations that were put together."""
-
-    kept: int = 0  # solved before and after
-    acquired: int = 0
-    forgotten: int = 0
-    never: int = 0
-
-    def __add__(self, other: Moves) -> Moves:
-        return Moves(
-            self.kept + other.kept,
-            self.acquired + other.acquired,
-            self.forgotten + other.forgotten,
-            self.never + other.never,
-        )
-
-    @property
-    def questions(self) -> int:
-        return self.kept + self.acquired + self.forgotten + self.never
-
-    @property
-    def retention(self) -> float:
-        return _share(self.kept, self.kept + self.forgotten)
-
-    @property
-    def forgetting(self) -> float:
-        return _share(self.forgotten, self.kept + self.forgotten)
-
-    @property
-    def acquisition(self) -> float:
-        return _share(self.acquired, self.acquired + self.never)
-
-    @property
-    def flip_rate(self) -> float:
-        return _share(self.acquired + self.forgotten, self.questions)
-
-
-def _share(part: int, whole: int) -> float:
-    return part / whole if whole else math.nan
-
-
-def moves(before: Evaluation | None, after: Evaluation | None) -> Moves:
-    """Of the questions that both asked; a question is solved when half its samples are right."""
+def moves(before: Evaluation | None, after: Evaluation | None) -> Transition:
     if before is None or after is None:
-        return Moves()
-    earlier, later = before.solved(), after.solved()
-    pairs = [(earlier[q], later[q]) for q in earlier if q in later]
-    return Moves(
-        pairs.count((True, True)),
-        pairs.count((False, True)),
-        pairs.count((True, False)),
-        pairs.count((False, False)),
-    )
+        return Transition()
+    return transition(before.solved(), after.solved())
 
 
-def of_recipes(study: Study) -> dict[str, Moves]:
+def of_recipes(study: Study) -> dict[str, Transition]:
     """From the checkpoint to what a recipe made of it, over checkpoints and seeds."""
-    found: dict[str, Moves] = {}
+    found: dict[str, Transition] = {}
     for cell in study.cells:
         base = study.base_of(cell)
         if cell.recipe == BASE or base is None:
             continue
-        found[cell.label] = found.get(cell.label, Moves()) + moves(base.headline, cell.headline)
+        found[cell.label] = found.get(cell.label, Transition()) + moves(
+            base.headline, cell.headline
+        )
     return {label: made for label, made in found.items() if made.questions}
 
 
-def of_trunks(study: Study) -> dict[tuple[int, int], Moves]:
+def of_trunks(study: Study) -> dict[tuple[int, int], Transition]:
     """From each studied checkpoint of a trunk to its next, over trunks: (tokens, tokens)."""
-    found: dict[tuple[int, int], Moves] = {}
+    found: dict[tuple[int, int], Transition] = {}
     for trunk in study.trunks:
         bases = [c for c in study.of_recipe(BASE) if c.run is trunk and c.headline]
         for a, b in pairwise(sorted(bases, key=lambda c: c.checkpoint_tokens)):
             key = (a.checkpoint_tokens, b.checkpoint_tokens)
-            found[key] = found.get(key, Moves()) + moves(a.headline, b.headline)
+            found[key] = found.get(key, Transition()) + moves(a.headline, b.headline)
     return {key: made for key, made in sorted(found.items()) if made.questions}
 
 
-@dataclass(frozen=True)
-class Coverage:
-    """Change against the base in percentage points: of one sample, and of 32 (or as many)."""
-
-    k: int
-    at_1: Interval
-    at_k: Interval
-
-    @property
-    def kind(self) -> str:
-        if self.at_k.low > 0:
-            return "expansion"
-        if self.at_k.high < 0 and self.at_1.low > 0:
-            return "sharpening"
-        if self.at_k.high < 0 and self.at_1.high < 0:
-            return "both fell"
-        return "undetermined"
-
-
-def coverage(pairs: Sequence[tuple[Cell, Cell]], ks: Sequence[int]) -> Coverage | None:
+def coverage(pairs: Sequence[tuple[Cell, Cell]], ks: Sequence[int]) -> Change | None:
     """Of an excursion's cells beside their base."""
     for k in sorted(ks, reverse=True):
         changes = [
@@ -123,5 +55,5 @@ def coverage(pairs: Sequence[tuple[Cell, Cell]], ks: Sequence[int]) -> Coverage 
         ]
         at_1, at_k = (interval_of_mean(change) for change in changes)
         if at_1 is not None and at_k is not None:
-            return Coverage(k, at_1, at_k)
+            return Change(k, at_1, at_k)
     return None

@@ -14,8 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter
 
+from megarlx.evaluation.bootstrap import Interval
 from megarlx.report.settings import quantity
-from megarlx.report.statistics import Interval
 from megarlx.report.style import WIDTH_INCHES, look_of
 
 Table = list[list[str]]  # the first row is the head
@@ -60,13 +60,21 @@ def tokens_axis(ax: Axes, ticks: Sequence[float]) -> None:
     ax.set_xticks(shown)
 
 
-def draw_courses(ax: Axes, courses: Mapping[str, Course], labels: Sequence[str]) -> None:
-    """A line for each recipe, its interval as a band; many bands are paler."""
+def draw_courses(
+    ax: Axes, courses: Mapping[str, Course], labels: Sequence[str], *, beside: bool = False
+) -> None:
+    """A line for each recipe, its interval as a band; many bands are paler.
+
+    `beside`: points of one place on the axis stand beside one another, not on top.
+    """
     strength = 0.14 if len(courses) <= 6 else 0.06
-    for label, course in courses.items():
+    every = [x for course in courses.values() for x in course]
+    width = (max(every) - min(every)) / 80 if beside and every else 0.0
+    for number, (label, course) in enumerate(courses.items()):
         look = look_of(label, labels)
-        xs = sorted(course)
-        ys = [course[x].estimate for x in xs]
+        aside = width * (number - (len(courses) - 1) / 2)
+        ys = [course[x].estimate for x in sorted(course)]
+        xs = [x + aside for x in sorted(course)]
         ax.plot(xs, ys, color=look.color, marker=look.marker, linestyle=look.dashes)
         low, high = ([_finite(v, y) for v, y in zip(vs, ys, strict=True)] for vs in _ends(course))
         ax.fill_between(xs, low, high, color=look.color, alpha=strength, linewidth=0)

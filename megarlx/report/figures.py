@@ -7,11 +7,12 @@ nothing to draw. Seeds are pooled; bands and bars are 95% intervals over questio
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from matplotlib.lines import Line2D
 
+from megarlx.evaluation.bootstrap import Interval, Values, interval_of_mean
 from megarlx.report.comparison import of_suite
 from megarlx.report.drawing import (
     Course,
@@ -26,7 +27,6 @@ from megarlx.report.drawing import (
 )
 from megarlx.report.runs import ACCURACY_KINDS
 from megarlx.report.settings import quantity
-from megarlx.report.statistics import Interval, Values, interval_of_mean
 from megarlx.report.study import BASE, KS, Cell, Study
 from megarlx.report.style import GREY, in_order, look_of
 
@@ -36,19 +36,21 @@ Read = Callable[[Cell], Values | None]
 
 def pass_at_k(study: Study, variant: str) -> Figure | None:
     cells = _cells(study, variant)
-    data = {f"pass@{k}, %": _courses(cells, _headline(f"pass_at_{k}")) for k in KS}
-    guessing = {
-        f"pass@{k}, %": 100 * max(values)
-        for k in KS
-        if (values := [g for c in cells if (g := _guessing(c, k)) is not None])
-    }
-    said = ", ".join(f"{title[:-3]} {value:.1f}%" for title, value in guessing.items())
+    data: Panels = {}
+    guessing: dict[str, float] = {}
+    for k in KS:
+        reached = guessing_of(cells, k)
+        beside = "" if reached is None else f" (guessing {reached:.1f})"
+        title = f"pass@{k}, %{beside}"
+        data[title] = _courses(cells, _headline(f"pass_at_{k}"))
+        if reached is not None:
+            guessing[title] = reached
     return _figure(
         data,
         "pass_at_k",
         "pass@k against pre-training tokens",
         "Each excursion starts at a checkpoint of the trunk and is drawn at the tokens which that "
-        "checkpoint has seen. " + (f"Guessing reaches {said}." if said else ""),
+        "checkpoint has seen. Guessing draws answers from those of the other questions.",
         guessing,
     )
 
@@ -144,14 +146,14 @@ def _figure(
     labels = in_order({label for courses in data.values() for label in courses})
     ticks = sorted({x for courses in data.values() for c in courses.values() for x in c})
     one = len(ticks) == 1
-    height = 0.36 * len(labels) + 0.75 if one else 2.35
+    height = 0.36 * len(labels) + 0.75 if one else 2.6
     canvas, axes = panels(list(data), height, share_x=not one)
     for ax, (panel, courses) in zip(axes, data.items(), strict=True):
         ordered = {label: courses[label] for label in labels if courses.get(label)}
         if one:
             draw_dots(ax, {k: c[ticks[0]] for k, c in ordered.items()}, labels, digits)
         else:
-            draw_courses(ax, ordered, labels)
+            draw_courses(ax, ordered, labels, beside=True)
         if panel in floors:
             line = ax.axvline if one else ax.axhline
             line(floors[panel], color=GREY, linestyle=(0, (1, 2)), linewidth=1.3, zorder=0)
@@ -200,8 +202,13 @@ def _accuracy(suite: str) -> Read:
     return read
 
 
-def _guessing(cell: Cell, k: int) -> float | None:
-    return cell.headline.guessing.get(f"pass_at_{k}") if cell.headline else None
+def guessing_of(cells: Iterable[Cell], k: int) -> float | None:
+    """The highest of these cells, in percent."""
+    metric = f"pass_at_{k}"
+    found = [
+        c.headline.guessing[metric] for c in cells if c.headline and metric in c.headline.guessing
+    ]
+    return 100 * max(found) if found else None
 
 
 def _courses(cells: list[Cell], read: Read) -> dict[str, Course]:

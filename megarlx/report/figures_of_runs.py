@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from textwrap import fill
 
 from matplotlib.axes import Axes
@@ -11,9 +12,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
+from megarlx.evaluation.bootstrap import Interval, interval_of_mean
+from megarlx.evaluation.consistency import Transition
+from megarlx.evaluation.readiness import PROBE
 from megarlx.report import consistency
 from megarlx.report.comparison import of_suite
-from megarlx.report.consistency import Moves
 from megarlx.report.drawing import (
     Course,
     Figure,
@@ -23,11 +26,11 @@ from megarlx.report.drawing import (
     panels,
     with_interval,
 )
+from megarlx.report.figures import guessing_of
 from megarlx.report.runs import Evaluation
 from megarlx.report.settings import quantity
-from megarlx.report.statistics import interval_of_mean
 from megarlx.report.study import BASE, KS, Cell, Study
-from megarlx.report.style import BLUE, GREEN, GREY, ORANGE, VERMILION, in_order, look_of
+from megarlx.report.style import BLUE, GREEN, GREY, VERMILION, in_order, look_of
 
 
 def dynamics(study: Study) -> Figure | None:
@@ -75,12 +78,18 @@ def dynamics(study: Study) -> Figure | None:
         "dynamics",
         "Inside the runs",
         "pass@k while a recipe runs, pooled over checkpoints and seeds. Step 0 is the checkpoint "
-        "that it starts from.",
+        "that it starts from." + _guessing(study),
         f"pass@1, pass@8 and pass@32 over the steps of {', '.join(names)}. The numbers are in the "
         "table.",
         table,
         canvas,
     )
+
+
+def _guessing(study: Study) -> str:
+    reached = {f"pass@{k}": guessing_of(study.cells, k) for k in KS}
+    said = ", ".join(f"{name} {value:.1f}%" for name, value in reached.items() if value is not None)
+    return f" Guessing reaches {said}." if said else ""
 
 
 def _course_of(study: Study, cell: Cell) -> dict[int, Evaluation]:
@@ -97,7 +106,8 @@ def _starts_of_rl(study: Study, label: str) -> set[float]:
     """Where RL does not begin with the run."""
     found = set()
     for cell in study.cells:
-        logged = [int(line["step"]) for line in cell.run.metrics]
+        trained = [line for line in cell.run.metrics if any(key[:5] == "loss/" for key in line)]
+        logged = [int(line["step"]) for line in trained]
         first = cell.run.first_step_with("rl/")
         if cell.label == label and first is not None and first > min(logged, default=first):
             found.add(float(max(step for step in logged if step < first)))
@@ -116,7 +126,7 @@ def single_questions(study: Study) -> Figure | None:
     through = consistency.of_trunks(study)
     excursions = consistency.of_recipes(study)
     order = in_order(set(excursions))
-    rows: dict[str, dict[str, Moves]] = {}
+    rows: dict[str, dict[str, Transition]] = {}
     if through:
         rows["Checkpoint to checkpoint"] = {
             f"{quantity(a)} → {quantity(b)}": moves for (a, b), moves in through.items()
@@ -157,7 +167,7 @@ def _name(label: str, labels: list[str]) -> str:
     return look_of(label, labels).name if label in labels else label
 
 
-def _draw_moves(ax: Axes, moves_of: Mapping[str, Moves], labels: list[str]) -> None:
+def _draw_moves(ax: Axes, moves_of: Mapping[str, Transition], labels: list[str]) -> None:
     for row, moves in enumerate(moves_of.values()):
         left = 0.0
         for kind, color, hatch, _ in KINDS:
@@ -175,7 +185,7 @@ def _coverage(study: Study, label: str) -> list[str]:
     found = consistency.coverage([p for p in pairs if p[0].recipe != BASE], KS)
     if found is None:
         return ["–", "–", "–"]
-    return [found.kind, with_interval(found.at_1), with_interval(found.at_k)]
+    return [found.verdict, with_interval(found.at_1), with_interval(found.at_k)]
 
 
 COSTS = {
@@ -244,41 +254,114 @@ def _amount(kind: str, value: float) -> str:
     return f"{value:.1e}" if kind == "flop" and value else quantity(value)
 
 
+@dataclass(frozen=True)
+class _Start:
+    """What a probe said, in percent, and the gain that followed, in points."""
+
+    cell: Cell
+    probe: Evaluation
+    gain: Interval
+
+    def percent(self, metric: str) -> float | None:
+        if metric == "pass_at_1" and not self.probe.suite.endswith(PROBE):
+            return None  # at another temperature
+        value = self.probe.metrics.get(metric)
+        return None if value is None else 100 * value
+
+    @property
+    def widest(self) -> str:
+        """pass@k of the probe at its largest k."""
+        ks = [int(m[8:]) for m in self.probe.metrics if m.startswith("pass_at_")]
+        if not self.probe.suite.endswith(PROBE) or not ks:
+            return "–"
+        return f"{100 * self.probe.metrics[f'pass_at_{max(ks)}']:.1f} (k = {max(ks)})"
+
+
+PROBED = {
+    "informative_groups": "informative groups before RL, %",
+    "pass_at_1": "pass@1 before RL at its temperature, %",
+}
+
+
 def readiness(study: Study) -> Figure | None:
-    """Each RL excursion: what the probe said before it, and the gain that followed."""
-    points: list[tuple[Cell, float, float]] = []
-    for cell, base in study.pairs("rl", BASE):
-        probe = study.readiness_of(cell)
-        change = of_suite(cell.headline, base.headline, "pass_at_1")
-        gain = interval_of_mean(list(change.values()))
-        if probe is not None and gain is not None:
-            points.append((cell, 100 * probe.metrics["informative_groups"], gain.estimate))
-    if not points:
+    """Each excursion with RL: what the probe said before it, and the gain that followed."""
+    starts = list(_starts(study))
+    if not starts:
         return None
-    canvas, axes = panels(["Gain of RL in pass@1, points"], 2.9)
-    checkpoints = sorted({cell.checkpoint_tokens for cell, _, _ in points})
-    names = [f"{quantity(tokens)} tokens" for tokens in checkpoints]
-    for tokens, name in zip(checkpoints, names, strict=True):
-        look = look_of(name, names)
-        here = [(x, y) for cell, x, y in points if cell.checkpoint_tokens == tokens]
-        axes[0].plot(*zip(*here, strict=True), look.marker, color=look.color, markersize=8)
-    axes[0].set_xlabel("informative groups before RL, %")
-    axes[0].axhline(0, color=ORANGE, linestyle=(0, (1, 2)), linewidth=1.3, zorder=0)
+    by = {s.cell.label for s in starts}
+    told_by_checkpoint = len(by) == 1
+    names = (
+        [f"{quantity(t)} tokens" for t in sorted({s.cell.checkpoint_tokens for s in starts})]
+        if told_by_checkpoint
+        else in_order(by)
+    )
+    shown = [m for m in PROBED if any(s.percent(m) is not None for s in starts)]
+    canvas, axes = panels(["Gain in pass@1, points", *[""] * (len(shown) - 1)], 2.7, share_x=False)
+    for ax, metric in zip(axes, shown, strict=True):
+        for start in starts:
+            x, gain = start.percent(metric), start.gain
+            name = f"{quantity(start.cell.checkpoint_tokens)} tokens"
+            look = look_of(name if told_by_checkpoint else start.cell.label, names)
+            if x is None:
+                continue
+            if math.isfinite(gain.low):
+                ax.plot([x, x], [gain.low, gain.high], color=look.color, linewidth=1.2)
+            ax.plot(
+                [x],
+                [gain.estimate],
+                look.marker,
+                color=look.color,
+                markersize=7,
+                markerfacecolor="none",  # where points meet both can be seen
+                markeredgewidth=1.6,
+            )
+        ax.set_xlabel(PROBED[metric])
+        ax.axhline(0, color=GREY, linestyle=(0, (1, 2)), linewidth=1.3, zorder=0)
+    looks = [look_of(name, names) for name in names]
     handles = [
-        Line2D([], [], color=k.color, marker=k.marker, linestyle="none", label=k.name)
-        for k in (look_of(name, names) for name in names)
+        Line2D([], [], color=k.color, marker=k.marker, mfc="none", linestyle="none", label=k.name)
+        for k in looks
     ]
-    legend(canvas, [], handles)
-    table: Table = [["run", "tokens", "informative groups, %", "gain, points"]]
-    for cell, x, y in points:
-        table.append([cell.run.name, quantity(cell.checkpoint_tokens), f"{x:.1f}", f"{y:+.1f}"])
+    no_change = Line2D([], [], color=GREY, linestyle=(0, (1, 2)), label="no change")
+    legend(canvas, [], [*handles, no_change])
+    table: Table = [
+        [
+            *("run", "tokens", "measured by", "informative groups, %", "pass@1, %", "pass@k, %"),
+            "gain, points",
+        ]
+    ]
+    for start in starts:
+        values = [start.percent(metric) for metric in PROBED]
+        table.append(
+            [
+                start.cell.run.name,
+                quantity(start.cell.checkpoint_tokens),
+                f"{start.probe.suite}, step {start.probe.iteration:,}",
+                *("–" if value is None else f"{value:.1f}" for value in values),
+                start.widest,
+                with_interval(start.gain),
+            ]
+        )
     return Figure(
         "readiness",
         "Readiness for RL",
-        "Before an excursion the base draws groups of samples at the temperature that RL trains "
-        "with. A group is informative when it holds right and wrong answers: others teach nothing.",
-        "A point for each RL excursion: the share of informative groups before it, and the gain "
-        "in pass@1 that followed. The numbers are in the table.",
+        "Where RL begins, the model draws groups of samples of RL's own prompts at the temperature "
+        "that RL trains with. A group is informative when it holds right and wrong answers: others "
+        "teach nothing. The gain that followed is that of the headline suite, with its 95% "
+        "interval. Runs without a probe of their own show what a suite of their base says.",
+        "A point for each excursion with RL: the share of informative groups and pass@1 before it, "
+        "and the gain in pass@1 that followed. The numbers are in the table.",
         table,
         canvas,
     )
+
+
+def _starts(study: Study) -> Iterator[_Start]:
+    for cell in study.cells:
+        probe = None if cell.recipe == BASE else study.readiness_of(cell)
+        if probe is None or (probe not in cell.run.evaluations and cell.recipe != "rl"):
+            continue
+        change = of_suite(cell.headline, study.before_rl(cell, probe), "pass_at_1")
+        gain = interval_of_mean(list(change.values()))
+        if gain is not None:
+            yield _Start(cell, probe, gain)

@@ -47,6 +47,8 @@ figcaption { color: var(--dim); font-size: .85rem; }
 table { border-collapse: collapse; width: 100%; font-size: .85rem;
   font-variant-numeric: tabular-nums; }
 th, td { padding: .28rem .6rem; text-align: left; vertical-align: top; white-space: nowrap; }
+.beside table { font-size: .8rem; }
+.beside th, .beside td { padding: .26rem .42rem; }
 td.wrap { white-space: normal; min-width: 12rem; }
 td.differences { white-space: normal; min-width: 24rem; }
 thead th { position: sticky; top: 0; background: var(--soft); white-space: normal; }
@@ -172,6 +174,9 @@ def _why(finding: Finding) -> str:
     parts = [finding.evidence.get("reason", ""), *finding.evidence.get("against", [])]
     for suite, change in finding.evidence.get("nll_change", {}).items():
         parts.append(f"loss of {suite} {change:+.3f} nats")
+    for metric, points in finding.evidence.get("since_the_checkpoint", {}).items():
+        if points is not None:
+            parts.append(f"{metric} since the checkpoint {points:+.1f}")
     if counted:
         parts.append(f"{_count(counted, 'cell')} compared")
     if left_out:

@@ -8,19 +8,19 @@ that learned nothing any comparison is hollow. From one seed nothing is claimed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
 from megarlx.report.comparison import Comparison, Verdict, all_of, of_capability, of_suite
+from megarlx.report.counted import counted
 from megarlx.report.predicates_of_sweeps import group_sizes, more_data_or_more_parameters
 from megarlx.report.runs import Evaluation
 from megarlx.report.study import BASE, Cell, Study
 from megarlx.report.style import name_of
 
 SEEDS_NEEDED = 2
-TIMES_GUESSING = 2.0
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,18 @@ class Predicate:
             for tokens in c.checkpoints
             if self.at_every_checkpoint and c.verdict(tokens) == "not held"
         ]
+        open_at = [
+            f"{tokens:,} tokens"
+            for c in made
+            for tokens in c.checkpoints
+            if self.at_every_checkpoint and c.verdict(tokens) == "undetermined"
+        ]
         if against:
             verdict = "not held"
             evidence["against"] = against
+        elif open_at and verdict == "held":
+            verdict = "undetermined"
+            evidence["reason"] = f"by itself the interval covers a boundary at {', '.join(open_at)}"
         without = [c.what for c in made if not c.cells]
         seeds = sorted({seed for c in made for seed in c.seeds})
         if without or not made:
@@ -57,43 +66,12 @@ class Predicate:
         elif len(seeds) < SEEDS_NEEDED:
             verdict = "undetermined"
             evidence["reason"] = f"one seed ({seeds[0]}): no verdict is claimed"
-        elif verdict == "undetermined":
+        elif verdict == "undetermined" and "reason" not in evidence:
             evidence["reason"] = "the interval covers a boundary of the claim"
         evidence["comparisons"] = [c.evidence() for c in made]
         if self.notes is not None:
             evidence |= self.notes(study)
         return Finding(verdict, evidence)
-
-
-def why_not_counted(study: Study, cell: Cell) -> str | None:
-    """None where the SFT of the cell's place has learned more than to guess."""
-    beside = [c for c in study.cells if c.place == cell.place and c.headline]
-    sft = [c for c in beside if c.recipe == "sft"] or [c for c in beside if c.recipe == "sft_gold"]
-    if not sft:
-        return f"{cell.run.name}: no evaluated SFT beside it"
-    for other in sft:
-        assert other.headline is not None  # chosen above
-        guessing = other.headline.guessing.get("pass_at_1")
-        if guessing is None:
-            return f"{cell.run.name}: {other.run.name} has no guessing baseline"
-        reached = other.headline.metrics.get("pass_at_1", 0.0)
-        if not reached > TIMES_GUESSING * guessing:
-            return (
-                f"{cell.run.name}: SFT's pass@1 is {100 * reached:.1f}%, not above "
-                f"{TIMES_GUESSING:g} x guessing ({100 * guessing:.1f}%)"
-            )
-    return None
-
-
-def counted(
-    study: Study, comparison: Comparison, pairs: Iterable[tuple[Cell, Cell]]
-) -> Iterable[tuple[Cell, Cell]]:
-    for cell, other in pairs:
-        reason = why_not_counted(study, cell)
-        if reason is None:
-            yield cell, other
-        else:
-            comparison.left_out.append(reason)
 
 
 def pass_at(k: int, recipe: str, other: str, low: float, high: float) -> Callable[..., Comparison]:
@@ -175,9 +153,18 @@ def beginnings(recipe: str) -> Callable[[Study], dict[str, Any]]:
     return note
 
 
-def within(recipe: str, k: int, low: float, high: float) -> Callable[[Study], Comparison]:
+def since_the_checkpoint(study: Study) -> dict[str, Any]:
+    """The whole way of direct RL, where its first evaluation is one on the way."""
+    whole = [higher(k, "rl", BASE)(study) for k in (1, 32)]
+    points = {f"pass@{k}": c.evidence()["points"] for k, c in zip((1, 32), whole, strict=True)}
+    return beginnings("rl")(study) | {"since_the_checkpoint": points}
+
+
+def within(
+    recipe: str, k: int, low: float, high: float, since: str = "start of RL"
+) -> Callable[[Study], Comparison]:
     def make(study: Study) -> Comparison:
-        made = Comparison(f"{name_of(recipe)}, end − start of RL, pass@{k}", low, high)
+        made = Comparison(f"{name_of(recipe)}, end − {since}, pass@{k}", low, high)
         cells = [(cell, cell) for cell in study.of_recipe(recipe)]
         for cell, _ in counted(study, made, cells):
             made.add(cell, of_suite(cell.headline, start_of_rl(study, cell), f"pass_at_{k}"))
@@ -222,8 +209,8 @@ PREDICATES: dict[str, Predicate] = {
     ),
     "P7": Predicate(
         "within direct RL, pass@1 and pass@32 rise",
-        together(within("rl", 1, 0.0, inf), within("rl", 32, 0.0, inf)),
-        notes=beginnings("rl"),
+        together(*(within("rl", k, 0.0, inf, "its first evaluation") for k in (1, 32))),
+        notes=since_the_checkpoint,
     ),
     "P8": Predicate(
         "SFT-Gold pass@8 and pass@32 > RL",

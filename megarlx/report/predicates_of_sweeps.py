@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from math import inf
 
+from megarlx.evaluation.bootstrap import Values, differences
 from megarlx.report.comparison import Comparison, of_suite
+from megarlx.report.counted import counted
 from megarlx.report.runs import Run
 from megarlx.report.settings import parameters, setting_named
-from megarlx.report.statistics import Values, differences
 from megarlx.report.study import BASE, Cell, Study
 
 TARGETED = ("math", "problem")  # in the name of a source: what the questions are about
@@ -38,7 +39,7 @@ def more_data_or_more_parameters(study: Study) -> list[Comparison]:
     )
     by_place: defaultdict[tuple[int, int], dict[tuple[int, float], tuple[Cell, Values]]]
     by_place = defaultdict(dict)
-    for cell, base in study.pairs("rl", BASE):
+    for cell, base in counted(study, made, study.pairs("rl", BASE), needs_sft=False):
         gain = of_suite(cell.headline, base.headline, "pass_at_1")
         size = parameters(cell.trunk) if cell.trunk else None
         share = target_share(cell)
@@ -67,7 +68,8 @@ def group_sizes(study: Study) -> list[Comparison]:
     per_flop = Comparison(f"small − large groups, pass@1 {early}, by FLOP", 0.0, inf)
     per_example = Comparison(f"large − small groups, pass@1 {early}, by examples", 0.0, inf)
     end = Comparison("large − small groups, pass@1 at the end", -SAME_END, SAME_END)
-    for small, large in _small_and_large(study, per_flop):
+    pairs = _small_and_large(study, per_flop)
+    for small, large in counted(study, per_flop, pairs, needs_sft=False):
         by_flop = _early_gap(study, small.run, large.run, "flop")
         by_examples = _early_gap(study, small.run, large.run, "examples")
         per_flop.add(small, {"": {q: -v for q, v in by_flop.items()}})

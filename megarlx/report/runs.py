@@ -65,7 +65,7 @@ class Evaluation:
         return {}
 
     def solved(self) -> dict[str, bool]:
-        """Question -> whether it is answered rightly more often than not."""
+        """Question -> whether it is answered rightly at least as often as not."""
         metric = "accuracy" if self.kind in ACCURACY_KINDS else "pass_at_1"
         return {question: value >= 50 for question, value in self.percent(metric).items()}
 

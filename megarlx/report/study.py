@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from megarlx.evaluation.readiness import PROBE
 from megarlx.report.runs import ACCURACY_KINDS, Evaluation, ReportError, Run, find_runs, read_run
 from megarlx.report.settings import settings_hash, told_apart
 from megarlx.report.style import in_order
 
 BASE = "base"
 FEW_SHOT = "_few_shot"
-PROBE = "-readiness"  # ends the name of a suite that samples the base as RL will
 KS = (1, 8, 32)
 
 
@@ -170,7 +170,11 @@ class Study:
                 for run in self.excursions
                 if run.parent and self.parent_of(run) is trunk
             }
-            evaluated = {e.iteration: e.trunk_tokens for e in trunk.evaluations}
+            evaluated = {
+                e.iteration: e.trunk_tokens
+                for e in trunk.evaluations
+                if not e.suite.endswith(PROBE)
+            }
             for iteration, tokens in sorted((evaluated | branched).items()):
                 final = trunk.at(iteration)
                 few_shot = final.get(f"{self.headline}{FEW_SHOT}")
@@ -240,12 +244,26 @@ class Study:
         return [cell for cell in self.cells if cell.recipe == recipe]
 
     def readiness_of(self, cell: Cell) -> Evaluation | None:
-        """What was measured before an excursion: in its own run before training, or of its base."""
+        """The probe in its own run where RL began; else what a suite of its base says."""
         base = self.base_of(cell)
-        before = [*cell.run.at(0).values(), *(base.evaluations.values() if base else ())]
-        probes = [e for e in before if "informative_groups" in e.metrics]
-        probes.sort(key=lambda e: not e.suite.endswith(PROBE))
+        own = [e for e in cell.run.evaluations if e.suite.endswith(PROBE)]
+        others = sorted(
+            base.evaluations.values() if base else (), key=lambda e: not e.suite.endswith(PROBE)
+        )
+        probes = [e for e in (*own, *others) if "informative_groups" in e.metrics]
         return probes[0] if probes else None
+
+    def before_rl(self, cell: Cell, probe: Evaluation) -> Evaluation | None:
+        """The headline suite where the probe was taken: of the base, or within the run."""
+        if cell.headline is None:
+            return None
+        inside = [
+            e for e in cell.run.course(cell.headline.suite) if 0 < e.iteration <= probe.iteration
+        ]
+        if probe.suite.endswith(PROBE) and probe in cell.run.evaluations and probe.iteration:
+            return inside[-1] if inside else None
+        base = self.base_of(cell)
+        return base.headline if base else None
 
     @property
     def seeds(self) -> list[int]:

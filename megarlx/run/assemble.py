@@ -102,6 +102,8 @@ def assemble(
     """
     check_placement(config)
     training = config.training
+    if training.layers == "te" and device.type != "cuda":
+        raise RunError("training.layers is 'te', but this run is on a CPU; allowed there: 'torch'")
     layout = choose_layout(config, started.world_size)
     mesh = Mesh.build(
         layout.pp,
@@ -128,6 +130,8 @@ def assemble(
         layers_per_stage=config.layout.layers_per_stage,
         sequence_parallel=config.layout.sequence_parallel,
         recompute=training.recompute,
+        backend=training.layers,
+        fp8=None if training.fp8 == "none" else training.fp8,
         dtype=DTYPES[training.precision],
         device=device,
     )

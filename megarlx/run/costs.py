@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from megarlx.config import Config
+from megarlx.config.objectives import PRETRAINING
+from megarlx.planning.hardware import gpu_named
 from megarlx.trainer import Trainer
 
 
@@ -43,6 +49,12 @@ class Costs:
     def metrics(self) -> dict[str, float]:
         return {"cost/seconds": self.seconds} | {f"cost/{k}": v for k, v in self._last.items()}
 
+    @property
+    def trunk_tokens(self) -> int:
+        """Of pre-training, ancestors' included, as this rank knows it without asking others."""
+        own = self.trainer.tokens.get(PRETRAINING)
+        return self.inherited.get(PRETRAINING, 0) + (0 if own is None else int(own))
+
     def tokens(self) -> dict[str, int]:
         self.trainer.share_counts()
         found = dict(self.inherited)
@@ -56,3 +68,19 @@ class Costs:
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.seconds = float(state["seconds"])
         self._last = self._totals()
+
+
+def peak_flop_per_second(device: torch.device) -> float:
+    """What MFU is measured against: a GPU's data sheet in bf16, or this machine's own sgemm."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        known = gpu_named(name)
+        return math.inf if known is None else known.flops
+    a = torch.randn(512, 512)
+    torch.mm(a, a)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        torch.mm(a, a)
+        times.append(time.perf_counter() - start)
+    return 2 * 512**3 / min(times)

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megarlx.checkpoint import latest
 from megarlx.comm import launch
 from megarlx.comm.collectives import all_reduce_, gather_values
+from megarlx.config.evaluation import EvaluationConfig
 from megarlx.config.objectives import PRETRAINING
 from megarlx.data.conversations import Template
 from megarlx.evaluation.results import samples_path
@@ -28,12 +29,12 @@ from megarlx.evaluation.suites import Parent as EvaluatedParent
 from megarlx.evaluation.suites import Subject, evaluate, metrics_of
 from megarlx.metrics import MetricsWriter
 from megarlx.objectives.supervised import Supervised
-from megarlx.planning.hardware import gpu_named
 from megarlx.run.assemble import Run, next_average, steps_at_tokens
-from megarlx.run.costs import Costs
+from megarlx.run.costs import Costs, peak_flop_per_second
 from megarlx.run.directory import RunError
 from megarlx.run.lock import run_lock
 from megarlx.run.rank_logs import RankLog, rank_log
+from megarlx.run.readiness import beginnings_of_rl, readiness_of
 from megarlx.run.stopped import REQUEUE, clear_mark, exit_code, mark_stopped
 from megarlx.run.world import world_of
 from megarlx.trackers import Trackers, check_installed
@@ -81,11 +82,10 @@ def train(run: Run) -> int:
 
 def _train(run: Run, log: RankLog) -> int:
     costs = _start(run)
-    resumed = run.trainer.steps_done
     first = run.mesh.rank == 0
     logging = run.config.logging
     check_installed(logging.trackers)
-    writer = _metrics_writer(run, resumed + 1) if first else None
+    writer = _metrics_writer(run, costs.trunk_tokens) if first else None
     stop = StopRequest(logging.stop_after_minutes)
     loop = _Loop(run, costs, writer, log)
     with writer or nullcontext(), stop.listening(), loop.progress():
@@ -102,11 +102,14 @@ def _train(run: Run, log: RankLog) -> int:
     return exit_code(launch.read().launcher)
 
 
-def _metrics_writer(run: Run, resume_at: int) -> MetricsWriter:
+def _metrics_writer(run: Run, trunk_tokens: int) -> MetricsWriter:
+    done = run.trainer.steps_done
     logging, place = run.config.logging, run.directory.path
     config = run.config.model_dump(mode="json")
     trackers = Trackers(logging.trackers, logging.tracker_project, place, config)
-    return MetricsWriter(place, resume_at=resume_at, trackers=trackers)
+    return MetricsWriter(
+        place, resume_at=done + 1 if done else 0, trunk_tokens=trunk_tokens, trackers=trackers
+    )
 
 
 def _start(run: Run) -> Costs:
@@ -157,9 +160,12 @@ class _Loop:
         self.bar: Progress | None = None
         self.since = (time.perf_counter(), run.trainer.steps_done)
         self.costs = costs
-        self.peak = _peak_flop_per_second(run.device) * run.mesh.world.size
+        self.peak = peak_flop_per_second(run.device) * run.mesh.world.size
         self.saved_at = run.trainer.steps_done
+        self.went_on = run.trainer.steps_done > 0
         self.due: set[str] = set()
+        prompts = run.config.evaluation.readiness_prompts
+        self.probed = beginnings_of_rl(run.config) if prompts else {}
 
     @contextmanager
     def progress(self) -> Iterator[None]:
@@ -184,6 +190,8 @@ class _Loop:
     def until(self, steps: int, stop: StopRequest) -> int:
         trainer, config = self.run.trainer, self.run.config
         while trainer.steps_done < steps:
+            if names := self.probed.get(trainer.steps_done):
+                self._evaluate(readiness_of(config, names))
             losses, report = trainer.step()
             done = trainer.steps_done
             last = done == steps
@@ -206,9 +214,9 @@ class _Loop:
                 return REQUEUE
             if trainer.in_sync and "evaluate" in self.due:
                 self.due.discard("evaluate")
-                self._evaluate()
+                self._evaluate(config.evaluation)
         if config.evaluation.at_end:
-            self._evaluate()
+            self._evaluate(config.evaluation)
         if self.saved_at < trainer.steps_done:
             self.run.saver.wait()
         return 0
@@ -299,7 +307,7 @@ class _Loop:
         if self.writer is None:
             return
         if values:
-            self.writer.scalars(step, values)
+            self.writer.scalars(step, values, self.costs.trunk_tokens)
         if self.bar is not None:
             self.bar.update(self.task, description=text)
         else:
@@ -329,8 +337,8 @@ class _Loop:
         data.loader.consumed_sequences = 0
         return self.run.trainer.evaluate(data)
 
-    def _evaluate(self) -> None:
-        """The suites on the weights as they are; results that are there are not made again."""
+    def _evaluate(self, evaluation: EvaluationConfig) -> None:
+        """The suites on the weights as they are; a run that goes on has what it had measured."""
         run, done = self.run, self.run.trainer.steps_done
         tokens = self.costs.tokens()
         if run.tokenizer is None:
@@ -346,9 +354,10 @@ class _Loop:
                 trunk_tokens=tokens.get(PRETRAINING, 0),
                 world=world_of(run.config),
             ),
-            run.config.evaluation,
+            evaluation,
             run=run.directory.path,
             parent=self._evaluated_parent(),
+            again=not self.went_on,  # what lies there was left by another run
         )
         values = metrics_of(results)
         for result in results:
@@ -391,22 +400,6 @@ class _Loop:
                 f"{', '.join(map(str, different))} differ from those of rank {group.ranks[0]}, "
                 "though they are replicas; go on from a checkpoint before this step"
             )
-
-
-def _peak_flop_per_second(device: torch.device) -> float:
-    """What MFU is measured against: a GPU's data sheet in bf16, or this machine's own sgemm."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        known = gpu_named(name)
-        return math.inf if known is None else known.flops
-    a = torch.randn(512, 512)
-    torch.mm(a, a)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        torch.mm(a, a)
-        times.append(time.perf_counter() - start)
-    return 2 * 512**3 / min(times)
 
 
 def check_startable(run: Run, fresh: bool) -> None:

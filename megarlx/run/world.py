@@ -10,11 +10,12 @@ from megarlx.config.environment import EnvironmentConfig
 from megarlx.config.objectives import PLACE, WORLD, TemplateConfig
 from megarlx.config.run_sections import AgentsConfig, DataConfig, WorldConfig
 from megarlx.data.synthetic.settings import WorldSettings
-from megarlx.data.synthetic.tokens import DESCRIPTION, write_world_files
 from megarlx.data.synthetic.world import World
+from megarlx.data.synthetic.write import DESCRIPTION, Sizes, write_world
 from megarlx.data.token_files import write_atomically
 from megarlx.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
-from megarlx.objectives.environments.demonstrations import Sizes, built_in, write_environment
+from megarlx.objectives.environments.demonstrations import Sizes as TaskSizes
+from megarlx.objectives.environments.demonstrations import built_in, write_environment
 from megarlx.run.directory import RunDirectory, RunError
 
 AGENTS_WORDS, AGENTS_DESCRIPTION = "agents.words", "agents.json"
@@ -51,18 +52,11 @@ def settings_of(world: WorldConfig) -> WorldSettings:
     return WorldSettings.from_json({"seed": world.seed, **world.settings})
 
 
-def write_world(world: WorldConfig) -> None:
+def sizes_of(world: WorldConfig) -> Sizes:
     shares = world_shares(world)
     total = sum(shares.values())
     documents = {k: max(1, round(world.documents * s / total)) for k, s in shares.items() if s > 0}
-    write_world_files(
-        settings_of(world),
-        Path(world.place),
-        documents,
-        world.held_out_documents,
-        world.prompts,
-        world.test_questions,
-    )
+    return Sizes(documents, world.held_out_documents, world.prompts, world.test_questions)
 
 
 def write_agents(agents: AgentsConfig, template: TemplateConfig) -> None:
@@ -86,7 +80,7 @@ def write_agents(agents: AgentsConfig, template: TemplateConfig) -> None:
         given = EnvironmentConfig(
             function=place.function, options=place.options, max_turns=place.max_turns
         )
-        sizes = Sizes(place.tasks, place.test_tasks, place.test_tasks, place.demonstrations)
+        sizes = TaskSizes(place.tasks, place.test_tasks, place.test_tasks, place.demonstrations)
         own = folder / place.label
         write_environment(given, own, sizes, seed=agents.seed, mistakes=place.mistakes)
         text = (own / "demonstrations.jsonl").read_text(encoding="utf-8")
@@ -99,8 +93,8 @@ def write_agents(agents: AgentsConfig, template: TemplateConfig) -> None:
 
 def write_data(config: Config) -> None:
     """What a run's data need and is not there yet."""
-    if config.data is not None and config.data.world is not None:
-        write_world(config.data.world)
+    if config.data is not None and (world := config.data.world) is not None:
+        write_world(settings_of(world), world.place, sizes_of(world))
     if config.data is not None and config.data.agents is not None:
         write_agents(config.data.agents, config.template)
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "unit" / "generation"))
+from sampling_gap import sampling_gap
+
 from megarlx.comm.groups import Mesh
 from megarlx.config.model import ModelConfig, family_config
 from megarlx.generation.engine import Engine
-from megarlx.generation.logprob_gap import logprob_gap
 from megarlx.generation.requests import Completion, Request, SamplingSettings
 from megarlx.model.build import build_model
 
@@ -55,11 +59,10 @@ def generated(
     found = engine.generate(mine, settings, seed=5)
     sent = {key: (c.calls, c.bytes) for key, c in mesh.traffic.counts.items()}
     counts = engine.counts
-    gap = logprob_gap(model, found, tokens_per_pass=256)
     streamed = [(n.sequence_id, n.token) for n in engine.stream(mine, settings, seed=5)]
     return {
         "found": [plain(c) for c in found],
-        "gap": (gap.mean, gap.max, gap.kl, gap.tokens),
+        "gap": sampling_gap(model, found, tokens_per_pass=256),
         "counts": counts,
         "streamed": streamed,
         "sent": sent,

@@ -95,6 +95,15 @@ def test_rank_0_tells_of_every_replica_and_a_run_goes_on_colocated(
     samples = tmp_path / "run" / "samples" / "step_00000000.rl.jsonl"
     assert len(samples.read_text().splitlines()) >= 2
 
+    if not options:
+        assert run(1, run_it, tmp_path / "alone", 1, {"placement": "colocated"}) == [0]
+        probe = Path("run/evaluations/iter_00000001.rl-readiness.json")
+        own, alone = (
+            json.loads((folder / probe).read_text()) for folder in (tmp_path, tmp_path / "alone")
+        )
+        assert (own["items"], own["metrics"]) == (alone["items"], alone["metrics"])
+        assert len(own["items"]) == 32
+
     # One process goes on from the middle with both objectives, and comes to the same.
     checkpoints = tmp_path / "run" / "checkpoints"
     shutil.rmtree(checkpoints / "iter_00000005")

@@ -105,11 +105,12 @@ def test_a_cold_start_and_play_in_one_run(
     assert result["kind"] == "agent"
     samples = sorted(path.name for path in (out / "samples").iterdir())
     assert samples == [
+        "iter_00000003.rl-readiness.jsonl",
         "iter_00000007.sokoban.jsonl",
         "step_00000000.rl.jsonl",
         "step_00000002.rl.jsonl",
     ]
-    (first, *_) = map(json.loads, (out / "samples" / samples[1]).read_text().splitlines())
+    (first, *_) = map(json.loads, (out / "samples" / samples[2]).read_text().splitlines())
     assert first["completion"].startswith("did: ")
     # What is there is not written again, and never in another way.
     made = (world / "agents.words").stat().st_mtime_ns

@@ -166,6 +166,34 @@ def test_a_finished_suite_is_not_computed_again_unless_its_settings_changed(
     assert result(copy, "problems")["items"][0]["samples"] == 6
 
 
+def test_what_training_measured_is_not_computed_again_for_its_checkpoint(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suites = SUITES.replace("[[suites]]", "[[evaluation.suites]]").replace("slots = 64\n", "")
+    given = tmp_path / "run.toml"
+    given.write_text(config.read_text() + "[evaluation]\nslots = 64\nat_end = true\n" + suites)
+    out = tmp_path / "run"
+    overrides = ("checkpoints.save_every_steps=4", "model.max_sequence_length=128")
+    assert train(given, out, *overrides, "evaluation.every_steps=8") == 0
+    files = sorted((out / "evaluations").iterdir())
+    before = [(path, path.read_bytes(), path.stat().st_mtime_ns) for path in files]
+    assert len(before) == 6
+    capsys.readouterr()
+    assert main(["evaluate", f"{out}@all"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("there already") == 6
+    assert said.count("problems: pass_at_1") == 1  # of step 4, which training did not measure
+    assert [(p, p.read_bytes(), p.stat().st_mtime_ns) for p, _, _ in before] == before
+    assert main(["evaluate", f"{out}@8", "--suite", "problems", "--temperature", "0.9"]) == 0
+    assert "there already" not in capsys.readouterr().out
+    # Another run in the folder, of which no checkpoint is left, trusts nothing that lies there.
+    shutil.rmtree(out / "checkpoints")
+    other = ("optimizer.lr=1e-2", "evaluation.every_steps=8")
+    assert train(given, out, *overrides, *other) == 0
+    again = (out / "evaluations" / "iter_00000012.stories.json").read_bytes()
+    assert again != next(held for path, held, _ in before if "12.stories" in path.name)
+
+
 def test_masters_are_rounded_for_a_model_that_computes_in_bf16(
     trained: Path, tmp_path: Path
 ) -> None:

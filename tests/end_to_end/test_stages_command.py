@@ -158,7 +158,7 @@ def test_costs_and_tokens_only_grow_and_add_up(staged: Path) -> None:
 
 
 def test_samples_are_kept_for_people_to_read(staged: Path) -> None:
-    samples = sorted((staged.parent / "whole" / "samples").glob("*.jsonl"))
+    samples = sorted((staged.parent / "whole" / "samples").glob("step_*.jsonl"))
     assert samples
     lines = [json.loads(line) for line in samples[0].read_text().splitlines()]
     assert {"prompt", "completion", "reference", "reward", "finish_reason", "step"} <= set(lines[0])

@@ -48,6 +48,12 @@ def problems(path: Path, *overrides: str) -> list[str]:
     return [line.replace(f"{path}", path.name) for line in raised.value.problems]
 
 
+def test_fp8_in_transformer_engine_layers_is_accepted_for_a_gpu(tmp_path):
+    given = ["training.layers=te", "training.fp8=current", "training.precision=bf16"]
+    training = load_config(write(tmp_path, SPARSE), given).training
+    assert (training.layers, training.fp8, training.device) == ("te", "current", "auto")
+
+
 def test_sparse_file_is_filled_with_defaults_and_what_follows_from_other_fields(tmp_path):
     config = load_config(write(tmp_path, SPARSE))
     assert (config.model.kv_heads, config.model.head_dim) == (4, 16)
@@ -279,6 +285,9 @@ def test_missing_key_is_told_with_its_meaning(tmp_path):
         (["training.sequences_per_microbatch=3"], "training.sequences_per_step is 16; sequences_p"),
         (["layout.data=3"], "training.sequences_per_step is 16; sequences_per_microbatch x layout"),
         (["optimizer.warmup_steps=101"], "optimizer.warmup_steps + decay_steps = 101; training"),
+        (["training.layers=te", "training.device=cpu"], "training.layers is 'te', Transformer"),
+        (["training.fp8=delayed"], "training.fp8 is 'delayed' with layers = 'torch' and precision"),
+        (["training.fp8=current", "training.layers=te"], "it needs 'te' and 'bf16'"),
         (["optimizer.decay_steps=10"], "optimizer.decay_steps is used by schedule = 'wsd' only"),
         (
             [

@@ -22,6 +22,32 @@ def test_tensorboard_and_jsonl_hold_the_same_keys_and_numbers(tmp_path: Path) ->
     assert events == [(line["step"], line["loss/pretraining"]) for line in lines]
 
 
+def test_tensorboard_shows_a_trunk_and_what_its_excursions_reached_over_tokens(
+    tmp_path: Path,
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def over_tokens(run: str) -> dict[str, list[tuple[int, float]]]:
+        board = EventAccumulator(str(tmp_path / run / "tensorboard" / "tokens"))
+        board.Reload()
+        scalars = board.Tags()["scalars"]
+        return {key: [(e.step, e.value) for e in board.Scalars(key)] for key in scalars}
+
+    with MetricsWriter(tmp_path / "trunk") as writer:
+        for step in (1, 2, 3):
+            writer.scalars(step, {"loss/pretraining": 4.0 - step}, 100 * step)
+    with MetricsWriter(tmp_path / "trunk", resume_at=3, trunk_tokens=200) as writer:
+        writer.scalars(3, {"loss/pretraining": 0.5}, 300)
+        writer.scalars(3, {"eval/math/pass_at_1": 0.25}, 300)
+    assert over_tokens("trunk") == {
+        "loss/pretraining": [(100, 3.0), (200, 2.0), (300, 0.5)],
+        "eval/math/pass_at_1": [(300, 0.25)],
+    }
+    with MetricsWriter(tmp_path / "rl", trunk_tokens=300) as writer:
+        writer.scalars(1, {"loss/rl": 1.0, "eval/math/pass_at_1": 0.75}, 300)
+    assert over_tokens("rl") == {"eval/math/pass_at_1": [(300, 0.75)]}
+
+
 def test_a_resume_drops_what_was_written_after_its_step(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path) as writer:
         for step in range(5):

@@ -1,23 +1,27 @@
-"""A world's files on disk, written line by line."""
+"""A world as files, ready to train on: documents as token files, questions as JSONL."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from megarlx.data.synthetic.settings import WorldSettings
+from megarlx.data.synthetic.problems import Split
+from megarlx.data.synthetic.settings import WorldError, WorldSettings
 from megarlx.data.synthetic.world import World
-from megarlx.data.token_files import write_atomically
+from megarlx.data.token_files import TokenFileWriter, dtype_for, write_atomically
+from megarlx.data.tokenizer import WordTokenizer
+
+HELD_OUT_KINDS = ("problems", "facts", "stories")
+DESCRIPTION = "tokens.json"
 
 
 @dataclass(frozen=True)
 class Sizes:
     """How many of each to write."""
 
-    documents: dict[str, int] = field(
+    documents: Mapping[str, int] = field(
         default_factory=lambda: {
             "problems": 20_000,
             "facts": 20_000,
@@ -26,51 +30,70 @@ class Sizes:
         }
     )
     held_out_documents: int = 500
-    train_questions: int = 2048
-    validation_questions: int = 256
+    prompts: int = 1024
     test_questions: int = 256
-    behaviour_prompts: int = 256
 
 
 def write_world(settings: WorldSettings, folder: str | Path, sizes: Sizes | None = None) -> None:
     """
-    documents_<kind>.jsonl      {"text"}                        pre-training
-    held_out_<kind>.jsonl       {"text"}                        validation text
-    demonstrations.jsonl        {"question", "answers"}         SFT
-    questions_<split>.jsonl     {"prompt", "reference", …}      RL prompts; evaluation
-    behaviours_<split>.jsonl    {"prompt", "behaviour", …}
-    capability.jsonl            {"suite", "context", "choices", "answer"}
-    world.words                 the tokenizer's words
-    world.json                  the settings; last, so that a folder that has it is complete
+    documents_<kind>            token file                          pre-training
+    held_out_<kind>             token file                          validation text
+    tokenizer.json              the world's words
+    prompts.jsonl               {"question", "answer", "id", …}     RL prompts
+    demonstrations.jsonl        {"question", "answers"}             SFT, on the same questions
+    validation.jsonl            as prompts.jsonl                    to choose settings by
+    test.jsonl                  as prompts.jsonl                    to report
+    tokens.json                 the settings; last, so that a folder that has it is complete
+
+    A folder that holds just these is left as it is.
     """
-    sizes = sizes or Sizes()
-    world, place = World(settings), Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
-    done = place / "world.json"
-    done.unlink(missing_ok=True)
+    sizes, folder = sizes or Sizes(), Path(folder)
+    wanted = {
+        "settings": settings.to_json(),
+        "documents": dict(sizes.documents),
+        "held_out": sizes.held_out_documents,
+        "prompts": sizes.prompts,
+        "test_questions": sizes.test_questions,
+    }
+    description = folder / DESCRIPTION
+    if description.exists():
+        if json.loads(description.read_text()) == json.loads(json.dumps(wanted)):
+            return
+        # Another run may be reading it.
+        raise WorldError(f"world: {folder} holds a world of other settings; use another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    world = World(settings)
+    tokenizer = world.tokenizer()
+    tokenizer.save(folder / "tokenizer.json")
     for kind, count in sizes.documents.items():
-        texts = ({"text": world.document(kind, i)} for i in range(count))
-        _write(place / f"documents_{kind}.jsonl", texts)
-    for kind in ("problems", "facts", "stories"):
-        held_out = range(sizes.held_out_documents)
-        texts = ({"text": world.held_out_document(kind, i)} for i in held_out)
-        _write(place / f"held_out_{kind}.jsonl", texts)
-    train = range(sizes.train_questions)
-    _write(place / "demonstrations.jsonl", (world.demonstrations(i) for i in train))
-    _write(place / "questions_train.jsonl", (world.question("train", i) for i in train))
-    validation, test = range(sizes.validation_questions), range(sizes.test_questions)
-    rows = (world.question("validation", i) for i in validation)
-    _write(place / "questions_validation.jsonl", rows)
-    _write(place / "questions_test.jsonl", (world.question("test", i) for i in test))
-    for split in ("train", "test"):
-        prompts = (world.behaviour_prompt(i, split) for i in range(sizes.behaviour_prompts))
-        _write(place / f"behaviours_{split}.jsonl", prompts)
-    _write(place / "capability.jsonl", world.capability_tests())
-    write_atomically(place / "world.words", "".join(f"{word}\n" for word in world.words))
-    write_atomically(done, json.dumps(settings.to_json(), indent=1) + "\n")
+        texts = (world.document(kind, i) for i in range(count))
+        _write(folder / f"documents_{kind}", texts, tokenizer)
+    for kind in HELD_OUT_KINDS:
+        texts = (world.held_out_document(kind, i) for i in range(sizes.held_out_documents))
+        _write(folder / f"held_out_{kind}", texts, tokenizer)
+    _write_questions(world, folder / "prompts.jsonl", "train", sizes.prompts)
+    _write_questions(world, folder / "validation.jsonl", "validation", sizes.test_questions)
+    _write_questions(world, folder / "test.jsonl", "test", sizes.test_questions)
+    lines = (json.dumps(world.demonstrations(i)) for i in range(sizes.prompts))
+    write_atomically(folder / "demonstrations.jsonl", "\n".join(lines) + "\n")
+    write_atomically(description, json.dumps(wanted, indent=1) + "\n")
 
 
-def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    with open(path, "w", encoding="utf-8") as stream:
-        for row in rows:
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+def _write(prefix: Path, texts: Iterator[str], tokenizer: WordTokenizer) -> None:
+    with TokenFileWriter(prefix, dtype_for(tokenizer.vocab_size)) as writer:
+        for text in texts:
+            writer.add([*tokenizer.encode(text), tokenizer.eos_id])
+
+
+def _write_questions(world: World, path: Path, split: Split, count: int) -> None:
+    lines = []
+    for index in range(count):
+        problem = world.problem(split, index)
+        line = {
+            "question": world.writer.question(problem),
+            "answer": world.writer.answer(problem),
+            "id": f"{split}/{index}",
+            "steps": len(problem.steps),
+        }
+        lines.append(json.dumps(line))
+    write_atomically(path, "\n".join(lines) + "\n")

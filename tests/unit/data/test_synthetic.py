@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megarlx.data.conversations import Template, read_conversations
+from megarlx.data.conversations import read_conversations
+from megarlx.data.prompts import read_prompts
 from megarlx.data.synthetic import (
     Operation,
     Sizes,
@@ -24,6 +25,8 @@ from megarlx.data.synthetic.facts import PARAPHRASES
 from megarlx.data.synthetic.problems import Problem, split_of
 from megarlx.data.synthetic.settings import PLAIN_OPERATIONS, STYLES
 from megarlx.data.synthetic.solutions import checkable
+from megarlx.data.token_files import TokenFile
+from megarlx.data.tokenizer import load_tokenizer
 
 SWAP = Operation("swap", ("trades",), 0.2)
 WORLDS = {
@@ -244,24 +247,33 @@ def test_replies_that_follow_pass_the_checker_and_others_mostly_fail(behaviour: 
 
 
 def test_writing_a_world_gives_files_the_rest_can_read(tmp_path: Path) -> None:
-    sizes = Sizes({"problems": 30, "facts": 20}, 5, 12, 6, 7, 8)
+    sizes = Sizes({"problems": 30, "facts": 20}, 5, 12, 6)
     made = WORLDS["several"]
     write_world(made, tmp_path, sizes)
     world, tokenizer = World(made), World(made).tokenizer()
-    lines = {p.name: p.read_text().splitlines() for p in tmp_path.iterdir()}
-    assert len(lines["documents_problems.jsonl"]) == 30
-    assert len(lines["questions_test.jsonl"]) == 7
-    assert WorldSettings.from_json(json.loads("\n".join(lines["world.json"]))) == made
-    assert lines["world.words"] == world.words
+    assert load_tokenizer(tmp_path / "tokenizer.json").to_json() == tokenizer.to_json()
+    problems = TokenFile(tmp_path / "documents_problems")
+    assert len(problems.lengths) == 30
+    text = tokenizer.decode(list(problems.raw[: problems.lengths[0]]))
+    assert text.removesuffix(" <eos>") == world.document("problems", 0)
+    assert len(TokenFile(tmp_path / "held_out_stories").lengths) == 5
+    tests = read_prompts(tmp_path / "test.jsonl")
+    assert [prompt.answer for prompt in tests] == [
+        world.question("test", i)["reference"] for i in range(6)
+    ]
+    prompts = read_prompts(tmp_path / "prompts.jsonl")
     conversations = list(read_conversations(tmp_path / "demonstrations.jsonl"))
-    assert len(conversations) == 12 * 3
-    for conversation, row in zip(conversations[::3], lines["questions_train.jsonl"], strict=True):
-        ids = Template().prompt_ids(conversation.question, tokenizer)
-        assert tokenizer.decode(ids) == json.loads(row)["prompt"]
-        assert is_correct(conversation.turns[-1].content, json.loads(row)["reference"])
-    before = (tmp_path / "demonstrations.jsonl").read_bytes()
-    write_world(made, tmp_path, sizes)
-    assert (tmp_path / "demonstrations.jsonl").read_bytes() == before
+    assert (len(prompts), len(conversations)) == (12, 12 * 3)
+    for conversation, prompt in zip(conversations[::3], prompts, strict=True):
+        assert conversation.turns[0].content == prompt.question
+        assert is_correct(conversation.turns[-1].content, prompt.answer or "")
+    description = json.loads((tmp_path / "tokens.json").read_text())
+    assert WorldSettings.from_json(description["settings"]) == made
+    written = (tmp_path / "demonstrations.jsonl").stat().st_mtime_ns
+    write_world(made, tmp_path, sizes)  # just this is there
+    assert (tmp_path / "demonstrations.jsonl").stat().st_mtime_ns == written
+    with pytest.raises(WorldError, match="holds a world of other settings"):
+        write_world(made, tmp_path, Sizes({"problems": 30}, 5, 12, 6))
 
 
 @pytest.mark.parametrize(

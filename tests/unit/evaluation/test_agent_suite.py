@@ -66,6 +66,14 @@ def test_items_count_what_the_kept_episodes_show(tmp_path: Path) -> None:
     assert again[0]["items"] == found["items"]
 
 
+def test_the_share_of_informative_groups_is_of_tasks_solved_at_times(tmp_path: Path) -> None:
+    chosen = EvaluationConfig(suites=(suite(tmp_path / "t.jsonl", group_size=4),), slots=8)
+    (found,) = evaluate(subject(), chosen)
+    mixed = [0 < item["correct"] < 4 for item in found["items"]]
+    assert found["metrics"]["informative_groups"] == pytest.approx(sum(mixed) / 5)
+    assert found["metrics"]["pass_at_1"] == pytest.approx(found["metrics"]["success"])
+
+
 def test_lost_episodes_count_nowhere_and_too_many_stop(tmp_path: Path) -> None:
     some = suite(tmp_path / "t.jsonl", True, environment={"allowed_failures": 0.25})
     (found,) = evaluate(subject(), EvaluationConfig(suites=(some,)))

@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 
-from megarlx.config.evaluation import SuiteConfig
+from megarlx.config.objectives import RlConfig
+from megarlx.config.reward import RewardConfig
 from megarlx.evaluation.pass_at_k import Pool
 from megarlx.evaluation.readiness import informative_groups, readiness_suite
 
@@ -20,14 +21,28 @@ def test_informative_groups_are_those_with_both_outcomes() -> None:
 
 
 def test_the_probe_draws_as_training_will() -> None:
-    suite = SuiteConfig(
-        name="math",
-        kind="pass_at_k",
-        path="q.jsonl",
-        few_shot=8,
-        few_shot_path="d.jsonl",
-        samples=8,
+    rl = RlConfig(
+        samples_per_prompt=16,
+        temperature=0.7,
+        max_completion_tokens=9,
+        rewards=(
+            RewardConfig(function="marked_answer", weight=3.0),
+            RewardConfig(function="answer_format", weight=0.1),
+        ),
     )
-    probe = readiness_suite(suite, temperature=1.0, group_size=16)
-    assert (probe.temperature, probe.few_shot, probe.samples) == (1.0, 0, 16)
-    assert (probe.name, probe.group_size) == ("math-readiness", 16)
+    probe = readiness_suite(
+        "rl", rl, prompts=5, path="q.jsonl", max_prompt_tokens=40, examples="d.jsonl", shown=2
+    )
+    assert (probe.name, probe.questions, probe.path) == ("rl-readiness", 5, "q.jsonl")
+    assert (probe.samples, probe.group_size, probe.ks) == (16, 16, (1, 8, 16))
+    assert (probe.temperature, probe.max_new_tokens, probe.max_prompt_tokens) == (0.7, 9, 40)
+    assert (probe.few_shot, probe.few_shot_trained, probe.few_shot_path) == (2, 2, "d.jsonl")
+    assert [(one.function, one.weight) for one in probe.rewards] == [("marked_answer", 1.0)]
+
+
+def test_an_agents_probe_plays_its_environment() -> None:
+    place = {"function": "megarlx.objectives.environments.sokoban:Sokoban"}
+    rl = RlConfig.model_validate({"samples_per_prompt": 4, "environment": place})
+    probe = readiness_suite("rl", rl, prompts=5, path="tasks.jsonl")
+    assert (probe.kind, probe.samples, probe.group_size, probe.questions) == ("agent", 4, 4, 5)
+    assert probe.environment == rl.environment

@@ -15,7 +15,7 @@ from megarlx.data.conversations import Template, Turn
 from megarlx.data.prompts import FewShot
 from megarlx.data.synthetic import guessing_pass_at_k
 from megarlx.evaluation.questions import SuiteError, few_shot_of, questions_of
-from megarlx.evaluation.results import ResultError, read_result, result_path, results_of
+from megarlx.evaluation.results import ResultError, finished, read_result, result_path, results_of
 from megarlx.evaluation.sampling import sample_and_score
 from megarlx.evaluation.suites import Parent, described, evaluate, metrics_of
 from megarlx.objectives.reward_process import RewardError
@@ -127,6 +127,33 @@ def test_examples_and_questions_of_a_file(tmp_path: Path) -> None:
         questions_of(suite(path=double), None)
 
 
+def test_questions_whose_prompts_are_too_long_are_left_out_where_a_limit_says_so(
+    tmp_path: Path,
+) -> None:
+    asked = lines(
+        tmp_path / "q.jsonl",
+        {"question": "how many ? how many ? how many ?", "answer": "12"},
+        {"question": "how many ?", "answer": "4"},
+    )
+    chosen = suite(path=asked, rewards=[EVEN], max_prompt_tokens=10)
+    (found,) = evaluate(subject(), config(chosen))
+    assert [item["id"] for item in found["items"]] == ["q/1"]
+    with pytest.raises(SuiteError, match="max_prompt_tokens is 3; every prompt has more"):
+        evaluate(subject(), config(suite(path=asked, rewards=[EVEN], max_prompt_tokens=3)))
+
+
+def test_a_result_of_a_version_that_knew_fewer_settings_is_kept(tmp_path: Path) -> None:
+    chosen = config(suite(rewards=[EVEN]))
+    (first,) = evaluate(subject(), chosen, run=tmp_path)
+    (path,) = (tmp_path / "evaluations").iterdir()
+    held = json.loads(path.read_text())
+    del held["settings"]["suite"]["max_prompt_tokens"]
+    path.write_text(json.dumps(held))
+    assert finished(path, first["settings"]) == held
+    changed = {**first["settings"], "seed": 99}
+    assert finished(path, changed) is None
+
+
 def test_stop_strings_end_a_completion_and_are_cut_off() -> None:
     model, template = small_model(), Template()
     chosen = suite(samples=32, ks=(1,), temperature=1.0, max_new_tokens=20, questions=2)
@@ -190,7 +217,11 @@ def test_what_a_result_depends_on_makes_it_be_computed_again(tmp_path: Path) -> 
     assert not again()
     assert again(settings=chosen.model_copy(update={"seed": 4}))
     assert again(settings=chosen)
-    assert again(dataclasses.replace(subject(), digest="another"))
+    one, another = (dataclasses.replace(subject(), digest=name) for name in ("one", "another"))
+    assert not again(one)  # weights that were measured in training are that step's checkpoint
+    result_path(tmp_path / "run", 7, "s").unlink()
+    assert again(one)
+    assert again(another)
     assert again(dataclasses.replace(subject(), template=Template(user="{content}")))
     assert again()
     lines(Path(asked), {"question": "tom has 9 pears", "answer": "13"})

@@ -100,6 +100,24 @@ def test_every_checkpoint_but_the_very_first_must_hold_p1(tmp_path: Path) -> Non
     assert found.evidence["comparisons"][0]["interval"][0] > 0  # pooled it would hold
 
 
+def test_a_later_checkpoint_that_is_open_by_itself_leaves_p1_undetermined(tmp_path: Path) -> None:
+    same = replace(rl, mean=AS_IN_THE_PAPER["base"].mean - 0.003, coverage=0.45)
+    sweep = Sweep(tmp_path, changed(**{"rl@4000000": same}))
+    found = judged(sweep.write(["rl", "sft"]))["P1"]
+    assert found.evidence["comparisons"][0]["interval"][0] > 0  # pooled it would hold
+    assert found.verdict == "undetermined"
+    assert found.evidence["reason"].endswith("covers a boundary at 4,000,000 tokens")
+
+
+def test_p7_tells_the_whole_way_beside_that_from_its_first_evaluation(tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path, checkpoints=ONE_CHECKPOINT, halfway=1.2)
+    found = judged(sweep.write(["rl", "sft"]))["P7"]
+    assert found.verdict == "not held"
+    assert found.evidence["comparisons"][0]["points"] < 0
+    assert found.evidence["since_the_checkpoint"]["pass@1"] == pytest.approx(35, abs=2)
+    assert set(found.evidence["rl_began_with"].values()) == {"math of step 30"}
+
+
 def test_one_seed_claims_nothing(tmp_path: Path) -> None:
     Sweep(tmp_path, checkpoints=ONE_CHECKPOINT, seeds=(3,)).write()
     found = judged(tmp_path)
@@ -164,6 +182,13 @@ def test_p14_compares_what_data_and_what_size_add_to_the_gain(
     assert found.verdict == verdict
     points = found.evidence["comparisons"][0]["points"]
     assert points == pytest.approx(100 * (by_data - by_size), abs=2.0)
+
+
+def test_p14_leaves_out_what_has_learned_no_more_than_to_guess(tmp_path: Path) -> None:
+    found = judged(composition(tmp_path, by_data=-0.195, by_size=0.2))["P14"]
+    left_out = found.evidence["comparisons"][0]["left_out"]
+    assert any("its pass@1 is 0." in reason for reason in left_out)
+    assert found.evidence["comparisons"][0]["cells"] == 0
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 from fake_sweep import SMALL_MODEL, Outcome, Sweep
 
 from megarlx.report import consistency
+from megarlx.report.figures_of_runs import readiness
 from megarlx.report.runs import ReportError
 from megarlx.report.study import BASE, Study
 from megarlx.report.summary import summary
@@ -241,7 +242,7 @@ def test_sharpening_is_told_from_expansion(tmp_path: Path, outcome: Outcome, kin
     study = Study.of(sweep.write(["rl"]))
     found = consistency.coverage(study.pairs("rl", BASE), (1, 8, 32))
     assert found is not None
-    assert (found.k, found.kind) == (32, kind)
+    assert (found.k, found.verdict) == (32, kind)
 
 
 def test_the_probe_before_an_excursion_is_found(tmp_path: Path) -> None:
@@ -259,3 +260,34 @@ def test_the_probe_before_an_excursion_is_found(tmp_path: Path) -> None:
     assert found is not None
     assert (found.suite, found.metrics) == (probe, {"informative_groups": 0.4})
     assert study.headline == "math"
+
+
+def test_a_probe_stands_beside_the_gain_that_followed_where_rl_began(tmp_path: Path) -> None:
+    sweep = small(tmp_path, seeds=(0,))
+    root = sweep.write(["rl", "sft", "sft_then_rl"])
+    for name, step in (("rl", 0), ("sft_then_rl", 20)):
+        run = root / "excursions" / f"{name}-{ONE[0]}-seed0"
+        given = (run, step, ONE[0], Outcome(0.2, 0.5), 0)
+        sweep.evaluate(*given, only_headline=True, suite="rl-readiness")
+        change(
+            run / "evaluations" / f"iter_{step:08d}.rl-readiness.json",
+            metrics={"informative_groups": 0.4, "pass_at_1": 0.2, "pass_at_8": 0.5},
+        )
+    study = Study.of(root)
+    assert study.headline == "math"
+    for name, start in (("rl", study.base_of(study.of_recipe("rl")[0])), ("sft_then_rl", None)):
+        (cell,) = study.of_recipe(name)
+        probe = study.readiness_of(cell)
+        assert probe is not None
+        before = study.before_rl(cell, probe)
+        assert before is not None
+        inside = {e.iteration: e for e in cell.run.course("math")}
+        assert before is (start.headline if start else inside[20])
+    figure = readiness(study)
+    assert figure is not None
+    rows = {row[0].split("/")[-1].split("-")[0]: row[2:] for row in figure.table[1:]}
+    assert rows["rl"][:4] == ["rl-readiness, step 0", "40.0", "20.0", "50.0 (k = 8)"]
+    assert rows["sft_then_rl"][0] == "rl-readiness, step 20"
+    gains = {name: float(row[4].split()[0]) for name, row in rows.items()}
+    assert gains["rl"] == pytest.approx(35, abs=2)
+    assert gains["sft_then_rl"] == pytest.approx(23, abs=2)

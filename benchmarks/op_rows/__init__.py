@@ -1,0 +1,1 @@
+"""Rows of ops.py, one module an op."""
