@@ -20,8 +20,9 @@ from training import SIZES, Size, our_step
 from gpu.clock import products
 from gpu.pieces import ROOT, Context, Piece, Result, gated, need
 from megarlx.config import load_config
+from megarlx.planning.hardware import GPUS
 
-PEAK_BF16 = 989e12  # FLOP/s of an H100's data sheet, without sparsity: what MFU is a share of
+PEAK_BF16 = GPUS["h100"].flops  # of the data sheet, without sparsity: what MFU is a share of
 MICROBATCHES, WARM_UP, STEPS = 4, 3, 20
 
 
