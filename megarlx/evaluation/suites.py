@@ -224,7 +224,9 @@ def _played(
         kept_samples=config.kept_samples,
     )
     metrics, errors = agents.summary(items)
-    return {"metrics": metrics, "standard_errors": errors, "items": items}, lines
+    guessing = agents.at_random(suite, config.seed)
+    made = {"metrics": metrics, "standard_errors": errors, "guessing": guessing, "items": items}
+    return made, lines
 
 
 def _item(scored: ScoredQuestion, correct_from: float) -> dict[str, Any]:
