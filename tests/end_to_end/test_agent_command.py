@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,33 @@ def test_a_cold_start_and_play_in_one_run(
     assert "use another folder" in capsys.readouterr().err
     tasks = (world / "sokoban" / "tasks_train.jsonl").read_text().splitlines()
     assert len(tasks) == 20
+
+
+def test_a_run_goes_on_inside_of_a_rollout_bit_for_bit(tmp_path: Path) -> None:
+    config, whole, part = tmp_path / "agent.toml", tmp_path / "whole", tmp_path / "part"
+    config.write_text(CONFIG.format(world=tmp_path / "world"))
+    moving = ("rl.steps_per_rollout=2", "rl.epochs_per_rollout=2")
+    assert train(config, whole, *moving) == 0
+    # As a run that was killed behind its checkpoint of step 5, the second of a rollout's four.
+    shutil.copytree(whole, part)
+    shutil.rmtree(part / "checkpoints" / "iter_00000007")
+    for file in ("samples", "evaluations"):
+        shutil.rmtree(part / file)
+    assert train(config, part, *moving) == 0
+    timed = ("perf/", "cost/seconds")
+    one, other = (
+        [
+            {k: v for k, v in line.items() if not k.startswith(timed)}
+            for line in read_metrics(run / "metrics.jsonl")
+            if "loss/sft" in line or "loss/rl" in line
+        ]
+        for run in (whole, part)
+    )
+    assert [line["step"] for line in other] == list(range(1, 8))
+    assert one == other
+    name = "iter_00000007.sokoban.json"
+    items = [json.loads((r / "evaluations" / name).read_text())["items"] for r in (whole, part)]
+    assert items[0] == items[1]
 
 
 def test_a_broken_environment_stops_the_run_with_one_line(
