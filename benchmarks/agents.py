@@ -200,7 +200,7 @@ def compare(environment: str, seed: int, folder: Path, given: argparse.Namespace
         if not is_there(run):
             command("branch", f"{start}@latest", str(recipe), "--out", str(run))
         lines = list(read_metrics(run / "metrics.jsonl"))
-        seconds = lines[-1]["cost/seconds"]
+        seconds = max(line.get("cost/seconds", 0.0) for line in lines)
         after, broken = held_out_success(run), collapses_of(lines, environment)
         found.append(Outcome(environment, method, seed, before, after, broken, seconds))
         text = f" ({', '.join(broken)} collapsed)" if broken else ""
