@@ -163,8 +163,11 @@ def test_excursions_of_agents_start_from_any_checkpoint(
     config.write_text(CONFIG.format(world=tmp_path / "world"))
     assert train(config, trunk, "stages.0.steps=1", "stages.1.steps=1") == 0
     small = {
-        **{"stages.0.steps": 2, "rl.prompts_per_step": 2, "rl.samples_per_prompt": 3},
-        **{"rl.environment.max_turns": 3, "rl.environment.max_episode_tokens": 90},
+        "stages.0.steps": 2,
+        "rl.prompts_per_step": 2,
+        "rl.samples_per_prompt": 3,
+        "rl.environment.max_turns": 3,
+        "rl.environment.max_episode_tokens": 90,
         **{f"stages.0.objectives.{name}.warmup_steps": 0 for name in objectives},
     }
     words = ["branch", f"{trunk}@latest", str(RECIPES / f"{recipe}.toml"), "--out", str(out)]
