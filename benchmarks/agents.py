@@ -140,6 +140,15 @@ def is_there(run: Path) -> bool:
     return any((run / "evaluations").glob("iter_*.held_out.json"))
 
 
+def write_settings(path: Path, text: str, run: Path) -> None:
+    """A run that is there must be one of just these settings."""
+    if is_there(run) and path.exists() and path.read_text() != text:
+        raise SystemExit(
+            f"{run} is there with other settings than {path.name}; use another --folder"
+        )
+    path.write_text(text)
+
+
 def held_out_success(run: Path) -> float:
     (path,) = (run / "evaluations").glob("iter_*.held_out.json")
     result = json.loads(path.read_text(encoding="utf-8"))
@@ -169,15 +178,14 @@ def compare(environment: str, seed: int, folder: Path, given: argparse.Namespace
     common = {"environment": environment, "limits": limits_of(environment)}
     start = place / "cold_start"
     config = place / "cold_start.toml"
-    config.write_text(
-        COLD_START.format(
-            seed=seed,
-            world=(folder / "worlds" / environment).resolve(),
-            cold_steps=given.cold_steps,
-            warmup=min(20, given.cold_steps // 2),
-            **common,
-        )
+    text = COLD_START.format(
+        seed=seed,
+        world=(folder / "worlds" / environment).resolve(),
+        cold_steps=given.cold_steps,
+        warmup=min(20, given.cold_steps // 2),
+        **common,
     )
+    write_settings(config, text, start)
     if given.only_there and not is_there(start):
         return []
     if not is_there(start):
@@ -185,16 +193,15 @@ def compare(environment: str, seed: int, folder: Path, given: argparse.Namespace
     before, found = held_out_success(start), []
     for method in given.methods:
         recipe, run = place / f"{method}.toml", place / method
-        recipe.write_text(
-            RECIPE.format(
-                method=method,
-                tasks=given.tasks,
-                steps=given.steps,
-                lr=given.lr,
-                kl=given.kl,
-                **common,
-            )
+        text = RECIPE.format(
+            method=method,
+            tasks=given.tasks,
+            steps=given.steps,
+            lr=given.lr,
+            kl=given.kl,
+            **common,
         )
+        write_settings(recipe, text, run)
         if given.only_there and not is_there(run):
             continue
         if not is_there(run):
@@ -203,8 +210,8 @@ def compare(environment: str, seed: int, folder: Path, given: argparse.Namespace
         seconds = max(line.get("cost/seconds", 0.0) for line in lines)
         after, broken = held_out_success(run), collapses_of(lines, environment)
         found.append(Outcome(environment, method, seed, before, after, broken, seconds))
-        text = f" ({', '.join(broken)} collapsed)" if broken else ""
-        print(f"{environment} {method} seed {seed}: {before:.3f} -> {after:.3f}{text}", flush=True)
+        end = f" ({', '.join(broken)} collapsed)" if broken else ""
+        print(f"{environment} {method} seed {seed}: {before:.3f} -> {after:.3f}{end}", flush=True)
     return found
 
 
