@@ -79,6 +79,9 @@ class PlaceConfig(Section):
     mistakes: float = Field(
         default=0.0, ge=0, lt=1, description="Share of a demonstration's actions drawn at random"
     )
+    solved_only: bool = Field(
+        default=True, description="Whether demonstrations that end without success are left out"
+    )
 
     @property
     def label(self) -> str:

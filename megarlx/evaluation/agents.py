@@ -10,9 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megarlx.comm.collectives import gather_values
+from megarlx.config.environment import ENVIRONMENTS, EnvironmentConfig
 from megarlx.config.evaluation import SuiteConfig
 from megarlx.data.conversations import Template
 from megarlx.data.prompts import PromptKeys, read_prompts
+from megarlx.data.synthetic.draw import Draw
 from megarlx.data.tokenizer import Tokenizer
 from megarlx.evaluation.pass_at_k import mean_and_error
 from megarlx.evaluation.questions import Question, SuiteError, questions_of
@@ -20,6 +22,7 @@ from megarlx.generation.engine import Engine
 from megarlx.generation.requests import SamplingSettings
 from megarlx.model.build import ParallelModel
 from megarlx.objectives.environment_rollout import Start
+from megarlx.objectives.environments.demonstrations import built_in, success_rate
 from megarlx.objectives.episode_sampler import Player, example_of, task_of
 from megarlx.objectives.episodes import Episode
 
@@ -104,6 +107,26 @@ def item(
         "reward": share(math.fsum(rewards), len(known)),
     }
     return found if question.group is None else {**found, "group": question.group}
+
+
+def at_random(suite: SuiteConfig, seed: int) -> dict[str, float]:
+    """What a policy reaches that draws its actions at random, as often and for as many turns; of
+    the environments that come with megarlx and can say what such an action is."""
+    environment = suite.environment
+    assert environment is not None
+    assert suite.path is not None
+    if not _draws_actions(environment):
+        return {}
+    keys = PromptKeys(suite.question_key, suite.answer_key)
+    tasks = [task_of(one) for one in read_prompts(suite.path, keys)[: suite.questions]]
+    draw = Draw(seed, "random")
+    often = tasks * suite.samples
+    made = built_in(environment)
+    return {"success": success_rate(made, often, max_turns=environment.max_turns, draw=draw)}
+
+
+def _draws_actions(environment: EnvironmentConfig) -> bool:
+    return environment.function in ENVIRONMENTS and environment.function != "gymnasium"
 
 
 def summary(items: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], dict[str, float]]:

@@ -236,7 +236,9 @@ def _played(
             metrics[f"pass_at_{k}"] = pool.estimate(k).mean
             errors[f"pass_at_{k}"] = pool.estimate(k).standard_error
         _add_informative(group, pool, metrics, errors)
-    return {"metrics": metrics, "standard_errors": errors, "items": items}, lines
+    guessing = agents.at_random(suite, config.seed)
+    made = {"metrics": metrics, "standard_errors": errors, "guessing": guessing, "items": items}
+    return made, lines
 
 
 def _item(scored: ScoredQuestion, correct_from: float) -> dict[str, Any]:

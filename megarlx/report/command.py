@@ -15,7 +15,7 @@ from rich.table import Table
 
 from megarlx.data.token_files import write_atomically
 from megarlx.report.predicates import PREDICATES, SEEDS_NEEDED, Finding
-from megarlx.report.runs import ReportError
+from megarlx.report.runs import Evaluation, ReportError
 from megarlx.report.settings import quantity
 from megarlx.report.study import BASE, KS, Cell, Study
 from megarlx.report.style import name_of
@@ -46,7 +46,7 @@ def write_report(study: Study, out: Path) -> dict[str, Finding]:
     """index.html, summary.json and figures/; returns the verdicts."""
     import matplotlib
 
-    from megarlx.report import figures, figures_of_runs
+    from megarlx.report import figures, figures_of_agents, figures_of_runs
     from megarlx.report.drawing import Figure, save
     from megarlx.report.page import page
     from megarlx.report.predicates import judge_all
@@ -74,6 +74,7 @@ def write_report(study: Study, out: Path) -> dict[str, Finding]:
         of_runs = [
             draw(study)
             for draw in (
+                figures_of_agents.success,
                 figures_of_runs.dynamics,
                 figures_of_runs.single_questions,
                 figures_of_runs.readiness,
@@ -112,21 +113,30 @@ def _print(study: Study, findings: dict[str, Finding], out: Path) -> None:
 
 
 def _results(study: Study) -> Table:
-    """A row for each checkpoint and recipe: means over seeds in percent, guessing beside them."""
+    """A row for each checkpoint and recipe: means over seeds in percent, guessing beside them;
+    of agents the tasks solved."""
     table = Table(box=None, pad_edge=False)
     several = len(study.variants) > 1
     if several:
         table.add_column("trunk")
     table.add_column("tokens")
     table.add_column("recipe")
-    for name in (*(f"pass@{k} (guessing)" for k in KS), "capability", "seconds"):
+    ks = KS if study.headline or not study.agent_suites else ()
+    answers = [f"pass@{k} (guessing)" for k in ks]
+    solved = [f"{escape(suite)} (at random)" for suite in study.agent_suites]
+    for name in (*answers, *solved, "capability", "seconds"):
         table.add_column(name, justify="right")
     rows: dict[tuple[str, int, str], list[Cell]] = {}
     for cell in study.cells:
         if cell.recipe != BASE or cell.checkpoint_tokens in study.checkpoints:
             rows.setdefault((cell.variant, cell.checkpoint_tokens, cell.label), []).append(cell)
     for (variant, tokens, label), cells in rows.items():
-        shown = [_with_guessing(cells, f"pass_at_{k}") for k in KS]
+        headlines = [cell.headline for cell in cells]
+        shown = [_with_guessing(headlines, f"pass_at_{k}") for k in ks]
+        shown += [
+            _with_guessing([cell.evaluations.get(suite) for cell in cells], "success")
+            for suite in study.agent_suites
+        ]
         capability = _mean([c.capability for c in cells])
         seconds = _mean([c.cost.get("seconds") for c in cells])
         table.add_row(
@@ -140,8 +150,8 @@ def _results(study: Study) -> Table:
     return table
 
 
-def _with_guessing(cells: Sequence[Cell], metric: str) -> str:
-    found = [c.headline for c in cells if c.headline]
+def _with_guessing(evaluations: Sequence[Evaluation | None], metric: str) -> str:
+    found = [evaluation for evaluation in evaluations if evaluation]
     value = _mean([e.metrics.get(metric) for e in found])
     guessing = _mean([e.guessing.get(metric) for e in found])
     text = "–" if value is None else f"{100 * value:.1f}"

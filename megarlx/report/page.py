@@ -105,12 +105,13 @@ def page(
 def _facts(study: Study) -> str:
     tokens = ", ".join(quantity(t) for t in study.checkpoints)
     seeds = ", ".join(map(str, study.seeds))
+    suites = study.headline or ", ".join(study.agent_suites) or "none yet"
     recipes = len({c.label for c in study.cells if c.recipe != BASE})
     facts = (
         f"{_count(len(study.trunks), 'trunk')}, {_count(len(study.excursions), 'excursion')} of "
         f"{_count(recipes, 'recipe')}; {_plural(study.seeds, 'seed')} {seeds}; "
         f"{_plural(study.checkpoints, 'checkpoint')} at {tokens} tokens; suite "
-        f"{study.headline or 'none yet'}; settings {study.settings_hash[:12]}."
+        f"{suites}; settings {study.settings_hash[:12]}."
     )
     found = [f'<p class="facts">{text(facts)}</p>']
     if len(study.seeds) < SEEDS_NEEDED:
@@ -240,17 +241,20 @@ def _lineage(study: Study) -> str:
 
 def _examples(examples: Sequence[Example]) -> str:
     parts: list[str] = []
-    by_run: dict[str, list[Example]] = {}
+    by_file: dict[tuple[str, str], list[Example]] = {}
     for example in examples:
-        by_run.setdefault(example.run, []).append(example)
-    for name, made in by_run.items():
+        by_file.setdefault((example.run, example.file), []).append(example)
+    for (name, file), made in by_file.items():
         inner = "".join(
             f"<h3>{text(_rewarded(e))}</h3><pre>{text(e.prompt)}<b>{text(e.completion)}</b></pre>"
             for e in made
         )
-        head = f"{name}, {made[0].file}"
+        head = f"{name}, {file}"
         parts.append(f"<details><summary>{text(head)}</summary>{inner}</details>")
-    return "<p>The prompt, and in bold what the model wrote.</p>" + "".join(parts)
+    return (
+        "<p>The prompt, and in bold what the model wrote; of an episode what was seen first, and "
+        "in bold what was done and seen in turn.</p>"
+    ) + "".join(parts)
 
 
 def _rewarded(example: Example) -> str:

@@ -20,7 +20,8 @@ from megarlx.metrics import read_metrics
 
 FORMAT = 1
 ACCURACY_KINDS = ("choice", "cloze")
-KINDS = ("pass_at_k", *ACCURACY_KINDS, "perplexity", "behaviour", "agent")
+AGENT = "agent"
+KINDS = ("pass_at_k", *ACCURACY_KINDS, "perplexity", "behaviour", AGENT)
 NOT_RUNS = ("checkpoints", "tensorboard", "evaluations", "samples", "logs")
 T = TypeVar("T")
 
@@ -54,7 +55,7 @@ class Evaluation:
                 for item in self.items
                 if item["samples"] >= k
             }
-        if self.kind == "agent" and metric == "success":
+        if self.kind == AGENT and metric == "success":
             return {
                 str(item["id"]): 100 * item["correct"] / item["samples"]
                 for item in self.items

@@ -1,4 +1,6 @@
-"""Completions of each run, from the newest file it has: one that was right, one that was not."""
+"""Completions and episodes of each run, from its newest files: one that was right, one that was
+not. The files are those of the headline suite and of every environment; or else the newest of all.
+"""
 
 from __future__ import annotations
 
@@ -39,12 +41,18 @@ def examples(study: Study) -> list[Example]:
 
 
 def _of_run(study: Study, run: Run) -> Iterator[Example]:
-    suite = study.headline
+    for file in _newest(study, run):
+        yield from _of_file(study, run, file)
+
+
+def _newest(study: Study, run: Run) -> list[Path]:
     folder = run.path / "samples"
-    files = sorted(folder.glob(f"iter_*.{suite}.jsonl")) or sorted(folder.glob("*.jsonl"))
-    if not files:
-        return
-    file = files[-1]
+    suites = (study.headline, *study.agent_suites)
+    by_suite = [sorted(folder.glob(f"iter_*.{suite}.jsonl")) for suite in suites]
+    return [files[-1] for files in by_suite if files] or sorted(folder.glob("*.jsonl"))[-1:]
+
+
+def _of_file(study: Study, run: Run, file: Path) -> Iterator[Example]:
     try:
         lines = list(_lines(file))
         best = max(lines, key=_reward, default=None)
@@ -73,10 +81,11 @@ def _reward(line: dict[str, Any]) -> float:
 
 def _example(run: Run, file: Path, line: dict[str, Any]) -> Example:
     reward = line.get("reward")
+    seen_first = "\n" if "turns" in line else ""
     return Example(
         run.name,
         file.name,
-        _short(line["prompt"]),
+        _short(line["prompt"]) + seen_first,
         _short(line["completion"]),
         _short(line.get("reference")),
         None if reward is None else float(reward),

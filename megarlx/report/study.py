@@ -14,7 +14,15 @@ from functools import cached_property
 from pathlib import Path
 
 from megarlx.evaluation.readiness import PROBE
-from megarlx.report.runs import ACCURACY_KINDS, Evaluation, ReportError, Run, find_runs, read_run
+from megarlx.report.runs import (
+    ACCURACY_KINDS,
+    AGENT,
+    Evaluation,
+    ReportError,
+    Run,
+    find_runs,
+    read_run,
+)
 from megarlx.report.settings import settings_hash, told_apart
 from megarlx.report.style import in_order
 
@@ -152,6 +160,12 @@ class Study:
         return min(counts, key=lambda suite: (-counts[suite], suite), default=None)
 
     @cached_property
+    def agent_suites(self) -> list[str]:
+        """One for each environment that some run was tested in."""
+        found = (e for run in self.runs for e in run.evaluations if e.kind == AGENT)
+        return sorted({e.suite for e in found if not e.suite.endswith(PROBE)})
+
+    @cached_property
     def cells(self) -> list[Cell]:
         found = [*self._base_cells(), *self._excursion_cells()]
         order = in_order({cell.label for cell in found})
@@ -175,7 +189,11 @@ class Study:
                 for e in trunk.evaluations
                 if not e.suite.endswith(PROBE)
             }
-            for iteration, tokens in sorted((evaluated | branched).items()):
+            known = sorted((evaluated | branched).items())
+            # Steps that are no pre-training add no tokens: of those the last stands for all
+            last = {tokens: iteration for iteration, tokens in known}
+            last |= {tokens: iteration for iteration, tokens in sorted(branched.items())}
+            for tokens, iteration in sorted(last.items()):
                 final = trunk.at(iteration)
                 few_shot = final.get(f"{self.headline}{FEW_SHOT}")
                 yield Cell(
@@ -286,7 +304,7 @@ class Study:
     def missing(self) -> list[str]:
         """What a full report would need and is not there, one line each."""
         found = list(self.problems)
-        if self.headline is None:
+        if self.headline is None and not self.agent_suites:
             found.append("no pass@k evaluation of any run")
         suites = sorted({s for c in self.cells if c.recipe != BASE for s in c.accuracy_suites})
         branched = set(self.checkpoints)

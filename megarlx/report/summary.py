@@ -35,6 +35,9 @@ def _row(study: Study, cell: Cell) -> dict[str, Any]:
         "capability": _known(cell.capability),
         "seconds": _known(cell.cost.get("seconds")),
     }
+    if study.agent_suites:
+        found = {suite: cell.evaluations.get(suite) for suite in study.agent_suites}
+        row["success"] = {s: _known(e.metrics.get("success")) for s, e in found.items() if e}
     # Only where trunks differ in more than their seeds are rows told apart by it.
     return row | {"trunk": cell.variant} if len(study.variants) > 1 else row
 

@@ -62,7 +62,15 @@ def described(study: Study, run: Run) -> list[str]:
     if run.parent is None and run.evaluations:
         reached = f"{quantity(max(e.trunk_tokens for e in run.evaluations))} tokens"
     steps = "" if run.finished else f"step {run.steps_done:,} of {run.planned_steps:,}"
-    return [run.name, recipe, f"seed {run.seed}", start, reached, steps, metric_of(evaluation)]
+    success = _success_of(study, run)
+    metric = success if success and evaluation is None else metric_of(evaluation)
+    return [run.name, recipe, f"seed {run.seed}", start, reached, steps, metric]
+
+
+def _success_of(study: Study, run: Run) -> str:
+    found = [e for suite in study.agent_suites if (e := run.last(suite)) is not None]
+    solved = ", ".join(f"{e.suite} {100 * e.metrics['success']:.1f}%" for e in found)
+    return solved and f"{solved} at step {max(e.iteration for e in found):,}"
 
 
 def metric_of(evaluation: Evaluation | None) -> str:

@@ -82,7 +82,14 @@ def write_agents(agents: AgentsConfig, template: TemplateConfig) -> None:
         )
         sizes = TaskSizes(place.tasks, place.test_tasks, place.test_tasks, place.demonstrations)
         own = folder / place.label
-        write_environment(given, own, sizes, seed=agents.seed, mistakes=place.mistakes)
+        write_environment(
+            given,
+            own,
+            sizes,
+            seed=agents.seed,
+            mistakes=place.mistakes,
+            solved_only=place.solved_only,
+        )
         text = (own / "demonstrations.jsonl").read_text(encoding="utf-8")
         demonstrations += text.splitlines(keepends=True)
         words |= dict.fromkeys(built_in(given).words)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
-from training_runs import train
+from training_runs import ROOT, train
 
+from megarlx.cli import main
 from megarlx.metrics import read_metrics
+
+RECIPES = ROOT / "configs" / "recipes"
 
 CONFIG = """
 [model]
@@ -121,6 +125,63 @@ def test_a_cold_start_and_play_in_one_run(
     assert "use another folder" in capsys.readouterr().err
     tasks = (world / "sokoban" / "tasks_train.jsonl").read_text().splitlines()
     assert len(tasks) == 20
+
+
+def test_a_run_goes_on_inside_of_a_rollout_bit_for_bit(tmp_path: Path) -> None:
+    config, whole, part = tmp_path / "agent.toml", tmp_path / "whole", tmp_path / "part"
+    config.write_text(CONFIG.format(world=tmp_path / "world"))
+    moving = ("rl.steps_per_rollout=2", "rl.epochs_per_rollout=2")
+    assert train(config, whole, *moving) == 0
+    # As a run that was killed behind its checkpoint of step 5, the second of a rollout's four.
+    shutil.copytree(whole, part)
+    shutil.rmtree(part / "checkpoints" / "iter_00000007")
+    for file in ("samples", "evaluations"):
+        shutil.rmtree(part / file)
+    assert train(config, part, *moving) == 0
+    timed = ("perf/", "cost/seconds")
+    one, other = (
+        [
+            {k: v for k, v in line.items() if not k.startswith(timed)}
+            for line in read_metrics(run / "metrics.jsonl")
+            if "loss/sft" in line or "loss/rl" in line
+        ]
+        for run in (whole, part)
+    )
+    assert [line["step"] for line in other] == list(range(1, 8))
+    assert one == other
+    name = "iter_00000007.sokoban.json"
+    items = [json.loads((r / "evaluations" / name).read_text())["items"] for r in (whole, part)]
+    assert items[0] == items[1]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "objectives"), [("sampo", ["rl"]), ("agent_parallel", ["rl", "sft"])]
+)
+def test_excursions_of_agents_start_from_any_checkpoint(
+    tmp_path: Path, recipe: str, objectives: list[str]
+) -> None:
+    config, trunk, out = tmp_path / "agent.toml", tmp_path / "trunk", tmp_path / recipe
+    config.write_text(CONFIG.format(world=tmp_path / "world"))
+    assert train(config, trunk, "stages.0.steps=1", "stages.1.steps=1") == 0
+    small = {
+        "stages.0.steps": 2,
+        "rl.prompts_per_step": 2,
+        "rl.samples_per_prompt": 3,
+        "rl.environment.max_turns": 3,
+        "rl.environment.max_episode_tokens": 90,
+        **{f"stages.0.objectives.{name}.warmup_steps": 0 for name in objectives},
+    }
+    words = ["branch", f"{trunk}@latest", str(RECIPES / f"{recipe}.toml"), "--out", str(out)]
+    for key, value in small.items():
+        words += ["--set", f"{key}={value}"]
+    assert main(words) == 0
+    lines = [line for line in read_metrics(out / "metrics.jsonl") if "loss/rl" in line]
+    assert [line["step"] for line in lines] == [2]
+    assert all(("loss/sft" in line) == ("sft" in objectives) for line in lines)
+    assert all(line["rl/turns_sokoban"] <= 3 for line in lines)
+    parent = json.loads((out / "lineage.json").read_text())["parent"]
+    assert parent["iteration"] == 2
+    assert (out / "evaluations" / "iter_00000002.sokoban.json").exists()
 
 
 def test_a_broken_environment_stops_the_run_with_one_line(

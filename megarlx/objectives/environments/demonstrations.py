@@ -47,20 +47,28 @@ def built_in(config: EnvironmentConfig) -> BuiltIn:
 
 
 def demonstration(
-    environment: BuiltIn, task: Task, *, max_turns: int, draw: Draw, mistakes: float = 0.0
+    environment: BuiltIn,
+    task: Task,
+    *,
+    max_turns: int,
+    draw: Draw,
+    mistakes: float = 0.0,
+    solved_only: bool = True,
 ) -> Conversation | None:
-    """The solver's episode; a share `mistakes` of its actions are random ones. None where it did
-    not end in success: then the solver could not make up for them."""
+    """The solver's episode; a share `mistakes` of its actions are random ones. With `solved_only`
+    None where it did not end in success: then the solver could not make up for them."""
     turns: list[Turn] = []
     observation, done, info = environment.reset(task, 0), False, dict[str, Any]()
     while not done and len(turns) < 2 * max_turns:
         wrong = mistakes > 0 and draw.uniform() < mistakes
         action = environment.random_action(draw) if wrong else environment.solution()
         if action is None:
-            return None
+            break
         turns += [Turn("user", observation), Turn("assistant", action)]
         observation, _, done, info = environment.step(action)
-    return Conversation(tuple(turns)) if done and info.get("success") else None
+    if solved_only and not (done and info.get("success")):
+        return None
+    return Conversation(tuple(turns)) if turns else None
 
 
 def success_rate(
@@ -89,6 +97,7 @@ def write_environment(
     *,
     seed: int = 0,
     mistakes: float = 0.0,
+    solved_only: bool = True,
     words: Iterable[str] = TEMPLATE_WORDS,
 ) -> dict[str, float]:
     """
@@ -124,17 +133,25 @@ def write_environment(
     }
     _write(
         place / "demonstrations.jsonl",
-        _demonstrations(environment, sizes.demonstrations, config.max_turns, seed, mistakes),
+        _demonstrations(
+            environment, sizes.demonstrations, config.max_turns, seed, mistakes, solved_only
+        ),
     )
     listed = dict.fromkeys((*environment.words, *words))
     write_atomically(place / "environment.words", "".join(f"{word}\n" for word in listed))
     about = {"environment": config.model_dump(), "seed": seed, "mistakes": mistakes, **rates}
+    about["solved_only"] = solved_only
     write_atomically(done, json.dumps(about, indent=1) + "\n")
     return rates
 
 
 def _demonstrations(
-    environment: BuiltIn, count: int, max_turns: int, seed: int, mistakes: float
+    environment: BuiltIn,
+    count: int,
+    max_turns: int,
+    seed: int,
+    mistakes: float,
+    solved_only: bool,
 ) -> Iterable[dict[str, Any]]:
     written, index = 0, 0
     while written < count:
@@ -145,7 +162,14 @@ def _demonstrations(
             )
         task, draw = environment.task("train", index), Draw(seed, "demonstration", index)
         index += 1
-        made = demonstration(environment, task, max_turns=max_turns, draw=draw, mistakes=mistakes)
+        made = demonstration(
+            environment,
+            task,
+            max_turns=max_turns,
+            draw=draw,
+            mistakes=mistakes,
+            solved_only=solved_only,
+        )
         if made is not None:
             written += 1
             yield {"messages": [{"role": t.role, "content": t.content} for t in made.turns]}

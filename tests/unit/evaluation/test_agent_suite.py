@@ -12,6 +12,7 @@ from evaluated_models import subject
 from pydantic import ValidationError
 
 from megarlx.config.evaluation import EvaluationConfig, SuiteConfig
+from megarlx.evaluation.agents import at_random
 from megarlx.evaluation.suites import evaluate
 from megarlx.objectives.environment_process import BrokenEnvironment
 
@@ -83,6 +84,21 @@ def test_lost_episodes_count_nowhere_and_too_many_stop(tmp_path: Path) -> None:
     none = suite(tmp_path / "t.jsonl", True)
     with pytest.raises(BrokenEnvironment, match="lost 4 of 20 episodes"):
         evaluate(subject(), EvaluationConfig(suites=(none,)))
+
+
+def test_acting_at_random_stands_beside_environments_that_know_their_actions(
+    tmp_path: Path,
+) -> None:
+    one_move = [{"task": {"rows": ["P o x"]}, "question": "P o x"}] * 50
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in one_move))
+    given = {"name": "s", "kind": "agent", "path": str(tmp_path / "t.jsonl"), "samples": 40}
+    environment = {"function": "sokoban", "max_turns": 1, "workers": 0}
+    (rate,) = at_random(SuiteConfig(**given, environment=environment), 3).values()
+    assert abs(rate - 0.25) < 5 * (0.25 * 0.75 / 2000) ** 0.5
+    twice = {**environment, "max_turns": 2}
+    (rate,) = at_random(SuiteConfig(**given, environment=twice), 3).values()
+    assert abs(rate - 0.4375) < 5 * (0.4375 * 0.5625 / 2000) ** 0.5
+    assert at_random(SuiteConfig(**given, environment=ENVIRONMENT), 3) == {}
 
 
 @pytest.mark.parametrize(

@@ -86,3 +86,25 @@ class Rooms:
         reward = float("win" in words) + 0.5 * ("go" in words)
         info = {"success": "win" in words, "valid": "stay" not in words}
         return f"room {self.room}", reward, done, info
+
+
+class Trap(Obedient):
+    """Says how many words were said; an action with the word `trap` makes it do `bad`."""
+
+    def __init__(self, turns: int = 3, trap: str = "", bad: str = "") -> None:
+        super().__init__(turns)
+        self.trap, self.bad = trap, bad
+
+    def reset(self, task: dict[str, Any], seed: int) -> str:
+        super().reset({"name": "", **task}, seed)
+        question: str = task["question"]
+        return question
+
+    def step(self, action: str) -> Any:
+        words = action.split()
+        if self.trap in words and (bad := self._do(self.bad)) is not None:
+            return bad
+        self.said.append(action)
+        reward = sum(word[1:].isdigit() and int(word[1:]) < 10 for word in words) / 5
+        info = {"success": reward > 0, "valid": True}
+        return f"w{len(words) % 3}", reward, len(self.said) == self.turns, info

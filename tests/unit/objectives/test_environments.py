@@ -240,6 +240,34 @@ def test_written_files_are_read_by_the_loaders_of_the_trainer(
         assert file.read_bytes() == (tmp_path / file.name).read_bytes()
 
 
+@pytest.mark.parametrize("function", ["calculator", "sokoban", "shop"])
+def test_unsolved_demonstrations_are_kept_where_wanted(function: str, tmp_path: Path) -> None:
+    """Then each task in its turn has one, whichever way it ended."""
+    config = EnvironmentConfig(function=function, max_turns=8)
+    sizes = Sizes(train_tasks=1, validation_tasks=1, test_tasks=1, demonstrations=60)
+    for solved_only in (True, False):
+        own = tmp_path / str(solved_only)
+        demonstrations.write_environment(config, own, sizes, mistakes=0.4, solved_only=solved_only)
+        environment = demonstrations.built_in(config)
+        firsts, solved = [], 0
+        for conversation in read_conversations(own / "demonstrations.jsonl"):
+            turns = conversation.turns
+            assert 2 <= len(turns) <= 16
+            firsts.append(turns[0].content)
+            task = next(
+                task
+                for task in (environment.task("train", i) for i in range(1000))
+                if environment.reset(task, 0) == firsts[-1]
+            )
+            environment.reset(task, 0)
+            info = [environment.step(t.content)[3] for t in turns if t.role == "assistant"][-1]
+            solved += info.get("success", False)
+        assert len(firsts) == 60
+        in_turn = [environment.reset(environment.task("train", i), 0) for i in range(60)]
+        assert (firsts == in_turn) == (not solved_only)
+        assert solved == 60 if solved_only else 5 < solved < 57
+
+
 def test_mistakes_are_in_demonstrations_and_are_made_up_for() -> None:
     environment = Sokoban("medium")
     perfect, clumsy = (
