@@ -28,9 +28,13 @@ $(INSTALLED): setup.py pyproject.toml
 	$(BIN)/python -m pip install --no-build-isolation --editable ".[$(EXTRAS)]"
 	@touch $(INSTALLED) $(BUILT)
 
+# The installation has just built all of it: then there is nothing to do.
 $(BUILT): $(INSTALLED) $(NATIVE)
-	$(BIN)/python setup.py --quiet build_ext --inplace
-	@touch $(BUILT)
+	@if [ ! -e $@ ] || [ -n "$$(find $(NATIVE) -newer $@ -print -quit)" ]; then \
+	  echo "$(BIN)/python setup.py --quiet build_ext --inplace"; \
+	  $(BIN)/python setup.py --quiet build_ext --inplace || exit 1; \
+	fi
+	@touch $@
 
 # Both go on where they were stopped, and reuse what is there.
 demo: $(BUILT)
