@@ -6,7 +6,7 @@ ends before the limit in either, so both do the same work. A step is: generate, 
 log-probs where needed, forward and backward, AdamW.
 
     python benchmarks/rl_step.py [--sizes 0.2M 2M] [--prompts 16] [--samples 8] [--new-tokens 96]
-        [--rounds 5] [--growth] [--json PATH] [--markdown PATH]
+        [--rounds 5] [--json PATH] [--markdown PATH]
 """
 
 from __future__ import annotations
@@ -268,48 +268,6 @@ def sgemm_seconds() -> float:
     return time.perf_counter() - start
 
 
-def alone(case: Case, rounds: int) -> dict[str, float]:
-    step, objective = our_step(case)
-    step()
-    whole, parts = [], []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        step()
-        whole.append(time.perf_counter() - start)
-        parts.append(spent(objective)["generate"])
-    return {"step": statistics.median(whole), "generate": statistics.median(parts)}
-
-
-def growth(sizes: list[str], rounds: int) -> str:
-    """How a step grows with group size, length and model: t = a + b·x, and what the line misses."""
-    lines = ["## How cost grows", "", "| what grows | x | seconds a step (generating) | a + b·x |"]
-    lines += ["|---|---|---|---|"]
-    base = Case(SIZES[sizes[0]].model, 8, 8, 48)
-    series: dict[str, list[tuple[float, Case]]] = {
-        "samples of a prompt": [
-            (n, dataclasses.replace(base, samples=n)) for n in (2, 4, 8, 16, 32, 64)
-        ],
-        "new tokens": [(n, dataclasses.replace(base, new_tokens=n)) for n in (16, 32, 64, 96)],
-        "parameters (M)": [
-            (SIZES[s].model.parameters() / 1e6, dataclasses.replace(base, model=SIZES[s].model))
-            for s in ("0.2M", "2M", "10M")
-        ],
-    }
-    for what, cases in series.items():
-        found = [(x, alone(case, rounds)) for x, case in cases]
-        xs = torch.tensor([x for x, _ in found], dtype=torch.float64)
-        ts = torch.tensor([t["step"] for _, t in found], dtype=torch.float64)
-        design = torch.stack((torch.ones_like(xs), xs), dim=1)
-        (a, b) = torch.linalg.lstsq(design, ts[:, None]).solution[:, 0].tolist()
-        miss = float((ts - (a + b * xs)).abs().max() / ts.mean())
-        for x, t in found:
-            lines.append(
-                f"| {what} | {x:g} | {t['step']:.3f} ({t['generate']:.3f}) | {a + b * x:.3f} |"
-            )
-        lines.append(f"| {what} | | a = {a:.4f} s, b = {b:.5f} s | misses by up to {miss:.0%} |")
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["0.2M", "2M"])
@@ -317,7 +275,6 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds a case")
-    parser.add_argument("--growth", action="store_true", help="also how our step's cost grows")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
@@ -342,8 +299,6 @@ def main() -> None:
         notes += f"| {name} | " + " | ".join(cells) + " |\n"
     notes += "\n`train` is forward, backward and AdamW; one step on fresh samples needs no other\n"
     notes += "pass for log-probs.\n"
-    if options.growth:
-        notes += "\n" + growth(options.sizes, max(2, options.rounds // 2))
     if options.json:
         write_json(options.json, facts, rows)
     if options.markdown:
