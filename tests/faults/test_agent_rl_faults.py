@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,10 @@ def trapped(bad: str, allowed_failures: float) -> Reinforcement:
 def test_a_bad_episode_is_counted_has_no_advantage_and_the_others_are_learned_from(
     bad: str,
 ) -> None:
-    one = trapped(bad, allowed_failures=0.9)
-    trainer = trainer_of(one)
-    before = [t.clone() for t in trainer.optimizer.shards.shards.values()]
-    trainer.step()
+    with closing(trapped(bad, allowed_failures=0.9)) as one:
+        trainer = trainer_of(one)
+        before = [t.clone() for t in trainer.optimizer.shards.shards.values()]
+        trainer.step()
     lost = one.metrics()["rl/environment_failures_Trap"]
     made = one.current
     assert made is not None
@@ -57,5 +58,7 @@ def test_a_bad_episode_is_counted_has_no_advantage_and_the_others_are_learned_fr
 @pytest.mark.parametrize("bad", ["hang", "raise", "long"])
 def test_above_the_limit_the_run_stops_and_names_environment_and_reason(bad: str) -> None:
     said = rf"^environment {TRAP}: lost \d of 8 episodes; allowed are 1%. The first \({KINDS[bad]}"
-    with pytest.raises(BrokenEnvironment, match=said):
-        trainer_of(trapped(bad, allowed_failures=0.01)).step()
+    with closing(trapped(bad, allowed_failures=0.01)) as one:
+        trainer = trainer_of(one)
+        with pytest.raises(BrokenEnvironment, match=said):
+            trainer.step()
