@@ -41,7 +41,13 @@ RL = {
     "rl.max_completion_tokens": "8",
     "evaluation.readiness_prompts": "2",
 }
-TRUNK = {**WORLD, **STEPS, "training.steps": "8"}
+TRUNK = {
+    **WORLD,
+    **STEPS,
+    "training.steps": "8",
+    "optimizer.warmup_steps": "2",
+    "logging.validation_sequences": "8",
+}
 
 
 def table(settings: Mapping[str, str]) -> str:
@@ -51,8 +57,8 @@ def table(settings: Mapping[str, str]) -> str:
 
 # Each configuration that a documented command trains by, and what makes its runs short.
 SHORT: dict[str, dict[str, str]] = {
-    "configs/demo_trunk.toml": {**TRUNK, **MATH, "optimizer.warmup_steps": "2"},
-    "configs/demo_pretraining.toml": {**TRUNK, "optimizer.warmup_steps": "2"},
+    "configs/demo_trunk.toml": {**TRUNK, **MATH},
+    "configs/demo_pretraining.toml": TRUNK,
     "configs/demo_rl.toml": {
         **WORLD,
         **STEPS,
@@ -102,7 +108,7 @@ SHORT: dict[str, dict[str, str]] = {
         "data.sources": '[{name = "web", prefix = "data/dolmino/web"}]',
     },
     "configs/demo.toml": {
-        "set": table({**TRUNK, **MATH, "optimizer.warmup_steps": "2"}),
+        "set": table({**TRUNK, **MATH}),
         "excursions.0.recipes": '["configs/recipes/parallel.toml"]',
         "evaluate": "[]",  # tests/end_to_end/test_converted_trunk.py has a sweep that measures
         "excursions.0.set": table({**RL, "stages.0.steps": "6"}),
@@ -122,7 +128,6 @@ SHORT: dict[str, dict[str, str]] = {
                 "model.heads": "2",
                 "model.intermediate_size": "40",
                 "training.sequence_length": "64",
-                "optimizer.warmup_steps": "2",
             }
         ),
         "threads_per_job": "1",
