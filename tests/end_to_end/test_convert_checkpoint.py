@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import shlex
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from training_runs import ROOT, train, write_config
+from training_runs import tool, train, write_config
 
 from megarlx.data.tokenizer import load_tokenizer
 
 transformers = pytest.importorskip("transformers")
-
-
-def tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def convert(way: str, *words: object) -> None:
@@ -105,26 +93,3 @@ def test_two_revisions_become_a_run_that_the_other_tools_know(
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     assert len(rows) == 25
     assert all(row[3] == "0" for row in rows)
-
-
-def test_every_command_of_the_documentation_works(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = transformers.Olmo2Config(
-        vocab_size=97,
-        hidden_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=40,
-        max_position_embeddings=64,
-        pad_token_id=None,
-        eos_token_id=None,
-    )
-    for name in ("OLMo-2-1B", "step1000", "step2000"):
-        transformers.Olmo2ForCausalLM(config).save_pretrained(tmp_path / "models" / name)
-    text = (ROOT / "docs" / "convert.md").read_text().replace("\\\n", " ")
-    commands = [shlex.split(line) for line in text.splitlines() if line.startswith("    python ")]
-    assert len(commands) == 7
-    monkeypatch.chdir(tmp_path)
-    for _, script, *words in commands:
-        assert tool(Path(script).stem).main(words) == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shlex
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from public_models import tiny_model
-from training_runs import ROOT
+from training_runs import ROOT, tool
 
 from megarlx.cli import main
 
@@ -78,13 +77,7 @@ checkpoints = ["tokens:3B"]
 
 
 def convert(*words: object) -> None:
-    path = ROOT / "tools" / "convert_checkpoint.py"
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module.main([*map(str, words), "--quiet"]) == 0
+    assert tool("convert_checkpoint").main([*map(str, words), "--quiet"]) == 0
 
 
 @pytest.fixture(scope="module")

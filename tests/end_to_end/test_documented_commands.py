@@ -1,89 +1,32 @@
 """Every command that a document shows is one that the command line takes, and what it names exists.
 
-Here commands are read, not run: docs/own_model.md is run whole by a test of its own, and the short
-ones that need nothing are run at the end.
+Here commands are read, not run: test_documented_runs.py runs them.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import re
-import shlex
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from documents import documents, shell_lines
-from training_runs import ROOT
+from documents import Shown, documents, shell_lines, shown
+from training_runs import ROOT, tool
 
-from megarlx.cli import COMMANDS, main
+from megarlx.cli import COMMANDS
 from megarlx.config import load_config
 from megarlx.planning.command import planned_config
 
-# What is a pattern of commands and none itself: RUN[@ITER], FILE…, <this repository>
-PATTERN = re.compile(r"[\[…<]")
-EXPLANATION = re.compile(r" {3,}")  # what follows in a column of its own
-ENDS = {";", "&&", "|", ">", ">>", "&"}
 OURS = ("configs/", "docs/", "tools/", "tests/", "benchmarks/")
-
-
-@dataclass(frozen=True)
-class Shown:
-    document: Path
-    line: str
-    words: tuple[str, ...]  # behind `megarlx`, or the name of a tool and what is behind it
-
-    def __str__(self) -> str:
-        return f"{self.document.relative_to(ROOT)}: {self.line[:70]}"
-
-
-def shown(document: Path) -> list[Shown]:
-    found = []
-    for line in shell_lines(document):
-        try:
-            words = shlex.split(EXPLANATION.split(line.strip())[0], comments=True)
-        except ValueError:  # no command: text with an apostrophe
-            continue
-        for i, word in enumerate(words):
-            rest = words[i + 1 :]
-            if calls_megarlx(words, i) or (word.endswith("slurm.sbatch") and rest):
-                found.append(Shown(document, line, until_the_end(rest)))
-            elif word.endswith("mpirun.sh") and "--" in rest:
-                found.append(Shown(document, line, until_the_end(rest[rest.index("--") + 1 :])))
-            elif re.fullmatch(r"tools/\w+\.py", word) and words[i - 1] == "python":
-                found.append(Shown(document, line, until_the_end(words[i:])))
-    return [one for one in found if one.words and not PATTERN.search(" ".join(one.words))]
-
-
-def calls_megarlx(words: list[str], i: int) -> bool:
-    """`megarlx …` at the start of a command, behind variables, or behind `-m`."""
-    if words[i] == "megarlx" and i and words[i - 1] == "-m":
-        return True
-    before = words[:i]
-    begins = not before or before[-1] in ENDS or all("=" in word for word in before)
-    return begins and words[i] in ("megarlx", ".venv/bin/megarlx")
-
-
-def until_the_end(words: list[str]) -> tuple[str, ...]:
-    """Up to the next command."""
-    ends = [i for i, word in enumerate(words) if word in ENDS]
-    return tuple(words[: ends[0]] if ends else words)
-
-
-ALL = [one for document in documents() for one in shown(document)]
+ALL = [one for document in documents() for one in shown(document) if not one.is_pattern]
 
 
 def parse(words: tuple[str, ...]) -> argparse.Namespace | None:
     """As the real command line does; raises SystemExit where it refuses."""
     name, *rest = words
     if name.startswith("tools/"):
-        spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = tool(Path(name).stem)
         if hasattr(module, "arguments"):
             module.arguments(rest)
         return None
@@ -163,22 +106,3 @@ def test_make_targets_that_are_shown_exist() -> None:
     }
     assert asked
     assert asked <= known
-
-
-@pytest.mark.parametrize(
-    "one",
-    [
-        one
-        for one in ALL
-        if one.words[0] in ("--help", "--version")
-        or {"--list", "--help-config"} & set(one.words)
-        or "--slurm" in one.words
-    ],
-    ids=str,
-)
-def test_the_short_ones_that_need_nothing_run(
-    one: Shown, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    monkeypatch.chdir(tmp_path)
-    assert main(list(one.words)) == 0

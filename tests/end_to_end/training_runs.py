@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
@@ -81,6 +83,16 @@ def run(words: list[str], seconds: float = 120) -> subprocess.CompletedProcess[s
     return subprocess.run(
         words, env=environment(), capture_output=True, text=True, timeout=seconds, check=False
     )
+
+
+def tool(name: str) -> ModuleType:
+    """tools/NAME.py, whose `main` gets the words of a command line."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def losses(out: Path) -> dict[int, float]:
