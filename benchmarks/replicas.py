@@ -10,7 +10,6 @@ generates alone, and both objectives on both processes (colocated, data parallel
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import statistics
 import time
@@ -21,24 +20,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
-from rl_step import Case
+from rl_step import Case, policy
 from timing import Row, machine, markdown, row, write_json
 from training import SIZES
 
 from megarlx.comm.collectives import barrier, gather_values
 from megarlx.comm.groups import Mesh
-from megarlx.config.objectives import RlConfig
-from megarlx.config.reward import RewardConfig
-from megarlx.data.conversations import Template
 from megarlx.data.loader import BatchLayout, Loader
-from megarlx.data.prompts import Prompt, PromptData
 from megarlx.data.samples import Sample
-from megarlx.data.tokenizer import WordTokenizer
-from megarlx.generation.engine import Engine
 from megarlx.model.build import build_model
-from megarlx.objectives.rewards import Rewards
-from megarlx.objectives.rl import Reinforcement
-from megarlx.objectives.rollout import Sampler
 from megarlx.objectives.supervised import Supervised
 from megarlx.optimizer import AdamSettings
 from megarlx.trainer import TrainedObjective, Trainer, TrainingStage
@@ -68,33 +58,13 @@ class RandomTokens:
 def trainer_of(case: Case, kind: str) -> Trainer:
     mesh = Mesh.build(dp=2) if kind == COLOCATED else Mesh.build(replica=2)
     model = build_model(case.model, mesh, seed=0)
-    tokenizer = WordTokenizer(case.words)
-    config = RlConfig(
-        prompts_per_step=case.prompts,
-        samples_per_prompt=case.samples,
-        max_completion_tokens=case.new_tokens,
-        tokens_per_microbatch=8192,
-        rewards=(RewardConfig(function="rl_step:even_words", workers=0),),
-    )
-    prompts = PromptData(
-        [Prompt(question) for question in case.questions()],
-        Template(user="{content}"),
-        tokenizer,
-        seed=0,
-    )
-    engine = Engine.of(
-        model, slots=case.prompts * case.samples, longest=PROMPT_TOKENS + case.new_tokens
-    )
-    rewards = Rewards(config.rewards)
-    sampler = Sampler(config, lambda: engine, prompts, tokenizer, rewards, mesh, seed=0)
-    sampler.sampling = dataclasses.replace(sampler.sampling, stop_tokens=())
     layout = BatchLayout(SEQUENCES, 4, mesh.dp.rank, mesh.dp.size)
     adam = AdamSettings(weight_decay=0.0)
     members = [
         TrainedObjective(one, adam, lambda step: 1e-6)
         for one in (
             Supervised("sft", Loader(RandomTokens(case.model.vocab_size), layout)),
-            Reinforcement("rl", config, model, sampler),
+            policy(case, model),
         )
     ]
     stage = TrainingStage(

@@ -35,7 +35,7 @@ from megarlx.data.conversations import Template
 from megarlx.data.prompts import Prompt, PromptData
 from megarlx.data.tokenizer import WordTokenizer
 from megarlx.generation.engine import Engine
-from megarlx.model.build import build_model
+from megarlx.model.build import ParallelModel, build_model
 from megarlx.objectives.rewards import Rewards
 from megarlx.objectives.rl import Reinforcement
 from megarlx.objectives.rollout import Sampler
@@ -81,9 +81,8 @@ class Case:
         return a_token * (n * length + generated / 3)
 
 
-def our_step(case: Case, **options: Any) -> tuple[Callable[[], object], Reinforcement]:
-    """`options` are those of `build_model`."""
-    model = build_model(case.model, Mesh.alone(), seed=0, **options)
+def policy(case: Case, model: ParallelModel) -> Reinforcement:
+    """The objective of a step: nothing that is sampled ends before the limit."""
     tokenizer = WordTokenizer(case.words)
     config = RlConfig(
         prompts_per_step=case.prompts,
@@ -104,7 +103,13 @@ def our_step(case: Case, **options: Any) -> tuple[Callable[[], object], Reinforc
     rewards = Rewards(config.rewards)
     sampler = Sampler(config, lambda: engine, prompts, tokenizer, rewards, model.mesh, seed=0)
     sampler.sampling = dataclasses.replace(sampler.sampling, stop_tokens=())
-    objective = Reinforcement("rl", config, model, sampler)
+    return Reinforcement("rl", config, model, sampler)
+
+
+def our_step(case: Case, **options: Any) -> tuple[Callable[[], object], Reinforcement]:
+    """`options` are those of `build_model`."""
+    model = build_model(case.model, Mesh.alone(), seed=0, **options)
+    objective = policy(case, model)
     trained = TrainedObjective(objective, AdamSettings(weight_decay=0.0), lambda step: 1e-6)
     return Trainer(model, [TrainingStage([trained])]).step, objective
 

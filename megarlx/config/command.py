@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from megarlx.config.arguments import add_overrides
 from megarlx.config.describe import describe
 from megarlx.config.load import ConfigError, load_config
 from megarlx.config.sections import Config
@@ -14,14 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("config", nargs="?", metavar="CONFIG.toml", help="the file to check")
     what.add_argument("--help-config", action="store_true", help="print every key and its meaning")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="a.b=c",
-        dest="overrides",
-        help="override one key; may be given several times",
-    )
+    add_overrides(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

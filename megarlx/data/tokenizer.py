@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +27,7 @@ class TokenizerError(ValueError):
     """A tokenizer that cannot be read, or text it has no ids for."""
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """Text to ids and back. `specials` says whether "<eos>" and the like, written out in the text,
     become their ids: never in documents, which could otherwise end themselves in the middle."""
 
@@ -35,11 +36,11 @@ class Tokenizer:
     vocab_size: int
     eos_id: int
 
-    def encode(self, text: str, specials: bool = False) -> list[int]:
-        raise NotImplementedError
+    @abstractmethod
+    def encode(self, text: str, specials: bool = False) -> list[int]: ...
 
-    def decode(self, ids: Iterable[int]) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str: ...
 
     def decode_sampled(self, ids: Sequence[int]) -> str:
         """Of what a model drew: its vocabulary may be the larger one (padded up to a round
@@ -50,9 +51,9 @@ class Tokenizer:
             parts.append(self.decode(held) if known else NO_TEXT * len(held))
         return (" " if self.kind == "words" else "").join(parts)
 
+    @abstractmethod
     def definition(self) -> dict[str, Any]:
         """All that is needed to build this tokenizer again, as JSON values."""
-        raise NotImplementedError
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from megarlx.generation.requests import (
     Completion,
     FinishReason,
     Request,
+    Sampled,
     SamplingSettings,
     check_requests,
 )
@@ -40,6 +42,8 @@ from megarlx.model.build import ParallelModel
 from megarlx.model.documents import padded_length
 from megarlx.model.transformer import Stage
 from megarlx.ops import sample
+
+Made = TypeVar("Made", bound=Sampled)
 
 
 @dataclass
@@ -235,18 +239,24 @@ class _Run:
                 return
 
     def completions(self) -> list[Completion]:
-        found = [self.found[index] for index in range(len(self.found))]
+        return self.with_logprobs([self.found[index] for index in range(len(self.found))])
+
+    def with_logprobs(self, found: list[Made]) -> list[Made]:
+        """On all pipeline stages those that the last one has seen."""
         if self.ranks == 1 or not found:
             return found
-        sizes = [len(c.tokens) for c in found]
+        sizes = [len(one.tokens) for one in found]
         both = torch.stack(
-            [torch.cat([c.logprobs for c in found]), torch.cat([c.sampled_logprobs for c in found])]
+            [
+                torch.cat([one.logprobs for one in found]),
+                torch.cat([one.sampled_logprobs for one in found]),
+            ]
         )
         broadcast_(both, self.engine.mesh.decode, source=self.ranks - 1)
         logprobs, sampled = (table.split(sizes) for table in both)
         return [
-            Completion(c.request, c.sequence_id, c.tokens, a.clone(), b.clone(), c.finish_reason)
-            for c, a, b in zip(found, logprobs, sampled, strict=True)
+            replace(one, logprobs=a.clone(), sampled_logprobs=b.clone())
+            for one, a, b in zip(found, logprobs, sampled, strict=True)
         ]
 
     def new_tokens(self) -> Iterator[NewToken]:

@@ -16,7 +16,7 @@ tensor-parallel group and then with the pipeline's messages.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -336,16 +336,4 @@ class _EpisodeRun(_Run):
                 )
 
     def trajectories(self) -> list[Trajectory]:
-        found = [self.ready[index] for index in range(len(self.ready))]
-        if self.ranks == 1 or not found:
-            return found
-        sizes = [len(t.tokens) for t in found]
-        both = torch.stack(
-            [torch.cat([t.logprobs for t in found]), torch.cat([t.sampled_logprobs for t in found])]
-        )
-        broadcast_(both, self.engine.mesh.decode, source=self.ranks - 1)
-        logprobs, sampled = (table.split(sizes) for table in both)
-        return [
-            replace(t, logprobs=a.clone(), sampled_logprobs=b.clone())
-            for t, a, b in zip(found, logprobs, sampled, strict=True)
-        ]
+        return self.with_logprobs([self.ready[index] for index in range(len(self.ready))])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
@@ -39,6 +39,19 @@ class SamplingSettings:
     def __post_init__(self) -> None:
         if "" in self.stop_strings:
             raise ValueError("sampling: stop_strings holds ''; allowed: texts of 1 character up")
+
+
+class Sampled(Protocol):
+    """What is made of tokens with their log-probs: a completion, or a whole episode."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def tokens(self) -> Tensor: ...
+    @property
+    def logprobs(self) -> Tensor: ...
+    @property
+    def sampled_logprobs(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)

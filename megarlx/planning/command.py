@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from megarlx.config import Config, ConfigError, load_config
+from megarlx.config.arguments import add_overrides
 
 if TYPE_CHECKING:
     from megarlx.planning.job import Job, Rollouts
@@ -41,14 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stage", metavar="NAME", help="a stage by name or number (default: the fullest)"
     )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="a.b=c",
-        dest="overrides",
-        help="override one key; may be given several times",
-    )
+    add_overrides(parser)
     parser.add_argument(
         "--best", type=int, default=5, metavar="N", help="layouts that the search shows"
     )

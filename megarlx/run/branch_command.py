@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megarlx.config import Config, ConfigError
+from megarlx.config.arguments import add_overrides
 
 if TYPE_CHECKING:
     import torch
@@ -23,14 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, required=True, metavar="RUN2", help="the excursion's own folder"
     )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="a.b=c",
-        dest="overrides",
-        help="override one key; may be given several times",
-    )
+    add_overrides(parser)
     parser.add_argument(
         "--replay",
         action="store_true",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megarlx.config import Config, ConfigError, describe, load_config
+from megarlx.config.arguments import add_overrides
 
 if TYPE_CHECKING:
     import torch
@@ -19,14 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("config", nargs="?", metavar="CONFIG.toml", help="what to train")
     what.add_argument("--help-config", action="store_true", help="print every key and its meaning")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="a.b=c",
-        dest="overrides",
-        help="override one key; may be given several times",
-    )
+    add_overrides(parser)
     parser.add_argument(
         "--out",
         type=Path,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megarlx.config import Config, ConfigError, load_config
+from megarlx.config.arguments import add_overrides
 from megarlx.config.evaluation import SAMPLED, EvaluationConfig, SuiteConfig, world_suites
 
 
@@ -27,14 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--samples", type=int, help="samples of each question, in place of theirs")
     parser.add_argument("--temperature", type=float, help="of sampling, in place of theirs")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="a.b=c",
-        dest="overrides",
-        help="override a key of the run's configuration, as layout.tensor=2",
-    )
+    add_overrides(parser, "override a key of the run's configuration, as layout.tensor=2")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -6,6 +6,8 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from megarlx.config.arguments import add_overrides
+
 if TYPE_CHECKING:
     from megarlx.run.opened import OpenedRun
 
@@ -24,14 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--logprobs", action="store_true", help="a token a line, behind its log-probability"
     )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="a.b=c",
-        dest="overrides",
-        help="override a key of the run's configuration, as layout.tensor=2",
-    )
+    add_overrides(parser, "override a key of the run's configuration, as layout.tensor=2")
 
 
 def run(arguments: argparse.Namespace) -> int:

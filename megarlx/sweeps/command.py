@@ -6,20 +6,14 @@ import argparse
 import sys
 
 from megarlx.config import ConfigError, load_config
+from megarlx.config.arguments import add_overrides
 from megarlx.config.sweep import SweepConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sweep", metavar="SWEEP.toml", help="trunks, checkpoints, recipes, seeds")
     parser.add_argument("--jobs", type=int, help="runs at the same time, in place of the file's")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="a.b=c",
-        dest="overrides",
-        help="override one key of the sweep; may be given several times",
-    )
+    add_overrides(parser, "override one key of the sweep; may be given several times")
     parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
     parser.add_argument(
         "--slurm", metavar="FILE", help="write a script that submits the runs, and run nothing"

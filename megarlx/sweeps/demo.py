@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from megarlx.config import ConfigError, load_config
+from megarlx.config.arguments import add_overrides
 from megarlx.config.sweep import SweepConfig
 
 
@@ -19,14 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="in place of the file's")
     parser.add_argument("--out", help="folder of the runs and the report")
     parser.add_argument("--jobs", type=int, help="runs at the same time")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="a.b=c",
-        dest="overrides",
-        help="override one key of the sweep; may be given several times",
-    )
+    add_overrides(parser, "override one key of the sweep; may be given several times")
 
 
 def run(arguments: argparse.Namespace) -> int:

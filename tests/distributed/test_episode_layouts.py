@@ -7,41 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from small_generation import requests, small
 
 from megarlx.comm.groups import Mesh
-from megarlx.config.model import ModelConfig, family_config
 from megarlx.generation.engine import Engine
 from megarlx.generation.episodes import TurnEnd, generate_episodes
-from megarlx.generation.requests import Request, SamplingSettings
+from megarlx.generation.requests import SamplingSettings
 from megarlx.model.build import build_model
 
 STOPS = SamplingSettings(stop_tokens=(11, 60, 130))
-
-
-def small() -> ModelConfig:
-    return family_config(
-        "olmo2",
-        vocab_size=301,
-        hidden_size=20,
-        layers=4,
-        heads=8,
-        kv_heads=2,
-        head_dim=6,
-        intermediate_size=36,
-        init_std=0.3,
-    )
-
-
-def requests(groups: int, samples: int) -> list[Request]:
-    generator = torch.Generator().manual_seed(4)
-    return [
-        Request(
-            torch.randint(301, ((5 * g) % 30 + 1,), generator=generator).tolist(),
-            [g * samples + s for s in range(samples)],
-            5 + g % 4,
-        )
-        for g in range(groups)
-    ]
 
 
 def observed(turn: TurnEnd) -> list[int]:
@@ -62,7 +36,7 @@ def generated(layout: dict[str, int], options: dict[str, Any], feed_up_to: int) 
         asked += len(turns)
         return [None if t.turn == 3 else observed(t) for t in turns]
 
-    mine = requests(9, 3)[mesh.dp.rank :: mesh.dp.size]
+    mine = requests(9, 3, shortest=5)[mesh.dp.rank :: mesh.dp.size]
     found = generate_episodes(engine, mine, STOPS, 5, on_turns_end, feed_up_to=feed_up_to)
     episodes = {
         t.sequence_id: (t.tokens.tolist(), t.turn.tolist(), t.reasons, t.logprobs.tolist())

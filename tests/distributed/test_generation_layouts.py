@@ -9,43 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from small_generation import requests, small
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "unit" / "generation"))
 from sampling_gap import sampling_gap
 
 from megarlx.comm.groups import Mesh
-from megarlx.config.model import ModelConfig, family_config
 from megarlx.generation.engine import Engine
-from megarlx.generation.requests import Completion, Request, SamplingSettings
+from megarlx.generation.requests import Completion, SamplingSettings
 from megarlx.model.build import build_model
 
 STOPS = SamplingSettings(stop_tokens=(11, 60))
-
-
-def small(family: str) -> ModelConfig:
-    return family_config(
-        family,
-        vocab_size=301,
-        hidden_size=20,
-        layers=4,
-        heads=8,
-        kv_heads=2,
-        head_dim=6,
-        intermediate_size=36,
-        init_std=0.3,
-    )
-
-
-def requests(groups: int, samples: int) -> list[Request]:
-    generator = torch.Generator().manual_seed(4)
-    return [
-        Request(
-            torch.randint(301, ((5 * g) % 30 + 1,), generator=generator).tolist(),
-            [g * samples + s for s in range(samples)],
-            10 + g % 4,
-        )
-        for g in range(groups)
-    ]
 
 
 def generated(
@@ -54,7 +28,7 @@ def generated(
     mesh = Mesh.build(**layout, timeout_seconds=20.0)
     model = build_model(small(family), mesh, seed=3, **options)
     engine = Engine.of(model, slots=24, longest=48)
-    mine = requests(9, 6)[mesh.dp.rank :: mesh.dp.size]
+    mine = requests(9, 6, shortest=10)[mesh.dp.rank :: mesh.dp.size]
     mesh.traffic.reset()
     found = engine.generate(mine, settings, seed=5)
     sent = {key: (c.calls, c.bytes) for key, c in mesh.traffic.counts.items()}
@@ -165,7 +139,7 @@ def failing(layout: dict[str, int]) -> str:
             if stage.has_head:
                 stage.norm.weight.fill_(torch.nan)
     try:
-        Engine.of(model, slots=8, longest=48).generate(requests(3, 2), STOPS, seed=1)
+        Engine.of(model, slots=8, longest=48).generate(requests(3, 2, shortest=10), STOPS, seed=1)
     except RuntimeError as error:
         return str(error)
     return ""

@@ -1,0 +1,14 @@
+"""Arguments that several commands take."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_overrides(
+    parser: argparse.ArgumentParser, help: str = "override one key; may be given several times"
+) -> None:
+    """--set a.b=c, for `load_config`; `overrides` of what is parsed."""
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="a.b=c", dest="overrides", help=help
+    )
