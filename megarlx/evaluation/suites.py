@@ -144,6 +144,7 @@ def settings_of(subject: Subject, config: EvaluationConfig, suite: SuiteConfig) 
         "seed": config.seed,
         "kept_samples": config.kept_samples,
         "checkpoint": subject.digest,
+        "precision": str(subject.model.pipeline.dtype).removeprefix("torch."),
         "is_base": subject.is_base,
         "tokenizer": subject.tokenizer.fingerprint,
         "template": {

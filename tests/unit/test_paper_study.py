@@ -4,6 +4,7 @@ loads, without data and without a GPU."""
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,10 @@ from megarlx.sweeps.plan import jobs_of
 ROOT = Path(__file__).resolve().parents[2]
 STUDY = ROOT / "configs" / "paper_1b"
 RECIPES = sorted((STUDY / "recipes").glob("*.toml"))
+PLACEMENTS = {
+    folder: sorted((folder / "recipes" / "placement").glob("*.toml"))
+    for folder in (STUDY, ROOT / "configs")
+}
 STUDIED = [2, 4, 6, 10, 12, 14, 20, 28, 44]  # billions of tokens
 
 
@@ -75,6 +80,47 @@ def test_every_recipe_branches_from_the_trunk(tmp_path: Path, recipe: Path) -> N
         if stage.combine == "average":
             assert stage.of == "updates"
             assert {one.weight.first for one in stage.objectives.values()} == {0.5}
+
+
+@pytest.mark.parametrize("folder", PLACEMENTS, ids=lambda folder: folder.name)
+def test_rl_has_the_same_work_and_reach_wherever_it_is_placed(tmp_path: Path, folder: Path) -> None:
+    trunk = load_config(STUDY / "trunk.toml")
+    (tmp_path / "resolved.json").write_text(trunk.to_json())
+    placed = {path.stem: excursion_config(tmp_path, path) for path in PLACEMENTS[folder]}
+    assert set(placed) == {"rl_late", "rl_early", "rl_in_turns", "rl_woven"}
+    work = set()
+    for config in placed.values():
+        steps: Counter[str] = Counter()
+        rates = set()
+        for stage in config.stages:
+            turns = sum(one.turns for one in stage.objectives.values())
+            for name, one in stage.objectives.items():
+                alternates = stage.combine == "alternate"
+                assert not alternates or stage.steps % turns == 0
+                steps[name] += stage.steps * one.turns // turns if alternates else stage.steps
+                assert one.goes_on == (name == "pretraining")
+                if name == "rl":
+                    rates.add(one.lr * one.weight.first)
+        assert len(rates) == 1
+        work.add((steps["pretraining"], steps["rl"], rates.pop(), repr(config.rl)))
+    assert len(work) == 1
+
+
+@pytest.mark.parametrize("name", ["placement", "composition"])
+def test_a_sweep_beside_the_study_names_files_that_are_there(here: None, name: str) -> None:
+    jobs = jobs_of(load_config(STUDY / f"{name}.toml", (), SweepConfig))
+    assert {job.arguments[0] for job in jobs} == {"train", "evaluate", "branch"}
+    for job in jobs:
+        assert all((ROOT / a).is_file() for a in job.arguments if a.endswith(".toml"))
+        if job.arguments[0] == "train":
+            settings = [
+                a
+                for a, flag in zip(job.arguments[1:], job.arguments, strict=False)
+                if flag == "--set"
+            ]
+            tokens = load_config(ROOT / job.arguments[1], settings).checkpoints.save_at_tokens
+    wanted = {a.partition("@tokens:")[2] for job in jobs for a in job.arguments if "@" in a}
+    assert wanted <= {f"{n // 10**9}B" for n in tokens}
 
 
 def test_the_sweep_starts_every_recipe_from_every_studied_checkpoint_once(here: None) -> None:

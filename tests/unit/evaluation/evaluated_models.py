@@ -14,7 +14,9 @@ from megarlx.model.build import ParallelModel, build_model
 WORLD = World(WorldSettings(seed=3, entities=9, steps=(1.0, 1.0)))
 
 
-def small_model(longest: int = 96, mesh: Mesh | None = None) -> ParallelModel:
+def small_model(
+    longest: int = 96, mesh: Mesh | None = None, dtype: torch.dtype = torch.float32
+) -> ParallelModel:
     """A vocabulary larger than the world's, and weights large enough that tokens differ much."""
     config = family_config(
         "olmo2",
@@ -27,7 +29,7 @@ def small_model(longest: int = 96, mesh: Mesh | None = None) -> ParallelModel:
         max_sequence_length=longest,
         init_std=0.3,
     )
-    return build_model(config, Mesh.alone() if mesh is None else mesh, seed=5)
+    return build_model(config, Mesh.alone() if mesh is None else mesh, seed=5, dtype=dtype)
 
 
 def subject(model: ParallelModel | None = None, *, is_base: bool = True) -> Subject:

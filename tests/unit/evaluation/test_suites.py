@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from evaluated_models import WORLD, logits_behind, small_model, subject
 
 from megarlx.config.evaluation import EvaluationConfig, SuiteConfig, world_suites
@@ -223,6 +224,8 @@ def test_what_a_result_depends_on_makes_it_be_computed_again(tmp_path: Path) -> 
     assert again(one)
     assert again(another)
     assert again(dataclasses.replace(subject(), template=Template(user="{content}")))
+    assert again()
+    assert again(dataclasses.replace(subject(), model=small_model(dtype=torch.float64)))
     assert again()
     lines(Path(asked), {"question": "tom has 9 pears", "answer": "13"})
     assert again()
