@@ -46,7 +46,7 @@ def write_report(study: Study, out: Path) -> dict[str, Finding]:
     """index.html, summary.json and figures/; returns the verdicts."""
     import matplotlib
 
-    from megarlx.report import figures, figures_of_agents, figures_of_runs
+    from megarlx.report import figures, figures_of_agents, figures_of_placement, figures_of_runs
     from megarlx.report.drawing import Figure, save
     from megarlx.report.page import page
     from megarlx.report.predicates import judge_all
@@ -76,6 +76,7 @@ def write_report(study: Study, out: Path) -> dict[str, Finding]:
             for draw in (
                 figures_of_agents.success,
                 figures_of_runs.dynamics,
+                figures_of_placement.placement,
                 figures_of_runs.single_questions,
                 figures_of_runs.readiness,
                 figures_of_runs.cost,
