@@ -107,7 +107,7 @@ def _table(study: Study, moments: dict[str, Moments], order: Sequence[str]) -> T
     rows = [["recipe", "tokens", *SHOWN, *gains, "left of Δ pass@1", "Δ capability"]]
     for label in order:
         courses = [_course(moments[label], metric) for metric in SHOWN.values()]
-        first: Interval | None = None
+        first: Interval | None = None  # gain
         for tokens, cells in moments[label].items():
             values = [with_interval(course.get(float(tokens))) for course in courses]
             pairs = [(c, b) for c in cells if label != BASE and (b := study.base_of(c))]
@@ -115,9 +115,9 @@ def _table(study: Study, moments: dict[str, Moments], order: Sequence[str]) -> T
                 pairs = []
             found = [_gain(pairs, metric) for metric in SHOWN.values()]
             left = "–"
-            if found[0] is not None:
-                first = first or found[0]
-                left = f"{found[0].estimate / first.estimate:.0%}" if first.estimate > 0 else "–"
+            if first is not None and found[0] is not None and first.estimate > 0:
+                left = f"{round(100 * found[0].estimate / first.estimate)}%"
+            first = first or found[0]
             row = [look_of(label, order).name, quantity(tokens), *values]
             row += [with_interval(gain) for gain in found]
             rows.append([*row, left, with_interval(_change_of_capability(pairs))])

@@ -87,7 +87,8 @@ def test_rl_has_the_same_work_and_reach_wherever_it_is_placed(tmp_path: Path, fo
     trunk = load_config(STUDY / "trunk.toml")
     (tmp_path / "resolved.json").write_text(trunk.to_json())
     placed = {path.stem: excursion_config(tmp_path, path) for path in PLACEMENTS[folder]}
-    assert set(placed) == {"rl_late", "rl_early", "rl_in_turns", "rl_woven"}
+    ways = ("late", "early", "early_and_late", "in_turns", "woven")
+    assert set(placed) == {f"rl_{way}" for way in ways}
     work = set()
     for config in placed.values():
         steps: Counter[str] = Counter()
