@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import inf
 
-from megarlx.evaluation.bootstrap import Interval, interval_of_mean, interval_of_suites
-from megarlx.report.comparison import of_capability, of_suite
+from megarlx.evaluation.bootstrap import Interval, interval_of_mean
+from megarlx.report.comparison import Comparison, Suites, of_capability, of_suite
 from megarlx.report.drawing import (
     Course,
     Figure,
@@ -113,24 +114,25 @@ def _table(study: Study, moments: dict[str, Moments], order: Sequence[str]) -> T
             pairs = [(c, b) for c in cells if label != BASE and (b := study.base_of(c))]
             if len(pairs) < len(cells):
                 pairs = []
-            found = [_gain(pairs, metric) for metric in SHOWN.values()]
+            found = [_difference(pairs, _gain_in(metric)) for metric in SHOWN.values()]
             left = "–"
             if first is not None and found[0] is not None and first.estimate > 0:
                 left = f"{round(100 * found[0].estimate / first.estimate)}%"
             first = first or found[0]
             row = [look_of(label, order).name, quantity(tokens), *values]
             row += [with_interval(gain) for gain in found]
-            rows.append([*row, left, with_interval(_change_of_capability(pairs))])
+            rows.append([*row, left, with_interval(_difference(pairs, of_capability))])
     return rows
 
 
-def _gain(pairs: Sequence[tuple[Cell, Cell]], metric: str) -> Interval | None:
-    return interval_of_mean(
-        [v for c, b in pairs for v in of_suite(c.headline, b.headline, metric).values()]
-    )
+def _gain_in(metric: str) -> Callable[[Cell, Cell], Suites]:
+    return lambda cell, base: of_suite(cell.headline, base.headline, metric)
 
 
-def _change_of_capability(pairs: Sequence[tuple[Cell, Cell]]) -> Interval | None:
-    changes = [of_capability(cell, base) for cell, base in pairs]
-    suites = sorted({suite for change in changes for suite in change})
-    return interval_of_suites([[c[s] for c in changes if s in c] for s in suites])
+def _difference(
+    pairs: Sequence[tuple[Cell, Cell]], of: Callable[[Cell, Cell], Suites]
+) -> Interval | None:
+    made = Comparison("", -inf, inf)
+    for cell, base in pairs:
+        made.add(cell, of(cell, base))
+    return made.interval()
