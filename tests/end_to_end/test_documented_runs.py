@@ -175,6 +175,7 @@ BEFORE = {
 
 CLUSTER = "needs a cluster; its launcher is tried in tests/faults/test_launch_scripts.py"
 NODES = "needs several nodes; tests/faults/test_two_nodes.py has two, made of namespaces"
+LONG = "takes up to an hour; the sweep of docs/excursions.md is run, and people run `make study`"
 DOCTOR = "asks the machine it is on, as tests/unit/test_doctor.py and test_doctor_ranks.py do"
 # What a line begins with that is only parsed (test_documented_commands.py), and why.
 NOT_RUN = {
@@ -185,6 +186,14 @@ NOT_RUN = {
     "torchrun --nnodes ": NODES,
     "torchrun --nproc-per-node 8 -m megarlx train configs/paper_1b/trunk.toml --out runs/olmo; [": (
         "docs/launching.md has the same line, which is run; behind it stands Slurm's"
+    ),
+    "megarlx demo --study ": LONG,
+    **dict.fromkeys(
+        (
+            f"megarlx sweep configs/{name}.toml"
+            for name in ("combinations", "group_size", "longer", "placement", "composition")
+        ),
+        LONG,
     ),
     "torchrun … -m megarlx doctor": DOCTOR,
     "megarlx doctor": DOCTOR,
