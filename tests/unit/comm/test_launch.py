@@ -208,8 +208,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+# One write a line: `print` makes two of it where Python does not buffer, and ranks share the pipe.
 PROGRAM = """
-import json, sys, torch
+import json, os, sys, torch
 from megarlx.comm import launch as l
 from megarlx.comm.collectives import gather_values
 from megarlx.comm.groups import Mesh
@@ -218,7 +219,7 @@ l.start(launch, timeout_seconds=60)
 mesh = Mesh.build(dp=2, timeout_seconds=60)
 ranks = gather_values([launch.rank, launch.local_rank, launch.launcher], mesh.dp)
 if launch.rank == 0:
-    print("RANKS", json.dumps(ranks))
+    os.write(1, b"RANKS " + json.dumps(ranks).encode() + b"\\n")
 l.stop()
 """
 
@@ -269,7 +270,7 @@ def test_a_rank_killed_under_torchrun_meets_the_others_again(tmp_path, monkeypat
 def test_workers_end_when_their_torchrun_is_killed(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
-        f"import os, signal\n{PROGRAM}print(os.getpid(), flush=True)\nsignal.pause()\n"
+        f"import signal\n{PROGRAM}os.write(1, b'%d\\n' % os.getpid())\nsignal.pause()\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
