@@ -26,7 +26,7 @@ from megarlx.generation.packed_decode import PackedDecoder, can_decode_packed
 from megarlx.generation.prefill import Chunk, chunks_of, copy_prompts_, prefill
 from megarlx.generation.requests import (
     Completion,
-    FinishReason,
+    NewToken,
     Request,
     Sampled,
     SamplingSettings,
@@ -57,17 +57,6 @@ class Counts:
     tokens_decoded: int = 0
     rows_padded: int = 0  # of decode steps
     tokens_observed: int = 0  # of observations (episodes.py), prefilled or fed in decode steps
-
-
-@dataclass(frozen=True)
-class NewToken:
-    """A token as it is drawn, on the ranks that hold the last stage."""
-
-    sequence_id: int
-    token: int
-    logprob: float
-    sampled_logprob: float
-    finish_reason: FinishReason | None
 
 
 class Engine:

@@ -22,7 +22,8 @@ from megarlx.generation.rows import Rows
 from megarlx.model import rope
 from megarlx.model.kv_cache import KVCache
 from megarlx.model.metadata import kv_copies
-from megarlx.model.transformer import Layer, Stage
+from megarlx.model.transformer import Stage
+from megarlx.model.transformer_layer import Layer
 from megarlx.ops.decode import decode_attention_, decode_norm_, decode_swiglu_
 
 

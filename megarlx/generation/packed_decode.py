@@ -17,7 +17,8 @@ from torch import Tensor
 from megarlx.generation.rows import Rows
 from megarlx.model import rope
 from megarlx.model.kv_cache import KVCache
-from megarlx.model.transformer import Layer, Stage
+from megarlx.model.transformer import Stage
+from megarlx.model.transformer_layer import Layer
 from megarlx.ops.decode import PackedHead, PackedLayers, decode_step_, packed, packed_gate_up
 
 

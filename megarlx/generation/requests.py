@@ -70,6 +70,17 @@ class Completion:
     finish_reason: FinishReason
 
 
+@dataclass(frozen=True)
+class NewToken:
+    """A token as it is drawn, on the ranks that hold the last stage."""
+
+    sequence_id: int
+    token: int
+    logprob: float
+    sampled_logprob: float
+    finish_reason: FinishReason | None
+
+
 def check_requests(requests: Sequence[Request], *, longest: int, vocab_size: int) -> None:
     """Refuses what could not be finished, before anything is computed."""
     seen: set[int] = set()

@@ -12,7 +12,8 @@ from megarlx.comm.collectives import all_reduce_
 from megarlx.comm.groups import Mesh
 from megarlx.config.model import ModelConfig
 from megarlx.model.check_layout import check_layout
-from megarlx.model.transformer import Recompute, Stage
+from megarlx.model.transformer import Stage
+from megarlx.model.transformer_layer import Recompute
 from megarlx.parallel.data_parallel import DataParallel
 from megarlx.parallel.metadata import ParameterLayout, sum_partial_gradients_
 from megarlx.parallel.pipeline import Pipeline

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megarlx.comm.groups import Count, Mesh
 from megarlx.model.build import ParallelModel, build_model
-from megarlx.model.transformer import Recompute
+from megarlx.model.transformer_layer import Recompute
 from megarlx.objectives.interface import Batch, Objective
 from megarlx.ops import LossSpec, TokenLoss, linear_token_loss
 from megarlx.optimizer import AdamSettings
