@@ -191,7 +191,10 @@ NOT_RUN = {
     **dict.fromkeys(
         (
             f"megarlx sweep configs/{name}.toml"
-            for name in ("combinations", "group_size", "longer", "placement", "composition")
+            for name in (
+                *("study", "combinations", "group_size", "longer"),
+                *("placement", "placement_agreeing", "composition"),
+            )
         ),
         LONG,
     ),
