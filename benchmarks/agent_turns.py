@@ -17,10 +17,9 @@ import argparse
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from timing import Row, machine, markdown, row, write_json
+from timing import Row, add_outputs, machine, row, shown, write_results
 from training import SIZES
 
 from megarlx.config.model import ModelConfig
@@ -108,23 +107,14 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--episodes", type=int, default=128, help="a multiple of 8")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds a case")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    add_outputs(parser)
     options = parser.parse_args()
     facts, rows = machine(), list[Row]()
     for name in options.sizes:
         for turns in options.turns:
             for found in measure(name, turns, options.slots, options.episodes, options.rounds):
-                rows.append(found)
-                print(
-                    f"{found['name']!s:<16} {found['size']!s:<44} {found['ours']:>10.0f} "
-                    f"{found['unit']}  {found['ratio']:.2f} × {found['baseline_name']}",
-                    flush=True,
-                )
-    if options.json:
-        write_json(options.json, facts, rows)
-    if options.markdown:
-        options.markdown.write_text(markdown("Turns of agents on a CPU", facts, rows))
+                rows.append(shown(found))
+    write_results(options, "Turns of agents on a CPU", facts, rows)
 
 
 if __name__ == "__main__":

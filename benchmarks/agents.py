@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from timing import Row, machine, write_json
+from timing import Row, add_outputs, machine, write_json
 
 from megarlx.cli import main as megarlx
 from megarlx.metrics import read_metrics
@@ -324,8 +324,7 @@ def main() -> None:
     parser.add_argument("--kl", type=float, default=0.01)
     parser.add_argument("--folder", type=Path, help="where runs are kept; absent: nowhere")
     parser.add_argument("--only-there", action="store_true", help="make no run, report those there")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    add_outputs(parser)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary)

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from timing import Row, interleaved_seconds, machine, markdown, row, write_json
+from timing import Row, add_outputs, interleaved_seconds, machine, row, shown, write_results
 from training import SIZES
 
 from megarlx.checkpoint import FlatShards, Retention, Saver, load
@@ -113,8 +113,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["2M", "10M", "60M"])
     parser.add_argument("--folder", type=Path, help="on the disk to measure; default: temporary")
     parser.add_argument("--pairs", type=int, default=5, help="timed rounds a size")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    add_outputs(parser)
     options = parser.parse_args()
     facts = machine()
     rows: list[Row] = []
@@ -122,17 +121,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             start = time.perf_counter()
             for found in measure(size, Path(folder), options.pairs):
-                rows.append(found)
-                print(
-                    f"{found['name']!s:<26} {found['size']!s:<14} {found['ours']:>9.1f} "
-                    f"{found['unit']:<5} {found['ratio']:.2f} × {found['baseline_name']}",
-                    flush=True,
-                )
+                rows.append(shown(found))
             print(f"({size} took {time.perf_counter() - start:.0f} s)", flush=True)
-    if options.json:
-        write_json(options.json, facts, rows)
-    if options.markdown:
-        options.markdown.write_text(markdown("Checkpoints on a CPU's disk", facts, rows))
+    write_results(options, "Checkpoints on a CPU's disk", facts, rows)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ import json
 import sys
 from pathlib import Path
 
+from timing import add_outputs
+
 from megarlx.comm.groups import Layout
 from megarlx.model.communication import StepShape, bytes_per_step
 from megarlx.parallel.pipeline_plan import PipelinePlan
@@ -64,8 +66,7 @@ def by_axis(sent: dict[tuple[str, str], int]) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    add_outputs(parser)
     options = parser.parse_args()
     pool, rows = Pool(), []
     for name, case in CASES.items():

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from timing import Row, machine, markdown, row, write_json
+from timing import Row, add_outputs, machine, row, shown, write_results
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -108,8 +108,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=200, help="of the model as fp32")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="on the disk to measure; default: temporary")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    add_outputs(parser)
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -141,18 +140,13 @@ def main() -> None:
         rows.append(row(name, label, size / mine[0], size / other[0], peer, "MB/s"))
         rows.append(row(f"{name}, peak memory", label, mine[1], other[1], peer, "MB"))
     for line in rows:
-        print(f"{line['name']!s:<28} {line['ours']:8.1f} {line['unit']:<5} {line['ratio']:.2f} ×")
-    if options.json:
-        write_json(options.json, facts, rows)
-    if options.markdown:
-        notes = (
-            "Ours checks the SHA-256 of what it reads from a checkpoint, takes that of what it "
-            "writes into one, and syncs every file to the disk; transformers does none of that. "
-            "Peak memory is what came on top of the imports."
-        )
-        options.markdown.write_text(
-            markdown("Conversion of checkpoints on a CPU machine", facts, rows, notes)
-        )
+        shown(line)
+    notes = (
+        "Ours checks the SHA-256 of what it reads from a checkpoint, takes that of what it "
+        "writes into one, and syncs every file to the disk; transformers does none of that. "
+        "Peak memory is what came on top of the imports."
+    )
+    write_results(options, "Conversion of checkpoints on a CPU machine", facts, rows, notes)
 
 
 if __name__ == "__main__":

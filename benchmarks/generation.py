@@ -13,11 +13,10 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import torch
-from timing import Row, machine, markdown, row, write_json
+from peers import olmo2_of_transformers
+from timing import Row, add_outputs, machine, row, shown, write_results
 from training import SIZES
 
 from megarlx.config.model import ModelConfig
@@ -26,23 +25,6 @@ from megarlx.generation.requests import Request, SamplingSettings
 from megarlx.model.transformer import Stage
 
 PROMPT_TOKENS, SAMPLES_PER_PROMPT = 32, 8
-
-
-def their_model(c: ModelConfig) -> Any:
-    from transformers import Olmo2Config, Olmo2ForCausalLM
-
-    config = Olmo2Config(
-        vocab_size=c.vocab_size,
-        hidden_size=c.hidden_size,
-        intermediate_size=c.intermediate_size,
-        num_hidden_layers=c.layers,
-        num_attention_heads=c.heads,
-        num_key_value_heads=c.kv_heads,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return Olmo2ForCausalLM(config).eval()
 
 
 def flop(c: ModelConfig, batch: int, new_tokens: int) -> float:
@@ -75,7 +57,7 @@ def measure(name: str, c: ModelConfig, batch: int, new_tokens: int, rounds: int)
     stage = Stage(c).initialise_(0)
     engine = Engine([stage], slots=batch, longest=PROMPT_TOKENS + new_tokens)
     settings = SamplingSettings()
-    repeated, theirs = prompts.repeat_interleave(per_prompt, 0), their_model(c)
+    repeated, theirs = prompts.repeat_interleave(per_prompt, 0), olmo2_of_transformers(c).eval()
     attended = torch.ones_like(repeated)
 
     def their_generate() -> None:
@@ -134,8 +116,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32, 128, 512])
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds a case")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    add_outputs(parser)
     options = parser.parse_args()
     facts = machine()
     rows: list[Row] = []
@@ -143,16 +124,8 @@ def main() -> None:
         for batch in options.batches:
             config = SIZES[name].model
             for found in measure(name, config, batch, options.new_tokens, options.rounds):
-                rows.append(found)
-                print(
-                    f"{found['name']!s:<20} {found['size']!s:<36} {found['ours']:>10.0f} "
-                    f"{found['unit']}  {found['ratio']:.2f} × {found['baseline_name']}",
-                    flush=True,
-                )
-    if options.json:
-        write_json(options.json, facts, rows)
-    if options.markdown:
-        options.markdown.write_text(markdown("Generation on a CPU", facts, rows))
+                rows.append(shown(found))
+    write_results(options, "Generation on a CPU", facts, rows)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from timing import Row, interleaved_seconds, machine, markdown, number, row, write_json
+from timing import Row, add_outputs, interleaved_seconds, machine, row, shown, write_results
 
 from megarlx.data.blend import Blend, Composition
 from megarlx.data.loader import BatchLayout, Loader
@@ -135,22 +135,13 @@ def rows(folder: Path, megatokens: int) -> Iterator[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--megatokens", type=int, default=50)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    add_outputs(parser)
     options = parser.parse_args()
     facts, found = machine(), []
     with tempfile.TemporaryDirectory() as folder:
         for line in rows(Path(folder), options.megatokens):
-            found.append(line)
-            print(
-                f"{line['name']:<24} {line['size']!s:<34} {number(line['ours']):>8} "
-                f"{line['unit']} {number(line['ratio']):>6} × {line['baseline_name']}",
-                flush=True,
-            )
-    if options.json:
-        write_json(options.json, facts, found)
-    if options.markdown:
-        options.markdown.write_text(markdown("Loader on a CPU", facts, found))
+            found.append(shown(line))
+    write_results(options, "Loader on a CPU", facts, found)
 
 
 if __name__ == "__main__":

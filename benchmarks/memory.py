@@ -11,11 +11,10 @@ import argparse
 import json
 import multiprocessing
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
-from timing import cpu_name
+from timing import add_outputs, cpu_name
 
 from megarlx.config.model import family_config
 from megarlx.planning.job import Job
@@ -113,8 +112,7 @@ def table(rows: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    add_outputs(parser)
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     context = multiprocessing.get_context("spawn")

@@ -13,7 +13,6 @@ import argparse
 import os
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
 from rl_step import Case, policy
-from timing import Row, machine, markdown, row, write_json
+from timing import Row, add_outputs, machine, markdown, row, write_results
 from training import SIZES
 
 from megarlx.comm.collectives import barrier, gather_values
@@ -129,8 +128,7 @@ def main() -> None:
     parser.add_argument("--size", default="2M", choices=list(SIZES))
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    add_outputs(parser)
     arguments = parser.parse_args()
     case = Case(SIZES[arguments.size].model, PROMPTS, SAMPLES, arguments.new_tokens)
     with tempfile.TemporaryDirectory() as folder:
@@ -141,12 +139,9 @@ def main() -> None:
     )
     rows, facts = rows_of(found, size), machine()
     facts["processes"] = "2, one thread each"
-    text = markdown("Replicas waiting for each other, on a CPU", facts, rows, NOTES)
-    print(text)
-    if arguments.json:
-        write_json(arguments.json, facts, rows)
-    if arguments.markdown:
-        arguments.markdown.write_text(text)
+    title = "Replicas waiting for each other, on a CPU"
+    print(markdown(title, facts, rows, NOTES))
+    write_results(arguments, title, facts, rows, NOTES)
 
 
 NOTES = (

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from rl_step import Case, our_step, spent
-from timing import Row, machine, markdown, row, write_json
+from timing import Row, add_outputs, machine, row, write_results
 from training import SIZES
 
 WARM_UP_STEPS = 2
@@ -111,8 +111,7 @@ def notes_of(found: list[Series]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    add_outputs(parser)
     options: Any = parser.parse_args()
     facts = machine()
     found = [measure(what, points, options.rounds) for what, points in cases().items()]
@@ -125,15 +124,11 @@ def main() -> None:
             )
     notes = notes_of(found)
     print(notes)
-    if options.json:
-        write_json(options.json, facts, rows)
     if options.markdown:
         picture = options.markdown.with_suffix(".png")
         plot(found, picture)
         notes = f"![seconds a step against what grows]({picture.name})\n\n" + notes
-        options.markdown.write_text(
-            markdown("How the cost of a GRPO step grows", facts, rows, notes), encoding="utf-8"
-        )
+    write_results(options, "How the cost of a GRPO step grows", facts, rows, notes)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from timing import Row, machine, write_json
+from timing import Row, add_outputs, machine, write_json
 
 from megarlx.checkpoint import Saver
 from megarlx.comm.groups import Mesh
@@ -227,8 +227,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--lr", type=float, default=3e-4)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    add_outputs(parser)
     arguments = parser.parse_args()
     task, config = Task(), rl_config(arguments.prompts, arguments.samples)
     with tempfile.TemporaryDirectory() as folder:

@@ -20,11 +20,11 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any
 
 import torch
-from timing import Row, machine, markdown, row, write_json
+from peers import olmo2_of_transformers
+from timing import Row, add_outputs, machine, row, shown, write_results
 from training import SIZES
 
 from megarlx.comm.groups import Mesh
@@ -129,12 +129,7 @@ def with_trl(
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
-    from transformers import (
-        Olmo2Config,
-        Olmo2ForCausalLM,
-        PreTrainedTokenizerFast,
-        TrainerCallback,
-    )
+    from transformers import PreTrainedTokenizerFast, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     vocabulary = {"<eos>": 0, **{word: i for i, word in enumerate(case.words, start=1)}}
@@ -143,20 +138,7 @@ def with_trl(
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>", padding_side="left"
     )
-    c = case.model
-    model = Olmo2ForCausalLM(
-        Olmo2Config(
-            vocab_size=c.vocab_size,
-            hidden_size=c.hidden_size,
-            intermediate_size=c.intermediate_size,
-            num_hidden_layers=c.layers,
-            num_attention_heads=c.heads,
-            num_key_value_heads=c.kv_heads,
-            pad_token_id=0,
-            bos_token_id=None,
-            eos_token_id=0,
-        )
-    )
+    model = olmo2_of_transformers(case.model, end=0)
     taken: list[float] = []
 
     class Timed(TrainerCallback):
@@ -280,8 +262,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds a case")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    add_outputs(parser)
     options = parser.parse_args()
     facts = machine()
     rows: list[Row] = []
@@ -293,21 +274,13 @@ def main() -> None:
         model = SIZES[name].model
         case = Case(model, options.prompts, options.samples, options.new_tokens)
         found, split = compare(name, case, options.rounds)
-        rows += found
-        for one in found:
-            print(
-                f"{one['name']!s:<16} {one['size']!s:<28} {one['ours']:.3f} s  {one['ratio']:.2f} "
-                f"× {one['baseline_name']}"
-            )
+        rows += map(shown, found)
         print("  " + "  ".join(f"{key} {seconds:.3f} s" for key, seconds in split.items()))
         cells = (f"{split[key]:.3f} s" for key in ("generate", "reward", "train"))
         notes += f"| {name} | " + " | ".join(cells) + " |\n"
     notes += "\n`train` is forward, backward and AdamW; one step on fresh samples needs no other\n"
     notes += "pass for log-probs.\n"
-    if options.json:
-        write_json(options.json, facts, rows)
-    if options.markdown:
-        options.markdown.write_text(markdown("A GRPO step on a CPU", facts, rows, notes))
+    write_results(options, "A GRPO step on a CPU", facts, rows, notes)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -101,6 +102,35 @@ def markdown(title: str, facts: dict[str, object], rows: Iterable[Row], notes: s
     lines += ["|" + "---|" * len(COLUMNS)]
     lines += ["| " + " | ".join(number(r[c]) for c in COLUMNS) + " |" for r in rows]
     return "\n".join(lines) + "\n" + (f"\n{notes}\n" if notes else "")
+
+
+def add_outputs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=Path, help="the file for the rows and the machine")
+    parser.add_argument("--markdown", type=Path, help="the file for the table")
+
+
+def shown(found: Row) -> Row:
+    """A line of the table, printed as soon as it is measured."""
+    print(
+        f"{found['name']!s:<32} {found['size']!s:<44} {number(found['ours']):>9} "
+        f"{found['unit']!s:<8} {number(found['ratio']):>6} × {found['baseline_name']}",
+        flush=True,
+    )
+    return found
+
+
+def write_results(
+    options: argparse.Namespace,
+    title: str,
+    facts: dict[str, object],
+    rows: list[Row],
+    notes: str = "",
+) -> None:
+    """To where `add_outputs` asked for."""
+    if options.json:
+        write_json(options.json, facts, rows)
+    if options.markdown:
+        options.markdown.write_text(markdown(title, facts, rows, notes), encoding="utf-8")
 
 
 def write_json(path: Path, facts: dict[str, object], rows: list[Row]) -> None:

@@ -14,12 +14,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from peers import olmo2_of_transformers
 from plain_model import PlainLoop
-from timing import Row, machine, markdown, row, write_json
+from timing import Row, add_outputs, machine, row, shown, write_results
 from torch import Tensor
 
 from megarlx.comm.groups import Mesh
@@ -108,23 +108,10 @@ def our_step(
 
 def with_transformers(size: Size, samples: Tensor, rounds: int, each: Callable[[], None]) -> list:
     """Runs `each` after every step of transformers' Trainer; returns the seconds of its steps."""
-    from transformers import Olmo2Config, Olmo2ForCausalLM, Trainer, TrainerCallback
+    from transformers import Trainer, TrainerCallback
     from transformers import TrainingArguments as Arguments
 
-    c = size.model
-    model = Olmo2ForCausalLM(
-        Olmo2Config(
-            vocab_size=c.vocab_size,
-            hidden_size=c.hidden_size,
-            intermediate_size=c.intermediate_size,
-            num_hidden_layers=c.layers,
-            num_attention_heads=c.heads,
-            num_key_value_heads=c.kv_heads,
-            pad_token_id=None,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    )
+    model = olmo2_of_transformers(size.model)
     taken: list[float] = []
 
     class Timed(TrainerCallback):
@@ -213,23 +200,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--rounds", type=int, default=12, help="timed rounds a size")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    add_outputs(parser)
     options = parser.parse_args()
     facts = machine()
     rows: list[Row] = []
     for name in options.sizes:
         for found in measure(name, SIZES[name], options.rounds):
-            rows.append(found)
-            print(
-                f"{found['name']!s:<34} {found['size']!s:<28} {found['ours']:>10.1f} "
-                f"{found['unit']}  {found['ratio']:.3f} × {found['baseline_name']}",
-                flush=True,
-            )
-    if options.json:
-        write_json(options.json, facts, rows)
-    if options.markdown:
-        options.markdown.write_text(markdown("A training step on a CPU", facts, rows))
+            rows.append(shown(found))
+    write_results(options, "A training step on a CPU", facts, rows)
 
 
 if __name__ == "__main__":
