@@ -188,6 +188,7 @@ NOT_RUN = {
         "docs/launching.md has the same line, which is run; behind it stands Slurm's"
     ),
     "megarlx demo --study ": LONG,
+    "megarlx branch runs/study/": LONG,
     **dict.fromkeys(
         (
             f"megarlx sweep configs/{name}.toml"
