@@ -185,3 +185,14 @@ def test_list_prints_the_commands_and_runs_nothing(
 def test_a_sweep_without_values_on_an_axis_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="lr has no values"):
         sweep(tmp_path, '[axes]\n"optimizer.lr" = []')
+
+
+def test_both_worlds_are_asked_the_same_question_of_placement() -> None:
+    """What differs but the world would be compared along with it."""
+    one, other = (
+        load_config(ROOT / "configs" / f"{name}.toml", (), SweepConfig).model_dump()
+        for name in ("placement", "placement_agreeing")
+    )
+    differing = {key for key in one if one[key] != other[key]}
+    assert differing == {"out", "trunks", "set"}  # its trunks are not the study's
+    assert {key.split(".")[1] for key in other["set"]} == {"world"}
