@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from documents import EXPLANATION, Shown, documents, fenced, shell_lines, shown, words_of
 from public_models import tiny_model
+from short_runs import MATH, RL, STEPS, TRUNK, WORLD, table
 from training_runs import ROOT, run, tool
 
 from megarlx.cli import main
@@ -19,41 +20,6 @@ from megarlx.data.tokenizer import ByteTokenizer
 from megarlx.hf.tokenizer_files import hugging_face_tokenizer
 
 PROCESSES = 2  # at most
-WORLD = {
-    "data.world.documents": "300",
-    "data.world.held_out_documents": "20",
-    "data.world.prompts": "16",
-    "data.world.test_questions": "8",
-}
-STEPS = {
-    "training.sequences_per_step": "4",
-    "training.sequences_per_microbatch": "2",
-    "checkpoints.save_every_steps": "4",
-}
-MATH = {
-    "evaluation.suites.0.questions": "4",
-    "evaluation.suites.0.samples": "2",
-    "evaluation.suites.0.max_new_tokens": "8",
-}
-RL = {
-    "rl.prompts_per_step": "2",
-    "rl.samples_per_prompt": "2",
-    "rl.max_completion_tokens": "8",
-    "evaluation.readiness_prompts": "2",
-}
-TRUNK = {
-    **WORLD,
-    **STEPS,
-    "training.steps": "8",
-    "optimizer.warmup_steps": "2",
-    "logging.validation_sequences": "8",
-}
-
-
-def table(settings: Mapping[str, str]) -> str:
-    """As TOML, for a sweep's `set`."""
-    return f"{{{', '.join(f'{json.dumps(key)} = {value}' for key, value in settings.items())}}}"
-
 
 # Each configuration that a documented command trains by, and what makes its runs short.
 SHORT: dict[str, dict[str, str]] = {
@@ -175,7 +141,7 @@ BEFORE = {
 
 CLUSTER = "needs a cluster; its launcher is tried in tests/faults/test_launch_scripts.py"
 NODES = "needs several nodes; tests/faults/test_two_nodes.py has two, made of namespaces"
-LONG = "takes up to an hour; the sweep of docs/excursions.md is run, and people run `make study`"
+LONG = "takes up to an hour; tests/end_to_end/test_study_command.py has a short study"
 DOCTOR = "asks the machine it is on, as tests/unit/test_doctor.py and test_doctor_ranks.py do"
 # What a line begins with that is only parsed (test_documented_commands.py), and why.
 NOT_RUN = {
