@@ -155,6 +155,8 @@ NOT_RUN = {
     ),
     "megarlx demo --study ": LONG,
     "megarlx branch runs/study/": LONG,
+    "megarlx train configs/study_trunk.toml --out runs/harder ": LONG,
+    "megarlx branch runs/harder@": LONG,
     **dict.fromkeys(
         (
             f"megarlx sweep configs/{name}.toml"
