@@ -73,6 +73,7 @@ def build_model(
             recompute=recompute,
             backend=backend,
             fp8=fp8,
+            delay_weight_gradients=plan.splits_backward,
             dtype=dtype,
             device=device,
         )

@@ -51,6 +51,7 @@ class Stage(nn.Module):
         recompute: Recompute = "none",
         backend: str = "torch",
         fp8: str | None = None,
+        delay_weight_gradients: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -80,9 +81,10 @@ class Stage(nn.Module):
         padded = config.padded_vocab(group.size)
         if self.has_embedding:
             self.embedding = self.backend.VocabEmbedding(padded, config.hidden_size, **options)
+        of_layers = options | {"delay_weight_gradient": delay_weight_gradients}
         self.layers = nn.ModuleDict(
             {
-                str(index): Layer(config, index, self.backend, options, recompute)
+                str(index): Layer(config, index, self.backend, of_layers, recompute)
                 for index in range(first, last)
             }
         )

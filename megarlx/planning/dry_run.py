@@ -43,12 +43,8 @@ class DryRun:
     step_seconds: float
 
     def sent(self) -> dict[tuple[str, str], int]:
-        """Bytes of a step, without the few that a pipeline agrees with once, before its first."""
-        return {
-            key: count.bytes
-            for key, count in self.counts.items()
-            if count.bytes and key != ("pp", "send_agreement")
-        }
+        """Bytes of a step."""
+        return {key: count.bytes for key, count in self.counts.items() if count.bytes}
 
 
 class Shapes(Objective):
