@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarlx.comm.groups import Count, Mesh
+from megarlx.comm.launch import start_fake
 from megarlx.model.build import ParallelModel, build_model
 from megarlx.model.transformer_layer import Recompute
 from megarlx.objectives.interface import Batch, Objective
@@ -87,9 +88,6 @@ class Shapes(Objective):
 @contextmanager
 def fake_world(rank: int, size: int) -> Iterator[None]:
     """This process as `rank` of `size` that are not there."""
-    # Importing it is what makes torch know the backend.
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
     if dist.is_initialized():
         raise RuntimeError("a dry run needs a process of its own: process groups are already up")
     if not 0 <= rank < size:
@@ -97,7 +95,7 @@ def fake_world(rank: int, size: int) -> Iterator[None]:
     if size == 1:
         yield
         return
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    start_fake(rank, size)
     try:
         yield
     finally:
