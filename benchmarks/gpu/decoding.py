@@ -101,15 +101,18 @@ def decode(context: Context, batch: int) -> Result:
         "milliseconds_a_step": 1e3 * step,
         "tokens_per_second": batch / step,
         "seconds": seconds,
-        "profile": profile.tell(f"batch {batch}, its prefill and {few[0].max_new_tokens} tokens"),
+        "profile": profile.tell(
+            f"batch {batch}, its prefill and {few[0].max_new_tokens} tokens", attends=True
+        ),
     }
 
 
 def prefill(context: Context) -> Result:
-    """One new token a prompt, by the limit of tokens a pass; at the engine's own limit too."""
+    """One new token a prompt, by the limit of tokens a pass; at the engine's own limit too, and
+    there with more new tokens as well."""
     c = model_of(context)
     stage, length = stage_of(context, c), context.either(384, 16)
-    limits = context.either((1024, 8192, 16_384, 32_768), (16, 64))
+    limits = context.either((8192, 16_384, 32_768), (16, 64))
     found: Result = {"rows": [], "seconds": {}}
     peak = peak_bf16(context.device)
     for prompts in context.either((64, 256), (2, 4)):
@@ -118,7 +121,7 @@ def prefill(context: Context) -> Result:
         for limit in (None, *limits):
             options = {} if limit is None else {"prefill_tokens": limit}
             engine = Engine([stage], slots=prompts, longest=length + 16, **options)
-            seconds = timed(engine, requests, context, 3)
+            seconds = timed(engine, requests, context, 2)
             name = f"{prompts} prompts of {length}, {limit or 'the default'} tokens a pass"
             found["seconds"][name] = seconds
             note(f"prefill, {name}: {1e3 * seconds:.1f} ms, MFU {flop / seconds / peak:.3f}")
@@ -129,7 +132,13 @@ def prefill(context: Context) -> Result:
                 found["rows"].append(gated(line, 0.5))
                 again = functools.partial(engine.generate, requests, SamplingSettings(), 3)
                 profile = traced(again, context.device)
-                found[f"profile, {prompts} prompts"] = profile.tell(f"prefill, {name}", top=20)
+                found[f"profile, {prompts} prompts"] = profile.tell(
+                    f"prefill, {name}", top=20, attends=True
+                )
+                more = requests_of(c, prompts, 1, length, context.either(16, 2))
+                seconds = timed(engine, more, context, 2)
+                found["seconds"][f"{name}, and {more[0].max_new_tokens} new tokens"] = seconds
+                note(f"{prompts} prompts and {more[0].max_new_tokens} new tokens: {seconds:.3f} s")
             del engine
     return found
 
@@ -222,7 +231,9 @@ def grpo(context: Context) -> Result:
         "split_seconds": split,
         "floor_seconds": floors,
         "logprob_gap": gap,
-        "profile": traced(step, device).tell(f"a GRPO step of {few.new_tokens} new tokens"),
+        "profile": traced(step, device).tell(
+            f"a GRPO step of {few.new_tokens} new tokens", attends=True
+        ),
     }
 
 

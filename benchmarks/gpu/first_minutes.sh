@@ -21,7 +21,7 @@ while [ $# -gt 0 ]; do
   esac
 done
 if [ -n "${wheels-}" ]; then
-  site=${TMPDIR:-/tmp}/megarlx-wheels
+  site=${TMPDIR:-/tmp}/megarlx-wheels-$(printf '%s\n' "$wheels"/*.whl | cksum | cut -d ' ' -f 1)
   # A warm machine has them from the call before; a half-made folder has another name.
   if [ ! -d "$site" ]; then
     "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir \

@@ -58,12 +58,12 @@ CALLS = {
             *("linear_loss-memory", "train-by-shape", "memcheck+racecheck:60"),
         ),
     ),
-    # What each kernel waits for, and the study with what is left.
-    3: Call(115, ("machine", "counters", "study:300")),
+    # What each kernel waits for, two baselines more, and the study with what is left.
+    3: Call(115, ("machine", "counters", "linear_loss-50304", "average_adamw-te", "study:300")),
 }
 # What no call has room for.
 REST = (
-    *("whole_runs", "linear_loss-50304", "average_adamw-te", "train-te-fp8-delayed", "groups"),
+    *("whole_runs", "train-te-fp8-delayed", "groups"),
     *("sample-growth", "linear_loss-growth", "decode-growth", "compile"),
 )
 

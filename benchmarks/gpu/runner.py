@@ -153,6 +153,7 @@ class Runner:
         finally:  # interrupted
             for process in running:
                 end_tree(process)
+                os.waitpid(process, 0)
 
     def _start(self, piece: Piece, limit: float) -> dict[int, _Running]:
         if torch.cuda.is_initialized():

@@ -32,7 +32,7 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 class Trace:
     wall_seconds: float
     kernels: list[tuple[str, float, int]]  # name, seconds, calls; the longest first
-    waits: int  # calls in which the host waited for the device
+    waits: int | None  # calls in which the host waited for the device; None: not recorded
 
     @property
     def busy_seconds(self) -> float:
@@ -47,12 +47,17 @@ class Trace:
         """The implementations whose kernels ran."""
         return attention_of([name for name, _, _ in self.kernels])
 
-    def tell(self, label: str, top: int = 30) -> Result:
-        """A line for the screen, the kernels for the log, both as a result."""
+    def tell(self, label: str, top: int = 30, *, attends: bool = False) -> Result:
+        """A line for the screen, the kernels for the log, both as a result.
+
+        `attends`: what ran has an attention in it, which is to be named.
+        """
         wall, busy = self.wall_seconds, self.busy_seconds
+        attention = f"; attention: {self.attention}" if attends else ""
+        waits = "" if self.waits is None else f", {self.waits} waits"
         note(
             f"profile of {label}: {1e3 * wall:.1f} ms, of which kernels {1e3 * busy:.1f} ms; "
-            f"{self.launches} launches, {self.waits} waits; attention: {self.attention}"
+            f"{self.launches} launches{waits}{attention}"
         )
         for name, seconds, calls in self.kernels[:top]:
             share = seconds / max(busy, 1e-12)
@@ -82,10 +87,12 @@ def traced(call: Callable[[], object], device: torch.device) -> Trace:
         if cuda:
             torch.cuda.synchronize()
     wall = time.perf_counter() - begun
-    kernels, waits = [], 0
-    for event in found.key_averages():
+    events = found.key_averages()
+    kernels = []
+    for event in events:
         micros = event.self_device_time_total if cuda else event.self_cpu_time_total
-        waits += event.count if event.key in WAITS else 0
         if micros > 0:
             kernels.append((event.key, micros / 1e6, event.count))
+    recorded = any(event.key.startswith("cuda") for event in events)
+    waits = sum(event.count for event in events if event.key in WAITS) if recorded else None
     return Trace(wall, sorted(kernels, key=lambda kernel: -kernel[1]), waits)

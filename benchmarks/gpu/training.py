@@ -126,7 +126,7 @@ def measured(
     taken = seconds_of(step, device, context.either(STEPS, 2))
     median = statistics.median(taken)
     tokens = size.tokens / median
-    label = f"training, {backend} layers, {fp8 or 'bf16'}"
+    label = f"training, {backend} layers, {fp8 or context.either('bf16', 'fp32')}"
     note(f"{label}: {median:.4f} s a step {[round(s, 4) for s in taken]}, {tokens:,.0f} tokens/s")
     rows = [gated(mfu_row(context, f"{label}, MFU", size, at_once, median), MFU_GATE, fp8 is None)]
     result: Result = {"rows": rows, "tokens_per_second": tokens, "seconds": taken}
@@ -141,7 +141,7 @@ def measured(
     if device.type == "cuda":
         result["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         note(f"{label}: at most {result['peak_gib']} GiB")
-    result["profile"] = traced(step, device).tell(label)
+    result["profile"] = traced(step, device).tell(label, attends=True)
     return result
 
 

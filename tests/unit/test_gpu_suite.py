@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
+import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +143,39 @@ def test_the_same_command_goes_on_and_again_repeats(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "value"), [("gpu", "another card"), ("revision", "another revision"), ("device", "cpu")]
+)
+def test_results_of_another_card_or_revision_are_not_gone_on_with(
+    tmp_path: Path, key: str, value: str
+) -> None:
+    machine = {"device": "cuda", "gpu": "a card", "revision": "a revision", "command": "one"}
+    path = tmp_path / "results.json"
+    assert gpu_suite.kept(path, machine) == {}
+    done = {"name": "a", "status": "done"}
+    path.write_text(json.dumps({"machine": machine, "pieces": [done]}))
+    assert gpu_suite.kept(path, {**machine, "command": "another"}) == {"a": done}
+    assert gpu_suite.kept(path, {**machine, key: value}) == {}
+
+
+def test_a_suite_that_is_told_to_stop_ends_its_pieces_and_leaves_the_archive(
+    tmp_path: Path,
+) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_suite.py"), "--device", "cpu"]
+    command += ["--out", str(tmp_path), "--inject", "hang:grpo", "--pieces", "machine", "grpo:100"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as suite:
+        assert suite.stdout is not None
+        assert "== machine: done" in suite.stdout.readline()
+        children = Path(f"/proc/{suite.pid}/task/{suite.pid}/children")
+        while not (begun := children.read_text().split()):
+            time.sleep(0.01)
+        suite.terminate()
+        assert suite.wait(timeout=60) == 143
+    assert not any(Path(f"/proc/{child}").exists() for child in begun)
+    assert "logs/machine.log" in archived(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (("--pieces", "decode-7"), "there is no piece decode-7; allowed: "),
@@ -154,11 +190,48 @@ def test_a_wrong_word_is_refused(tmp_path: Path, words: tuple[str, ...], message
     assert not results
 
 
-def test_wheels_are_installed_beside_the_interpreter_and_the_native_code_is_put_in_place() -> None:
-    script = (ROOT / "benchmarks" / "gpu" / "first_minutes.sh").read_text()
-    assert "--no-index --no-deps" in script
-    assert "unset LD_LIBRARY_PATH" in script
-    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+def wheel(folder: Path, name: str) -> None:
+    """A package of one file, as pip installs it without a network."""
+    about = f"{name}-1.0.dist-info"
+    files = {
+        f"{name}.py": "",
+        f"{about}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n",
+        f"{about}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{about}/RECORD": "",
+    }
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as made:
+        for path, text in files.items():
+            made.writestr(path, text)
+
+
+def test_the_script_makes_a_bare_machine_ready(tmp_path: Path) -> None:
+    tree, brought, prebuilt = tmp_path / "tree", tmp_path / "wheels", tmp_path / "prebuilt"
+    for folder in (tree / "benchmarks" / "gpu", tree / "megarlx", brought, prebuilt):
+        folder.mkdir(parents=True)
+    wheel(brought, "brought_along")
+    (prebuilt / "_C.so").write_text("code")
+    (prebuilt / "_build.json").write_text("{}")
+    script = tree / "benchmarks" / "gpu" / "first_minutes.sh"
+    shutil.copy(ROOT / "benchmarks" / "gpu" / "first_minutes.sh", script)
+    program = "import brought_along, json, os, sys\n"
+    program += "print(json.dumps([sys.argv[1:], dict(os.environ), brought_along.__file__]))\n"
+    (tree / "benchmarks" / "gpu_suite.py").write_text(program)
+    variables = {"PYTHON": sys.executable, "TMPDIR": str(tmp_path), "LD_LIBRARY_PATH": "/of/torch"}
+    command = [script, "--wheels", brought, "--call", "1", "--prebuilt", prebuilt, "--out", "a b"]
+    for _ in range(2):  # a warm machine has the wheels
+        done = subprocess.run(
+            [str(word) for word in command],
+            capture_output=True,
+            text=True,
+            env={**os.environ, **variables},
+            check=True,
+        )
+        words, seen, place = json.loads(done.stdout)
+        assert words == ["--call", "1", "--out", "a b"]
+        assert "LD_LIBRARY_PATH" not in seen
+        assert str(tree) in seen["PYTHONPATH"].split(os.pathsep)
+        assert Path(place).parent.parent == tmp_path
+    assert sorted(p.name for p in (tree / "megarlx").iterdir()) == ["_C.so", "_build.json"]
 
 
 def test_the_attention_that_ran_is_named_by_its_kernels() -> None:
