@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import gc
 import statistics
 import time
 
@@ -15,7 +14,7 @@ from training import SIZES
 from gpu.clock import fitted, speeds
 from gpu.pieces import ROOT, Context, Piece, Result, gated, note
 from gpu.trace import traced
-from gpu.training import peak_bf16
+from gpu.training import freed, peak_bf16
 from gpu.weights import drawn_on
 from megarlx.config import load_config
 from megarlx.config.model import ModelConfig
@@ -218,23 +217,27 @@ def grpo(context: Context) -> Result:
     for what, times in (("takes", split), ("floor", floors)):
         note(f"GRPO step, {what}: " + ", ".join(f"{k} {v:.3f} s" for k, v in times.items()))
     note(f"GRPO step, gap of log-probs between rollout and training: {gap}")
-    del step, objective
-    gc.collect()
-    few = Case(c, prompts, samples, context.either(64, 2))
-    with drawn_on(device):
-        step, _ = our_step(few, device=device, dtype=dtype_on(context))
-    step()
-    return {
+    result: Result = {
         "rows": [gated(line, 0.65)],
         "case": {k: v for k, v in dataclasses.asdict(case).items() if k != "model"},
         "step_seconds": median,
         "split_seconds": split,
         "floor_seconds": floors,
         "logprob_gap": gap,
-        "profile": traced(step, device).tell(
-            f"a GRPO step of {few.new_tokens} new tokens", attends=True
-        ),
     }
+    del step, objective
+    freed(context)
+    few = Case(c, prompts, samples, context.either(64, 2))
+    try:
+        with drawn_on(device):
+            step, _ = our_step(few, device=device, dtype=dtype_on(context))
+        step()
+        profile = traced(step, device)
+    except torch.OutOfMemoryError as error:
+        note(f"no profile of a GRPO step: {error}"[:200])
+        return result
+    label = f"a GRPO step of {few.new_tokens} new tokens"
+    return {**result, "profile": profile.tell(label, attends=True)}
 
 
 PIECES = [

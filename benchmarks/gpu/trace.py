@@ -81,12 +81,12 @@ def traced(call: Callable[[], object], device: torch.device) -> Trace:
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.synchronize()
-    begun = time.perf_counter()
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as found:
+        begun = time.perf_counter()
         call()
         if cuda:
             torch.cuda.synchronize()
-    wall = time.perf_counter() - begun
+        wall = time.perf_counter() - begun
     events = found.key_averages()
     kernels = []
     for event in events:
