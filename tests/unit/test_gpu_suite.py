@@ -23,6 +23,7 @@ from gpu.compiled import NotCompiled, compiled, with_compiled
 from gpu.counters import kernel_names, parsed
 from gpu.order import CALLS, KNOWN, MODULES, everything
 from gpu.pieces import Context
+from gpu.pieces import environment as gpu_environment
 from gpu.runner import turns
 from gpu.trace import attention_of, traced
 from gpu.weights import drawn_on
@@ -162,7 +163,7 @@ def test_a_suite_that_is_told_to_stop_ends_its_pieces_and_leaves_the_archive(
 ) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu_suite.py"), "--device", "cpu"]
     command += ["--out", str(tmp_path), "--inject", "hang:grpo", "--pieces", "machine", "grpo:100"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    environment = {**gpu_environment(), "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as suite:
         assert suite.stdout is not None
         assert "== machine: done" in suite.stdout.readline()
