@@ -46,18 +46,17 @@ def _first_line(*command: str) -> str:
 
 
 def listed() -> str:
-    lines = []
-    calls = {
-        piece.name: str(number)
-        for number, call in CALLS.items()
-        for turn in turns(call.words, KNOWN)
-        for piece in turn.pieces
-    }
+    calls: dict[str, list[str]] = {name: [] for name in KNOWN}
+    for number, call in CALLS.items():
+        for turn in turns(call.words, KNOWN):
+            for piece in turn.pieces:
+                calls[piece.name].append(str(number))
+    lines = ["piece                    expected  calls"]
     for turn in turns(everything(), KNOWN):
         for piece in turn.pieces:
             cpu = f"not on a CPU: {piece.needs}" if piece.needs else ""
-            call = f"call {calls[piece.name]}" if piece.name in calls else ""
-            lines.append(f"{piece.name:<24} {piece.seconds:4.0f} s  {call:<6}  {cpu}".rstrip())
+            numbers = ", ".join(calls[piece.name])
+            lines.append(f"{piece.name:<24} {piece.seconds:6.0f} s  {numbers:<8} {cpu}".rstrip())
     return "\n".join(lines)
 
 

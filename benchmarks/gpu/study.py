@@ -45,4 +45,4 @@ def sweep(context: Context) -> Result:
     return found
 
 
-PIECES = [Piece("study", 40, sweep)]
+PIECES = [Piece("study", 30, sweep)]

@@ -76,7 +76,7 @@ def test_the_list_names_what_a_cpu_leaves_out(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--list"])
     assert gpu_suite.main() == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.splitlines()[1:]
     assert [line.split()[0] for line in lines] == ORDER
     left_out = {line.split()[0] for line in lines if "not on a CPU" in line}
     assert left_out == {name for name, piece in KNOWN.items() if piece.needs}
