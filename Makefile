@@ -3,6 +3,7 @@
 #   TORCH         torch's pin; TORCH_INDEX the package index to take it from (say, that of CPU builds)
 #   VENV          where the environment lives; EXTRAS which extras of megarlx come along
 #   PYTEST        further arguments for pytest
+#   PREBUILT_PYTHON  for cuda-prebuilt: the Python of the machine that the native code is for
 PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= dev,data,hf,mpi
@@ -10,15 +11,17 @@ TORCH_INDEX ?=
 # With an NVIDIA driver: the torch that the tested pins of .[cuda] go with.
 TORCH ?= $(if $(shell command -v nvidia-smi),torch==2.11.0,torch==2.13.0)
 PYTEST ?=
+PREBUILT_PYTHON ?= python3.12
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
 NATIVE := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: help demo study test test-all test-instruction-sets check format bench cuda-check clean
+.PHONY: help demo study test test-all test-instruction-sets check format bench cuda-check cuda-prebuilt \
+  clean
 help:
-	@echo "make demo | study | test | test-all | test-instruction-sets | check | format | bench | cuda-check | clean"
+	@echo "make demo | study | test | test-all | test-instruction-sets | check | format | bench | cuda-check | cuda-prebuilt | clean"
 
 # torch first: megarlx is compiled against the one that will run.
 $(INSTALLED): setup.py pyproject.toml
@@ -81,6 +84,14 @@ bench: $(BUILT)
 
 cuda-check:
 	$(PYTHON) tools/cuda_check.py
+
+# The native code for another machine with a card, on this one without.
+cuda-prebuilt:
+	@$(PREBUILT_PYTHON) -c "" || { \
+	  echo "cuda-prebuilt: $(PREBUILT_PYTHON) does not run. Install CPython 3.12 (Debian: apt-get" \
+	    "install python3.12-venv python3.12-dev), or name yours: make cuda-prebuilt PREBUILT_PYTHON=…"; \
+	  exit 1; }
+	$(PREBUILT_PYTHON) tools/cuda_prebuilt.py
 
 clean:
 	rm -rf build $(VENV) megarlx/*.so megarlx/_build.json
