@@ -13,6 +13,8 @@ from megarlx.config.objectives import (
     PRETRAINING,
     RL,
     SFT,
+    WORLD_TEMPLATE,
+    WRITE_TEMPLATE,
     ObjectiveConfig,
     RlConfig,
     SftConfig,
@@ -154,8 +156,9 @@ class Config(Section):
     )
     training: TrainingConfig = Field(description="How much is trained, in what pieces")
     data: DataConfig | None = Field(default=None, description="What pre-training reads")
-    template: TemplateConfig = Field(
-        default=TemplateConfig(), description="How questions and answers are written"
+    template: TemplateConfig | None = Field(
+        default=None,
+        description="How questions and answers are written; absent: as data.world writes them",
     )
     sft: SftConfig | None = Field(default=None, description="The objective 'sft'")
     rl: RlConfig | None = Field(default=None, description="The objective 'rl'")
@@ -195,6 +198,16 @@ class Config(Section):
             return {**stage, "objectives": objectives}
 
         return {**given, "stages": [merged(stage) for stage in stages]}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _template_of_world(cls, given: Any) -> Any:
+        """Where nothing is said, a synthetic world's questions are put as its own text puts them."""
+        if not isinstance(given, Mapping) or given.get("template") is not None:
+            return given
+        data = given.get("data")
+        world = data.get("world") if isinstance(data, Mapping) else getattr(data, "world", None)
+        return given if world is None else {**given, "template": WORLD_TEMPLATE}
 
     @property
     def named_objectives(self) -> dict[str, SftConfig | RlConfig]:
@@ -264,7 +277,24 @@ class Config(Section):
                 + " or ".join(str(n) for n in (below, below + at_once) if n > 0)
                 + ")",
             )
+        if self.template is None and (needs := self._needs_template()):
+            wrong("template", f"is missing, and {needs} is written in it; {WRITE_TEMPLATE}")
         return found + self._problems_of_stages()
+
+    def _needs_template(self) -> str:
+        """What of the run is written in the template, if anything."""
+        if self.data is not None and self.data.agents is not None:
+            return "what agents see (data.agents)"
+        named = self.named_objectives
+        for stage in self.stages:
+            for name in stage.objectives:
+                if name in named:
+                    return f"what objective '{name}' reads"
+        if self.evaluation.at_end or self.evaluation.every_steps is not None:
+            for suite in self.evaluation.suites:
+                if suite.uses_template:
+                    return f"what suite '{suite.name}' asks"
+        return ""
 
     def _samplers(self) -> str:
         """What of the training generates text, if anything."""

@@ -39,7 +39,12 @@ class Evaluation:
     metrics: Mapping[str, float]
     guessing: Mapping[str, float]
     items: tuple[Mapping[str, Any], ...] = field(repr=False)
+    template: Mapping[str, str] | None = None  # what the questions were written in, if in any
     _values: dict[str, dict[str, float]] = field(default_factory=dict, init=False, repr=False)
+
+    def asked_like(self, other: Evaluation) -> bool:
+        """Whether the questions were put alike: else a difference is the prompts' too."""
+        return self.template == other.template
 
     def percent(self, metric: str) -> dict[str, float]:
         """Question -> "pass_at_K" or "accuracy" of it, in percent; {} where it was not measured."""
@@ -238,6 +243,7 @@ def _evaluation(values: Any) -> Evaluation:
         metrics=_numbers(values["metrics"]),
         guessing=_numbers(values.get("guessing") or {}),
         items=tuple(map(_object, values["items"])),
+        template=(values.get("settings") or {}).get("template"),
     )
     made.solved()  # items that lack something are told of here, with the file's name
     return made

@@ -6,6 +6,7 @@ trunks are cells too: their recipe is "base".
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -303,7 +304,7 @@ class Study:
 
     def missing(self) -> list[str]:
         """What a full report would need and is not there, one line each."""
-        found = list(self.problems)
+        found = [*self.problems, *self._asked_apart()]
         if self.headline is None and not self.agent_suites:
             found.append("no pass@k evaluation of any run")
         suites = sorted({s for c in self.cells if c.recipe != BASE for s in c.accuracy_suites})
@@ -326,3 +327,20 @@ class Study:
             if lacks:
                 found.append(f"{where}: no evaluation of {', '.join(lacks)}")
         return found
+
+    def _asked_apart(self) -> Iterator[str]:
+        """Where runs of one checkpoint were asked in several templates: nothing is subtracted."""
+        asked: defaultdict[tuple[Run | None, int], dict[str, list[str]]]
+        asked = defaultdict(lambda: defaultdict(list))
+        for cell in self.cells:
+            if cell.headline is not None:
+                template = cell.headline.template
+                said = "none" if template is None else json.dumps(template, ensure_ascii=False)
+                asked[cell.trunk, cell.checkpoint_tokens][said].append(cell.run.name)
+        for (_, tokens), names in asked.items():
+            if len(names) > 1:
+                sides = "; ".join(f"{', '.join(runs)} in {said}" for said, runs in names.items())
+                yield (
+                    f"differences at {tokens:,} tokens, because {self.headline} was asked in "
+                    f"{len(names)} templates: {sides}. Measure one side in the other's"
+                )

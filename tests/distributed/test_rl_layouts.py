@@ -13,11 +13,10 @@ import torch
 from grid import chunks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit" / "objectives"))
-from rl_cases import WORDS, config, early_word, model, prompts, reinforcement, trainer_of
+from rl_cases import TEMPLATE, WORDS, config, early_word, model, prompts, reinforcement, trainer_of
 
 from megarlx.checkpoint import Saver, latest
 from megarlx.comm.groups import Mesh
-from megarlx.data.conversations import Template
 from megarlx.data.prompts import PromptData
 from megarlx.data.tokenizer import WordTokenizer
 from megarlx.objectives.rewards import RewardError
@@ -164,7 +163,7 @@ def test_a_run_resumes_inside_of_a_rollout_bit_for_bit(
 
 def failing_for_some(samples: list[Sample]) -> list[float]:
     """For the second prompt drawn, which only one data rank has."""
-    data = PromptData(prompts(), Template(), WordTokenizer(WORDS), 5, name="rl")
+    data = PromptData(prompts(), TEMPLATE, WordTokenizer(WORDS), 5, name="rl")
     second = data.take(2)[1].prompt
     if any(sample.prompt == second.question for sample in samples):
         raise RuntimeError("the judge of this one is away")

@@ -46,6 +46,9 @@ tokenizer = "bytes"
 name = "text"
 prefix = "text"
 
+[template]
+user = "Q: {{content}}"
+
 [sft]
 sequence_length = 256
 sequences_per_step = 16
