@@ -16,7 +16,7 @@ class OptimizerConfig(Section):
     """AdamW and the course of its learning rate."""
 
     lr: float = Field(
-        default=4e-4, ge=0, description="Highest learning rate, reached after the warm-up"
+        default=4e-4, ge=0, description="Highest learning rate; sft and rl have to say theirs"
     )
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = Field(
         default=(0.9, 0.95), description="Decay of the first and of the second moment at each step"

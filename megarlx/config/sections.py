@@ -145,6 +145,14 @@ class TrainingConfig(Section):
         return found
 
 
+def _no_lr(stage: str, name: str, objective: StageObjective) -> str:
+    return (
+        f"is missing: in stage '{stage}' '{name}' would train as pre-training does by default, "
+        f"with lr = {objective.lr:g}, weight_decay = {objective.weight_decay:g} and schedule = "
+        f"'{objective.schedule}'; write lr = 1e-6, or what suits it, in its table or in [optimizer]"
+    )
+
+
 class Config(Section):
     """Everything a training run is told."""
 
@@ -202,7 +210,7 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _template_of_world(cls, given: Any) -> Any:
-        """Where nothing is said, a synthetic world's questions are put as its own text puts them."""
+        """Where nothing is said, a synthetic world's questions are put as its text puts them."""
         if not isinstance(given, Mapping) or given.get("template") is not None:
             return given
         data = given.get("data")
@@ -327,6 +335,9 @@ class Config(Section):
                 place = f"{where}.{name}" if self.stages else where
                 if name not in known:
                     found.append((place, f"is not known; allowed are {', '.join(sorted(known))}"))
+                elif name != PRETRAINING and "lr" not in objective.model_fields_set:
+                    # [optimizer] says it too; what a parent was pre-trained with does not.
+                    found.append((f"{place}.lr", _no_lr(stage.label, name, objective)))
                 if name == PRETRAINING and self.data is None and self.stages:
                     found.append((place, "needs [data]"))
                 down = objective.warmup_steps + (objective.decay_steps or 0)

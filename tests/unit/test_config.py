@@ -513,6 +513,7 @@ combine = "average"
 [stages.adaptive]
 [stages.objectives.pretraining]
 [stages.objectives.sft]
+lr = 4e-4
 """
 SET_ABOVE = {
     *("data.sources", "data.composition", "data.validation", "stages", "objectives"),
