@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megarlx.config.objectives import PRETRAINING
 from megarlx.evaluation.pass_at_k import pass_at_k
 from megarlx.metrics import read_metrics
 
@@ -85,6 +86,7 @@ class Parent:
     run: str  # as it stands in lineage.json
     iteration: int
     trunk_tokens: int
+    is_base: bool  # whether its weights had seen pre-training only
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +101,15 @@ class Run:
     settings: Mapping[str, Any]  # resolved.json
     metrics: tuple[Mapping[str, float], ...] = field(repr=False)
     evaluations: tuple[Evaluation, ...] = field(repr=False)  # by iteration
+
+    @property
+    def is_trunk(self) -> bool:
+        """Whether it pre-trains: from nothing, or nothing but that from a run that did."""
+        if self.parent is None:
+            return True
+        stages = self.settings.get("stages") or ()
+        trained = {name for stage in stages for name in stage.get("objectives") or ()}
+        return self.parent.is_base and trained == {PRETRAINING}
 
     @property
     def planned_steps(self) -> int | None:
@@ -219,7 +230,8 @@ def _lineage(values: Any) -> dict[str, Any]:
     parent = None
     if given is not None:
         tokens = given.get("trunk_tokens", values.get("trunk_tokens", 0))
-        parent = Parent(str(given["run"]), int(given["iteration"]), int(tokens))
+        others = (n for name, n in (given.get("tokens") or {}).items() if name != PRETRAINING)
+        parent = Parent(str(given["run"]), int(given["iteration"]), int(tokens), not any(others))
     recipe = values.get("recipe")
     return {
         "recipe": None if recipe is None else str(recipe),
