@@ -152,6 +152,8 @@ class RlConfig(Section):
             found.append(("rewards", "cannot be given with an environment, which has its own"))
         if self.examples is not None:
             found.append(("examples", "cannot be given with an environment"))
+        if policy.kl == "reward":
+            found.append(("policy.kl", "is 'reward'; with turns it is none, k1, k2 or k3"))
         if policy.overlong == "penalty":
             found.append(("policy.overlong", "is 'penalty'; with turns it is 'keep' or 'mask'"))
         if self.tokens_per_microbatch < environment.max_episode_tokens:

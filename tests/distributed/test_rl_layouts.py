@@ -76,9 +76,9 @@ def test_samples_do_not_depend_on_the_number_of_data_ranks(
             assert rank[key] == alone[key], key
 
 
-def train(axes: dict[str, int], steps: int) -> dict[str, Any]:
-    mesh = mesh_of(axes)
-    one = reinforcement(config(**MOVING), model(mesh=mesh, dtype=torch.float64))
+def train(axes: dict[str, int], steps: int, preset: str) -> dict[str, Any]:
+    mesh, given = mesh_of(axes), config(**{**MOVING, "policy": {"preset": preset}})
+    one = reinforcement(given, model(mesh=mesh, dtype=torch.float64))
     trainer = trainer_of(one, lr=1e-3)
     losses, metrics, norms = [], [], []
     for _ in range(steps):
@@ -106,13 +106,14 @@ def whole(parts: list[Any]) -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.parametrize("preset", ["grpo", "rloo"])  # the KL in the loss, and off the reward
 @pytest.mark.parametrize("axes", LAYOUTS, ids=str)
 def test_a_rollout_trains_the_same_weights_in_every_layout(
-    run: Callable[..., Any], axes: dict[str, int]
+    run: Callable[..., Any], axes: dict[str, int], preset: str
 ) -> None:
     """Both epochs of a rollout and the next one's first step, in fp64."""
-    (single,) = run(1, train, {}, 5)
-    ranks = run(size(axes), train, axes, 5)
+    (single,) = run(1, train, {}, 5, preset)
+    ranks = run(size(axes), train, axes, 5, preset)
     for rank in ranks:
         assert rank["tokens"] == single["tokens"]
         np.testing.assert_allclose(rank["losses"], single["losses"], rtol=1e-8, atol=1e-12)
