@@ -25,6 +25,9 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(
         default=0.1, ge=0, description="Decoupled weight decay, scaled by the lr"
     )
+    decay_embeddings: bool = Field(
+        default=True, description="Whether the token embedding decays too; OLMo-core's does not"
+    )
     clip_norm: float = Field(
         default=1.0, ge=0, description="Largest global gradient norm; 0 turns clipping off"
     )

@@ -211,7 +211,9 @@ def test_a_parent_that_was_asked_in_another_template_gives_no_drift(tmp_path: Pa
 def test_what_asks_in_a_template_needs_one_and_its_result_says_which(tmp_path: Path) -> None:
     asked = lines(tmp_path / "q.jsonl", {"question": "tom has 9 pears", "answer": "12"})
     without = dataclasses.replace(subject(), template=None)
-    with pytest.raises(SuiteError, match=r"suite s: it asks in a template, and this model has none"):
+    with pytest.raises(
+        SuiteError, match=r"suite s: it asks in a template, and this model has none"
+    ):
         evaluate(without, config(suite(path=asked)))
     (found,) = evaluate(subject(), config(suite(path=asked)))
     assert found["settings"]["template"] == dataclasses.asdict(TEMPLATE)
