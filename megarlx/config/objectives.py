@@ -20,9 +20,7 @@ WORLD = "{world}"  # in a path: the folder of [data.world] or [data.agents]
 class TemplateConfig(Section):
     """How turns are written for the model; {content} stands for a turn's text."""
 
-    user: str = Field(
-        default="question : {content} answer :", description="A question, or a user's turn"
-    )
+    user: str = Field(description="A question, or a user's turn")
     system: str = Field(default="{content}\n", description="A system's turn")
     opening: str = Field(default="", description="Stands before each answer, given to the model")
     assistant: str = Field(
@@ -35,6 +33,11 @@ class TemplateConfig(Section):
             for name in ("user", "system", "assistant")
             if (text := getattr(self, name)).count(PLACE) != 1
         ]
+
+
+# How the text of a synthetic world puts its questions.
+WORLD_TEMPLATE = TemplateConfig(user="question : {content} answer :")
+WRITE_TEMPLATE = r'write [template] with, for example, user = "Question: {content}\nAnswer:"'
 
 
 class SftConfig(Section):
@@ -149,6 +152,8 @@ class RlConfig(Section):
             found.append(("rewards", "cannot be given with an environment, which has its own"))
         if self.examples is not None:
             found.append(("examples", "cannot be given with an environment"))
+        if policy.kl == "reward":
+            found.append(("policy.kl", "is 'reward'; with turns it is none, k1, k2 or k3"))
         if policy.overlong == "penalty":
             found.append(("policy.overlong", "is 'penalty'; with turns it is 'keep' or 'mask'"))
         if self.tokens_per_microbatch < environment.max_episode_tokens:

@@ -161,6 +161,7 @@ def training_stage(config: StageConfig, objectives: ObjectiveMaker) -> TrainingS
             betas=one.betas,
             eps=one.eps,
             weight_decay=one.weight_decay,
+            decay_embeddings=one.decay_embeddings,
             clip_norm=one.clip_norm or None,
         )
         rate = learning_rate(one, one.course_steps or config.steps_of(name))

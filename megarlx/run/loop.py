@@ -20,7 +20,6 @@ from megarlx.comm import launch
 from megarlx.comm.collectives import gather_values
 from megarlx.config.evaluation import EvaluationConfig
 from megarlx.config.objectives import PRETRAINING
-from megarlx.data.conversations import Template
 from megarlx.evaluation.results import samples_path
 from megarlx.evaluation.suites import Parent as EvaluatedParent
 from megarlx.evaluation.suites import Subject, evaluate, metrics_of
@@ -33,7 +32,7 @@ from megarlx.run.lock import run_lock
 from megarlx.run.rank_logs import RankLog, rank_log
 from megarlx.run.readiness import beginnings_of_rl, readiness_of
 from megarlx.run.stopped import REQUEUE, StopRequest, clear_mark, exit_code, mark_stopped
-from megarlx.run.world import world_of
+from megarlx.run.world import template_of, world_of
 from megarlx.trackers import Trackers, check_installed
 
 SHOWN_SAMPLES = 4
@@ -318,7 +317,7 @@ class _Loop:
             Subject(
                 run.trainer.model,
                 run.tokenizer,
-                Template(**run.config.template.model_dump()),
+                template_of(run.config.template),
                 is_base=not any(n for name, n in tokens.items() if name != PRETRAINING),
                 iteration=done,
                 trunk_tokens=tokens.get(PRETRAINING, 0),

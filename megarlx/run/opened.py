@@ -21,7 +21,7 @@ from megarlx.model.build import ParallelModel, build_model
 from megarlx.run.assemble import DTYPES, choose_layout
 from megarlx.run.directory import RunDirectory, RunError
 from megarlx.run.reference import RunReference, tokens_of
-from megarlx.run.world import load_tokenizer_of
+from megarlx.run.world import load_tokenizer_of, template_of
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class OpenedRun:
     reference: RunReference
     config: Config
     tokenizer: Tokenizer
-    template: Template
+    template: Template | None
     model: ParallelModel
     loaded: Loaded
     device: torch.device
@@ -90,10 +90,6 @@ def open_tokenizer(run: Path, config: Config) -> Tokenizer:
     return found
 
 
-def template_of(config: Config) -> Template:
-    return Template(**config.template.model_dump())
-
-
 def read_lineage(run: Path) -> dict[str, Any]:
     path = run / "lineage.json"
     if not path.exists():
@@ -143,7 +139,6 @@ def open_run(
     config: Config,
     started: launch.Launch,
     device: torch.device,
-    template: Template | None = None,
 ) -> OpenedRun:
     """Needs `launch.start` to have been called; `config` is `open_config`'s."""
     tokenizer = open_tokenizer(reference.run, config)
@@ -157,6 +152,5 @@ def open_run(
         device=device,
     )
     model, loaded = open_model(config, reference.checkpoint, mesh, device)
-    return OpenedRun(
-        reference, config, tokenizer, template or template_of(config), model, loaded, device
-    )
+    template = template_of(config.template)
+    return OpenedRun(reference, config, tokenizer, template, model, loaded, device)
