@@ -25,7 +25,8 @@ import torch
 from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parents[1]
-PRESETS = ("grpo", "dapo", "dr_grpo", "gspo", "rloo", "cispo", "sapo")
+PRESETS = ("grpo", "dapo", "dr_grpo", "gspo", "rloo", "cispo")
+LOSSES = ("sapo", "reinforce")
 
 MODEL = """
 [model]
@@ -35,7 +36,7 @@ hidden_size = 24
 layers = 4
 heads = 2
 intermediate_size = 40
-max_sequence_length = 64
+max_sequence_length = 128
 
 [training]
 precision = "fp64"
@@ -56,7 +57,7 @@ prompts = 40
 validate_every_steps = 1000
 
 [sft]
-sequence_length = 64
+sequence_length = 128
 
 [rl]
 prompts_per_step = 2
@@ -132,6 +133,12 @@ RECIPES: dict[str, Recipe] = {
         )
         for preset in PRESETS
     },
+    **{
+        f"{loss}, two epochs": Recipe(
+            POLICY, {"rl.policy.loss": f'"{loss}"', "rl.epochs_per_rollout": "2"}
+        )
+        for loss in LOSSES
+    },
     "gspo, tp 2": Recipe(
         POLICY,
         {"rl.policy.preset": '"gspo"', "rl.epochs_per_rollout": "2", "layout.tensor": "2"},
@@ -191,9 +198,8 @@ def difference(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Ten
     return worst
 
 
-def checked_out(commit: str, folder: Path) -> Path:
+def checked_out(commit: str, tree: Path) -> Path:
     """The commit's tree, with its native code built, or taken from here where it is the same."""
-    tree = folder / commit.replace("/", "_")
     subprocess.run(
         ["git", "-C", ROOT, "worktree", "add", "--quiet", "--detach", tree, commit], check=True
     )
@@ -232,7 +238,10 @@ def main() -> None:
     worse = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        trees = [checked_out(commit, folder) for commit in (options.before, options.after)]
+        trees = [
+            checked_out(options.before, folder / "before-tree"),
+            checked_out(options.after, folder / "after-tree"),
+        ]
         try:
             for name, gap, count in compared(*trees, folder, options.only):
                 says = "same bits" if gap == 0 else f"differ by {gap:.1e}"
