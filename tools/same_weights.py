@@ -178,7 +178,7 @@ def tensors(run: Path) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for file in sorted(last.rglob("*.safetensors")):
         with safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118: it is no dict
+            for name in opened.keys():  # noqa: SIM118 (it is no dict)
                 found[f"{file.relative_to(last)}: {name}"] = opened.get_tensor(name)
     return found
 
@@ -243,7 +243,7 @@ def main() -> None:
             checked_out(options.after, folder / "after-tree"),
         ]
         try:
-            for name, gap, count in compared(*trees, folder, options.only):
+            for name, gap, count in compared(trees[0], trees[1], folder, options.only):
                 says = "same bits" if gap == 0 else f"differ by {gap:.1e}"
                 print(f"{name:34} {count:4} tensors  {says}", flush=True)
                 if gap > options.within:

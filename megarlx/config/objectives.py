@@ -11,6 +11,7 @@ from megarlx.config.optimizer import OptimizerConfig
 from megarlx.config.policy import PolicyConfig
 from megarlx.config.reward import RewardConfig
 from megarlx.config.section import Section
+from megarlx.config.timeline import StageTimes
 
 PRETRAINING, SFT, RL = "pretraining", "sft", "rl"
 PLACE = "{content}"
@@ -261,16 +262,15 @@ class StageConfig(Section):
     def label(self) -> str:
         return self.name or "+".join(self.objectives)
 
-    def steps_of(self, objective: str) -> int:
-        """How many of the steps train it."""
-        if self.combine != "alternate":
-            return self.steps
-        rounds, left = divmod(self.steps, sum(one.turns for one in self.objectives.values()))
-        for name, one in self.objectives.items():
-            if name == objective:
-                return rounds * one.turns + min(left, one.turns)
-            left = max(left - one.turns, 0)
-        raise KeyError(objective)
+    @property
+    def times(self) -> StageTimes:
+        return StageTimes(
+            {name: one.turns for name, one in self.objectives.items()},
+            self.steps,
+            self.combine == "alternate",
+            self.sync_every,
+            frozenset(name for name, one in self.objectives.items() if one.goes_on),
+        )
 
     def problems(self) -> list[tuple[str, str]]:
         found = []

@@ -25,6 +25,7 @@ from megarlx.config.objectives import (
 from megarlx.config.optimizer import OptimizerConfig
 from megarlx.config.run_sections import CheckpointConfig, DataConfig, LoggingConfig
 from megarlx.config.section import Section
+from megarlx.config.timeline import Timeline
 
 # A list in TOML and in JSON is a tuple here: frozen like the rest. What is in it stays strict.
 Layers = Annotated[int, Field(ge=0)]  # first and last stage have work without any
@@ -241,6 +242,10 @@ class Config(Section):
         return (StageConfig(steps=self.training.steps, objectives={PRETRAINING: only}),)
 
     @property
+    def timeline(self) -> Timeline:
+        return Timeline([stage.times for stage in self.all_stages])
+
+    @property
     def steps(self) -> int:
         """Of all stages."""
         return sum(stage.steps for stage in self.all_stages)
@@ -341,7 +346,7 @@ class Config(Section):
                 if name == PRETRAINING and self.data is None and self.stages:
                     found.append((place, "needs [data]"))
                 down = objective.warmup_steps + (objective.decay_steps or 0)
-                length = objective.course_steps or stage.steps_of(name)
+                length = objective.course_steps or stage.times.steps_of(name)
                 if down > length:
                     allowed = "training.steps" if not self.stages else "the stage"
                     found.append(

@@ -142,7 +142,7 @@ def trainer_of(job: Job, model: ParallelModel, device: torch.device) -> Trainer:
 
 def first_turn(job: Job) -> Job:
     """Where objectives alternate, a step is one of them: that of the first step."""
-    return replace(job, others=(), turns=0) if job.turns else job
+    return replace(job, others=(), alternates=False) if job.alternates else job
 
 
 def dry_run(job: Job, rank: int, device: torch.device | str = "meta") -> DryRun:

@@ -25,7 +25,7 @@ from megarlx.evaluation.suites import Parent as EvaluatedParent
 from megarlx.evaluation.suites import Subject, evaluate, metrics_of
 from megarlx.metrics import MetricsWriter
 from megarlx.objectives.supervised import Supervised
-from megarlx.run.assemble import Run, next_average, steps_at_tokens
+from megarlx.run.assemble import Run, steps_at_tokens
 from megarlx.run.costs import Costs, peak_flop_per_second
 from megarlx.run.directory import RunError
 from megarlx.run.lock import run_lock
@@ -103,7 +103,7 @@ def _start(run: Run) -> Costs:
 
 
 def _check_nothing_goes_on(run: Run) -> None:
-    if names := run.trainer.from_parent:
+    if names := sorted(run.trainer.timeline.from_before):
         raise RunError(
             f"goes_on of {', '.join(names)} is true, but no stage before has it, and this run has "
             "no parent to go on from; an excursion (`megarlx branch`) has one"
@@ -208,7 +208,7 @@ class _Loop:
         }
         self.due |= {what for what, now in due.items() if now}
         if "save" in self.due - before and not self.run.trainer.in_sync:
-            step = next_average(config, done)
+            step = config.timeline.next_average(done)
             self._say(done, f"the checkpoint waits for step {step}, which averages the objectives")
 
     def _do_what_is_due(self, *, wait: bool) -> None:

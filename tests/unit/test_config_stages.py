@@ -8,7 +8,6 @@ import pytest
 
 from megarlx.config import Config, ConfigError, load_config
 from megarlx.config.load import over
-from megarlx.config.objectives import StageConfig
 from megarlx.run.branch import recipe_config
 from megarlx.run.opened import open_config
 
@@ -195,23 +194,6 @@ def test_steps_beside_stages_are_refused(tmp_path: Path) -> None:
     path.write_text(START + "[[stages]]\nsteps = 1\n[stages.objectives.rl]\n")
     with pytest.raises(ConfigError, match=r"is 3, but \[\[stages\]\] have steps of their own"):
         load_config(path, ["training.steps=3"])
-
-
-@pytest.mark.parametrize("steps", [1, 2, 5, 6, 7, 11, 12])
-@pytest.mark.parametrize("turns", [(1, 1), (3, 2), (5, 1), (2, 9)])
-def test_steps_of_alternating_objectives_are_those_that_are_taken(
-    steps: int, turns: tuple[int, int]
-) -> None:
-    names = ("rl", "sft")
-    stage = StageConfig.model_validate(
-        {
-            "steps": steps,
-            "combine": "alternate",
-            "objectives": {n: {"turns": t} for n, t in zip(names, turns, strict=True)},
-        }
-    )
-    taken = ((["rl"] * turns[0] + ["sft"] * turns[1]) * steps)[:steps]
-    assert {name: stage.steps_of(name) for name in names} == {n: taken.count(n) for n in names}
 
 
 def test_a_preset_of_a_recipe_is_not_mixed_with_the_settings_of_the_parent() -> None:
