@@ -22,9 +22,8 @@ void token_loss(const TokenLossArgs& args, bool sums_are_given, cudaStream_t str
 void token_loss_partials(const TokenLossArgs& args, cudaStream_t stream);
 
 // averaging
-// `coefficients`: room for one AdamWCoefficients<float> an objective, on the device.
-void average_adamw(const AdamWArgs& args, AdamWCoefficients<float>* coefficients,
-                   cudaStream_t stream);
+// `coefficients`: room for one AdamWCoefficients<double> an objective, on the device.
+void average_adamw(const AdamWArgs& args, void* coefficients, cudaStream_t stream);
 void replica_average_pack(const PackArgs& args, cudaStream_t stream);
 void replica_average_apply(const ApplyArgs& args, cudaStream_t stream);
 void zero_if(void* bytes, std::int64_t count, const bool* condition, cudaStream_t stream);
