@@ -445,7 +445,17 @@ def test_empty_batch() -> None:
     assert logits.grad.shape == (0, 7)
 
 
-@pytest.mark.parametrize("change", ["target", "low", "temperature", "advantages", "shape"])
+# A GPU would have to be waited for to see these; there such a token is NaN.
+VALUE = pytest.mark.not_emulated("CUDA does not look at values: they make NaN")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(pytest.param(name, marks=VALUE) for name in ("target", "low", "temperature")),
+        *("advantages", "shape"),
+    ],
+)
 def test_error_names_argument_value_and_what_is_allowed(change: str) -> None:
     logits, targets, _ = example(LossSpec(), tokens=4)
     arguments: dict = {"normalizer": 1}
