@@ -134,6 +134,23 @@ def test_vocabulary_shards_equal_the_whole(on_card: Any, shards: int) -> None:
     assert (gradient[:, vocabulary:] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [9, 16, 1032])
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+def test_a_log_prob_is_never_above_zero(
+    on_card: Any, dtype: torch.dtype, vocabulary: int, temperature: float
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(200, vocabulary, generator=generator)
+    targets = torch.randint(0, vocabulary, (200,), generator=generator)
+    size = 50 + 200 * torch.rand(200, 1, generator=generator)  # beside it the others are nothing
+    logits.scatter_(1, targets[:, None], size)
+    x, target_ids = on_card.moved(logits.to(dtype)), on_card.moved(targets)
+    result = token_loss(x, target_ids, LossSpec(), normalizer=1, temperature=temperature)
+    assert (result.logprobs <= 0).all()
+    assert (result.logprobs > -5e-5).all()
+
+
 def test_a_bad_target_or_row_makes_its_own_token_nan(on_card: Any) -> None:
     logits = torch.randn(4, 1030, device=on_card.device)
     logits[1, 1029] = math.nan
@@ -144,6 +161,7 @@ def test_a_bad_target_or_row_makes_its_own_token_nan(on_card: Any) -> None:
     assert result.loss.isnan()
     assert result.logprobs.isnan().tolist() == [False, True, True, False]
     assert logits.grad[1:3].isnan().any(1).all()
+    assert logits.grad[2].isnan().all()
     assert torch.isfinite(logits.grad[[0, 3]]).all()
 
 

@@ -55,7 +55,7 @@ UNDEFINED = "alignment,shift,signed-integer-overflow,float-cast-overflow,bounds"
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("plain", ("-ffp-contract=fast",)),
+        Kind("plain", ("-ffp-contract=fast", "-fexpensive-optimizations")),
         Kind(
             "address",
             ("-ffp-contract=off", f"-fsanitize=address,{UNDEFINED}", "-fno-omit-frame-pointer"),

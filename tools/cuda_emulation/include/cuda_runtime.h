@@ -59,10 +59,15 @@ T __ldg(const T* p) {
 }
 inline float __uint_as_float(unsigned bits) { return emulated::from_bits<float>(bits); }
 inline unsigned __float_as_uint(float x) { return static_cast<unsigned>(emulated::to_bits(x)); }
-// A sum that the compiler fuses with no product, as elsewhere it may, here and in nvcc.
+// A sum and a product that the compiler fuses with nothing, as it may elsewhere, here and in nvcc.
 inline float __fadd_rn(float a, float b) {
   asm("" : "+x"(a), "+x"(b));
   return a + b;
+}
+inline float __fmul_rn(float a, float b) {
+  float product = a * b;
+  asm("" : "+x"(product));
+  return product;
 }
 inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
