@@ -1,7 +1,7 @@
 // average_adamw_, adamw_update_ and the two halves of replica_average_ on the GPU.
-// All are bound by memory. A thread takes 32 bytes of each buffer at a time and works through the
-// objectives one after the other: its loads in flight and a full multiprocessor of threads are
-// several times what the latency of memory asks for, for any number of objectives.
+// All are bound by memory. A thread takes 16 bytes of each buffer at a time, one access, next to
+// its neighbours' (two accesses a thread would leave gaps in each, and half the rate of memory),
+// and works through the objectives one after the other.
 #include <cuda_runtime.h>
 
 #include <type_traits>
@@ -13,10 +13,10 @@ namespace megarlx::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kAccess = 16;  // bytes of one load or store
+constexpr int kAccess = 16;  // bytes of the widest load or store
 // Elements of a thread at a time, where every buffer starts on the edge of an access; else 1.
 template <typename T>
-constexpr int kWidth = 32 / sizeof(T);
+constexpr int kWidth = kAccess / sizeof(T);
 
 __host__ bool aligned(const void* pointer) {
   return reinterpret_cast<std::uintptr_t>(pointer) % kAccess == 0;
@@ -34,7 +34,7 @@ __host__ int blocks_for(std::int64_t items, int blocks_a_multiprocessor) {
 
 // bfloat16 is held as its bits.
 template <typename Stored, int W>
-struct alignas(sizeof(Stored) * W < kAccess ? sizeof(Stored) * W : kAccess) Pack {
+struct alignas(sizeof(Stored) * W) Pack {
   Stored lane[W];
 };
 
@@ -242,7 +242,8 @@ __device__ __forceinline__ void apply_elements(const ApplyArgs& args, std::int64
 }
 
 template <typename T, int W>
-__global__ void __launch_bounds__(kThreads) apply_kernel(const __grid_constant__ ApplyArgs args) {
+__global__ void __launch_bounds__(kThreads, 1)
+    apply_kernel(const __grid_constant__ ApplyArgs args) {
   const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * kThreads;
   const std::int64_t groups = args.count / W;
