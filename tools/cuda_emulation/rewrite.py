@@ -114,6 +114,8 @@ def rewrite_launches(name: str, text: str) -> str:
         grid, block, *others = split_at_top(text[at + 3 : close.start()], ",")
         shared, stream = (*others, *("0", "nullptr")[len(others) :])
         plain = re.sub(r"<.*", "", kernel, flags=re.DOTALL)
+        if variable := re.findall(rf"\bauto {plain} = (\w+)<", text[:start]):
+            plain = variable[-1]
         most = bounds.get(plain, "0")
         call = (
             f'::emulated::launch("{plain}", ::emulated::address({kernel}), {most}, '
@@ -151,7 +153,7 @@ def rewrite_binding(text: str) -> str:
     """The CUDA half of a binding, for tensors of the CPU, in NAMESPACE."""
     text = re.sub(r"TORCH_LIBRARY_IMPL\(megarlx, CPU, m\) \{[^}]*\}", "", text)
     text = text.replace("(megarlx, CUDA, m)", f"({NAMESPACE}, CPU, m)")
-    text = text.replace("(megarlx, Autograd, m)", f"({NAMESPACE}, Autograd, m)")
+    text = re.sub(r"\(megarlx, (\w*Autograd), m\)", rf"({NAMESPACE}, \1, m)", text)
     text = text.replace("TORCH_LIBRARY(megarlx, m)", f"TORCH_LIBRARY({NAMESPACE}, m)")
     text = text.replace('"megarlx::', f'"{NAMESPACE}::')
     trade = {"is_cpu()": "is_cuda()", "is_cuda()": "is_cpu()"}
