@@ -103,8 +103,8 @@ def average_adamw_(
 ) -> None:
     """One pass over flat buffers: every objective's AdamW, and the weighted sum of the updates.
 
-    master [P] float32 (float64 on the CPU) is the snapshot and gets the new weights; grads n × [P]
-    in its dtype or bfloat16; moments n × [P] in its dtype, updated in place. steps int64 [n] counts
+    master [P] float32 or float64 is the snapshot and gets the new weights; grads n × [P] in its
+    dtype or bfloat16; moments n × [P] in its dtype, updated in place. steps int64 [n] counts
     finished steps and is advanced here. clips are multiplied into the gradients. param_out [P] gets
     a copy of the new weights, rounded to nearest even where it is bfloat16.
     """
