@@ -95,7 +95,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
             values = json.loads(text)
             if not isinstance(values, dict):
                 raise ConfigError([f"{path}: holds no object but {_shown(values)}"])
-            return _as_asked(values), {}
+            return as_asked(values), {}
         values = tomllib.loads(text)
     except ValueError as error:  # also what int() says about a number of 5,000 digits
         language = "JSON" if path.suffix == ".json" else "TOML"
@@ -108,7 +108,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
     return values, line_numbers(text)
 
 
-def _as_asked(resolved: dict[str, Any]) -> dict[str, Any]:
+def as_asked(resolved: dict[str, Any]) -> dict[str, Any]:
     """Without what was chosen for the machine that wrote it: another one chooses for itself."""
     chosen = resolved.pop(CHOSEN, None)
     for key in chosen if isinstance(chosen, dict) else ():

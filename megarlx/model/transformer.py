@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from megarlx.comm.groups import Group
 from megarlx.config.model import ModelConfig
 from megarlx.model import rope
+from megarlx.model.core_attention import AttentionKind
 from megarlx.model.documents import Documents
 from megarlx.model.initialise import initialise_
 from megarlx.model.kv_cache import CacheStep, KVCache
@@ -50,6 +51,7 @@ class Stage(nn.Module):
         sequence_parallel: bool = False,
         recompute: Recompute = "none",
         backend: str = "torch",
+        attention: AttentionKind = "auto",
         fp8: str | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -82,7 +84,7 @@ class Stage(nn.Module):
             self.embedding = self.backend.VocabEmbedding(padded, config.hidden_size, **options)
         self.layers = nn.ModuleDict(
             {
-                str(index): Layer(config, index, self.backend, options, recompute)
+                str(index): Layer(config, index, self.backend, options, recompute, attention)
                 for index in range(first, last)
             }
         )

@@ -51,8 +51,11 @@ def train(run: Run) -> int:
 
 
 def _train(run: Run, log: RankLog) -> int:
-    costs = _start(run)
     first = run.mesh.rank == 0
+    if first:
+        for key, choice in run.choices.items():
+            print(f"{key} = {choice}")
+    costs = _start(run)
     logging = run.config.logging
     check_installed(logging.trackers)
     writer = _metrics_writer(run, costs.trunk_tokens) if first else None
