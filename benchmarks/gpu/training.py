@@ -60,7 +60,13 @@ def made(
     Backward of the first step is the tightest place, so one step is taken to see.
     """
     dtype = torch.bfloat16 if context.device.type == "cuda" else torch.float32
-    options = {"dtype": dtype, "backend": backend, "fp8": fp8, "recompute": recompute}
+    options = {
+        "dtype": dtype,
+        "backend": backend,
+        "fp8": fp8,
+        "recompute": recompute,
+        "attention": attention_of(backend),
+    }
     for at_once in context.either((4, 2, 1), (2,)):
         size = size_of(context, at_once)
         step = attempt(context, size, at_once, options)
@@ -69,6 +75,11 @@ def made(
         gc.collect()
         torch.cuda.empty_cache()
     raise RuntimeError("one sequence at once does not fit either")
+
+
+def attention_of(backend: str) -> str:
+    """With Transformer Engine's layers goes cuDNN's, which it brings."""
+    return "cudnn" if backend == "te" else "auto"
 
 
 def seconds_of(step: Callable[[], object], device: torch.device, count: int) -> list[float]:
@@ -95,7 +106,7 @@ def measured(context: Context, backend: str, fp8: str | None, recompute: str = "
     rates = [operations / s for s in seconds_of(lambda: product(1), device, 5)]
     median = statistics.median(taken)
     flop = size.model.flops_per_token(size.sequence_length) * size.tokens
-    label = f"{backend} {fp8 or 'bf16'} recompute={recompute}"
+    label = f"{backend} {fp8 or 'bf16'} attention={attention_of(backend)} recompute={recompute}"
     shape = f"{size.sequences}×{size.sequence_length}, {at_once} at once"
     share = flop / median / PEAK_BF16
     line = {
