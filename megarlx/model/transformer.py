@@ -163,7 +163,7 @@ class Stage(nn.Module):
         if positions is None:
             positions = documents.positions if cache is None else cache.positions
         if self.radians.device != inputs.device:
-            self.radians = self.radians.to(inputs.device)
+            self.radians = self.radians.to(inputs.device, non_blocking=True)
         with self.backend.precision(self.fp8, self.group):
             x = self.embedding(inputs) if self.has_embedding else inputs
             rotation = rope.rotation(positions.reshape(-1), self.radians, x.dtype)
