@@ -33,8 +33,8 @@ def _transformer_engine() -> Package:
     try:
         importlib.import_module("transformer_engine.pytorch")
         top = importlib.import_module("transformer_engine")
-    # a library that is missing, and symbols of another one, which the package looks up by itself
-    except (ImportError, OSError, RuntimeError) as error:
+    # it finds its own parts while it is imported, and checks that they go together
+    except (ImportError, OSError, RuntimeError, AssertionError) as error:
         return Package(error=_first_line(error))
     return Package(str(top.__version__))
 

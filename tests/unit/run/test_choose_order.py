@@ -53,8 +53,9 @@ def test_a_card_is_told_with_the_packages_that_import(engine: Path) -> None:
     assert found.flash_attention.version == "2"
 
 
-def test_a_package_that_does_not_load_is_told_by_its_first_line(engine: Path) -> None:
-    engine.write_text("raise OSError('libcudnn_cnn.so.9: undefined symbol: x\\nand more')\n")
+@pytest.mark.parametrize("kind", ["ImportError", "OSError", "RuntimeError", "AssertionError"])
+def test_a_package_that_does_not_load_is_told_by_its_first_line(engine: Path, kind: str) -> None:
+    engine.write_text(f"raise {kind}('libcudnn_cnn.so.9: undefined symbol: x\\nand more')\n")
     found = machines.this_machine(torch.device("cuda")).transformer_engine
     assert found.error == "libcudnn_cnn.so.9: undefined symbol: x"
     assert not found.version
