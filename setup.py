@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import runpy
 import shutil
 import subprocess
 import sys
@@ -85,36 +86,41 @@ def check_tools() -> None:
 
 
 def want_cuda() -> bool:
+    """Whether the CUDA kernels are built; then CUDA_HOME is set for torch's builder."""
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME
 
-    nvcc = Path(CUDA_HOME) / "bin" / "nvcc" if CUDA_HOME else None
-    have_nvcc = nvcc is not None and nvcc.exists()
     have_cuda_torch = torch.version.cuda is not None
     asked = os.environ.get("MEGARLX_CUDA")
     if asked not in (None, "", "0", "1"):
         sys.exit(f"megarlx: MEGARLX_CUDA is '{asked}'; allowed are 0 and 1 (or unset: as found)")
     if asked == "0":
         return False
-    if asked == "1" and not have_nvcc:
-        sys.exit(
-            f"megarlx: MEGARLX_CUDA=1 but there is no nvcc (looked in CUDA_HOME={CUDA_HOME} and on "
-            "PATH). Install the CUDA toolkit, point CUDA_HOME at it, or set MEGARLX_CUDA=0."
-        )
     if asked == "1" and not have_cuda_torch:
         sys.exit(
             f"megarlx: MEGARLX_CUDA=1 but torch {torch.__version__} is a CPU build. Install a CUDA "
             "build of torch, or set MEGARLX_CUDA=0."
         )
-    return have_nvcc and have_cuda_torch
+    if not have_cuda_torch:
+        return False
+    home = runpy.run_path(str(ROOT / "megarlx" / "doctor" / "cuda_home.py"))["find_cuda_home"]()
+    if home.path is None:
+        if asked == "1" or home.nvcc_on_path:
+            sys.exit(
+                f"megarlx: no CUDA toolkit: {'; '.join(home.looked)}. Install the CUDA toolkit, "
+                "point CUDA_HOME at it, or set MEGARLX_CUDA=0."
+            )
+        return False
+    os.environ["CUDA_HOME"] = str(home.path)  # torch's builder asks once, when it is imported
+    return True
 
 
 def extensions() -> tuple[list, dict]:
     import pybind11
     import torch
-    from torch.utils.cpp_extension import CppExtension, CUDAExtension, include_paths, library_paths
 
     cuda = want_cuda()
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension, include_paths, library_paths
+
     if cuda and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         seen = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
         here = ";".join(f"{major}.{minor}" for major, minor in sorted(seen))

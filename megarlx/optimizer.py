@@ -109,7 +109,8 @@ class AveragingAdamW(OptimizerState):
         if self._in_replicas:
             mine = torch.stack((norms, found_inf.to(norms.dtype)))
             table = mine.new_zeros(2, len(active))
-            table[:, [active.index(name) for name in names]] = mine
+            for at, name in enumerate(names):
+                table[:, active.index(name)] = mine[:, at]
             norms, found_inf = all_reduce_(table, self.replicas).unbind()
         return StepReport(
             dict(zip(active, norms, strict=True)), dict(zip(active, found_inf, strict=True))
@@ -247,7 +248,7 @@ class AveragingAdamW(OptimizerState):
         clips = self._clips(names, norms)
         lrs = scalars([learning_rates[n] for n in names])
         averages = scalars([shares[n] for n in names])
-        index = torch.tensor([self.owners.index(n) for n in owners], device=device)
+        index = self.place_of(owners)
         before = self.steps[index]
         steps = before
         for part, kind in self._parts():

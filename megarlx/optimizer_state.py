@@ -86,6 +86,7 @@ class OptimizerState:
         self.exp_avgs = {name: zeros() for name in self.owners}
         self.exp_avg_sqs = {name: zeros() for name in self.owners}
         self.steps = torch.zeros(len(self.owners), dtype=torch.int64, device=weights.device)
+        self._places: dict[tuple[str, ...], Tensor] = {}
         # One objective on one rank reduces in place; several must outlive the gradient buffer.
         alone = len(self.trained) == 1 and data_parallel.group.size == 1
         self.gradients = {n: data_parallel.gradients if alone else zeros() for n in self.trained}
@@ -106,6 +107,14 @@ class OptimizerState:
     @property
     def _in_replicas(self) -> bool:
         return self.replicas.size > 1
+
+    def place_of(self, owners: Sequence[str]) -> Tensor:
+        """Index of these in `steps`; made once, since the host waits for the device to make it."""
+        key = tuple(owners)
+        if key not in self._places:
+            places = [self.owners.index(owner) for owner in owners]
+            self._places[key] = torch.tensor(places, device=self.steps.device)
+        return self._places[key]
 
     def _weights_out(self, shard: Tensor) -> Tensor | None:
         """Where the updated weights are written in the model's type, before they are gathered."""

@@ -1,7 +1,7 @@
 """The configuration: sparse TOML in, every field typed and checked once, resolved JSON out."""
 
 from megarlx.config.describe import describe
-from megarlx.config.load import ConfigError, load_config
+from megarlx.config.load import CHOSEN, ConfigError, as_asked, load_config
 from megarlx.config.model import FAMILIES, ModelConfig, RopeScaling, family_config
 from megarlx.config.objectives import RlConfig, SftConfig, StageConfig, StageObjective
 from megarlx.config.optimizer import OptimizerConfig
@@ -9,6 +9,7 @@ from megarlx.config.section import Section
 from megarlx.config.sections import Config, LayoutConfig, TrainingConfig
 
 __all__ = [
+    "CHOSEN",
     "FAMILIES",
     "Config",
     "ConfigError",
@@ -22,6 +23,7 @@ __all__ = [
     "StageConfig",
     "StageObjective",
     "TrainingConfig",
+    "as_asked",
     "describe",
     "family_config",
     "load_config",

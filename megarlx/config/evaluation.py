@@ -168,6 +168,12 @@ class EvaluationConfig(Section):
         default=0, ge=0, lt=2**63, description="Seed of samples and few-shot examples"
     )
     slots: int = Field(default=256, ge=1, description="Sequences generated at once")
+    prefill_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Prompt tokens taken through the model at once; absent: 16,384 on a "
+        "GPU, 1,024 on a CPU",
+    )
     tokens_per_pass: int = Field(
         default=4096, ge=64, description="Tokens whose likelihood is computed at once"
     )

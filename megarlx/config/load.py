@@ -21,6 +21,9 @@ from megarlx.config.sections import Config
 
 S = TypeVar("S", bound=Section)
 Prepare = Callable[[dict[str, Any]], dict[str, Any]]
+# In resolved.json: what `auto` became on the machine, by dotted key, and why.
+CHOSEN = "chosen"
+KEPT = "training.precision"  # it changes the numbers of a run
 BARE_WORD = re.compile(r"[^\s\"'\[\]{}#=,]+")
 
 
@@ -92,7 +95,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
             values = json.loads(text)
             if not isinstance(values, dict):
                 raise ConfigError([f"{path}: holds no object but {_shown(values)}"])
-            return values, {}
+            return as_asked(values), {}
         values = tomllib.loads(text)
     except ValueError as error:  # also what int() says about a number of 5,000 digits
         language = "JSON" if path.suffix == ".json" else "TOML"
@@ -103,6 +106,19 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
     except RecursionError:
         raise ConfigError([f"{path}: brackets are nested too deeply to be read"]) from None
     return values, line_numbers(text)
+
+
+def as_asked(resolved: dict[str, Any]) -> dict[str, Any]:
+    """Without what was chosen for the machine that wrote it: another one chooses for itself."""
+    chosen = resolved.pop(CHOSEN, None)
+    for key in chosen if isinstance(chosen, dict) else ():
+        *inside, last = key.split(".")
+        here: Any = resolved
+        for step in inside:
+            here = here.get(step) if isinstance(here, dict) else None
+        if isinstance(here, dict) and key != KEPT:
+            here.pop(last, None)
+    return resolved
 
 
 def _override(values: dict[str, Any], places: dict[KeyPath, str], override: str) -> str | None:

@@ -112,6 +112,12 @@ class RlConfig(Section):
     slots: int = Field(
         default=256, ge=1, description="Sequences that are generated at once by a process"
     )
+    prefill_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Prompt tokens a process takes through the model at once; absent: 16,384 on a "
+        "GPU, 1,024 on a CPU",
+    )
     environment: EnvironmentConfig | None = Field(
         default=None,
         description="What episodes are played in, in place of rewards; prompts are its tasks",

@@ -123,14 +123,27 @@ class TrainingConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="Where the model runs; auto: cuda where there is a GPU"
     )
-    precision: Literal["bf16", "fp32", "fp64"] = Field(
-        default="fp32", description="Numbers the model computes in; bf16 keeps fp32 masters"
+    precision: Literal["auto", "bf16", "fp32", "fp64"] = Field(
+        default="auto",
+        description="Numbers the model computes in; auto: bf16 (with fp32 masters) on a GPU, "
+        "else fp32",
+    )
+    tf32: bool = Field(
+        default=True,
+        description="Whether fp32 products on a GPU round their inputs to TF32, 7 times as fast",
     )
     recompute: Literal["none", "selective", "full"] = Field(
         default="none", description="Activations computed again in backward instead of kept"
     )
-    layers: Literal["torch", "te"] = Field(
-        default="torch", description="What layers are made of: torch, or te: Transformer Engine"
+    layers: Literal["auto", "torch", "te"] = Field(
+        default="auto",
+        description="What layers are made of: torch, or te: Transformer Engine; auto: te where "
+        "it can be had",
+    )
+    attention: Literal["auto", "cudnn", "flash", "sdpa"] = Field(
+        default="auto",
+        description="cudnn (by Transformer Engine), flash (flash-attn), sdpa (torch's); auto: the "
+        "first there is",
     )
     fp8: Literal["none", "delayed", "current", "block", "mxfp8"] = Field(
         default="none", description="Scaling of fp8 matrix products; needs layers = 'te'"
@@ -140,7 +153,13 @@ class TrainingConfig(Section):
         found = []
         if self.layers == "te" and self.device == "cpu":
             found.append(("layers", "is 'te', Transformer Engine, which runs on CUDA alone"))
-        if self.fp8 != "none" and (self.layers != "te" or self.precision != "bf16"):
+        if self.attention in ("cudnn", "flash") and self.device == "cpu":
+            found.append(("attention", f"is '{self.attention}', which runs on CUDA alone"))
+        half = ("auto", "bf16")
+        if self.attention in ("cudnn", "flash") and self.precision not in half:
+            given = f"is '{self.attention}' with precision = '{self.precision}'"
+            found.append(("attention", f"{given}; it needs 'bf16'"))
+        if self.fp8 != "none" and (self.layers == "torch" or self.precision not in half):
             given = f"layers = '{self.layers}' and precision = '{self.precision}'"
             found.append(("fp8", f"is '{self.fp8}' with {given}; it needs 'te' and 'bf16'"))
         return found

@@ -1,6 +1,7 @@
-"""Run as a script, in a process of its own: imports one module and prints facts about it as JSON.
+"""Run as a script, in a process of its own: imports one module, or tries one computation on the
+GPU, and prints facts about it as JSON.
 
-The module may crash, print or hang: that is why it is done here and not in the doctor itself.
+It may crash, print or hang: that is why it is done here and not in the doctor itself.
 """
 
 from __future__ import annotations
@@ -78,6 +79,60 @@ FACTS: Mapping[str, Callable[[Any], Facts]] = {
 }
 
 
+def fused_attention(torch: Any) -> Facts:
+    """cuDNN's attention forward and backward, through Transformer Engine."""
+    engine = importlib.import_module("transformer_engine.pytorch")
+    os.environ.update(importlib.import_module("megarlx.choices").ONLY_CUDNN)
+    attention = engine.DotProductAttention(
+        2, 64, qkv_format="thd", attn_mask_type="padding_causal", attention_dropout=0.0
+    )
+    q, k, v = _projections(torch)
+    offsets = torch.tensor([0, 50, 128], dtype=torch.int32, device="cuda")
+    bounds = {"cu_seqlens_q": offsets, "cu_seqlens_kv": offsets}
+    out = attention(q, k, v, **bounds, max_seqlen_q=78, max_seqlen_kv=78)
+    return {"cudnn": torch.backends.cudnn.version(), **_finite(torch, out, q)}
+
+
+def flash_attention(torch: Any) -> Facts:
+    flash = importlib.import_module("flash_attn")
+    inputs = _projections(torch)
+    q, k, v = (x.unflatten(0, (2, 64)) for x in inputs)
+    return _finite(torch, flash.flash_attn_func(q, k, v, causal=True), inputs[0])
+
+
+def own_kernel(torch: Any) -> Facts:
+    """The likeliest id of two rows, by the kernel that samples."""
+    alone("megarlx.ops.native").load()
+    logits = torch.zeros(2, 300, device="cuda")
+    logits[1, 7] = 1.0
+    seed = torch.zeros(1, dtype=torch.int64, device="cuda")
+    keys = torch.zeros(2, 2, dtype=torch.int64, device="cuda")
+    cold = torch.zeros(1, device="cuda")
+    drawn = torch.ops.megarlx.sample(logits, seed, keys, cold, None, None, None, 300)[0].tolist()
+    if drawn != [0, 7]:
+        raise RuntimeError(f"megarlx.sample drew {drawn}; right is [0, 7]")
+    return {}
+
+
+def _projections(torch: Any) -> tuple[Any, ...]:
+    make = {"dtype": torch.bfloat16, "device": "cuda", "requires_grad": True}
+    return tuple(torch.randn(128, 2, 64, **make) for _ in range(3))
+
+
+def _finite(torch: Any, out: Any, given: Any) -> Facts:
+    out.float().sum().backward()
+    if not (torch.isfinite(out).all() and torch.isfinite(given.grad).all()):
+        raise RuntimeError("its output or gradient is not finite")
+    return {}
+
+
+TRIALS: Mapping[str, Callable[[Any], Facts]] = {
+    "fused attention": fused_attention,
+    "FlashAttention call": flash_attention,
+    "CUDA kernel": own_kernel,
+}
+
+
 def is_there(name: str) -> bool:
     """Whether a module can be found, without importing the packages it lies in.
 
@@ -109,6 +164,18 @@ def alone(name: str) -> Any:
     return module
 
 
+def tried(name: str) -> Facts:
+    return TRIALS[name](importlib.import_module("torch"))
+
+
+def looked_at(name: str) -> Facts:
+    if not is_there(name):
+        raise ModuleNotFoundError(name, name=name)
+    module = alone(name) if name == "megarlx.ops.native" else importlib.import_module(name)
+    facts = {"version": str(getattr(module, "__version__", ""))}
+    return facts | (FACTS[name](module) if name in FACTS else {})
+
+
 def main(name: str) -> None:
     # What the module prints goes to stderr; only the answer goes to stdout.
     answer = os.fdopen(os.dup(1), "w")
@@ -121,12 +188,7 @@ def main(name: str) -> None:
         os._exit(1)
 
     sys.excepthook = report
-    if not is_there(name):
-        raise ModuleNotFoundError(name, name=name)
-    module = alone(name) if name == "megarlx.ops.native" else importlib.import_module(name)
-    facts = {"version": str(getattr(module, "__version__", ""))}
-    facts |= FACTS[name](module) if name in FACTS else {}
-    json.dump({"facts": facts}, answer)
+    json.dump({"facts": tried(name) if name in TRIALS else looked_at(name)}, answer)
     answer.flush()
     # Not by the usual way out: what a broken package does at exit is no news.
     os._exit(0)

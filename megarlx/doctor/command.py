@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from megarlx import __version__
+from megarlx.doctor.card import check_auto, check_card
 from megarlx.doctor.findings import Finding, as_json, as_text
 from megarlx.doctor.look import Look, look_at
 from megarlx.doctor.machine import (
@@ -87,14 +88,18 @@ def examine(time_limit_seconds: float) -> list[Finding]:
     looks = _look_at_all(modules, time_limit_seconds)
     torch = looks["torch"]
     nvidia = find_nvidia(time_limit_seconds)
+    # Without torch there is no telling how what stands on it is.
+    native = _check_native(looks, nvidia) if torch.ok else []
+    cuda_ops = any(finding.part == "CUDA ops" and finding.state == "ok" for finding in native)
     return [
         Finding("megarlx", "ok", f"{__version__}, Python {platform.python_version()}, {_system()}"),
         check_nvidia(nvidia),
         *check_torch(torch, nvidia),
-        # Without torch there is no telling how what stands on it is.
         *([check_gloo(torch, looks["torch.distributed"])] if torch.ok else []),
-        *(_check_native(looks, nvidia) if torch.ok else []),
+        *native,
         *(check_package(p, looks[p.module], nvidia) for p in (*NEEDED, *OPTIONAL)),
+        *check_card(looks, nvidia, cuda_ops=cuda_ops, time_limit_seconds=time_limit_seconds),
+        *(check_auto(looks, nvidia) if torch.ok else []),
         check_launcher(),
         check_nvcc(torch.facts.get("cuda"), time_limit_seconds),
         *check_build_tools(built=BUILD_FILE.exists()),

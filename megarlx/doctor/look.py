@@ -33,20 +33,34 @@ class Look:
 
 def look_at(module: str, time_limit_seconds: float) -> Look:
     """Imports a module in a child that sees the same packages as this process."""
+    return _asked(module, time_limit_seconds, "its import", os.environ)
+
+
+def try_out(
+    trial: str, time_limit_seconds: float, environment: Mapping[str, str] | None = None
+) -> Look:
+    """Runs one of the child's trials on the GPU."""
+    given = os.environ if environment is None else environment
+    return _asked(trial, time_limit_seconds, "it", given)
+
+
+def _asked(
+    module: str, time_limit_seconds: float, what: str, environment: Mapping[str, str]
+) -> Look:
     path = os.pathsep.join(entry for entry in sys.path if entry)
     ended = run(
         [sys.executable, "-P", str(CHILD), module],
         time_limit_seconds,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**environment, "PYTHONPATH": path},
     )
     if ended.hung:
         return Look(
-            module, "hung", error=f"its import did not end within {time_limit_seconds:g} seconds"
+            module, "hung", error=f"{what} did not end within {time_limit_seconds:g} seconds"
         )
     try:
         answer = json.loads(ended.out)
     except ValueError:
-        return Look(module, "failed", error=_how_it_died(ended))
+        return Look(module, "failed", error=_how_it_died(ended, what))
     if "facts" in answer:
         return Look(module, "ok", answer["facts"])
     missing = answer["missing_module"]
@@ -99,8 +113,8 @@ def installed_version(distribution: str) -> str | None:
         return None
 
 
-def _how_it_died(ended: Ended) -> str:
+def _how_it_died(ended: Ended, what: str) -> str:
     last = ended.err.strip().splitlines()[-1:] or ["it said nothing"]
     if ended.status < 0:
-        return f"its import died of {signal.Signals(-ended.status).name}: {last[0]}"
-    return f"its import ended the process with status {ended.status}: {last[0]}"
+        return f"{what} died of {signal.Signals(-ended.status).name}: {last[0]}"
+    return f"{what} ended the process with status {ended.status}: {last[0]}"

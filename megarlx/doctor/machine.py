@@ -9,6 +9,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
+from megarlx.doctor.cuda_home import find_cuda_home
 from megarlx.doctor.findings import Finding, pip_install
 from megarlx.doctor.look import run
 
@@ -83,20 +84,17 @@ def check_nvidia(nvidia: Nvidia) -> Finding:
     return Finding("NVIDIA driver", "ok", f"{nvidia.driver}{runs}; {gpus}")
 
 
-def find_nvcc() -> str | None:
-    """Where torch's extension builder would find it."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
-    for home in filter(None, homes):
-        nvcc = Path(home) / "bin" / "nvcc"
-        return str(nvcc) if nvcc.exists() else None
-    default = Path("/usr/local/cuda/bin/nvcc")
-    return shutil.which("nvcc") or (str(default) if default.exists() else None)
-
-
 def check_nvcc(torch_cuda: str | None, time_limit_seconds: float) -> Finding:
-    nvcc = find_nvcc()
+    """What the build of the kernels would take."""
+    home = find_cuda_home()
+    nvcc = home.nvcc
     if nvcc is None:
-        return Finding("nvcc", "absent", "no CUDA toolkit: CUDA kernels cannot be compiled here")
+        detail = "no CUDA toolkit: CUDA kernels cannot be compiled here"
+        if home.nvcc_on_path is None:
+            return Finding("nvcc", "absent", detail)
+        detail += f": {'; '.join(home.looked)}"
+        mend = "export CUDA_HOME=/usr/local/cuda   (where the toolkit is)"
+        return Finding("nvcc", "broken" if torch_cuda else "absent", detail, mend)
     asked = run([nvcc, "--version"], time_limit_seconds)
     found = re.search(r"release ([\d.]+)", asked.out)
     if asked.status != 0 or found is None:

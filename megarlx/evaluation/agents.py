@@ -38,6 +38,7 @@ def play(
     *,
     seed: int,
     slots: int = 256,
+    prefill_tokens: int | None = None,
     kept_samples: int = 2,
 ) -> tuple[Lines, Lines]:
     """(an item for each task, episodes to read); called by all ranks, and the same on all."""
@@ -56,7 +57,8 @@ def play(
     mine = range(group.rank, len(prompts), group.size)
     starts = [Start(i, task_of(prompts[i]), 0, tuple(range(i * n, (i + 1) * n))) for i in mine]
     most = -(-len(prompts) // group.size) * n
-    engine = Engine.of(model, slots=min(slots, most), longest=longest)
+    at_once = min(slots, most)
+    engine = Engine.of(model, slots=at_once, longest=longest, prefill_tokens=prefill_tokens)
     player = Player(environment, lambda: engine, template, tokenizer, model.mesh)
     sampling = SamplingSettings(
         temperature=suite.temperature,

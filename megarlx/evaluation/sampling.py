@@ -60,6 +60,7 @@ def sample_and_score(
     *,
     seed: int,
     slots: int = 256,
+    prefill_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> list[ScoredQuestion]:
     """Called by all ranks; each gets the questions of its data-parallel rank, scored."""
@@ -83,7 +84,13 @@ def sample_and_score(
     mine = range(group.rank, len(questions), group.size)
     most = -(-len(questions) // group.size)  # of any rank
     at_once = min(slots, most * suite.samples)
-    engine = Engine.of(model, slots=at_once, longest=longest, detokenize=tokenizer.decode_sampled)
+    engine = Engine.of(
+        model,
+        slots=at_once,
+        longest=longest,
+        detokenize=tokenizer.decode_sampled,
+        prefill_tokens=prefill_tokens,
+    )
     rewards = Rewards(default_rewards(suite)) if model.mesh.model.is_first else None
     # Every data-parallel rank scores as often as the others: they stop together.
     per_round = max(1, ROUNDS * slots // suite.samples)

@@ -208,6 +208,7 @@ def _sampled(
         few_shot,
         seed=config.seed,
         slots=config.slots,
+        prefill_tokens=config.prefill_tokens,
         progress=_progress(suite) if mesh.rank == 0 and say is not None else None,
     )
     item = behaviour.item if suite.kind == "behaviour" else _item
@@ -239,6 +240,7 @@ def _played(
         suite,
         seed=config.seed,
         slots=config.slots,
+        prefill_tokens=config.prefill_tokens,
         kept_samples=config.kept_samples,
     )
     metrics, errors = agents.summary(items)

@@ -13,12 +13,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megarlx.choices import PREFILL_TOKENS
 from megarlx.comm.collectives import all_reduce_, broadcast_
 from megarlx.comm.groups import Mesh
 from megarlx.generation.fused_decode import FusedDecoder, can_decode_fused
@@ -70,14 +71,14 @@ class Engine:
         slots: int,
         longest: int,
         detokenize: Detokenize | None = None,
-        prefill_tokens: int = 1024,
+        prefill_tokens: int | None = None,
         one_width: bool | None = None,
     ) -> None:
         """`stages` are those of this rank; `detokenize` is needed for stop strings only.
 
         one_width     decode every step at the width of all slots; by default only where the rows
                       of products of different widths differ, and never on CUDA
-        prefill_tokens  at most so many tokens of several prompts in one product
+        prefill_tokens  most tokens of several prompts in one product; None: by the device
         """
         self.stages, self.mesh = list(stages), Mesh.alone() if mesh is None else mesh
         self.config = self.stages[0].config
@@ -94,7 +95,8 @@ class Engine:
         self.widths = ladder(each)
         self.slots = [range(g * each, (g + 1) * each) for g in range(self.ranks)]
         self.idle_slot = self.ranks * each  # where rows of padding write
-        self.prefill_tokens = prefill_tokens
+        on_cpu = self.device.type == "cpu"
+        self.prefill_tokens = prefill_tokens or PREFILL_TOKENS["cpu" if on_cpu else "cuda"]
         if one_width is None and self.device.type == "cpu":
             one_width = not self._rows_agree(self.widths)
             # sequence parallelism splits the rows of the model's own layers
@@ -119,10 +121,8 @@ class Engine:
         self.counts = Counts()
 
     @staticmethod
-    def of(
-        model: ParallelModel, *, slots: int, longest: int, detokenize: Detokenize | None = None
-    ) -> Engine:
-        return Engine(model.stages, model.mesh, slots=slots, longest=longest, detokenize=detokenize)
+    def of(model: ParallelModel, **options: Any) -> Engine:
+        return Engine(model.stages, model.mesh, **options)
 
     def generate(
         self, requests: Sequence[Request], sampling: SamplingSettings, seed: int

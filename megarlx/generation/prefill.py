@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class Chunk:
         length = padded_length(len(prompts[0].tokens))
         rows = [[*p.tokens, *([0] * (length - len(p.tokens)))] for p in prompts]
         slots, starts = [p.slot for p in prompts], [p.start for p in prompts]
-        tokens, at, held = (torch.tensor(values, device=device) for values in (rows, slots, starts))
+        tokens, at, held = (_sent(values, device) for values in (rows, slots, starts))
         return Chunk(tokens, at, held, max(starts))
 
     def hidden_like(self, stage: Stage) -> Tensor:
@@ -86,5 +86,9 @@ def prefill(stage: Stage, cache: KVCache, chunk: Chunk, hidden: Tensor | None) -
 def copy_prompts_(cache: KVCache, copies: dict[int, list[int]], lengths: dict[int, int]) -> None:
     """A prompt's keys and values to the slots of its other samples."""
     for source, targets in copies.items():
-        index = torch.tensor(targets, device=cache.keys.device)
-        cache.copy_slot_(source, index, lengths[source])
+        cache.copy_slot_(source, _sent(targets, cache.keys.device), lengths[source])
+
+
+def _sent(values: Sequence[Any], device: torch.device) -> Tensor:
+    """Without a wait for what the device is busy with."""
+    return torch.tensor(values).to(device, non_blocking=True)

@@ -36,6 +36,7 @@ def attention(
     documents: Documents,
     scale: float,
     cache: LayerCache | None = None,
+    use_flash: bool = True,
 ) -> Tensor:
     """q [T, H, D], k and v [T, K, D] to [T, H, D]; no token sees another document or its future.
 
@@ -43,7 +44,8 @@ def attention(
     """
     if q.shape[0] != documents.tokens:
         raise ValueError(f"attention: q has {q.shape[0]} tokens, documents {documents.tokens}")
-    flash = _flash() if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) else None
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    flash = _flash() if use_flash and half and q.is_cuda else None
     if cache is not None:
         cache.write(k, v)
         if not cache.step.fresh:
@@ -208,6 +210,12 @@ class _Flash:
 def _first(out: Tensor | tuple[Tensor, ...]) -> Tensor:
     """flash-attn 3 (some builds) and 4 return (output, log-sum-exp)."""
     return out if isinstance(out, Tensor) else out[0]
+
+
+def flash_version() -> int | None:
+    """The flash-attn that half precision goes through on this machine's card."""
+    flash = _flash()
+    return None if flash is None else flash.version
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from megarlx.comm.collectives import all_reduce_
 from megarlx.comm.groups import Mesh
 from megarlx.config.model import ModelConfig
 from megarlx.model.check_layout import check_layout
+from megarlx.model.core_attention import AttentionKind
 from megarlx.model.transformer import Stage
 from megarlx.model.transformer_layer import Recompute
 from megarlx.parallel.data_parallel import DataParallel
@@ -43,6 +44,7 @@ def build_model(
     sequence_parallel: bool = False,
     recompute: Recompute = "none",
     backend: str = "torch",
+    attention: AttentionKind = "auto",
     fp8: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -72,6 +74,7 @@ def build_model(
             sequence_parallel=sequence_parallel,
             recompute=recompute,
             backend=backend,
+            attention=attention,
             fp8=fp8,
             delay_weight_gradients=plan.splits_backward,
             dtype=dtype,

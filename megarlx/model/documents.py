@@ -58,7 +58,8 @@ class Documents:
     def of(lengths: Sequence[int], device: torch.device | str = "cpu") -> Documents:
         offsets = torch.zeros(len(lengths) + 1, dtype=torch.int32)
         torch.cumsum(torch.tensor(lengths, dtype=torch.int32), 0, out=offsets[1:])
-        documents = Documents(offsets.to(device), max(lengths), sum(lengths))
+        sent = offsets.to(device, non_blocking=True)
+        documents = Documents(sent, max(lengths), sum(lengths))
         documents.__dict__["lengths"] = tuple(lengths)
         return documents
 

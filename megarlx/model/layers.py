@@ -10,8 +10,8 @@ BACKENDS = ("torch", "te")
 
 
 def layers(backend: str) -> Any:
-    """The module with ColumnLinear, RowLinear, VocabEmbedding, RMSNorm, CoreAttention, recompute,
-    precision; Transformer Engine is imported only when asked for."""
+    """The module with ColumnLinear, RowLinear, VocabEmbedding, RMSNorm, recompute, precision;
+    Transformer Engine is imported only when asked for."""
     if backend not in BACKENDS:
         raise ValueError(f"model: backend is '{backend}'; allowed: {', '.join(BACKENDS)}")
     if backend == "te" and importlib.util.find_spec("transformer_engine") is None:

@@ -16,14 +16,10 @@ from torch import Tensor
 from transformer_engine.common import recipe as te_recipe
 
 from megarlx.comm.groups import Group
-from megarlx.model import attention as attention_paths
-from megarlx.model.documents import Documents
-from megarlx.model.kv_cache import LayerCache
 from megarlx.model.layers_torch import VocabEmbedding, enter, leave
 
 __all__ = [
     "ColumnLinear",
-    "CoreAttention",
     "RMSNorm",
     "RowLinear",
     "VocabEmbedding",
@@ -148,48 +144,6 @@ class RMSNorm(te.RMSNorm):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y: Tensor = super().forward(x)
         return y if residual is None else residual + y
-
-
-class CoreAttention(torch.nn.Module):
-    """q [T, heads of this rank, head_dim] with k and v [T, kv_heads of this rank, head_dim].
-
-    Training goes through DotProductAttention, which chooses cuDNN's or flash-attn's kernels;
-    generation goes through the same function as everywhere, since it owns the cache.
-    """
-
-    def __init__(self, heads: int, kv_heads: int, head_dim: int, *, layer_number: int) -> None:
-        super().__init__()
-        self.scale = head_dim**-0.5
-        # sizes are this rank's already, hence tp_size 1
-        self.packed = te.DotProductAttention(
-            heads,
-            head_dim,
-            num_gqa_groups=kv_heads,
-            attention_dropout=0.0,
-            qkv_format="thd",
-            attn_mask_type="padding_causal",
-            tp_size=1,
-            layer_number=layer_number,
-            softmax_scale=self.scale,
-        )
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, cache: LayerCache | None
-    ) -> Tensor:
-        if cache is not None or q.dtype not in (torch.float16, torch.bfloat16):
-            return attention_paths.attention(
-                q, k, v, documents=documents, scale=self.scale, cache=cache
-            )
-        out: Tensor = self.packed(
-            q,
-            k,
-            v,
-            cu_seqlens_q=documents.offsets,
-            cu_seqlens_kv=documents.offsets,
-            max_seqlen_q=documents.longest,
-            max_seqlen_kv=documents.longest,
-        )
-        return out.view(q.shape)
 
 
 def recompute(function: Callable[..., Tensor], *arguments: Any) -> Tensor:

@@ -19,9 +19,6 @@ from torch.utils.checkpoint import checkpoint
 
 from megarlx.comm import collectives
 from megarlx.comm.groups import Group
-from megarlx.model import attention as attention_paths
-from megarlx.model.documents import Documents
-from megarlx.model.kv_cache import LayerCache
 from megarlx.ops.delayed_linear import DelayedGradients, delayed_linear
 from megarlx.ops.elementwise import rms_norm
 
@@ -156,21 +153,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return rms_norm(x, self.weight, self.eps, residual)
-
-
-class CoreAttention(nn.Module):
-    """q [T, heads of this rank, head_dim] with k and v [T, kv_heads of this rank, head_dim]."""
-
-    def __init__(self, heads: int, kv_heads: int, head_dim: int, *, layer_number: int) -> None:
-        super().__init__()
-        self.scale = head_dim**-0.5
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, cache: LayerCache | None
-    ) -> Tensor:
-        return attention_paths.attention(
-            q, k, v, documents=documents, scale=self.scale, cache=cache
-        )
 
 
 def enter(x: Tensor, group: Group, sequence_parallel: bool) -> Tensor:

@@ -14,9 +14,12 @@ from torch import Tensor
 from megarlx.config.model import ModelConfig, RopeScaling
 
 
-def frequencies(config: ModelConfig, device: torch.device | str = "cpu") -> Tensor:
-    """[D/2] radians per position, in fp32 as every published model computes them."""
-    steps = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device=device).float()
+def frequencies(config: ModelConfig) -> Tensor:
+    """[D/2] radians per position, in fp32 as every published model computes them.
+
+    Made on the CPU whatever the model runs on: powers differ in the last bit between devices.
+    """
+    steps = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu").float()
     plain = 1.0 / (config.rope_theta ** (steps / config.head_dim))
     return _scaled(plain, config.rope_scaling) if config.rope_scaling else plain
 
@@ -36,8 +39,12 @@ def _scaled(plain: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def rotation(positions: Tensor, radians: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, each [T, 1, D/2], of the given positions."""
-    angle = positions[:, None, None].float() * radians
+    """cos and sin, each [T, 1, D/2], of the given positions.
+
+    In fp64 where the model is: fp32 cos and sin differ by 1e-7 between a CPU and a GPU.
+    """
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    angle = positions[:, None, None].to(wide) * radians
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 

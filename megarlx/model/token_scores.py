@@ -84,8 +84,11 @@ def token_scores(
             captured.append((result.logprobs[mask], best))
             return result
 
-        inputs = {name: value.to(device) for name, value in _packed(part, padded).items()}
-        model.pipeline.forward_only({**inputs, "normalizer": 1.0, "loss": loss})
+        packed = _packed(part, padded)
+        longest_text = int(packed["documents"].diff().max())
+        inputs = {name: value.to(device, non_blocking=True) for name, value in packed.items()}
+        fields = {"longest": longest_text, "normalizer": 1.0, "loss": loss}
+        model.pipeline.forward_only({**inputs, **fields})
         sizes = [len(text.tokens) - text.first for text in part]
         for logprobs, best in captured:
             each = logprobs.float().cpu().split(sizes)

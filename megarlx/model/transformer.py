@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from megarlx.comm.groups import Group
 from megarlx.config.model import ModelConfig
 from megarlx.model import rope
+from megarlx.model.core_attention import AttentionKind
 from megarlx.model.documents import Documents
 from megarlx.model.initialise import initialise_
 from megarlx.model.kv_cache import CacheStep, KVCache
@@ -50,6 +51,7 @@ class Stage(nn.Module):
         sequence_parallel: bool = False,
         recompute: Recompute = "none",
         backend: str = "torch",
+        attention: AttentionKind = "auto",
         fp8: str | None = None,
         delay_weight_gradients: bool = False,
         dtype: torch.dtype = torch.float32,
@@ -84,7 +86,7 @@ class Stage(nn.Module):
         of_layers = options | {"delay_weight_gradient": delay_weight_gradients}
         self.layers = nn.ModuleDict(
             {
-                str(index): Layer(config, index, self.backend, of_layers, recompute)
+                str(index): Layer(config, index, self.backend, of_layers, recompute, attention)
                 for index in range(first, last)
             }
         )
@@ -163,7 +165,7 @@ class Stage(nn.Module):
         if positions is None:
             positions = documents.positions if cache is None else cache.positions
         if self.radians.device != inputs.device:
-            self.radians = self.radians.to(inputs.device)
+            self.radians = self.radians.to(inputs.device, non_blocking=True)
         with self.backend.precision(self.fp8, self.group):
             x = self.embedding(inputs) if self.has_embedding else inputs
             rotation = rope.rotation(positions.reshape(-1), self.radians, x.dtype)

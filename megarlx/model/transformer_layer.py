@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from megarlx.comm import collectives
 from megarlx.config.model import ModelConfig
 from megarlx.model import rope
+from megarlx.model.core_attention import AttentionKind, CoreAttention
 from megarlx.model.documents import Documents
 from megarlx.model.kv_cache import LayerCache
 from megarlx.model.metadata import kv_copies, local_kv_heads
@@ -37,6 +38,7 @@ class Attention(nn.Module):
         backend: Any,
         options: dict[str, Any],
         recompute: Recompute,
+        kind: AttentionKind,
     ) -> None:
         super().__init__()
         self.config, self.group = config, options["group"]
@@ -51,7 +53,7 @@ class Attention(nn.Module):
             **options,
         )
         self.o = backend.RowLinear(config.heads * dim, config.hidden_size, **options)
-        self.core = backend.CoreAttention(self.heads, self.kv_heads, dim, layer_number=index + 1)
+        self.core = CoreAttention(self.heads, self.kv_heads, dim, layer_number=index + 1, kind=kind)
         if config.qk_norm != "none":
             full = config.qk_norm == "full"
             norm = {
@@ -171,12 +173,13 @@ class Layer(nn.Module):
         backend: Any,
         options: dict[str, Any],
         recompute: Recompute,
+        attention: AttentionKind,
     ) -> None:
         super().__init__()
         self.post = config.norm_position == "post"
         norm = {"eps": config.norm_eps}
         norm |= {key: options[key] for key in ("sequence_parallel", "dtype", "device")}
-        self.attention = Attention(config, index, backend, options, recompute)
+        self.attention = Attention(config, index, backend, options, recompute, attention)
         self.mlp = MLP(config, backend, options, recompute)
         self.attention_norm = backend.RMSNorm(config.hidden_size, **norm)
         self.mlp_norm = backend.RMSNorm(config.hidden_size, **norm)

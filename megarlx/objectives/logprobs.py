@@ -29,7 +29,7 @@ def layout_for(
         microbatches_multiple=mesh.pp.size,
         width_multiple=split,
     )
-    return Layout.of(completions.lengths, dealt, group.rank)
+    return Layout.of(lengths, dealt, group.rank, completions.lengths.device)
 
 
 def training_logprobs(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,10 +98,14 @@ class Layout:
     source: Tensor  # int64 [M, W], token at this place in [T]; -1: padding
     documents: Tensor  # int32 [M, documents + 1], offsets
     longest: int  # no document has more tokens
+    tokens: int  # of this rank, without padding
     total: int  # T
 
     @staticmethod
-    def of(lengths: Tensor, dealt: Deal, rank: int = 0) -> Layout:
+    def of(
+        lengths: Tensor, dealt: Deal, rank: int = 0, device: torch.device | None = None
+    ) -> Layout:
+        """`lengths` on the host; the layout is on `device`, where that is another one."""
         held = lengths.tolist()
         starts = [0, *lengths.cumsum(0).tolist()]
         longest = max(held) - 1
@@ -117,12 +122,17 @@ class Layout:
             offsets.append(ends)
         most = max(map(len, offsets))
         offsets = [ends + [dealt.width] * (most - len(ends)) for ends in offsets]
-        device = lengths.device
+        mine = [i for microbatch in dealt.ranks[rank] for i in microbatch]
+
+        def sent(values: list[Any], dtype: torch.dtype) -> Tensor:
+            return torch.tensor(values, dtype=dtype).to(device or lengths.device, non_blocking=True)
+
         return Layout(
-            torch.tensor([i for m in dealt.ranks[rank] for i in m], dtype=torch.int64).to(device),
-            torch.tensor(rows, dtype=torch.int64).to(device),
-            torch.tensor(offsets, dtype=torch.int32).to(device),
+            sent(mine, torch.int64),
+            sent(rows, torch.int64),
+            sent(offsets, torch.int32),
             longest,
+            sum(held[i] - 1 for i in mine),
             starts[-1],
         )
 
@@ -164,5 +174,5 @@ def policy_batch(completions: Completions, fields: PolicyFields, layout: Layout)
         inputs,
         microbatches=len(layout.source),
         weight=fields.sequence_weights[layout.sequences].sum(),
-        tokens=int(layout.real.sum()),
+        tokens=layout.tokens,
     )

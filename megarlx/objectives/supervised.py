@@ -30,20 +30,29 @@ class Supervised(Objective):
     def next_batch(self) -> Batch:
         parts = self.loader.next_step()
         targets = torch.cat([part.targets for part in parts])
-        masks = [part.mask for part in parts if part.mask is not None]
-        mask = torch.cat(masks) if masks else torch.ones_like(targets, dtype=torch.bool)
+        documents = _stacked([self._offsets(p.cu_seqlens, *p.inputs.shape) for p in parts])
         fields = {
             "tokens": torch.cat([part.inputs for part in parts]),
             "targets": targets,
-            "mask": mask,
-            "documents": _stacked([self._offsets(p.cu_seqlens, *p.inputs.shape) for p in parts]),
+            "documents": documents,
         }
+        # Where every token counts there is no mask: nobody need look through one on the device.
+        masks = [part.mask for part in parts if part.mask is not None]
+        counted: Tensor | None = None
+        if masks:
+            fields["mask"] = torch.cat(masks)
+            counted = fields["mask"].sum(dtype=torch.float64)
+        inputs = {name: self._sent(field) for name, field in fields.items()}
+        everything = torch.full((), targets.numel(), dtype=torch.float64, device=self.device)
         return Batch(
-            {name: field.to(self.device, non_blocking=True) for name, field in fields.items()},
+            {**inputs, "longest": int(documents.diff().max())},
             microbatches=len(parts),
-            weight=mask.sum(dtype=torch.float64).to(self.device),
+            weight=everything if counted is None else self._sent(counted),
             tokens=targets.numel(),
         )
+
+    def _sent(self, field: Tensor) -> Tensor:
+        return field.to(self.device, non_blocking=True)
 
     @staticmethod
     def _offsets(cu_seqlens: Tensor | None, rows: int, length: int) -> Tensor:

@@ -1,15 +1,21 @@
 """What the data sheets say of a GPU and of the links between GPUs, and the share of it reached.
 
 `PRODUCTS` and `COPY` were measured on one H100 (bf16 products at 798 of 989 TFLOP/s, a copy at 3.0
-of 3.35 TB/s) and are taken for the others too; the other shares and the latencies are assumptions.
+of 3.35 TB/s) and are taken for the others and for other precisions too. `FP8_PRODUCTS` is inferred
+from one H200: a step in fp8 took 0.83 of one in bf16. The other shares and the latencies are
+assumptions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
+
+Arithmetic = Literal["bf16", "fp8", "tf32", "fp32", "fp64"]
 
 PRODUCTS = 0.807  # of the peak: large matrix products
+FP8_PRODUCTS = 0.62  # of fp8's peak, with the casts into it and the scales
 COPY = 0.90  # of the memory's bandwidth: passes over activations, weights read to decode
 ATTENTION = 0.50  # of the peak: causal attention forward and backward
 LINKS = 0.80  # of a link's bandwidth
@@ -23,7 +29,7 @@ class Gpu:
     """Data-sheet numbers: per second, and per direction where a link has two."""
 
     name: str
-    flops: float  # bf16, dense
+    rates: Mapping[Arithmetic, float]  # operations of dense matrix products
     memory_bytes: float
     memory_bandwidth: float
     node_bandwidth: float  # NVLink, of one GPU
@@ -31,20 +37,35 @@ class Gpu:
     gpus_per_node: int = 8
 
     @property
+    def flops(self) -> float:
+        """What MFU is measured against, whatever a run computes in."""
+        return self.rates["bf16"]
+
+    @property
     def usable_bytes(self) -> float:
         return self.memory_bytes * MEMORY
 
-    def product_seconds(self, rows: int, inner: int, columns: int, element_bytes: int) -> float:
+    def rate(self, arithmetic: Arithmetic) -> float:
+        if arithmetic not in self.rates:
+            raise ValueError(
+                f"--gpu is '{self.name}', which has no {arithmetic}; it has {', '.join(self.rates)}"
+            )
+        return self.rates[arithmetic]
+
+    def product_seconds(
+        self, rows: int, inner: int, columns: int, element_bytes: int, kind: Arithmetic
+    ) -> float:
         """[rows, inner] x [inner, columns]: arithmetic, or reading and writing if that is more."""
-        arithmetic = 2 * rows * inner * columns / (self.flops * PRODUCTS)
+        share = FP8_PRODUCTS if kind == "fp8" else PRODUCTS
+        arithmetic = 2 * rows * inner * columns / (self.rate(kind) * share)
         moved = (rows * inner + inner * columns + rows * columns) * element_bytes
         return max(arithmetic, self.pass_seconds(moved))
 
     def pass_seconds(self, moved_bytes: float) -> float:
         return moved_bytes / (self.memory_bandwidth * COPY)
 
-    def attention_seconds(self, flops: float) -> float:
-        return flops / (self.flops * ATTENTION)
+    def attention_seconds(self, flops: float, kind: Arithmetic) -> float:
+        return flops / (self.rate(kind) * ATTENTION)
 
     def in_node(self, stride: int, size: int) -> bool:
         """Whether `size` ranks, each `stride` after the one before, sit on one node."""
@@ -61,13 +82,33 @@ class Gpu:
         return LATENCY_IN_NODE if self.in_node(stride, size) else LATENCY_BETWEEN_NODES
 
 
+AMPERE: Mapping[Arithmetic, float] = {
+    "bf16": 312e12,
+    "tf32": 156e12,
+    "fp32": 19.5e12,
+    "fp64": 19.5e12,
+}
+HOPPER: Mapping[Arithmetic, float] = {
+    "bf16": 989e12,
+    "fp8": 1979e12,
+    "tf32": 495e12,
+    "fp32": 67e12,
+    "fp64": 67e12,
+}
+BLACKWELL: Mapping[Arithmetic, float] = {
+    "bf16": 2250e12,
+    "fp8": 4500e12,
+    "tf32": 1125e12,
+    "fp32": 75e12,
+    "fp64": 37e12,
+}
 GPUS: Mapping[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100", 312e12, 80e9, 2.04e12, 300e9, 25e9),
-        Gpu("h100", 989e12, 80e9, 3.35e12, 450e9, 50e9),
-        Gpu("h200", 989e12, 141e9, 4.8e12, 450e9, 50e9),
-        Gpu("b200", 2250e12, 180e9, 7.7e12, 900e9, 50e9),
+        Gpu("a100", AMPERE, 80e9, 2.04e12, 300e9, 25e9),
+        Gpu("h100", HOPPER, 80e9, 3.35e12, 450e9, 50e9),
+        Gpu("h200", HOPPER, 141e9, 4.8e12, 450e9, 50e9),
+        Gpu("b200", BLACKWELL, 180e9, 7.7e12, 900e9, 50e9),
     )
 }
 

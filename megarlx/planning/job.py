@@ -11,6 +11,7 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
+from megarlx.choices import AMPERE, Machine, choose_precision
 from megarlx.comm.groups import Layout
 from megarlx.config import Config
 from megarlx.config.model import ModelConfig
@@ -21,10 +22,17 @@ from megarlx.ops.linear_token_loss import rows_for
 from megarlx.parallel.data_parallel import FlatLayout
 from megarlx.parallel.metadata import ParameterLayout
 from megarlx.parallel.pipeline_plan import PipelinePlan, Schedule
+from megarlx.planning.hardware import Arithmetic
 
 # Of one objective; what else changes is the layout, and common to all objectives of a step.
 OF_ONE = ("sequences_per_microbatch", "objectives", "held", "others", "model")
 ELEMENT_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
+
+
+def _precision(given: str, on_gpu: bool) -> str:
+    """What `auto` becomes; all GPUs that are planned for have bf16."""
+    machine = Machine(gpu="the GPU", capability=AMPERE) if on_gpu else Machine()
+    return choose_precision(machine).value if given == "auto" else given
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,8 @@ class Job:
     sequence_parallel: bool = False
     recompute: str = "none"
     precision: str = "bf16"
+    fp8: bool = False  # products of the layers
+    tf32: bool = True  # where the precision is fp32
     objectives: int = 1
     on_gpu: bool = True
     bucket_elements: int = 25_000_000
@@ -105,9 +115,7 @@ class Job:
     averages_per_step: float = 1.0
     shared_moments: bool = False
     held: Held | None = None  # absent: that of `objectives`
-    packed_tokens: int | None = (
-        None  # of a step of RL, dealt out in as few micro-batches as hold it
-    )
+    packed_tokens: int | None = None  # of a step of RL, in as few micro-batches as hold it
     document_length: int | None = None  # where sequences are packed documents
     rollouts: Rollouts | None = None  # what makes its samples, and has caches all along
     samples_per_step: int = 0  # that it generates
@@ -139,7 +147,9 @@ class Job:
             layers_per_stage=layout.layers_per_stage,
             sequence_parallel=layout.sequence_parallel,
             recompute=training.recompute,
-            precision=training.precision,
+            precision=_precision(training.precision, changes.get("on_gpu", True)),
+            fp8=training.fp8 != "none",
+            tf32=training.tf32,
             replica=layout.replica,
             **changes,
         )
@@ -250,6 +260,13 @@ class Job:
     @property
     def splits_sequence(self) -> bool:
         return self.sequence_parallel and self.tp > 1
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """Of the head's products and of attention."""
+        if self.precision == "fp32" and self.tf32:
+            return "tf32"
+        return self.precision  # type: ignore[return-value]
 
     @property
     def element_bytes(self) -> int:

@@ -158,7 +158,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(
         f"{_short(job.model.parameters())} parameters, "
         f"{round(job.trained_tokens / job.objectives):,} tokens a step, "
-        f"{_objectives(job)}, {job.precision}, on {job.gpus} {gpu.name}. "
+        f"{_objectives(job)}, {_arithmetic(job)}, on {job.gpus} {gpu.name}. "
         "Bytes are computed; seconds are modelled, not measured."
     )
     console.print(f"\nConfigured layout: {job}")
@@ -166,6 +166,11 @@ def print_plan(plan: Plan, console: Console) -> None:
     _print_time(plan, console)
     _print_rollouts(plan, console)
     _print_best(plan, console)
+
+
+def _arithmetic(job: Job) -> str:
+    products = "fp8" if job.fp8 else job.arithmetic
+    return job.precision if products == job.precision else f"{job.precision}, {products} products"
 
 
 def print_stages(jobs: dict[str, Job], gpu: Gpu, console: Console) -> None:

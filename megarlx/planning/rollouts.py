@@ -59,11 +59,13 @@ def _stage_token(job: Job, gpu: Gpu, pp_rank: int, rows: int, context: float) ->
     n, stages = Widths.of(job), list(job.stages(pp_rank))
     layers = sum(stage.layers for stage in stages)
     shapes = ((n.h, n.q + 2 * n.k), (n.q, n.h), (n.h, 2 * n.F), (n.F, n.h))
-    seconds = layers * sum(gpu.product_seconds(rows, a, b, n.e) for a, b in shapes)
+    kind = job.arithmetic
+    seconds = layers * sum(gpu.product_seconds(rows, a, b, n.e, kind) for a, b in shapes)
     seconds += layers * gpu.pass_seconds(rows * context * 2 * n.k * n.e)
     sums = 2 * layers
     if any(stage.head for stage in stages):
-        seconds += gpu.product_seconds(rows, n.h, n.V, n.e) + gpu.pass_seconds(rows * n.V * n.w)
+        seconds += gpu.product_seconds(rows, n.h, n.V, n.e, kind)
+        seconds += gpu.pass_seconds(rows * n.V * n.w)
         sums += 1
     return seconds + _sums(job, gpu, rows, sums)
 
@@ -81,8 +83,9 @@ def _prefill(job: Job, gpu: Gpu, rollouts: Rollouts) -> float:
     n = Widths.of(job)
     tokens = rollouts.slots * rollouts.prompt_tokens
     shapes = ((n.h, n.q + 2 * n.k), (n.q, n.h), (n.h, 2 * n.F), (n.F, n.h))
-    layer = sum(gpu.product_seconds(tokens, a, b, n.e) for a, b in shapes)
-    layer += gpu.attention_seconds(4 * n.q * tokens * (rollouts.prompt_tokens + 1) / 2)
+    kind = job.arithmetic
+    layer = sum(gpu.product_seconds(tokens, a, b, n.e, kind) for a, b in shapes)
+    layer += gpu.attention_seconds(4 * n.q * tokens * (rollouts.prompt_tokens + 1) / 2, kind)
     layers = max(sum(s.layers for s in job.stages(pp)) for pp in job.kinds())
     return layers * layer + _sums(job, gpu, tokens, 2 * layers)
 

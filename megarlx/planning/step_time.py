@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from megarlx.model.communication import Sent, objective_bytes, update_bytes
 from megarlx.planning.activations import Widths
-from megarlx.planning.hardware import Gpu
+from megarlx.planning.hardware import Arithmetic, Gpu
 from megarlx.planning.job import Job, Sizes
 
 
@@ -117,9 +117,10 @@ def _microbatch(job: Job, gpu: Gpu, rank: int) -> _Microbatch:
     stages = list(job.stages(job.layout.coordinates(rank)["pp"]))
     layers = sum(stage.layers for stage in stages)
     shapes = ((n.h, n.q + 2 * n.k), (n.q, n.h), (n.h, 2 * n.F), (n.F, n.h))
-    forward = layers * sum(gpu.product_seconds(n.T, a, b, n.e) for a, b in shapes)
+    kind: Arithmetic = "fp8" if job.fp8 else job.arithmetic
+    forward = layers * sum(gpu.product_seconds(n.T, a, b, n.e, kind) for a, b in shapes)
     seen = (job.seen_length + 1) / 2
-    attention = layers * gpu.attention_seconds(4 * n.q * n.T * seen)
+    attention = layers * gpu.attention_seconds(4 * n.q * n.T * seen, job.arithmetic)
     heads = n.T * (3 * n.q + 5 * n.k) * n.e if job.model.qk_norm != "none" else 0
     heads += n.T * (2 * n.q + 3 * n.k) * n.e  # rotation
     swiglu = n.T * 5 * n.F * n.e
@@ -132,7 +133,7 @@ def _microbatch(job: Job, gpu: Gpu, rank: int) -> _Microbatch:
     head = accumulated = 0.0
     if any(stage.head for stage in stages):
         # Logits and both gradients from them; then the logits are written and read once more.
-        head = 3 * gpu.product_seconds(n.T, n.h, n.V, n.e)
+        head = 3 * gpu.product_seconds(n.T, n.h, n.V, n.e, job.arithmetic)
         passes += gpu.pass_seconds(n.T * n.V * 2 * n.w) / 3
     held = _sizes(job, rank).parameters
     moved = 3 * n.w if n.e == n.w else n.e + 4 * n.w

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megarlx.config import as_asked
 from megarlx.config.objectives import PRETRAINING
 from megarlx.evaluation.pass_at_k import pass_at_k
 from megarlx.metrics import read_metrics
@@ -196,7 +197,7 @@ def read_run(path: Path, root: Path, problems: list[str]) -> Run | None:
     if lineage is None:
         return None
     resolved = path / "resolved.json"
-    settings = (read(resolved, _object) if resolved.exists() else None) or {}
+    settings = (read(resolved, _settings) if resolved.exists() else None) or {}
     files = sorted((path / "evaluations").glob("iter_*.json"))
     evaluations = [e for file in files if (e := read(file, _evaluation)) is not None]
     evaluations.sort(key=lambda e: (e.iteration, e.suite))
@@ -223,6 +224,11 @@ def _object(values: Any) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise TypeError("holds no JSON object")
     return values
+
+
+def _settings(values: Any) -> dict[str, Any]:
+    """Without what a machine chose for itself: the same experiment on two machines is one."""
+    return as_asked(_object(values))
 
 
 def _lineage(values: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import torch
 
 from megarlx.averaging import Adaptation, Course, Shares
 from megarlx.checkpoint import Retention, Saver
+from megarlx.choices import Choice
 from megarlx.comm import launch
-from megarlx.comm.collectives import barrier
+from megarlx.comm.collectives import barrier, gather_values
 from megarlx.comm.groups import Layout, Mesh
 from megarlx.config import Config, StageConfig
 from megarlx.config.objectives import PRETRAINING
@@ -18,8 +20,10 @@ from megarlx.data.tokenizer import Tokenizer
 from megarlx.learning_rate import learning_rate
 from megarlx.model.build import build_model
 from megarlx.model.check_layout import check_layout
+from megarlx.model.machine import this_machine
 from megarlx.objectives.supervised import Supervised
 from megarlx.optimizer import AdamSettings
+from megarlx.run.choose import choose
 from megarlx.run.directory import RunDirectory, RunError
 from megarlx.run.objectives import ObjectiveMaker
 from megarlx.run.world import load_tokenizer_of, write_data
@@ -32,7 +36,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 class Run:
     """Everything a training loop works with, on this rank."""
 
-    config: Config
+    config: Config  # without `auto`
+    choices: Mapping[str, Choice]  # what stands for it, by dotted key
     directory: RunDirectory
     mesh: Mesh
     trainer: Trainer
@@ -40,6 +45,10 @@ class Run:
     validation: dict[str, Supervised]
     saver: Saver
     device: torch.device
+
+    def write_description(self, source: Path) -> None:
+        chosen = {key: str(choice) for key, choice in self.choices.items()}
+        self.directory.write_description(self.config, source, self.tokenizer, chosen)
 
     def close(self) -> None:
         for objective in (*self.trainer.objectives.values(), *self.validation.values()):
@@ -101,9 +110,11 @@ def assemble(
     An excursion reads text with the tokenizer of the run that it comes from.
     """
     check_placement(config)
+    directory = RunDirectory(out)
+    chosen = choose(config, this_machine(device), directory.begun_with())
+    config = chosen.config
     training = config.training
-    if training.layers == "te" and device.type != "cuda":
-        raise RunError("training.layers is 'te', but this run is on a CPU; allowed there: 'torch'")
+    use_tf32(config, device)
     layout = choose_layout(config, started.world_size)
     mesh = Mesh.build(
         layout.pp,
@@ -113,12 +124,12 @@ def assemble(
         timeout_seconds=config.layout.time_limit_seconds,
         device=device,
     )
+    _check_alike(chosen.choices, mesh)
     if config.data is not None:
         # Every node writes its own copy, and nobody reads before all have written.
         if started.local_rank == 0:
             write_data(config)
         barrier(mesh.world)
-    directory = RunDirectory(out)
     kept = directory if tokenizer_from is None else RunDirectory(tokenizer_from)
     tokenizer = load_tokenizer_of(config, kept)
     model = build_model(
@@ -131,6 +142,7 @@ def assemble(
         sequence_parallel=config.layout.sequence_parallel,
         recompute=training.recompute,
         backend=training.layers,
+        attention=training.attention,
         fp8=None if training.fp8 == "none" else training.fp8,
         dtype=DTYPES[training.precision],
         device=device,
@@ -144,6 +156,7 @@ def assemble(
     )
     return Run(
         config,
+        chosen.choices,
         directory,
         mesh,
         Trainer(model, [training_stage(stage, objectives) for stage in config.all_stages]),
@@ -152,6 +165,23 @@ def assemble(
         Saver(directory.checkpoints, mesh.world, retention),
         device,
     )
+
+
+def use_tf32(config: Config, device: torch.device) -> None:
+    """torch has one switch for a process."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = config.training.tf32
+
+
+def _check_alike(choices: Mapping[str, Choice], mesh: Mesh) -> None:
+    mine = {key: choice.value for key, choice in choices.items()}
+    for rank, theirs in enumerate(gather_values(mine, mesh.world)):
+        for key, value in theirs.items():
+            if mine.get(key) != value:
+                raise RunError(
+                    f"{key} became {mine.get(key)} on rank {mesh.rank} and {value} on rank {rank}, "
+                    "whose machines differ; give it in the configuration"
+                )
 
 
 def training_stage(config: StageConfig, objectives: ObjectiveMaker) -> TrainingStage:

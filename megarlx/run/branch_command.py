@@ -97,5 +97,5 @@ def _branch(
     barrier(made.mesh.world)
     check_startable(made, arguments.fresh)
     if started.rank == 0:
-        made.directory.write_description(config, arguments.recipe, made.tokenizer)
+        made.write_description(arguments.recipe)
     return train(made)

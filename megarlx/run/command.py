@@ -56,7 +56,7 @@ def _train(config: Config, source: Path, out: Path, fresh: bool) -> int:
         made = assemble(config, out, started, device)
         check_startable(made, fresh)
         if started.rank == 0:
-            made.directory.write_description(config, source, made.tokenizer)
+            made.write_description(source)
         return train(made)
 
     return session("train", config, work)

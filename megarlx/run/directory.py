@@ -19,7 +19,7 @@ import torch
 
 from megarlx import __version__
 from megarlx.checkpoint import checkpoint_name, iterations
-from megarlx.config import Config
+from megarlx.config import CHOSEN, Config
 from megarlx.data.token_files import write_atomically
 from megarlx.data.tokenizer import Tokenizer
 
@@ -32,6 +32,9 @@ MAY_CHANGE = (
     "training.sequences_per_microbatch",
     "training.device",
     "training.recompute",
+    # code for the same formulas, which each machine chooses
+    *("training.layers", "training.attention", "training.tf32"),
+    *("rl.prefill_tokens", "objectives.*.rl.prefill_tokens", "evaluation.prefill_tokens"),
     "data.validation",
     "stages.*.placement",
     "stages.*.generate_together",
@@ -93,15 +96,8 @@ class RunDirectory:
 
     def check_same_run(self, config: Config) -> None:
         """Refuses to go on with another model, data, seed or objective, and says what differs."""
-        path = self.path / "resolved.json"
-        try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise RunError(
-                f"{self.path} holds checkpoints but no resolved.json to compare with"
-            ) from None
-        except ValueError as error:
-            raise RunError(f"{path} is not JSON: {error}") from None
+        saved = self._saved()
+        saved.pop(CHOSEN, None)
         differences = [
             f"  {key}: was {json.dumps(was)}, is {json.dumps(now)}"
             for key, was, now in _differences(saved, json.loads(config.to_json()))
@@ -115,14 +111,43 @@ class RunDirectory:
                 "with another folder"
             )
 
+    def _saved(self) -> dict[str, Any]:
+        path = self.path / "resolved.json"
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RunError(
+                f"{self.path} holds checkpoints but no resolved.json to compare with"
+            ) from None
+        except ValueError as error:
+            raise RunError(f"{path} is not JSON: {error}") from None
+        if not isinstance(saved, dict):
+            raise RunError(f"{path} holds no object")
+        return saved
+
+    def begun_with(self) -> dict[str, str]:
+        """What a run that goes on began with, of what may be chosen: `training.…` and its value."""
+        if not self.has_checkpoints:
+            return {}
+        training = self._saved().get("training")
+        if not isinstance(training, dict):
+            raise RunError(f"{self.path / 'resolved.json'} has no training")
+        return {f"training.{key}": str(value) for key, value in training.items()}
+
     def write_description(
-        self, config: Config, source: Path, tokenizer: Tokenizer | None = None
+        self,
+        config: Config,
+        source: Path,
+        tokenizer: Tokenizer | None = None,
+        chosen: Mapping[str, str] | None = None,
     ) -> None:
         """What the run was told and where it comes from; by one process, before the first step."""
         self.path.mkdir(parents=True, exist_ok=True)
         if source.suffix == ".toml" and source.resolve() != (self.path / "config.toml").resolve():
             shutil.copyfile(source, self.path / "config.toml")
-        write_atomically(self.path / "resolved.json", config.to_json())
+        resolved = {**config.model_dump(mode="json"), CHOSEN: dict(chosen or {})}
+        text = json.dumps(resolved, indent=2, ensure_ascii=False)
+        write_atomically(self.path / "resolved.json", text + "\n")
         if tokenizer is not None and not self.tokenizer.exists():
             tokenizer.save(self.tokenizer)
         if not (self.path / "lineage.json").exists():

@@ -28,6 +28,7 @@ from megarlx.objectives.supervised import Supervised
 from megarlx.run.assemble import Run, steps_at_tokens
 from megarlx.run.costs import Costs, peak_flop_per_second
 from megarlx.run.directory import RunError
+from megarlx.run.finite import Flags, FoundInf
 from megarlx.run.lock import run_lock
 from megarlx.run.rank_logs import RankLog, rank_log
 from megarlx.run.readiness import beginnings_of_rl, readiness_of
@@ -50,8 +51,11 @@ def train(run: Run) -> int:
 
 
 def _train(run: Run, log: RankLog) -> int:
-    costs = _start(run)
     first = run.mesh.rank == 0
+    if first:
+        for key, choice in run.choices.items():
+            print(f"{key} = {choice}")
+    costs = _start(run)
     logging = run.config.logging
     check_installed(logging.trackers)
     writer = _metrics_writer(run, costs.trunk_tokens) if first else None
@@ -123,6 +127,7 @@ class _Loop:
     def __init__(self, run: Run, costs: Costs, writer: MetricsWriter | None, log: RankLog) -> None:
         self.run, self.writer, self.log = run, writer, log
         self.listed = set(steps_at_tokens(run.config))
+        self.finite = FoundInf(run.device)
         self.skipped_in_a_row: dict[str, int] = dict.fromkeys(run.trainer.objectives, 0)
         self.skipped = 0
         self.recent: dict[str, _Trained] = {}
@@ -164,7 +169,9 @@ class _Loop:
             losses, report = trainer.step()
             done = trainer.steps_done
             last = done == steps
-            self._check_finite(report.found_inf)
+            self._check_finite(self.finite.put(done - 1, report.found_inf))
+            if last:
+                self._check_finite(self.finite.last())
             for name, loss in losses.items():
                 self.recent[name] = _Trained(
                     loss, report.gradient_norms[name], trainer.last_rates[name]
@@ -222,9 +229,11 @@ class _Loop:
             self.run.saver.poll()
         self.due &= {"evaluate"}
 
-    def _check_finite(self, found_inf: dict[str, torch.Tensor]) -> None:
-        for name, flag in found_inf.items():
-            if not flag.item():
+    def _check_finite(self, flags: Flags | None) -> None:
+        if flags is None:
+            return
+        for name, skipped in flags.skipped.items():
+            if not skipped:
                 self.skipped_in_a_row[name] = 0
                 continue
             self.skipped += 1
@@ -233,7 +242,7 @@ class _Loop:
                 where = gather_values(self.run.trainer.first_non_finite(name), self.run.mesh.world)
                 bad = next((place for place in where if place), "no single parameter")
                 raise TrainingError(
-                    f"step {self.run.trainer.steps_done - 1}: the gradient of '{name}' is not "
+                    f"step {flags.step}: the gradient of '{name}' is not "
                     f"finite, {self.skipped_in_a_row[name]} steps in a row; first in {bad}. "
                     "logging.skipped_updates_allowed is "
                     f"{self.run.config.logging.skipped_updates_allowed}"

@@ -200,7 +200,7 @@ class ObjectiveMaker:
         tasks = self._prompts(name, config, min(config.max_prompt_tokens or room, room))
         return EpisodeSampler(
             config,
-            self._engine(config.slots, most),
+            self._engine(config, most),
             tasks,
             self.template,
             self.tokenizer,
@@ -226,7 +226,7 @@ class ObjectiveMaker:
             )
         return Sampler(
             config,
-            self._engine(config.slots, longest),
+            self._engine(config, longest),
             prompts,
             self.tokenizer,
             Rewards(config.rewards, config.reward_failures_allowed),
@@ -250,13 +250,14 @@ class ObjectiveMaker:
             name=name,
         )
 
-    def _engine(self, slots: int, longest: int) -> Callable[[], Engine]:
+    def _engine(self, config: RlConfig, longest: int) -> Callable[[], Engine]:
         return _once(
             lambda: Engine.of(
                 self.model,
-                slots=slots,
+                slots=config.slots,
                 longest=longest,
                 detokenize=self.tokenizer.decode_sampled,
+                prefill_tokens=config.prefill_tokens,
             )
         )
 

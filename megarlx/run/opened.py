@@ -18,7 +18,9 @@ from megarlx.config.objectives import PRETRAINING
 from megarlx.data.conversations import Template
 from megarlx.data.tokenizer import Tokenizer
 from megarlx.model.build import ParallelModel, build_model
-from megarlx.run.assemble import DTYPES, choose_layout
+from megarlx.model.machine import this_machine
+from megarlx.run.assemble import DTYPES, choose_layout, use_tf32
+from megarlx.run.choose import choose
 from megarlx.run.directory import RunDirectory, RunError
 from megarlx.run.reference import RunReference, tokens_of
 from megarlx.run.world import load_tokenizer_of, template_of
@@ -62,11 +64,13 @@ def open_config(
         raise RunError(f"{run} holds no resolved.json: what its model looks like is not known")
     own = load_config(path).layout
     model = own.tensor * own.pipeline
-    # Whether micro-batches come out even is a question of training only.
+    # Whether micro-batches come out even is a question of training only, and torch's layers take
+    # the weights of Transformer Engine's. What the model computes in stays.
     reset = [
         f"training.device={device}",
         f"training.sequences_per_step={processes}",
         "training.sequences_per_microbatch=1",
+        *("training.layers=torch", "training.attention=auto", "training.fp8=none"),
     ]
     if any(o.startswith("layout.") for o in overrides) or processes % model:
         reset.append("layout={}")
@@ -113,6 +117,7 @@ def open_model(
         virtual_stages=layout.virtual_stages,
         layers_per_stage=layout.layers_per_stage,
         sequence_parallel=layout.sequence_parallel,
+        attention=config.training.attention,
         dtype=DTYPES[config.training.precision],
         device=device,
     )
@@ -141,6 +146,8 @@ def open_run(
     device: torch.device,
 ) -> OpenedRun:
     """Needs `launch.start` to have been called; `config` is `open_config`'s."""
+    config = choose(config, this_machine(device)).config
+    use_tf32(config, device)
     tokenizer = open_tokenizer(reference.run, config)
     layout = choose_layout(config, started.world_size)
     mesh = Mesh.build(

@@ -66,7 +66,7 @@ def run_it(folder: Path, replica: int, stage: dict[str, Any]) -> int:
     made = assemble(given, folder / "run", started, torch.device("cpu"))
     check_startable(made, False)
     if rank == 0:
-        made.directory.write_description(given, folder / "none.json", made.tokenizer)
+        made.write_description(folder / "none.json")
     return train(made)
 
 

@@ -79,7 +79,9 @@ def plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor, **others: Any) -
     return SimpleNamespace(loss=F.cross_entropy(logits, targets))
 
 
-def trained_once(backend: str, family: str, fp8: str | None = None) -> tuple[float, dict]:
+def trained_once(
+    backend: str, family: str, fp8: str | None = None, attention: str = "auto"
+) -> tuple[float, dict]:
     config = family_config(
         family,
         vocab_size=1000,
@@ -90,7 +92,14 @@ def trained_once(backend: str, family: str, fp8: str | None = None) -> tuple[flo
         head_dim=64,
         intermediate_size=1024,
     )
-    stage = Stage(config, backend=backend, fp8=fp8, dtype=torch.bfloat16, device="cuda")
+    stage = Stage(
+        config,
+        backend=backend,
+        attention=attention,  # type: ignore[arg-type]
+        fp8=fp8,
+        dtype=torch.bfloat16,
+        device="cuda",
+    )
     stage.initialise_(1)
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(1000, (512,), generator=generator).cuda()
@@ -104,9 +113,10 @@ def trained_once(backend: str, family: str, fp8: str | None = None) -> tuple[flo
 
 @needs_te
 @pytest.mark.parametrize("family", ["olmo2", "llama3", "qwen2", "qwen3"])
-def test_transformer_engine_layers_equal_torch_layers(family: str) -> None:
-    expected, expected_gradients = trained_once("torch", family)
-    loss, gradients = trained_once("te", family)
+@pytest.mark.parametrize("backend", ["torch", "te"])
+def test_transformer_engine_layers_and_cudnn_equal_torch(family: str, backend: str) -> None:
+    expected, expected_gradients = trained_once("torch", family, attention="sdpa")
+    loss, gradients = trained_once(backend, family, attention="cudnn")
     assert abs(loss - expected) < 1e-2 * expected
     for name, gradient in gradients.items():
         assert relative(gradient, expected_gradients[name]) < 5e-2, name

@@ -286,8 +286,11 @@ def test_missing_key_is_told_with_its_meaning(tmp_path):
         (["layout.data=3"], "training.sequences_per_step is 16; sequences_per_microbatch x layout"),
         (["optimizer.warmup_steps=101"], "optimizer.warmup_steps + decay_steps = 101; training"),
         (["training.layers=te", "training.device=cpu"], "training.layers is 'te', Transformer"),
-        (["training.fp8=delayed"], "training.fp8 is 'delayed' with layers = 'torch' and precision"),
-        (["training.fp8=current", "training.layers=te"], "it needs 'te' and 'bf16'"),
+        (
+            ["training.fp8=delayed", "training.layers=torch"],
+            "training.fp8 is 'delayed' with layers = 'torch' and precision",
+        ),
+        (["training.fp8=current", "training.precision=fp32"], "it needs 'te' and 'bf16'"),
         (["optimizer.decay_steps=10"], "optimizer.decay_steps is used by schedule = 'wsd' only"),
         (
             [

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "megarlx"
 
 # Each line may import from itself and from the lines above it.
 LAYERS = [
-    ["config"],
+    ["choices", "config"],
     ["comm"],
     ["ops"],
     ["parallel"],
@@ -37,8 +37,10 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # package -> the only files that may import it
 CONFINED = {
-    "transformer_engine": {"model/layers_te.py"},
-    "flash_attn": {"model/attention.py"},
+    "transformer_engine": {
+        *("model/layers_te.py", "model/attention_te.py", "model/machine.py", "doctor/child.py")
+    },
+    "flash_attn": {"model/attention.py", "doctor/child.py"},
     "mpi4py": {"comm/launch.py"},
     "megarlx._C": {"ops/native.py"},
 }

@@ -181,6 +181,7 @@ def test_every_sequence_is_dealt_once_into_equal_shapes(
     for rank in range(ranks):
         layout = Layout.of(of_all, dealt, rank)
         assert layout.source.shape == (dealt.microbatches, dealt.width)
+        assert layout.tokens == layout.real.sum()
         for offsets, source in zip(layout.documents, layout.source, strict=True):
             pieces = offsets.diff()
             assert offsets[0] == 0

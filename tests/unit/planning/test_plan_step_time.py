@@ -15,7 +15,7 @@ from megarlx.planning.rollouts import rollout_time
 from megarlx.planning.step_time import mfu, step_time
 
 # Arithmetic and links cost nothing beside the one thing that a test looks at.
-ENDLESS = Gpu("endless", 1e30, 1e30, 1e30, 1e30, 1e30)
+ENDLESS = Gpu("endless", {"bf16": 1e30, "tf32": 1e30}, 1e30, 1e30, 1e30, 1e30)
 ONE_BILLION = family_config(
     "olmo2", vocab_size=100_352, hidden_size=2048, layers=16, heads=16, intermediate_size=8192
 )
@@ -27,7 +27,7 @@ def big(**changes: object) -> Job:
 
 def test_products_are_six_flop_a_parameter_and_token() -> None:
     job = Job(ONE_BILLION, 8, 8, 4096)
-    gpu = replace(ENDLESS, flops=1e15)
+    gpu = replace(ENDLESS, rates={"bf16": 1e15})
     matrices = 16 * (4 * 2048 * 2048 + 3 * 2048 * 8192) + 100_352 * 2048
     by_hand = 6 * matrices * 8 * 4096 / (1e15 * 0.807)
     assert step_time(job, gpu).products == pytest.approx(by_hand, rel=1e-9)
@@ -37,7 +37,35 @@ def test_attention_is_causal_and_its_backward_two_and_a_half_forwards() -> None:
     job = Job(ONE_BILLION, 8, 4, 4096)
     pairs = 8 * 4096 * 4097 / 2  # (query, key) that see each other, in all sequences
     by_hand = 3.5 * 16 * 4 * 2048 * pairs / (1e15 * 0.5)
-    assert step_time(job, replace(ENDLESS, flops=1e15)).attention == pytest.approx(by_hand)
+    assert step_time(job, replace(ENDLESS, rates={"bf16": 1e15})).attention == pytest.approx(
+        by_hand
+    )
+
+
+def test_products_go_at_the_rate_of_their_precision() -> None:
+    def seconds(kind: str, **changes: object) -> float:
+        return step_time(Job(ONE_BILLION, 8, 8, 4096, **changes), GPUS[kind]).products  # type: ignore[arg-type]
+
+    half, tf32 = seconds("h100"), seconds("h100", precision="fp32")
+    plain = seconds("h100", precision="fp32", tf32=False)
+    assert tf32 == pytest.approx(2 * half, rel=0.01)
+    assert plain > 7 * tf32
+    # of the layers alone: the head stays in bf16
+    assert 0.6 * half < seconds("h100", fp8=True) < 0.8 * half
+    with pytest.raises(ValueError, match=r"'a100', which has no fp8; it has bf16, tf32, fp32"):
+        seconds("a100", fp8=True)
+
+
+def test_no_step_is_planned_faster_than_the_peak_of_its_arithmetic() -> None:
+    for changes, peak in (
+        ({"precision": "fp32", "tf32": False}, 67e12),
+        ({"precision": "fp32"}, 495e12),
+        ({"precision": "fp64"}, 67e12),
+        ({}, 989e12),
+    ):
+        job = Job(ONE_BILLION, 512, 4, 4096, dp=8, **changes)  # type: ignore[arg-type]
+        work = job.flops_per_step / step_time(job, GPUS["h100"]).total
+        assert 0.2 * 8 * peak < work < 8 * peak, changes
 
 
 @pytest.mark.parametrize("objectives", [1, 2, 3])
@@ -76,7 +104,7 @@ def test_mfu_counts_no_recomputation_and_no_more_than_the_peak() -> None:
 
 
 def test_full_recomputation_costs_about_a_third_more_arithmetic() -> None:
-    gpu = replace(ENDLESS, flops=1e15)
+    gpu = replace(ENDLESS, rates={"bf16": 1e15})
     kept, again = step_time(big(pp=8), gpu), step_time(big(pp=8, recompute="full"), gpu)
     layers_only = kept.products + kept.attention
     assert 0.28 * layers_only < again.recomputation < 0.34 * layers_only

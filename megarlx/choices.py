@@ -1,0 +1,134 @@
+"""What `auto` becomes on a machine, and why. Pure, and of the standard library alone: the doctor
+asks here too, also where everything else is broken.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Attention = Literal["cudnn", "flash", "sdpa"]
+
+# Prompt tokens of one prefill: on a CPU two short prompts fill the caches; on a GPU so few are over
+# before the next kernel is launched.
+PREFILL_TOKENS = {"cpu": 1024, "cuda": 16_384}
+
+# Head dims that the kernels are built for: multiples of HEAD_GRAIN up to these.
+WIDEST_HEAD = {"cudnn": 128, "flash": 256}
+HEAD_GRAIN = 8
+AMPERE = (8, 0)  # the first capability with bf16
+
+# Transformer Engine chooses among attention kernels by these, when it is first called.
+ONLY_CUDNN = {"NVTE_FUSED_ATTN": "1", "NVTE_FLASH_ATTN": "0", "NVTE_UNFUSED_ATTN": "0"}
+
+
+@dataclass(frozen=True)
+class Package:
+    """An optional package: its version, or why it cannot be used."""
+
+    version: str = ""
+    error: str = ""  # it is installed, but does not import
+
+    def lacks(self, name: str) -> str:
+        """Why it cannot be used; empty where it can."""
+        if self.error:
+            return f"{name} is installed, but does not import ({self.error}); see megarlx doctor"
+        return "" if self.version else f"{name} is not installed"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this process computes on."""
+
+    gpu: str = ""  # its name; empty: a CPU
+    capability: tuple[int, int] = (0, 0)
+    transformer_engine: Package = Package()
+    flash_attention: Package = Package()
+
+    @property
+    def device(self) -> Literal["cpu", "cuda"]:
+        return "cuda" if self.gpu else "cpu"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run asks of layers and attention."""
+
+    precision: str
+    head_dim: int
+    splits_backward: bool = False  # a schedule that computes weight gradients later
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a key became, and why."""
+
+    value: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.value}: {self.why}"
+
+
+def choose_precision(machine: Machine) -> Choice:
+    if not machine.gpu:
+        return Choice("fp32", "this is a CPU")
+    if machine.capability >= AMPERE:
+        return Choice("bf16", f"{machine.gpu} computes in it")
+    return Choice("fp32", f"{machine.gpu} has no bf16")
+
+
+def without_layers(machine: Machine) -> str:
+    """Why Transformer Engine's layers cannot run here; empty where they can."""
+    if not machine.gpu:
+        return "Transformer Engine runs on GPUs alone"
+    return machine.transformer_engine.lacks("Transformer Engine")
+
+
+def choose_layers(machine: Machine, needs: Needs) -> Choice:
+    why = without_layers(machine) or _unfit_head("cudnn", needs)
+    if not why and needs.precision != "bf16":
+        why = f"Transformer Engine's layers are for bf16, not {needs.precision}"
+    if not why and needs.splits_backward:
+        why = "the schedule splits backward, which Transformer Engine's layers would run twice"
+    if why:
+        return Choice("torch", why)
+    return Choice("te", f"Transformer Engine {machine.transformer_engine.version} is here")
+
+
+def without_attention(kind: Attention, machine: Machine, needs: Needs) -> str:
+    """Why this kind of attention cannot run here; empty where it can."""
+    if kind == "sdpa":
+        return ""
+    name = "Transformer Engine" if kind == "cudnn" else "flash-attn"
+    package = machine.transformer_engine if kind == "cudnn" else machine.flash_attention
+    if not machine.gpu:
+        return f"{name} runs on GPUs alone"
+    if needs.precision != "bf16":
+        return f"{name}'s attention is for bf16, not {needs.precision}"
+    if machine.capability < AMPERE:
+        return f"{machine.gpu} is older than {name}'s attention"
+    return package.lacks(name) or _unfit_head(kind, needs)
+
+
+def choose_attention(machine: Machine, needs: Needs) -> Choice:
+    """The fastest that is here: cuDNN through Transformer Engine, flash-attn, torch's SDPA."""
+    if not machine.gpu:
+        return Choice("sdpa", "this is a CPU")
+    cudnn = without_attention("cudnn", machine, needs)
+    if not cudnn:
+        return Choice("cudnn", f"through Transformer Engine {machine.transformer_engine.version}")
+    flash = without_attention("flash", machine, needs)
+    if not flash:
+        return Choice("flash", f"flash-attn {machine.flash_attention.version} is here; {cudnn}")
+    return Choice("sdpa", f"{cudnn}; {flash}")
+
+
+def _unfit_head(kind: Attention, needs: Needs) -> str:
+    widest = WIDEST_HEAD[kind]
+    if needs.head_dim > widest or needs.head_dim % HEAD_GRAIN:
+        return (
+            f"the head dim is {needs.head_dim}; for {kind} allowed are multiples of {HEAD_GRAIN} "
+            f"up to {widest}"
+        )
+    return ""
