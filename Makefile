@@ -16,9 +16,9 @@ INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
 NATIVE := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: help demo study test test-all test-instruction-sets check format bench cuda-check clean
+.PHONY: help demo study test test-all test-instruction-sets check format bench cuda-check cuda-emulate clean
 help:
-	@echo "make demo | study | test | test-all | test-instruction-sets | check | format | bench | cuda-check | clean"
+	@echo "make demo | study | test | test-all | test-instruction-sets | check | format | bench | cuda-check | cuda-emulate | clean"
 
 # torch first: megarlx is compiled against the one that will run.
 $(INSTALLED): setup.py pyproject.toml
@@ -81,6 +81,11 @@ bench: $(BUILT)
 
 cuda-check:
 	$(PYTHON) tools/cuda_check.py
+
+# The CUDA kernels on this CPU: the tests of ops, and a case for each kernel under the sanitizers.
+cuda-emulate: export PYTHONPATH = $(CURDIR):$(CURDIR)/tools
+cuda-emulate: $(BUILT)
+	$(BIN)/python -m cuda_emulation $(PYTEST)
 
 clean:
 	rm -rf build $(VENV) megarlx/*.so megarlx/_build.json
