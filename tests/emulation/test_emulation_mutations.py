@@ -15,7 +15,7 @@ from cuda_emulation.mutations import SUPERFLUOUS, Mutation, mutations, seen_by  
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mutation", mutations(), ids=lambda m: f"{m.file}-{m.number}")
+@pytest.mark.parametrize("mutation", list(mutations()), ids=lambda m: f"{m.file}-{m.number}")
 def test_a_barrier_that_is_taken_out_is_missed(mutation: Mutation) -> None:
     if (reason := why_not(KINDS["thread"])) is not None:
         pytest.skip(f"the thread sanitizer does not start: {reason}")

@@ -1,6 +1,8 @@
 """One directed case for each kernel: small, through every barrier, and compared with the CPU's op.
 
-    python -m cuda_emulation.cases KIND [KERNEL …]     in the environment of build.environment(KIND)
+    python -m cuda_emulation.cases KIND|LIBRARY [KERNEL …]
+
+in the environment of build.environment(KIND).
 
 What a sanitizer finds it prints itself, and makes the exit status other than 0, as a wrong result
 does.
@@ -213,8 +215,8 @@ def run(library: Library, names: list[str]) -> int:
 
 
 def main() -> int:
-    kind_or_path, *names = sys.argv[1:]
-    library = Library(Path(kind_or_path)) if "/" in kind_or_path else load(kind_or_path)
+    where, *names = sys.argv[1:]
+    library = Library(Path(where)) if "/" in where else load(where)
     torch.set_num_threads(1)
     names = names or list(CASES)
     wrong = run(library, names)
