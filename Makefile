@@ -23,9 +23,9 @@ BUILT := $(VENV)/.built
 NATIVE := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .PHONY: help demo study test test-all test-instruction-sets test-oldest check format bench \
-  cuda-check cuda-prebuilt clean
+  cuda-check cuda-emulate cuda-prebuilt clean
 help:
-	@echo "make demo | study | test | test-all | test-instruction-sets | test-oldest | check | format | bench | cuda-check | cuda-prebuilt | clean"
+	@echo "make demo | study | test | test-all | test-instruction-sets | test-oldest | check | format | bench | cuda-check | cuda-emulate | cuda-prebuilt | clean"
 
 # torch first: megarlx is compiled against the one that will run.
 $(INSTALLED): setup.py pyproject.toml
@@ -99,6 +99,11 @@ bench: $(BUILT)
 
 cuda-check:
 	$(PYTHON) tools/cuda_check.py
+
+# The CUDA kernels on this CPU: the tests of ops, and a case for each kernel under the sanitizers.
+cuda-emulate: export PYTHONPATH = $(CURDIR):$(CURDIR)/tools
+cuda-emulate: $(BUILT)
+	$(BIN)/python -m cuda_emulation $(PYTEST)
 
 # The native code for another machine with a card, on this one without.
 cuda-prebuilt:

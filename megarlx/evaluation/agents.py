@@ -58,7 +58,13 @@ def play(
     starts = [Start(i, task_of(prompts[i]), 0, tuple(range(i * n, (i + 1) * n))) for i in mine]
     most = -(-len(prompts) // group.size) * n
     at_once = min(slots, most)
-    engine = Engine.of(model, slots=at_once, longest=longest, prefill_tokens=prefill_tokens)
+    engine = Engine.of(
+        model,
+        slots=at_once,
+        longest=longest,
+        detokenize=tokenizer.decode_sampled,
+        prefill_tokens=prefill_tokens,
+    )
     player = Player(environment, lambda: engine, template, tokenizer, model.mesh)
     sampling = SamplingSettings(
         temperature=suite.temperature,

@@ -16,7 +16,8 @@ from megarlx.comm.collectives import gather_values
 from megarlx.data.tokenizer import Tokenizer
 from megarlx.evaluation.capability import score_texts, windows
 from megarlx.generation.engine import Engine
-from megarlx.generation.requests import Completion, Request, SamplingSettings
+from megarlx.generation.requests import Request, SamplingSettings
+from megarlx.generation.stop import text_of
 from megarlx.model.build import ParallelModel
 from megarlx.model.token_scores import Text
 
@@ -134,14 +135,8 @@ class MegarlxLM(TemplateLM):
         mine = range(dp.rank, len(prompts), dp.size)
         asked = [Request(prompts[i], (i,), new) for i in mine]
         completions = engine.generate(asked, sampling, self.seed) if asked else []
-        every = gather_values([self._text(c, stops) for c in completions], dp)
+        texts = [
+            text_of(c.tokens.tolist(), sampling, self.words.decode_sampled) for c in completions
+        ]
+        every = gather_values(texts, dp)
         return [every[i % dp.size][i // dp.size] for i in range(len(prompts))]
-
-    def _text(self, completion: Completion, stops: Sequence[str]) -> str:
-        tokens = completion.tokens.tolist()
-        text = self.words.decode_sampled(
-            tokens[:-1] if completion.finish_reason == "stop" else tokens
-        )
-        for stop in stops:
-            text = text.split(stop)[0]
-        return text

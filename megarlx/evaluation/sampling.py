@@ -20,6 +20,7 @@ from megarlx.data.tokenizer import Tokenizer
 from megarlx.evaluation.questions import Question, SuiteError
 from megarlx.generation.engine import Engine
 from megarlx.generation.requests import Completion, Request, SamplingSettings
+from megarlx.generation.stop import text_of
 from megarlx.model.build import ParallelModel
 from megarlx.objectives.reward_process import RewardError
 from megarlx.objectives.rewards import Rewards
@@ -109,7 +110,7 @@ def sample_and_score(
             ]
             completions = engine.generate(requests, settings, seed) if requests else []
             samples = [
-                _sample(c, questions[part[at // suite.samples]], tokenizer, suite.stop_strings)
+                _sample(c, questions[part[at // suite.samples]], tokenizer, settings)
                 for at, c in enumerate(completions)
             ]
             scores = _scored(rewards, samples, model)
@@ -128,15 +129,12 @@ def sample_and_score(
 
 
 def _sample(
-    completion: Completion, question: Question, tokenizer: Tokenizer, stop_strings: Sequence[str]
+    completion: Completion, question: Question, tokenizer: Tokenizer, settings: SamplingSettings
 ) -> Sample:
     tokens = completion.tokens.tolist()
-    text = tokenizer.decode_sampled(tokens[:-1] if completion.finish_reason == "stop" else tokens)
-    if completion.finish_reason == "stop_string":
-        text = text[: min(at for stop in stop_strings if (at := text.find(stop)) >= 0)]
     return Sample(
         question.text,
-        text,
+        text_of(tokens, settings, tokenizer.decode_sampled),
         question.reference,
         question.metadata,
         completion.finish_reason,

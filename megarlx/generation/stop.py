@@ -1,10 +1,21 @@
-"""Stop strings, which may begin in one token and end in another."""
+"""What a completion says, and stop strings, which may begin in one token and end in another."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from megarlx.generation.requests import SamplingSettings
+
 Detokenize = Callable[[Sequence[int]], str]
+
+
+def text_of(tokens: Sequence[int], sampling: SamplingSettings, detokenize: Detokenize) -> str:
+    """The text of a completion or a turn, for rewards, environments and people alike: without the
+    token that ended it, and up to the first stop string."""
+    said = tokens[:-1] if len(tokens) and tokens[-1] in sampling.stop_tokens else tokens
+    text = detokenize(said)
+    ends = [at for stop in sampling.stop_strings if (at := text.find(stop)) >= 0]
+    return text[: min(ends, default=len(text))]
 
 
 class StopStrings:

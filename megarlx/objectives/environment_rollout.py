@@ -18,6 +18,7 @@ from megarlx.data.tokenizer import Tokenizer, TokenizerError
 from megarlx.generation.engine import Engine
 from megarlx.generation.episodes import TurnEnd, generate_episodes
 from megarlx.generation.requests import Request, SamplingSettings
+from megarlx.generation.stop import text_of
 from megarlx.objectives.environment_process import (
     Answer,
     BrokenEnvironment,
@@ -68,6 +69,7 @@ class EnvironmentRollout:
 
     def run(self, starts: Sequence[Start], sampling: SamplingSettings, seed: int) -> list[Episode]:
         """The episodes of all starts in their order, lost ones too."""
+        self.sampling = sampling
         self.records: dict[int, _Record] = {}
         self.broken: BrokenEnvironment | None = None
         prompts = self._shared(lambda: self._begin(starts))
@@ -135,7 +137,10 @@ class EnvironmentRollout:
 
     def _on_turns_end(self, ends: list[TurnEnd]) -> list[Sequence[int] | None]:
         assert self.pool is not None
-        actions = {end.sequence_id: self._action(end) for end in ends}
+        actions = {
+            end.sequence_id: text_of(end.tokens, self.sampling, self.tokenizer.decode_sampled)
+            for end in ends
+        }
         outcomes = self._stepped(self.pool, actions)
         answers: list[Sequence[int] | None]
         answers = [self._answer(end, actions, outcomes[end.sequence_id]) for end in ends]
@@ -152,10 +157,6 @@ class EnvironmentRollout:
             except BrokenEnvironment as error:
                 self.broken = error
         return {sequence_id: Failure("not_asked", str(self.broken)) for sequence_id in actions}
-
-    def _action(self, end: TurnEnd) -> str:
-        tokens = end.tokens[:-1] if end.tokens[-1] == self.tokenizer.eos_id else end.tokens
-        return self.tokenizer.decode_sampled(tokens)
 
     def _answer(self, end: TurnEnd, actions: dict[int, str], outcome: Outcome) -> list[int] | None:
         record = self.records[end.sequence_id]

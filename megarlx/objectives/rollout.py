@@ -23,6 +23,7 @@ from megarlx.data.prompts import Drawn, PromptData
 from megarlx.data.tokenizer import Tokenizer
 from megarlx.generation.engine import Engine
 from megarlx.generation.requests import Completion, Request, SamplingSettings
+from megarlx.generation.stop import text_of
 from megarlx.objectives.advantages import ADVANTAGES, uninformative
 from megarlx.objectives.exchange import gather_completions, gather_ragged
 from megarlx.objectives.policy_loss import Completions, overlong_penalty, select
@@ -279,10 +280,9 @@ class Sampler:
 
     def sample_of(self, drawn: Drawn, completion: Completion) -> Sample:
         tokens = completion.tokens.tolist()
-        said = tokens[:-1] if completion.finish_reason == "stop" else tokens
         return Sample(
             prompt=drawn.prompt.question,
-            completion=self.tokenizer.decode_sampled(said),
+            completion=text_of(tokens, self.sampling, self.tokenizer.decode_sampled),
             reference=drawn.prompt.answer,
             metadata=drawn.prompt.metadata,
             finish_reason=completion.finish_reason,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,82 +19,118 @@ from megarlx.model.transformer import Stage
 from megarlx.ops import sample
 from megarlx.ops.linear_token_loss import linear_token_loss
 from megarlx.ops.loss_spec import LossSpec
-from megarlx.ops.native import load
 from megarlx.parallel.data_parallel import DataParallel
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    pytest.mark.skipif(load().built_with["cuda"] is None, reason="built without CUDA"),
-]
-DEVICE = "cuda"
+pytestmark = pytest.mark.gpu
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 SPEC = LossSpec("ppo_clip", kl="k3", kl_coefficient=0.1, entropy_coefficient=0.1)
 
 
 def number(value: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.tensor(value, dtype=dtype, device=DEVICE)
+    return torch.tensor(value, dtype=dtype)
 
 
-def random(*shape: int) -> torch.Tensor:
-    return torch.rand(*shape, device=DEVICE)
+def check(card: Any, op: Any, *arguments: Any, **named: Any) -> None:
+    """opcheck of an op of megarlx on the card."""
+    moved = tuple(card.moved(list(arguments)))
+    torch.library.opcheck(op.default, moved, card.moved(named))
 
 
-@pytest.mark.parametrize("filtered", [False, True])
-def test_opcheck_of_sampling(filtered: bool) -> None:
+def check_sampling(card: Any) -> None:
     ops = torch.ops.megarlx
-    keys = torch.arange(12, device=DEVICE).view(6, 2)
-    seed, heat = torch.ones(1, dtype=torch.int64, device=DEVICE), random(1)
-    filters: tuple[Any, ...] = (None, None, None)
-    if filtered:
-        filters = (torch.full((1,), 5, device=DEVICE), random(1), 0.1 * random(1))
-    logits = random(6, 256)
-    torch.library.opcheck(ops.sample.default, (logits, seed, keys, heat, *filters, 250))
-    torch.library.opcheck(ops.sample_partials.default, (logits, seed, keys, heat, 128, 300))
-    partials = ops.sample_partials(logits, seed, keys, heat, 0, 256)[None]
-    torch.library.opcheck(ops.sample_combine.default, (partials, heat))
+    keys = torch.arange(12).view(6, 2)
+    seed, heat = torch.ones(1, dtype=torch.int64), torch.rand(1)
+    logits = torch.rand(6, 256)
+    filters = (torch.full((1,), 5), torch.rand(1), 0.1 * torch.rand(1))
+    for given in ((None, None, None), filters):
+        check(card, ops.sample, logits, seed, keys, heat, *given, 250)
+    check(card, ops.sample_partials, logits, seed, keys, heat, 128, 300)
+    moved = card.moved([logits, seed, keys, heat])
+    partials = ops.sample_partials(*moved, 0, 256)[None]
+    check(card, ops.sample_combine, partials, heat)
 
 
-@pytest.mark.parametrize("with_gradient", [True, False])
-def test_opcheck_of_the_token_losses(with_gradient: bool) -> None:
+def check_losses(card: Any) -> None:
     ops = torch.ops.megarlx
-    targets = torch.randint(0, 31, (9,), device=DEVICE)
-    mask = torch.arange(9, device=DEVICE) != 4
-    tokens = (mask, random(9), -random(9), -random(9), random(9))
-    logits = random(9, 32).requires_grad_(with_gradient)
-    arguments = (logits, targets, *tokens, number(3), number(0.9), 31, *SPEC.arguments)
-    torch.library.opcheck(ops.token_loss.default, (*arguments, with_gradient))
-    hidden = random(9, 16).requires_grad_(with_gradient)
-    weight = random(32, 16).requires_grad_(with_gradient)
-    arguments = (hidden, weight, targets, *tokens, number(3), number(0.9), 31, *SPEC.arguments)
-    torch.library.opcheck(ops.linear_token_loss.default, (*arguments, 4, True, with_gradient))
+    targets, mask = torch.randint(0, 31, (9,)), torch.arange(9) != 4
+    tokens = (targets, mask, torch.rand(9), -torch.rand(9), -torch.rand(9), torch.rand(9))
+    numbers = (number(3), number(0.9))
+    whole = (*tokens, *numbers, 31, *SPEC.arguments)
+    of_shard = (*tokens, *numbers, 0, 31, *SPEC.arguments)
+    logits, hidden, weight = torch.rand(9, 32), torch.rand(9, 16), torch.rand(32, 16)
+    for with_gradient in (True, False):
+
+        def leaf(tensor: torch.Tensor, needed: bool = with_gradient) -> torch.Tensor:
+            return card.moved(tensor).detach().requires_grad_(needed)
+
+        arguments = card.moved(list(whole))
+        torch.library.opcheck(ops.token_loss.default, (leaf(logits), *arguments, with_gradient))
+        torch.library.opcheck(
+            ops.linear_token_loss.default,
+            (leaf(hidden), leaf(weight), *arguments, 4, True, with_gradient),
+        )
+    into = torch.zeros(32, 16)
+    check(card, ops._linear_token_loss_, hidden, weight, *whole, 4, True, into)
+    place = (targets, mask, number(0.9), 0, 31)
+    check(card, ops.token_loss_partials, logits, *place)
+    partials = ops.token_loss_partials(*card.moved([logits, *place]))
+    results = (torch.empty(9), torch.empty(9), torch.empty(9, 8))
+    for with_gradient in (True, False):
+        check(card, ops.token_loss_finish, logits, partials, *of_shard, with_gradient)
+        gradient = torch.empty(9, 32) if with_gradient else None
+        check(card, ops._token_loss_rows_, logits, partials, *of_shard, gradient, *results)
+    check(card, ops._token_loss_sums, torch.rand(9, 8))
+    for factor in (1.0, 0.5):
+        check(card, ops._scale_gradient_, torch.rand(9, 32), number(factor))
 
 
-def test_opcheck_of_the_updates() -> None:
+def check_updates(card: Any) -> None:
     ops = torch.ops.megarlx
-    buffers = [[random(37) for _ in range(2)] for _ in range(3)]
-    two = torch.full((2,), 0.5, dtype=torch.float64, device=DEVICE)
-    others = {
-        "lrs": two,
-        "beta1s": [0.9, 0.9],
-        "beta2s": [0.95, 0.95],
-        "eps": [1e-8, 1e-8],
-        "weight_decays": two,
-        "steps": torch.zeros(2, dtype=torch.int64, device=DEVICE),
-        "clips": two,
-        "weights": two,
-        "found_inf": None,
-        "param_out": torch.empty(37, dtype=torch.bfloat16, device=DEVICE),
-    }
-    torch.library.opcheck(ops.average_adamw_.default, (random(37), *buffers), others)
-    weight = two[:1].clone()
-    wire = torch.empty(37, device=DEVICE)
-    torch.library.opcheck(ops.replica_average_pack.default, (random(37), weight, None, wire))
-    torch.library.opcheck(ops.replica_average_apply_.default, (random(37), random(37), True, None))
+    for dtype in (torch.float32, torch.float64):
+        buffers = [[torch.rand(37, dtype=dtype) for _ in range(2)] for _ in range(3)]
+        master = torch.rand(37, dtype=dtype)
+        two = torch.full((2,), 0.5, dtype=torch.float64)
+        one = two[:1].clone()
+        check(
+            card, ops.average_adamw_, master, *buffers,
+            lrs=two, beta1s=[0.9, 0.9], beta2s=[0.95, 0.95], eps=[1e-8, 1e-8], weight_decays=two,
+            steps=torch.zeros(2, dtype=torch.int64), clips=two, weights=two, found_inf=None,
+            param_out=torch.empty(37, dtype=torch.bfloat16),
+        )  # fmt: skip
+        check(
+            card, ops.adamw_update_, master, *(buffer[0] for buffer in buffers),
+            lr=one, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=one,
+            steps=torch.zeros(1, dtype=torch.int64), clip=one, found_inf=None,
+            delta=torch.empty(37, dtype=dtype),
+        )  # fmt: skip
+        wire = torch.zeros(37, dtype=torch.bfloat16)
+        check(card, ops.replica_average_pack, master, one, None, wire)
+        check(card, ops.replica_average_skip_, wire, torch.tensor([True]))
+        check(card, ops.replica_average_apply_, master, wire, True, None)
 
 
-def test_sampling_can_be_compiled() -> None:
-    logits, keys = random(4, 300), torch.arange(8, device=DEVICE).view(4, 2)
-    seed, heat = torch.ones(1, dtype=torch.int64, device=DEVICE), torch.ones(1, device=DEVICE)
+CHECKS = (check_sampling, check_losses, check_updates)
+
+
+@pytest.mark.parametrize("of", CHECKS)
+def test_opcheck(on_card: Any, of: Callable[[Any], None]) -> None:
+    of(on_card)
+
+
+def test_opcheck_covers_every_op_with_a_cuda_kernel() -> None:
+    registered: set[str] = set()
+    for path in CSRC.glob("*.cpp"):
+        text = path.read_text()
+        if "TORCH_LIBRARY_IMPL(megarlx, CUDA, m)" in text:
+            registered |= set(re.findall(r'm\.impl\("(\w+)"', text))
+    assert len(registered) > 12
+    checked = re.findall(r"ops\.(\w+)", "".join(inspect.getsource(of) for of in CHECKS))
+    assert registered - set(checked) <= {"philox", "gumbel"}  # CPU only, beside sample
+
+
+def test_sampling_can_be_compiled(on_card: Any) -> None:
+    logits, keys = on_card.moved([torch.rand(4, 300), torch.arange(8).view(4, 2)])
+    seed, heat = on_card.moved([torch.ones(1, dtype=torch.int64), torch.ones(1)])
 
     def drawn(x: torch.Tensor) -> torch.Tensor:
         return sample(x * 2, seed=seed, keys=keys, temperature=heat).token
@@ -99,6 +139,7 @@ def test_sampling_can_be_compiled() -> None:
     assert torch.equal(compiled(logits), drawn(logits))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_gradients_of_bf16_parameters_are_summed_in_preset_fp32_views() -> None:
     """Micro-batches add up in the flat fp32 buffer: no gradient is rounded to bf16 between them."""
     config = family_config(
@@ -111,13 +152,13 @@ def test_gradients_of_bf16_parameters_are_summed_in_preset_fp32_views() -> None:
         head_dim=64,
         intermediate_size=160,
     )
-    stage = Stage(config, dtype=torch.bfloat16, device=DEVICE).initialise_(0)
+    stage = Stage(config, dtype=torch.bfloat16, device="cuda").initialise_(0)
     parameters: dict[str, nn.Parameter] = dict(stage.named_parameters())
     flat = DataParallel(parameters, stage.layouts, Group.alone("dp"))
     views = {name: p.grad for name, p in parameters.items()}
-    flat.begin(torch.zeros(flat.layout.shard_size, device=DEVICE))
-    tokens = torch.randint(0, 203, (64,), device=DEVICE)
-    documents = Documents.of([40, 24], DEVICE)
+    flat.begin(torch.zeros(flat.layout.shard_size, device="cuda"))
+    tokens = torch.randint(0, 203, (64,), device="cuda")
+    documents = Documents.of([40, 24], "cuda")
 
     def loss(*given: Any, **more: Any) -> Any:
         return linear_token_loss(*given, spec=LossSpec(), normalizer=64.0, **more)

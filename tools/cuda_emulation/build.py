@@ -63,7 +63,7 @@ KINDS = {
             ("libasan.so", "libubsan.so", "libstdc++.so.6"),
             (
                 ("ASAN_OPTIONS", "detect_leaks=0:abort_on_error=0"),
-                ("UBSAN_OPTIONS", "print_stacktrace=1"),
+                ("UBSAN_OPTIONS", "print_stacktrace=1:halt_on_error=1"),
             ),
         ),
         Kind(
