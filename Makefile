@@ -3,6 +3,8 @@
 #   TORCH         torch's pin; TORCH_INDEX the package index to take it from (say, that of CPU builds)
 #   VENV          where the environment lives; EXTRAS which extras of megarlx come along
 #   PYTEST        further arguments for pytest
+#   OLDEST_TESTS     what test-oldest runs; OLDEST_PYTEST further arguments, say --share 0.2
+#   PREBUILT_PYTHON  for cuda-prebuilt: the Python of the machine that the native code is for
 PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= dev,data,hf,mpi
@@ -10,15 +12,20 @@ TORCH_INDEX ?=
 # With an NVIDIA driver: the torch that the tested pins of .[cuda] go with.
 TORCH ?= $(if $(shell command -v nvidia-smi),torch==2.11.0,torch==2.13.0)
 PYTEST ?=
+PREBUILT_PYTHON ?= python3.12
+OLDEST_TESTS ?= tests/distributed $(addprefix tests/unit/,ops parallel planning model generation)
+OLDEST_PYTEST ?=
+OLDEST := build/oldest
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
 NATIVE := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: help demo study test test-all test-instruction-sets check format bench cuda-check clean
+.PHONY: help demo study test test-all test-instruction-sets test-oldest check format bench \
+  cuda-check cuda-prebuilt clean
 help:
-	@echo "make demo | study | test | test-all | test-instruction-sets | check | format | bench | cuda-check | clean"
+	@echo "make demo | study | test | test-all | test-instruction-sets | test-oldest | check | format | bench | cuda-check | cuda-prebuilt | clean"
 
 # torch first: megarlx is compiled against the one that will run.
 $(INSTALLED): setup.py pyproject.toml
@@ -61,6 +68,17 @@ test-instruction-sets: $(BUILT)
 	  ATEN_CPU_CAPABILITY=$$isa $(RUN_TESTS) -q -m "not slow" tests/unit/ops $(PYTEST) || exit 1; \
 	done
 
+# The oldest torch that setup.py installs, which is the one beside an NVIDIA driver; it runs on a CPU.
+# The native code of one tree is built against one torch, so this is a copy of the tree.
+test-oldest: export MEGARLX_CUDA ?= 0
+test-oldest:
+	mkdir -p $(OLDEST)/tree
+	find $(OLDEST)/tree -name '*.py' -delete
+	git ls-files --cached --others --exclude-standard | tar --create --files-from - \
+	  | tar --extract --directory $(OLDEST)/tree
+	$(MAKE) --directory $(OLDEST)/tree VENV=../environment TORCH=torch==2.11.0 EXTRAS=dev,data,hf \
+	  PYTEST="$(OLDEST_TESTS) $(OLDEST_PYTEST)" test
+
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -81,6 +99,14 @@ bench: $(BUILT)
 
 cuda-check:
 	$(PYTHON) tools/cuda_check.py
+
+# The native code for another machine with a card, on this one without.
+cuda-prebuilt:
+	@$(PREBUILT_PYTHON) -c "" || { \
+	  echo "cuda-prebuilt: $(PREBUILT_PYTHON) does not run. Install CPython 3.12 (Debian: apt-get" \
+	    "install python3.12-venv python3.12-dev), or name yours: make cuda-prebuilt PREBUILT_PYTHON=…"; \
+	  exit 1; }
+	$(PREBUILT_PYTHON) tools/cuda_prebuilt.py
 
 clean:
 	rm -rf build $(VENV) megarlx/*.so megarlx/_build.json

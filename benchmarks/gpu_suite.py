@@ -1,256 +1,140 @@
-"""Everything that has to run on a GPU, in stages of at most eight minutes, in any order.
+"""Everything that has to run on a GPU, in pieces, in the order of what they are worth.
 
-    python benchmarks/gpu_suite.py --stage build|correct|ops|model|study [--out DIR] [--again]
+    python benchmarks/gpu_suite.py [--call N | --pieces WORD …] [--seconds N] [--out DIR] [--again]
     python benchmarks/gpu_suite.py --list
 
-A stage writes DIR/STAGE.json, .md and .log after every piece. Pieces that are done are not run
-again (--again: they are); one that the time left is too short for is written down as not run, and
-the same command goes on with it. `--device cpu` tries the code of every piece at tiny sizes.
+A word is a piece, a piece:seconds (its limit), or piece+piece:seconds (side by side). Without words
+every piece is run. After each piece DIR holds results.json, results.md and logs.tar.gz, whole. The
+same command again goes on with what is not done. `--device cpu` tries the code at tiny sizes.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
+import math
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from gpu.pieces import ROOT, Absent, Context, Failed, Piece, Result, environment, python, write_json
-from timing import cpu_name, number
-
-# In the order in which a machine that is lent for a short time is best used.
-STAGES = {
-    "build": ("gpu.build",),
-    "correct": ("gpu.correct",),
-    "ops": ("gpu.sampling", "gpu.losses", "gpu.updates"),
-    "model": ("gpu.training", "gpu.decoding"),
-    "study": ("gpu.study",),
-}
-BUDGET_SECONDS = 465.0
-# A piece that was started at the last moment may still use what is left; nothing uses more.
-OVERTIME = 2.0
+from gpu.order import CALLS, KNOWN, everything
+from gpu.pieces import ROOT, Result
+from gpu.runner import Runner, turns
+from timing import cpu_name
 
 
-def pieces_of(stage: str) -> list[Piece]:
-    return [piece for module in STAGES[stage] for piece in importlib.import_module(module).PIECES]
-
-
-def facts(device: torch.device) -> Result:
-    found: Result = {"device": str(device), "torch": torch.__version__, "cpu": cpu_name()}
-    if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name()
-        found["cuda"] = torch.version.cuda
-    git = shutil.which("git")
-    if git is not None:
-        done = subprocess.run(
-            [git, "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        )
-        found["revision"] = done.stdout.strip() or "unknown"
+def about(device: str) -> Result:
+    """The machine. This process does not touch CUDA: the driver's own program says which card."""
+    found: Result = {"device": device, "torch": torch.__version__, "cpu": cpu_name()}
+    if device == "cuda":
+        found["gpu"] = _first_line("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+    found["revision"] = _first_line("git", "-C", str(ROOT), "rev-parse", "HEAD")
     return found
 
 
-def run_pieces(
-    pieces: Sequence[Piece],
-    before: dict[str, Result],
-    start: Callable[[Piece, float], Result],
-    save: Callable[[list[Result]], None],
-    *,
-    budget_seconds: float,
-    clock: Callable[[], float] = time.monotonic,
-) -> list[Result]:
-    """Begins pieces while there is time; what is `before` and done stays. `save` after each."""
-    deadline = clock() + budget_seconds
-    found = {
-        piece.name: before.get(piece.name, {"name": piece.name, "status": "not run"})
-        for piece in pieces
-    }
-    for piece in pieces:
-        if found[piece.name]["status"] == "done":
-            continue
-        left = deadline - clock()
-        if left < piece.seconds:
-            reason = f"{max(left, 0):.0f} s left, it may need {piece.seconds:.0f} s"
-            if found[piece.name]["status"] == "not run":
-                found[piece.name]["reason"] = reason
-        else:
-            limit = min(left, OVERTIME * piece.seconds)
-            found[piece.name] = {"name": piece.name, **start(piece, limit)}
-        save(list(found.values()))
-    return list(found.values())
+def _first_line(*command: str) -> str:
+    if shutil.which(command[0]) is None:
+        return "unknown"
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.partition("\n")[0].strip() or "unknown"
 
 
-def in_a_process(
-    stage: str, options: argparse.Namespace, log: Path
-) -> Callable[[Piece, float], Result]:
-    def start(piece: Piece, limit: float) -> Result:
-        print(f"{stage} {piece.name}: begun, at most {limit:.0f} s", flush=True)
-        target = options.out / "pieces" / f"{stage}.{piece.name}.json"
-        target.unlink(missing_ok=True)
-        begun = time.monotonic()
-        words = ["--stage", stage, "--piece", piece.name, "--device", options.device]
-        words += ["--out", str(options.out), "--limit", str(limit), "--result", str(target)]
-        words += ["--small"] if options.small else []
-        with log.open("a") as file:
-            file.write(f"\n==== {stage} {piece.name}\n")
-            file.flush()
-            code = _logged(python(Path(__file__).resolve(), *words), limit, file)
-        seconds = round(time.monotonic() - begun, 1)
-        if target.exists():
-            result = {**json.loads(target.read_text()), "seconds": seconds}
-        elif code is None:
-            result = {"status": "timed out", "reason": f"ended after {limit:.0f} s"}
-        else:
-            result = {"status": "failed", "reason": f"the process ended with {code}; see {log}"}
-        result["seconds"] = seconds
-        print(f"{stage} {piece.name}: {result['status']}, {seconds} s", flush=True)
-        return result
-
-    return start
+def listed() -> str:
+    calls: dict[str, list[str]] = {name: [] for name in KNOWN}
+    for number, call in CALLS.items():
+        for turn in turns(call.words, KNOWN):
+            for piece in turn.pieces:
+                calls[piece.name].append(str(number))
+    lines = ["piece                    expected  calls"]
+    for turn in turns(everything(), KNOWN):
+        for piece in turn.pieces:
+            cpu = f"not on a CPU: {piece.needs}" if piece.needs else ""
+            numbers = ", ".join(calls[piece.name])
+            lines.append(f"{piece.name:<24} {piece.seconds:6.0f} s  {numbers:<8} {cpu}".rstrip())
+    return "\n".join(lines)
 
 
-def _logged(command: Sequence[str | Path], limit: float, file: Any) -> int | None:
-    process = subprocess.Popen(
-        [str(word) for word in command],
-        cwd=ROOT,
-        env=environment(),
-        stdout=file,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    try:
-        return process.wait(timeout=limit)
-    except subprocess.TimeoutExpired:
-        # The piece has its own deadline and ends its children before it; this is the last resort.
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        return None
-
-
-def run_piece(options: argparse.Namespace) -> int:
-    """The child: one piece, its result to a file."""
-    device = torch.device(options.device)
-    piece = next(p for p in pieces_of(options.stage) if p.name == options.piece)
-    # Nothing in it is kept; what comes back from a lent machine is `out`.
-    work = Path(tempfile.gettempdir()) / "megarlx-gpu-suite"
-    work.mkdir(parents=True, exist_ok=True)
-    # Less than the parent waits, so that a command of this piece is ended by the piece.
-    context = Context(device, options.small, work, time.monotonic() + 0.9 * options.limit)
-    result: Result
-    try:
-        result = {"status": "done", "result": piece.run(context)}
-        if options.small:  # a tiny size passes and misses nothing
-            for row in result["result"].get("rows", []):
-                row.pop("needed", None)
-                row.pop("met", None)
-    except Absent as absent:
-        result = {"status": "absent", "reason": str(absent)}
-    except Failed as failed:
-        result = {"status": "failed", "reason": str(failed), "result": failed.result}
-    except Exception as error:  # noqa: BLE001 - written down, and the status says so
-        traceback.print_exc()
-        result = {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:2000]}
-    write_json(options.result, result)
-    return 0 if result["status"] in ("done", "absent") else 1
-
-
-def table(found: list[Result], about: Result) -> str:
-    """The stage as Markdown: its rows with their gates, and what did not come to an end."""
-    lines = [f"- {name}: {value}" for name, value in about.items()]
-    lines += ["", "| piece | status | seconds | reason |", "|---|---|---|---|"]
-    lines += [
-        f"| {p['name']} | {p['status']} | {p.get('seconds', '')} | {_line(p.get('reason', ''))} |"
-        for p in found
-    ]
-    rows = [row for p in found for row in (p.get("result") or {}).get("rows", [])]
-    if rows:
-        lines += ["", "| name | size | ours | baseline | | unit | ratio | needed | |"]
-        lines += ["|---|---|---|---|---|---|---|---|---|"]
-    for row in rows:
-        gate = "" if "met" not in row else ("met" if row["met"] else "missed")
-        cells = [row[k] for k in ("name", "size", "ours", "baseline", "baseline_name", "unit")]
-        cells += [row["ratio"], row.get("needed", ""), gate]
-        lines.append("| " + " | ".join(number(cell) for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _line(text: object) -> str:
-    return str(text).replace("\n", " ").replace("|", "/")[:300]
-
-
-def run_stage(options: argparse.Namespace) -> int:
-    stage, out = options.stage, options.out
-    device = torch.device(options.device)
-    path, log = out / f"{stage}.json", out / f"{stage}.log"
-    out.mkdir(parents=True, exist_ok=True)
-    about = facts(device)
-    about["command"] = " ".join(["python", "benchmarks/gpu_suite.py", *sys.argv[1:]])
-    pieces = [p for p in pieces_of(stage) if not options.only or p.name in options.only]
-    names = {piece.name for piece in pieces}
-    kept: dict[str, Result] = {}
-    if path.exists():
-        held = json.loads(path.read_text())
-        if held["machine"].get("gpu") == about.get("gpu"):
-            kept = {piece["name"]: piece for piece in held["pieces"]}
-    others = [piece for name, piece in kept.items() if name not in names]
-    before = {} if options.again else kept
-
-    def save(found: list[Result]) -> None:
-        write_json(path, {"stage": stage, "machine": about, "pieces": found})
-        (out / f"{stage}.md").write_text(table(found, about))
-
-    found = run_pieces(
-        pieces,
-        before,
-        in_a_process(stage, options, log),
-        lambda found: save([*others, *found]),
-        budget_seconds=options.seconds,
+    what = found.add_mutually_exclusive_group()
+    what.add_argument("--call", type=int, choices=list(CALLS), help="a list made for some minutes")
+    what.add_argument("--pieces", nargs="+", metavar="WORD")
+    what.add_argument("--list", action="store_true", help="print the pieces and run nothing")
+    found.add_argument("--seconds", type=float, help="for all; of --call: its own, else no limit")
+    found.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    found.add_argument("--small", action="store_true", help="tiny sizes; on a CPU always")
+    found.add_argument("--again", action="store_true", help="also what is done")
+    found.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu_suite", metavar="DIR")
+    found.add_argument(
+        "--inject",
+        nargs="+",
+        default=[],
+        metavar="fail:PIECE",
+        help="for the test of this program: fail:PIECE raises in it, hang:PIECE never ends",
     )
-    print(table(found, about))
-    return 0 if all(piece["status"] in ("done", "absent") for piece in found) else 1
+    return found
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--stage", choices=list(STAGES))
-    parser.add_argument("--list", action="store_true", help="print the pieces and run nothing")
-    parser.add_argument("--only", nargs="+", metavar="PIECE", help="of the stage, these alone")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "h100")
-    parser.add_argument("--seconds", type=float, default=BUDGET_SECONDS, help="of the stage")
-    parser.add_argument("--again", action="store_true", help="also what is done")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--small", action="store_true", help="tiny sizes; on a CPU always")
-    for name, kind in (("--piece", str), ("--limit", float), ("--result", Path)):
-        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    begun = time.monotonic()
+    options = parser().parse_args()
     if options.list:
-        for stage in [options.stage] if options.stage else STAGES:
-            for piece in pieces_of(stage):
-                print(f"{stage:<8} {piece.name:<28} up to {piece.seconds:.0f} s")
+        print(listed())
         return 0
-    if options.stage is None:
-        parser.error("--stage is missing; --list shows what there is")
-    known = [piece.name for piece in pieces_of(options.stage)]
-    if unknown := sorted(set(options.only or []) - set(known)):
-        parser.error(f"--only names {', '.join(unknown)}; {options.stage} has {', '.join(known)}")
+    words, seconds = options.pieces or everything(), math.inf
+    if options.call is not None:
+        words, seconds = CALLS[options.call].words, CALLS[options.call].seconds
+    injected = {name: what for what, _, name in (word.partition(":") for word in options.inject)}
+    if not (injected.keys() <= KNOWN.keys() and set(injected.values()) <= {"fail", "hang"}):
+        parser().error(f"--inject is {' '.join(options.inject)}; allowed: fail:PIECE, hang:PIECE")
+    try:
+        wanted = turns(words, KNOWN)
+    except ValueError as error:
+        parser().error(str(error))
+    # Asking the driver's library, and not CUDA, which would spoil what is forked from here.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("torch sees no GPU; --device cpu tries the code at tiny sizes")
-    options.small = options.small or options.device == "cpu"
-    options.out = options.out.resolve()
-    return run_piece(options) if options.piece else run_stage(options)
+        parser().error("torch sees no GPU; --device cpu tries the code at tiny sizes")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the pieces first
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    machine = about(options.device)
+    machine["command"] = " ".join(["python", "benchmarks/gpu_suite.py", *sys.argv[1:]])
+    with tempfile.TemporaryDirectory(prefix="megarlx-gpu-suite-") as work:
+        runner = Runner(
+            torch.device(options.device),
+            options.small or options.device == "cpu",
+            out,
+            Path(work),
+            machine,
+            injected=injected,
+            results={} if options.again else kept(out / "results.json", machine),
+        )
+        left = (options.seconds or seconds) - (time.monotonic() - begun)
+        well = runner.run(wanted, left)
+    statuses = [result["status"] for result in runner.results.values()]
+    counts = {status: statuses.count(status) for status in sorted(set(statuses))}
+    runner.screen.tell(f"{counts}; {time.monotonic() - begun:.0f} s; {out / 'logs.tar.gz'}")
+    return 0 if well else 1
+
+
+def kept(path: Path, machine: Result) -> dict[str, Result]:
+    """Results of the same card and revision."""
+    if not path.exists():
+        return {}
+    held = json.loads(path.read_text())
+    same = all(
+        held["machine"].get(key) == machine.get(key) for key in ("device", "gpu", "revision")
+    )
+    return {piece["name"]: piece for piece in held["pieces"]} if same else {}
 
 
 if __name__ == "__main__":

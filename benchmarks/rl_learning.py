@@ -42,6 +42,7 @@ from megarlx.trainer import TrainedObjective, Trainer, TrainingStage
 
 FORMATS = ("#### {}", "= {}", "is {}", "so {}", "answer {}", "result {}", "{}", "says {} !")
 SAMPLES = 32  # of each held-out question
+TEMPLATE = Template("question : {content} answer :")
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def model_of(task: Task, seed: int) -> ParallelModel:
 def train_start(task: Task, steps: int, seed: int, folder: Path) -> Path:
     """The checkpoint that RL starts from."""
     data = ConversationData(
-        task.conversations, Template(), task.tokenizer, 64, seed, demonstrations="all"
+        task.conversations, TEMPLATE, task.tokenizer, 64, seed, demonstrations="all"
     )
     loader = Loader(data, BatchLayout(32, 32), prefetch_steps=0)
     peak, warmup = 5e-3, 20
@@ -114,7 +115,7 @@ def train_start(task: Task, steps: int, seed: int, folder: Path) -> Path:
 def reinforcement(task: Task, model: ParallelModel, config: RlConfig, seed: int) -> Reinforcement:
     tokenizer = task.tokenizer
     engine = Engine.of(model, slots=config.slots, longest=32)
-    prompts = PromptData(task.prompts(held_out=False), Template(), tokenizer, seed)
+    prompts = PromptData(task.prompts(held_out=False), TEMPLATE, tokenizer, seed)
     sampler = Sampler(
         config, lambda: engine, prompts, tokenizer, Rewards(config.rewards), model.mesh, seed
     )
@@ -125,7 +126,7 @@ def pass_at_1(task: Task, objective: Reinforcement, seed: int) -> float:
     """On the held-out questions, by the objective's own engine and rewards."""
     sampler, tokenizer = objective.sampler, task.tokenizer
     assert isinstance(sampler, Sampler)
-    questions = PromptData(task.prompts(held_out=True), Template(), tokenizer, seed)
+    questions = PromptData(task.prompts(held_out=True), TEMPLATE, tokenizer, seed)
     drawn = questions.take(len(questions.prompts))
     requests = [
         Request(one.ids, range(one.number * SAMPLES, (one.number + 1) * SAMPLES), 8)

@@ -49,11 +49,8 @@ void check_buffer(const char* op, const std::string& name, const at::Tensor& ten
 
 // The buffer that the others are compared with.
 void check_first(const char* op, const char* name, const at::Tensor& tensor) {
-  const bool cuda = tensor.is_cuda();
-  const bool fits =
-      tensor.scalar_type() == at::kFloat || (!cuda && tensor.scalar_type() == at::kDouble);
-  MEGARLX_CHECK(op, fits, std::string(name) + ".dtype", tensor.scalar_type(),
-                cuda ? "Float" : "Float or Double");
+  const bool fits = tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble;
+  MEGARLX_CHECK(op, fits, std::string(name) + ".dtype", tensor.scalar_type(), "Float or Double");
   MEGARLX_CHECK(op, tensor.is_contiguous(), std::string(name) + ".stride", tensor.strides(),
                 "contiguous");
 }
@@ -97,11 +94,10 @@ void run_adamw(const char* op, const AdamWArgs& args, const at::Tensor& master) 
 #ifdef MEGARLX_CUDA
   if (master.is_cuda()) {
     const cuda::OnDevice on(master.device());
-    const auto bytes = static_cast<std::int64_t>(sizeof(AdamWCoefficients<float>));
-    at::Tensor coefficients =
+    const auto bytes = static_cast<std::int64_t>(sizeof(AdamWCoefficients<double>));
+    const at::Tensor coefficients =
         at::empty({bytes * args.objectives}, master.options().dtype(at::kByte));
-    cuda::average_adamw(args, reinterpret_cast<AdamWCoefficients<float>*>(coefficients.data_ptr()),
-                        on.stream());
+    cuda::average_adamw(args, coefficients.mutable_data_ptr(), on.stream());
     on.check(op);
     return;
   }

@@ -52,6 +52,9 @@ TORCH_LIBRARY(megarlx, m) {
          "int vocab_start, int vocab_size, " + spec +
          "Tensor(b!)? gradient, Tensor(c!) logprobs, Tensor(d!) entropy, Tensor(e!) fields) -> ()");
   define("_token_loss_sums(Tensor fields) -> (Tensor loss, Tensor metrics)");
+  // Private: backward of the losses, and whether the graph it runs in is kept for another one.
+  define("_scale_gradient_(Tensor(a!) gradient, Tensor factor) -> ()");
+  define("_graph_is_kept() -> bool");
 
   // averaging
   m.def(

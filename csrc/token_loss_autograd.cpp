@@ -18,6 +18,11 @@ using OptionalTensor = std::optional<Tensor>;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
+// Neither the tensor nor its memory.
+bool nobody_else_has(const Tensor& tensor) {
+  return tensor.use_count() == 1 && tensor.storage().use_count() == 1;
+}
+
 Tensor take_scaled(const char* op, AutogradContext* context, const char* name,
                    const Tensor& upstream) {
   if (!upstream.defined()) return Tensor();
@@ -33,9 +38,15 @@ Tensor take_scaled(const char* op, AutogradContext* context, const char* name,
     context->saved_data[name] = Tensor();
   }
   if (upstream.is_cpu() && upstream.item<double>() == 1) return gradient;
-  const Tensor factor = upstream.to(gradient.scalar_type());
-  return gradient.use_count() == 1 ? gradient.mul_(factor) : gradient * factor;
+  if (!nobody_else_has(gradient)) return gradient * upstream.to(gradient.scalar_type());
+  static const auto scale = c10::Dispatcher::singleton()
+                                .findSchemaOrThrow("megarlx::_scale_gradient_", "")
+                                .typed<void(const Tensor&, const Tensor&)>();
+  scale.call(gradient, upstream);
+  return gradient;
 }
+
+bool graph_is_kept() { return torch::autograd::get_current_graph_task_keep_graph(); }
 
 using TokenLossOp = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
     const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
@@ -57,8 +68,9 @@ struct TokenLoss : torch::autograd::Function<TokenLoss> {
                                .findSchemaOrThrow("megarlx::token_loss", "")
                                .typed<TokenLossOp>();
     auto [loss, logprobs, entropy, metrics, gradient] = op.call(logits, arguments...);
-    context->mark_non_differentiable({logprobs, entropy, metrics, gradient});
     context->saved_data["gradient"] = gradient;
+    gradient = at::alias(gradient);  // Python's object of a tensor holds it: see nobody_else_has
+    context->mark_non_differentiable({logprobs, entropy, metrics, gradient});
     context->set_materialize_grads(false);  // else zeros as large as each gradient are made
     context->saved_data["arguments"] = static_cast<int64_t>(sizeof...(arguments));
     return {loss, logprobs, entropy, metrics, gradient};
@@ -81,9 +93,11 @@ struct LinearTokenLoss : torch::autograd::Function<LinearTokenLoss> {
                                .typed<LinearTokenLossOp>();
     auto [loss, logprobs, entropy, metrics, grad_hidden, grad_weight] =
         op.call(hidden, weight, arguments...);
-    context->mark_non_differentiable({logprobs, entropy, metrics, grad_hidden, grad_weight});
     context->saved_data["grad_hidden"] = grad_hidden;
     context->saved_data["grad_weight"] = grad_weight;
+    grad_hidden = at::alias(grad_hidden);
+    grad_weight = at::alias(grad_weight);
+    context->mark_non_differentiable({logprobs, entropy, metrics, grad_hidden, grad_weight});
     context->set_materialize_grads(false);  // else zeros as large as each gradient are made
     context->saved_data["arguments"] = static_cast<int64_t>(sizeof...(arguments));
     return {loss, logprobs, entropy, metrics, grad_hidden, grad_weight};
@@ -133,6 +147,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_token_loss(
 TORCH_LIBRARY_IMPL(megarlx, Autograd, m) {
   m.impl("token_loss", token_loss);
   m.impl("linear_token_loss", linear_token_loss);
+}
+TORCH_LIBRARY_IMPL(megarlx, CompositeExplicitAutograd, m) {
+  m.impl("_graph_is_kept", graph_is_kept);
 }
 
 }  // namespace

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megarlx.comm.collectives import all_reduce_
 from megarlx.ops.averaging import adamw_update_, average_adamw_, replica_average_
-from megarlx.optimizer_state import SHARED, AdamSettings, OptimizerState
+from megarlx.optimizer_state import EMBEDDING, SHARED, AdamSettings, Kind, OptimizerState
 
 __all__ = ["SHARED", "AdamSettings", "AveragingAdamW", "StepReport"]
 
@@ -162,7 +162,7 @@ class AveragingAdamW(OptimizerState):
         clip = self._clips([name], norms)
         before = self.steps[at : at + 1]
         steps = before
-        for part, decays in self._parts():
+        for part, kind in self._parts():
             steps = before.clone()
             adamw_update_(
                 self.master[part],
@@ -172,7 +172,7 @@ class AveragingAdamW(OptimizerState):
                 lr=learning_rates[name],
                 betas=settings.betas,
                 eps=settings.eps,
-                weight_decay=settings.weight_decay if decays else 0.0,
+                weight_decay=settings.decay_of(kind),
                 steps=steps,
                 clip=clip,
                 found_inf=found_inf,
@@ -205,12 +205,19 @@ class AveragingAdamW(OptimizerState):
             else:
                 self.master.add_(way, alpha=shares[name])
 
-    def _parts(self) -> Iterator[tuple[slice, bool]]:
-        """The parts of the shard with weight decay and without; empty ones are left out."""
+    def _parts(self) -> Iterator[tuple[slice, Kind]]:
+        """The parts of the shard that decay alike; empty ones are left out."""
         border = self.data_parallel.layout.decayed_shard_size
-        for low, high, decays in ((0, border, True), (border, self.master.numel(), False)):
+        apart = not all(one.decay_embeddings for one in self.settings.values())
+        bounds: list[tuple[int, int, Kind]] = []
+        at = 0
+        for low, high in self.data_parallel.ranges_of(EMBEDDING) if apart else ():
+            bounds += [(at, low, "matrices"), (low, high, "embedding")]
+            at = high
+        bounds += [(at, border, "matrices"), (border, self.master.numel(), "vectors")]
+        for low, high, kind in bounds:
             if low < high:
-                yield slice(low, high), decays
+                yield slice(low, high), kind
 
     def _clips(self, names: Sequence[str], norms: Tensor) -> Tensor:
         limits = [self.settings[n].clip_norm or float("inf") for n in names]
@@ -244,10 +251,10 @@ class AveragingAdamW(OptimizerState):
         index = self.place_of(owners)
         before = self.steps[index]
         steps = before
-        for part, decays in self._parts():
-            # Both parts are the same step: each call advances a copy of the same counts.
+        for part, kind in self._parts():
+            # All parts are the same step: each call advances a copy of the same counts.
             steps = before.clone()
-            decay = [self.settings[n].weight_decay if decays else 0.0 for n in names]
+            decay = [self.settings[n].decay_of(kind) for n in names]
             average_adamw_(
                 master[part],
                 [self.gradients[n][part] for n in names],

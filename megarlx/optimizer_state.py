@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from megarlx.comm.collectives import all_reduce_, broadcast_
 from megarlx.comm.groups import Group
 from megarlx.parallel.data_parallel import DataParallel
 
+EMBEDDING = "embedding.weight"
+Kind = Literal["matrices", "embedding", "vectors"]  # of parameters, by their weight decay
 SHARED = "shared"  # whose the moments are where all objectives have the same ones
 
 
@@ -28,7 +30,13 @@ class AdamSettings:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
+    decay_embeddings: bool = True
     clip_norm: float | None = 1.0
+
+    def decay_of(self, kind: Kind) -> float:
+        if kind == "vectors" or (kind == "embedding" and not self.decay_embeddings):
+            return 0.0
+        return self.weight_decay
 
 
 class OptimizerState:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megarlx.averaging import Shares
+from megarlx.config.timeline import StageTimes
 from megarlx.objectives.interface import Objective
 from megarlx.optimizer import AdamSettings
 
@@ -44,9 +45,16 @@ class TrainingStage:
         if len(self.members) != len(objectives):
             names = [trained.objective.name for trained in objectives]
             raise ValueError(f"objectives need different names; given: {', '.join(names)}")
-        self.steps, self.combine, self.shared_moments = steps, combine, shared_moments
+        self.times = StageTimes(
+            {name: trained.turns for name, trained in self.members.items()},
+            steps,
+            combine == "alternate",
+            sync_every,
+            frozenset(name for name, trained in self.members.items() if trained.goes_on),
+        )
+        self.combine, self.shared_moments = combine, shared_moments
         self.shares = shares
-        self.in_replicas, self.sync_every = placement == "replicas", sync_every
+        self.in_replicas = placement == "replicas"
         self.helps = self.in_replicas and generate_together and sync_every == 1
         local = self.in_replicas or sync_every > 1
         if local and combine != "average":
@@ -61,28 +69,9 @@ class TrainingStage:
             )
         self._first_losses: dict[str, float] = {}
 
-    @property
-    def going_on(self) -> set[str]:
-        return {name for name, trained in self.members.items() if trained.goes_on}
-
-    def objectives_at(self, step: int) -> list[str]:
-        """Those that are trained at a step of the stage, counted from 0."""
-        if self.combine != "alternate":
-            return list(self.members)
-        turn = step % sum(trained.turns for trained in self.members.values())
-        for name, trained in self.members.items():
-            if turn < trained.turns:
-                return [name]
-            turn -= trained.turns
-        raise AssertionError("turns add up to less than their sum")
-
     def shares_at(self, step: int) -> dict[str, float] | None:
         """None: equal shares of those that are trained."""
         return None if self.shares is None or self.combine != "average" else self.shares.at(step)
-
-    def averages_at(self, step: int) -> bool:
-        """Whether the updates are averaged at the end of a step; the last one always does."""
-        return (step + 1) % self.sync_every == 0 or step + 1 == self.steps
 
     @property
     def adapts(self) -> bool:

@@ -24,6 +24,7 @@ from megarlx.checkpoint import (
 )
 from megarlx.comm.collectives import all_reduce_, barrier, gather_values
 from megarlx.comm.groups import Group
+from megarlx.config.timeline import Timeline
 from megarlx.model.build import ParallelModel
 from megarlx.objectives.interface import Objective, Work
 from megarlx.optimizer import SHARED, AveragingAdamW, StepReport
@@ -38,6 +39,7 @@ class Trainer:
     def __init__(self, model: ParallelModel, stages: Sequence[TrainingStage]) -> None:
         self.model, self.mesh = model, model.mesh
         self.stages = list(stages)
+        self.timeline = Timeline([stage.times for stage in stages])
         self.steps_done = 0
         self.objectives: dict[str, Objective] = {}
         for stage in stages:
@@ -65,14 +67,14 @@ class Trainer:
 
     @property
     def step_in_stage(self) -> int:
-        return self.steps_done - self._begin_of(self.stage_index)
+        return self.steps_done - self.timeline.begin_of(self.stage_index)
 
     def step(self) -> tuple[dict[str, Tensor], StepReport]:
         """One step; the losses are on the last pipeline stage's ranks, elsewhere zero."""
         self.mesh.traffic.step = self.steps_done
         self._enter_next_stage()
         stage, at = self.stage, self.step_in_stage
-        active, average = stage.objectives_at(at), stage.averages_at(at)
+        active, average = stage.times.trained_at(at), stage.times.averages_at(at)
         if stage.helps:
             for name in active:
                 self.objectives[name].prepare()
@@ -206,16 +208,13 @@ class Trainer:
     def in_sync(self) -> bool:
         """Whether the steps done end with an average: only then is there one set of weights."""
         at = self.step_in_stage
-        return at == 0 or self.stage.averages_at(at - 1)
+        return at == 0 or self.stage.times.averages_at(at - 1)
 
     # From stage to stage.
 
-    def _begin_of(self, index: int) -> int:
-        return sum(stage.steps or 0 for stage in self.stages[:index])
-
     def _enter_next_stage(self) -> None:
         """A checkpoint between two stages is the end of the first: this happens on the way in."""
-        steps = self.stage.steps
+        steps = self.stage.times.steps
         if steps is None or self.step_in_stage < steps:
             return
         if self.stage_index + 1 == len(self.stages):
@@ -232,26 +231,18 @@ class Trainer:
                 self.positions[name] = 0
                 self.objectives[name].load_state(self._untouched[name])
         self.optimizer = self._optimizer_of(self.stage_index)
-        going_on = self.stage.going_on | self._kept_for_later(self.stage_index)
-        if self.stage.shared_moments and self.stage.going_on:
+        here = self.stage.times.going_on
+        going_on = {*here, *self.timeline.waiting(self.stage_index)}
+        if self.stage.shared_moments and here:
             going_on.add(SHARED)
         self.optimizer.take_masters(before)
         for name in sorted(going_on & set(before.all_owners) & set(self.optimizer.all_owners)):
             self.optimizer.take_moments(before, name)
 
-    def _kept_for_later(self, index: int) -> set[str]:
-        """Objectives that a later stage goes on with: their moments wait in this one."""
-        kept: set[str] = set()
-        decided = set(self.stages[index].members)
-        for stage in self.stages[index + 1 :]:
-            kept |= stage.going_on - decided
-            decided |= set(stage.members)
-        return kept
-
     def _optimizer_of(self, index: int) -> AveragingAdamW:
         stage = self.stages[index]
         self._deal(stage)
-        waiting = sorted(self._kept_for_later(index))
+        waiting = sorted(self.timeline.waiting(index))
         data_parallel = self.model.data_parallel
         goes_on = {name: trained.goes_on for name, trained in stage.members.items()}
         frozen: dict[str, Tensor] = {}
@@ -267,7 +258,7 @@ class Trainer:
             waiting=waiting,
             frozen=frozen,
             replicas=self.mesh.replica if stage.in_replicas else None,
-            local_steps=stage.sync_every > 1,
+            local_steps=stage.times.sync_every > 1,
         )
 
     # Checkpoints.
@@ -277,7 +268,7 @@ class Trainer:
         if not self.in_sync:
             raise ValueError(
                 f"checkpoint: step {self.steps_done} is {self.step_in_stage} steps into its stage, "
-                f"between two averages; allowed are multiples of {self.stage.sync_every}"
+                f"between two averages; allowed are multiples of {self.stage.times.sync_every}"
             )
         self.share_counts()
         state = {
@@ -315,14 +306,9 @@ class Trainer:
         self.steps_done = steps
         return loaded
 
-    @property
-    def from_parent(self) -> list[str]:
-        """Objectives that go on with what only another run can have left."""
-        return sorted(self.stages[0].going_on | self._kept_for_later(0))
-
     def start_from(self, checkpoint: Path) -> Loaded:
         """An excursion's start: the weights, and what its objectives go on with, no more."""
-        going_on = self.from_parent
+        going_on = sorted(self.timeline.from_before)
         manifest = read_manifest(checkpoint)
         held = {name.split("/")[1] for name in manifest.tensors if name.startswith(OPTIMIZER)}
         if missing := [name for name in going_on if name not in held]:

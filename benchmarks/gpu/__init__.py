@@ -1,1 +1,1 @@
-"""The pieces of gpu_suite.py, one module a stage or a part of one."""
+"""The pieces of gpu_suite.py by what they look at, their order, and what runs them."""

@@ -1,4 +1,4 @@
-"""Stage correct: the tests that need a GPU, the sanitizer, and whole runs on one GPU."""
+"""The tests that need a GPU, the sanitizer, and whole runs on one GPU."""
 
 from __future__ import annotations
 
@@ -8,13 +8,29 @@ import shutil
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from gpu.pieces import ROOT, Absent, Context, Failed, Piece, Result, call, environment, python
+from gpu.pieces import (
+    ROOT,
+    Absent,
+    Context,
+    Failed,
+    Piece,
+    Result,
+    call,
+    environment,
+    note,
+    python,
+    there,
+)
 from megarlx.metrics import read_metrics
 
 # Where megarlx finds the reward of the RL branches.
 REWARDS = {"PYTHONPATH": os.pathsep.join((str(ROOT / "benchmarks"), environment()["PYTHONPATH"]))}
-TESTS = sorted(path.name for path in (ROOT / "tests" / "gpu").glob("test_*.py"))
-SECONDS = {"test_token_loss_cuda.py": 150.0, "test_layouts_on_one_gpu.py": 200.0}
+# What is not named here is a test of ops.
+TESTS = {
+    "layouts": ("test_layouts_on_one_gpu.py",),
+    "model": ("test_model_on_cuda.py", "test_generation_on_cuda.py"),
+}
+WORKERS = {"ops": 8, "layouts": 2, "model": 4}  # a layout has up to eight processes of its own
 # The largest gap to the loss curve of fp32 on the CPU, relative.
 BF16_BAND, FP32_BAND = 0.05, 0.01
 
@@ -63,50 +79,62 @@ group_size = 8
 """
 
 
-def tests(name: str, context: Context) -> Result:
-    report = context.work / f"{Path(name).stem}.xml"
+def files_of(group: str) -> list[str]:
+    named = {name for names in TESTS.values() for name in names}
+    found = {path.name for path in (ROOT / "tests" / "gpu").glob("test_*.py")}
+    if missing := sorted(named - found):
+        raise Failed(f"tests/gpu has no {', '.join(missing)}", {})
+    return sorted(found - named) if group == "ops" else list(TESTS[group])
+
+
+def tests(context: Context, group: str) -> Result:
+    report = context.work / f"tests-{group}.xml"
     report.unlink(missing_ok=True)
-    command = python("-m", "pytest", "-q", f"tests/gpu/{name}", f"--junitxml={report}")
+    command = python("-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider")
+    command += [f"tests/gpu/{name}" for name in files_of(group)] + [f"--junitxml={report}"]
+    if there("xdist") and context.device.type == "cuda":
+        command += ["--numprocesses", str(WORKERS[group])]
     code, output = call(command, context.seconds_left())
     if not report.exists():
         raise Failed(f"pytest ended with {code} and left no report", {"tail": output[-3000:]})
     found: Result = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0}
     wrong, why = [], set()
-    for suite in ElementTree.parse(report).getroot().iter("testsuite"):
+    root = ElementTree.parse(report).getroot()
+    for suite in root.iter("testsuite"):
         for key in found:
             found[key] += int(suite.get(key, 0))
-    for case in ElementTree.parse(report).getroot().iter("testcase"):
+    for case in root.iter("testcase"):
         if case.find("failure") is not None or case.find("error") is not None:
             wrong.append(f"{case.get('name')}")
         skipped = case.find("skipped")
         if skipped is not None:
             why.add(str(skipped.get("message")))
     found |= {"failed": wrong, "skipped_because": sorted(why)}
+    passed = found["tests"] - found["skipped"] - len(wrong)
+    note(f"{group}: {passed} passed, {len(wrong)} failed, {found['skipped']} skipped {sorted(why)}")
+    for name in wrong:
+        note(f"failed: {name}")
     if wrong or code not in (0, 5):
         raise Failed(f"pytest ended with {code}: {len(wrong)} of {found['tests']} failed", found)
-    if found["tests"] == found["skipped"]:
-        if context.device.type == "cuda":
-            raise Failed("every test was skipped", found)
-        raise Absent("without a GPU every test is skipped")
+    if not passed and context.device.type == "cuda":
+        raise Failed("every test was skipped", found)
     return found
 
 
-def sanitizer(tool: str, context: Context) -> Result:
-    script = ROOT / "benchmarks" / "gpu" / "kernels_once.py"
+def sanitizer(context: Context, tool: str) -> Result:
     program = shutil.which("compute-sanitizer")
-    if context.device.type == "cpu":  # the program alone
-        command = python(script, "cpu")
-    elif program is None:
+    if program is None:
         raise Absent("compute-sanitizer is not on PATH")
-    else:
-        options = ["--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
-        command = [program, *options, *python(script, "cuda")]
+    options = ["--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
+    script = ROOT / "benchmarks" / "gpu" / "kernels_once.py"
     # Every tensor an allocation of its own: a read behind its end is then an error to see.
     variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"}
+    command = [program, *options, *python(script, "cuda")]
     code, output = call(command, context.seconds_left(), variables=variables)
     tail = output[-3000:].splitlines()
     if code != 0:
         raise Failed(f"{tool} ended with {code}", {"output": tail})
+    note(f"{tool}: {' '.join(line for line in tail if 'SUMMARY' in line or 'ran ' in line)}")
     return {"output": tail}
 
 
@@ -157,6 +185,8 @@ def whole_runs(context: Context) -> Result:
         found[f"largest gap, {name}"] = max(gaps.values())
         if max(gaps.values()) > bands.get(name, BF16_BAND):
             apart.append(name)
+    gaps_found = {k: f"{v:.2%}" for k, v in found.items() if k.startswith("largest gap")}
+    note(f"whole runs, against fp32 on the CPU: {gaps_found}")
     if apart:
         raise Failed(f"loss curves outside their band: {', '.join(apart)}", found)
     recipes = ROOT / "configs" / "recipes"
@@ -187,15 +217,17 @@ def whole_runs(context: Context) -> Result:
     found["evaluated"] = [p.name for p in sorted((folder / "rl" / "evaluations").glob("*.json"))]
     if not found["evaluated"]:
         raise Failed("the evaluation left no file", found)
+    note(f"rl, sft, parallel and evaluate ended well: {found['evaluated']}")
     return found
 
 
 PIECES = [
-    *(
-        Piece(f"tests-{Path(t).stem}", SECONDS.get(t, 90.0), functools.partial(tests, t))
-        for t in TESTS
+    Piece("tests-ops", 35, functools.partial(tests, group="ops")),
+    Piece("tests-layouts", 60, functools.partial(tests, group="layouts")),
+    Piece("tests-model", 35, functools.partial(tests, group="model")),
+    Piece("whole_runs", 140, whole_runs),
+    Piece("memcheck", 20, functools.partial(sanitizer, tool="memcheck"), needs="compute-sanitizer"),
+    Piece(
+        "racecheck", 25, functools.partial(sanitizer, tool="racecheck"), needs="compute-sanitizer"
     ),
-    Piece("whole_runs", 180, whole_runs),
-    Piece("memcheck", 150, functools.partial(sanitizer, "memcheck")),
-    Piece("racecheck", 150, functools.partial(sanitizer, "racecheck")),
 ]

@@ -1,4 +1,4 @@
-"""Stage ops, token losses: from logits against a copy, from hidden states against bare products.
+"""Token losses: from logits against a copy, from hidden states against bare products.
 
 T tokens, d hidden size, V vocabulary; bf16 on a GPU.
 """
@@ -6,7 +6,6 @@ T tokens, d hidden size, V vocabulary; bf16 on a GPU.
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -16,7 +15,9 @@ from timing import row
 from torch import Tensor
 
 from gpu.clock import Call, copies, fitted, interleaved, products
-from gpu.pieces import Context, Piece, Result, gated
+from gpu.compiled import compiled, with_compiled
+from gpu.pieces import Context, Piece, Result, gated, note, there
+from gpu.trace import traced
 from megarlx.ops.linear_token_loss import linear_token_loss
 from megarlx.ops.loss_spec import LossSpec
 from megarlx.ops.token_loss import token_loss
@@ -27,10 +28,6 @@ SPEC = LossSpec()
 
 def dtype_on(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def there(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
 
 
 def repeated(function: Callable[[], object]) -> Call:
@@ -50,15 +47,16 @@ def from_logits(context: Context, size: int) -> Result:
     def ours() -> Tensor:
         return token_loss(logits, targets, SPEC, normalizer=normalizer).loss
 
-    compiled = torch.compile(lambda x: F.cross_entropy(x.float(), targets))
+    call = backward_of(ours, logits)
     functions: dict[str, Call] = {
         "copy": copy,
-        "ours": repeated(backward_of(ours, logits)),
+        "ours": repeated(call),
         "F.cross_entropy": repeated(
             backward_of(lambda: F.cross_entropy(logits.float(), targets), logits)
         ),
-        "torch.compile": repeated(backward_of(lambda: compiled(logits), logits)),
     }
+    whole = compiled(context, lambda x: F.cross_entropy(x.float(), targets))
+    with_compiled(functions, "torch.compile", repeated(backward_of(lambda: whole(logits), logits)))
     absent = []
     if there("liger_kernel"):
         from liger_kernel.transformers import LigerCrossEntropyLoss
@@ -90,7 +88,12 @@ def from_logits(context: Context, size: int) -> Result:
         for name in seconds
         if name not in ("ours", "copy")
     ]
-    return {"rows": rows, "absent": absent}
+    profile = traced(lambda: [call() for _ in range(4)], device)
+    return {
+        "rows": rows,
+        "absent": absent,
+        "profile": profile.tell(f"4 × token_loss, {shape}", top=10),
+    }
 
 
 class Linear:
@@ -138,17 +141,15 @@ def from_hidden(context: Context, size: int) -> Result:
         torch.mm(logits, x.weight, out=out_hidden)
         torch.mm(logits.t(), x.hidden, out=out_weight)
 
-    compiled = torch.compile(
-        lambda h, w: F.cross_entropy((h @ w.t()).float(), x.targets), dynamic=False
-    )
     functions: dict[str, Call] = {
         "product": product,
         "ours": x.call(lambda: x.ours()),
         "ours, gradient added to a buffer": x.call(lambda: x.ours(buffer)),
         "the three bare products": bare,
         "F.cross_entropy(hidden @ weight.T)": x.call(lambda: x.eager()),
-        "torch.compile": x.call(lambda: compiled(x.hidden, x.weight)),
     }
+    whole = compiled(context, lambda h, w: F.cross_entropy((h @ w.t()).float(), x.targets))
+    with_compiled(functions, "torch.compile", x.call(lambda: whole(x.hidden, x.weight)))
     absent = []
     if there("liger_kernel"):
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
@@ -165,21 +166,29 @@ def from_hidden(context: Context, size: int) -> Result:
         rate = 6 * tokens * size * hidden_size / seconds[name] / 1e12
         label = name.replace("ours", "linear_token_loss")
         line = row(label, shape, rate, square, "8192³ product", "TFLOP/s")
-        rows.append(gated(line, 0.78))
+        rows.append(gated(line, 0.88))
     rows += [
         row("linear_token_loss", shape, 1e3 * seconds["ours"], 1e3 * seconds[name], name, "ms")
         for name in seconds
         if not name.startswith("ours") and name != "product"
     ]
-    return {"rows": rows, "absent": absent}
+    profile = traced(lambda: x.call(x.ours)(0), device)
+    return {
+        "rows": rows,
+        "absent": absent,
+        "profile": profile.tell(f"linear_token_loss, {shape}", top=14),
+    }
 
 
 def peak(context: Context) -> Result:
-    """Memory above inputs and their gradients: it must not grow with T, and with V as a chunk."""
+    """Memory above inputs and their gradients: it must not grow with T, and with V as a chunk.
+
+    A CPU's allocator counts nothing: there is only the call.
+    """
     found: Result = {"rows": []}
     if context.device.type == "cpu":
         Linear(context, 64, 32, 330).ours().backward()
-        return {**found, "note": "a CPU's allocator counts nothing: benchmarks/op_rows does"}
+        return found
     cases = [(4096, 50_304), (16_384, 50_304), (65_536, 50_304), (16_384, 151_936)]
     megabytes = {}
     for tokens, size in context.either(cases, [(64, 330)]):
@@ -195,6 +204,7 @@ def peak(context: Context) -> Result:
             most = (torch.cuda.max_memory_allocated() - kept) / 2**20
             megabytes[f"{route} T {tokens} V {size}"] = round(most, 1)
             del x
+    note(f"MiB above inputs and gradients: {megabytes}")
     return {**found, "megabytes_above_inputs_and_gradients": megabytes}
 
 
@@ -215,12 +225,13 @@ def growth(context: Context) -> Result:
             xs.append(float(count if what == "tokens" else size))
             del x, calls
         found[what] = {"x": xs, "ms": ts, "fit": fitted(xs, ts)}
+        note(f"linear_token_loss against {what}: {found[what]}")
     return found
 
 
 PIECES = [
-    *(Piece(f"token_loss-{v}", 60, functools.partial(from_logits, size=v)) for v in VOCABULARIES),
-    *(Piece(f"linear_loss-{v}", 60, functools.partial(from_hidden, size=v)) for v in VOCABULARIES),
-    Piece("linear_loss-memory", 40, peak),
-    Piece("linear_loss-growth", 60, growth),
+    *(Piece(f"token_loss-{v}", 20, functools.partial(from_logits, size=v)) for v in VOCABULARIES),
+    *(Piece(f"linear_loss-{v}", 20, functools.partial(from_hidden, size=v)) for v in VOCABULARIES),
+    Piece("linear_loss-memory", 5, peak),
+    Piece("linear_loss-growth", 30, growth),
 ]

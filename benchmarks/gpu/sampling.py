@@ -1,4 +1,4 @@
-"""Stage ops, sampling: against one read of the logits at the copy rate, and against others.
+"""Sampling: against one read of the logits at the copy rate, and against others.
 
 B rows, V vocabulary ids; logits in bf16, drawn from N(0, 1) and N(0, 5).
 """
@@ -6,7 +6,6 @@ B rows, V vocabulary ids; logits in bf16, drawn from N(0, 1) and N(0, 5).
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -16,14 +15,15 @@ from timing import row
 from torch import Tensor
 
 from gpu.clock import Call, copies, fitted, interleaved, sets_for
-from gpu.pieces import Context, Piece, Result, gated, need
+from gpu.compiled import compiled, with_compiled
+from gpu.pieces import Context, Piece, Result, gated, need, note, there
+from gpu.trace import traced
 from megarlx.ops import sample
 
-VOCABULARIES, BATCHES = (50_304, 100_352, 151_936), (64, 256, 1024)
-SMALL = ((330,), (16,))
+SHAPES = ((50_304, 256), (100_352, 64), (151_936, 1024), (151_936, 256))  # V, B
+SMALL = ((330, 16),)
 DEVIATIONS = (1.0, 5.0)
-COMPILED_AT = 256  # rows: one shape a vocabulary is compiled
-HAS_FLASHINFER = importlib.util.find_spec("flashinfer") is not None
+COMPILED = (151_936, 256)  # the one that torch.compile is asked for
 
 
 class Inputs:
@@ -56,54 +56,63 @@ class Inputs:
         return lambda i: function(self.logits[i % len(self.logits)].float())
 
 
-def measured(context: Context, deviation: float, filtered: bool) -> Result:
-    sizes = context.either((VOCABULARIES, BATCHES), SMALL)
-    copy, moved = copies(context.device, context.small)
-    rows: list[Result] = []
-    for size in sizes[0]:
-        compiled = torch.compile(torch_sample, dynamic=False)
-        for batch in sizes[1]:
-            if context.seconds_left() < 15:
-                return {"rows": rows, "cut": f"at V {size} B {batch}: the time was over"}
-            x = Inputs(context, size, batch, deviation)
-            p = torch.full((1,), TOP_P, device=context.device)
-            k = torch.full((1,), 50, dtype=torch.int64, device=context.device)
-            functions: dict[str, Call] = {"copy": copy}
-            if filtered:
-                functions["top-p 0.9"] = x.ours(top_p=p)
-                functions["top-k 50"] = x.ours(top_k=k)
-                functions["top-k 50 and top-p 0.9"] = x.ours(top_k=k, top_p=p)
-                functions["torch sort-based top-p"] = x.each(
-                    functools.partial(torch_top_p, heat=x.one)
-                )
-            else:
-                functions["unfiltered"] = x.ours()
-                functions["torch softmax + multinomial"] = x.each(
-                    functools.partial(torch_sample, heat=x.one)
-                )
-                if batch in (COMPILED_AT, *SMALL[1]) and deviation == DEVIATIONS[0]:
-                    functions["torch.compile of the same"] = x.each(
-                        functools.partial(compiled, heat=x.one)
-                    )
-            if HAS_FLASHINFER:
-                functions |= flashinfer_calls(x, filtered)
-            seconds = interleaved(functions, context.device, budget_seconds=4)
-            shape = f"V {size} B {batch} N(0,{deviation:g})"
-            copied = moved / seconds["copy"] / 1e9
-            ours = [n for n in seconds if n.startswith(("top-", "unfiltered"))]
-            for name in ours:
-                rate = x.bytes / seconds[name] / 1e9
-                line = row(f"sample, {name}", shape, rate, copied, "copy", "GB/s")
-                rows.append(
-                    gated(line, 0.5 if filtered else 0.8, filtered or size * batch >= 10**7)
-                )
-            first = seconds[ours[0]] * 1e6
-            for name in seconds:
-                if name in ours or name == "copy":
-                    continue
-                line = row(f"sample, {ours[0]}", shape, first, seconds[name] * 1e6, name, "us")
-                rows.append(gated(line, 1.0, "flashinfer" in name))
-    return {"rows": rows, "flashinfer": "there" if HAS_FLASHINFER else "absent"}
+def measured(context: Context, deviation: float) -> Result:
+    device = context.device
+    copy, moved = copies(device, context.small)
+    p = torch.full((1,), TOP_P, device=device)
+    k = torch.full((1,), 50, dtype=torch.int64, device=device)
+    found: Result = {"rows": []}
+    for size, batch in context.either(SHAPES, SMALL):
+        x = Inputs(context, size, batch, deviation)
+        ours = {
+            "unfiltered": x.ours(),
+            "top-p 0.9": x.ours(top_p=p),
+            "top-k 50": x.ours(top_k=k),
+            "top-k 50 and top-p 0.9": x.ours(top_k=k, top_p=p),
+        }
+        # Which of ours a baseline does the work of.
+        of = {
+            "torch softmax + multinomial": "unfiltered",
+            "torch sort-based top-p": "top-p 0.9",
+        }
+        functions: dict[str, Call] = {"copy": copy, **ours}
+        functions["torch softmax + multinomial"] = x.each(
+            functools.partial(torch_sample, heat=x.one)
+        )
+        functions["torch sort-based top-p"] = x.each(functools.partial(torch_top_p, heat=x.one))
+        if (size, batch) in (COMPILED, *SMALL) and deviation == DEVIATIONS[0]:
+            name = "torch.compile of softmax + multinomial"
+            whole = compiled(context, torch_sample)
+            with_compiled(functions, name, x.each(functools.partial(whole, heat=x.one)))
+            of[name] = "unfiltered"
+        if there("flashinfer"):
+            for filtered, name in ((False, "unfiltered"), (True, "top-p 0.9")):
+                more = flashinfer_calls(x, filtered)
+                functions |= more
+                of |= dict.fromkeys(more, name)
+        seconds = interleaved(functions, device, rounds=5, budget_seconds=2)
+        shape, copied = f"V {size} B {batch} N(0,{deviation:g})", moved / seconds["copy"]
+        told = {n: f"{1e6 * seconds[n]:.1f} us {x.bytes / seconds[n] / copied:.3f}" for n in ours}
+        note(f"sample, {shape}, share of copy: {told}")
+        for name in ours:
+            rate = x.bytes / seconds[name] / 1e9
+            line = row(f"sample, {name}", shape, rate, copied / 1e9, "copy", "GB/s")
+            filtered = name != "unfiltered"
+            gate, applies = (0.5 if filtered else 0.8), filtered or size * batch >= 10**7
+            found["rows"].append(gated(line, gate, applies))
+        for name in (n for n in functions if n in of):
+            mine, theirs = 1e6 * seconds[of[name]], 1e6 * seconds[name]
+            line = row(f"sample, {of[name]}", shape, mine, theirs, name, "us")
+            found["rows"].append(gated(line, 1.0, "flashinfer" in name))
+    for name, call in ours.items():
+        profile = traced(functools.partial(several, call), device)
+        found[f"profile, {name}"] = profile.tell(f"4 × {name}, {shape}", top=6)
+    return found
+
+
+def several(call: Call) -> None:
+    for i in range(4):
+        call(i)
 
 
 def flashinfer_calls(x: Inputs, filtered: bool) -> dict[str, Call]:
@@ -139,21 +148,14 @@ def growth(context: Context) -> Result:
             ts.append(interleaved(calls, context.device, rounds=7)["ours"] * 1e6)
             xs.append(float(size if what == "vocabulary" else batch))
         found[what] = {"x": xs, "us": ts, "fit": fitted(xs, ts)}
+        note(f"sample against {what}: {found[what]}")
     return found
 
 
 PIECES = [
     *(
-        Piece(
-            f"sample-deviation{d:g}", 60, functools.partial(measured, deviation=d, filtered=False)
-        )
+        Piece(f"sample-deviation{d:g}", 10, functools.partial(measured, deviation=d))
         for d in DEVIATIONS
     ),
-    *(
-        Piece(
-            f"filtered-deviation{d:g}", 90, functools.partial(measured, deviation=d, filtered=True)
-        )
-        for d in DEVIATIONS
-    ),
-    Piece("sample-growth", 40, growth),
+    Piece("sample-growth", 10, growth),
 ]

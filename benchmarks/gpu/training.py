@@ -1,4 +1,4 @@
-"""Stage model, training: the step of configs/olmo2_1b.toml on one GPU, and where its time goes.
+"""The training step of configs/olmo2_1b.toml on one GPU: where its time goes, MFU by its shape.
 
 The configuration's model, sequence length and micro-batch; fewer micro-batches a step than its 512
 sequences, which would take half a minute each, so the optimizer's share is larger than it is there.
@@ -10,29 +10,39 @@ import functools
 import gc
 import statistics
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from training import SIZES, Size, our_step
 
-from gpu.clock import products
-from gpu.pieces import ROOT, Context, Piece, Result, gated, need
+from gpu.clock import speeds
+from gpu.pieces import ROOT, Context, Piece, Result, gated, need, note
+from gpu.trace import traced
+from gpu.weights import drawn_on
 from megarlx.config import load_config
-from megarlx.planning.hardware import GPUS
+from megarlx.planning.hardware import GPUS, gpu_named
 
-PEAK_BF16 = GPUS["h100"].flops  # of the data sheet, without sparsity: what MFU is a share of
-MICROBATCHES, WARM_UP, STEPS = 4, 3, 20
+MICROBATCHES, WARM_UP, STEPS = 4, 2, 5
+MFU_GATE, FP8_GATE = 0.57, 1.25
+# (sequence length, sequences at once): first against the micro-batch, then against the length.
+SHAPES = ((4096, 1), (4096, 2), (4096, 4), (4096, 8), (1024, 16), (2048, 8), (8192, 2), (16_384, 1))
 
 
-def size_of(context: Context, sequences_per_microbatch: int) -> Size:
+def peak_bf16(device: torch.device) -> float:
+    """Operations a second of the data sheet, without sparsity: what MFU is a share of."""
+    known = gpu_named(torch.cuda.get_device_name()) if device.type == "cuda" else None
+    return (known or GPUS["h100"]).flops
+
+
+def size_of(context: Context, at_once: int, length: int | None = None) -> Size:
+    sequences = MICROBATCHES * at_once
     if context.small:
-        small = SIZES["0.2M"]
-        return Size(small.model, MICROBATCHES * sequences_per_microbatch, 32)
+        return Size(SIZES["0.2M"].model, sequences, 32)
     config = load_config(ROOT / "configs" / "olmo2_1b.toml")
-    sequences = MICROBATCHES * sequences_per_microbatch
-    return Size(config.model, sequences, config.training.sequence_length)
+    length = length or config.training.sequence_length
+    longest = max(length, config.model.max_sequence_length)
+    return Size(config.model.model_copy(update={"max_sequence_length": longest}), sequences, length)
 
 
 def attempt(
@@ -42,44 +52,44 @@ def attempt(
     shape = (size.sequences, size.sequence_length + 1)
     samples = torch.randint(size.model.vocab_size, shape)
     try:
-        step = our_step(
-            size, samples, sequences_per_microbatch=at_once, device=context.device, **options
-        )
+        with drawn_on(context.device):
+            step = our_step(
+                size, samples, sequences_per_microbatch=at_once, device=context.device, **options
+            )
         step()
     except torch.OutOfMemoryError:
-        print(f"{at_once} sequences at once: out of memory", flush=True)
+        note(f"{at_once} × {size.sequence_length} tokens at once: out of memory")
         return None
     return step
 
 
-def made(
-    context: Context, backend: str, fp8: str | None, recompute: str
-) -> tuple[Callable[[], object], Size, int]:
+def freed(context: Context) -> None:
+    gc.collect()
+    if context.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def options_of(context: Context, backend: str, fp8: str | None, recompute: str) -> dict[str, Any]:
+    dtype = torch.bfloat16 if context.device.type == "cuda" else torch.float32
+    # with Transformer Engine's layers goes cuDNN's attention, which it brings
+    attention = "cudnn" if backend == "te" else "auto"
+    options = {"dtype": dtype, "backend": backend, "attention": attention}
+    return {**options, "fp8": fp8, "recompute": recompute}
+
+
+def made(context: Context, options: dict[str, Any]) -> tuple[Callable[[], object], Size, int]:
     """A step with the largest micro-batch, of the configuration's or less, that there is room for.
 
     Backward of the first step is the tightest place, so one step is taken to see.
     """
-    dtype = torch.bfloat16 if context.device.type == "cuda" else torch.float32
-    options = {
-        "dtype": dtype,
-        "backend": backend,
-        "fp8": fp8,
-        "recompute": recompute,
-        "attention": attention_of(backend),
-    }
     for at_once in context.either((4, 2, 1), (2,)):
         size = size_of(context, at_once)
         step = attempt(context, size, at_once, options)
         if step is not None:
             return step, size, at_once
-        gc.collect()
-        torch.cuda.empty_cache()
+        freed(context)
     raise RuntimeError("one sequence at once does not fit either")
-
-
-def attention_of(backend: str) -> str:
-    """With Transformer Engine's layers goes cuDNN's, which it brings."""
-    return "cudnn" if backend == "te" else "auto"
 
 
 def seconds_of(step: Callable[[], object], device: torch.device, count: int) -> list[float]:
@@ -94,80 +104,81 @@ def seconds_of(step: Callable[[], object], device: torch.device, count: int) -> 
     return taken
 
 
-def measured(context: Context, backend: str, fp8: str | None, recompute: str = "none") -> Result:
-    if backend == "te":
-        need("transformer_engine")
-    device = context.device
-    step, size, at_once = made(context, backend, fp8, recompute)
-    seconds_of(step, device, WARM_UP)
-    taken = seconds_of(step, device, context.either(STEPS, 2))
-    product, operations = products(device, context.small)
-    product(0)
-    rates = [operations / s for s in seconds_of(lambda: product(1), device, 5)]
-    median = statistics.median(taken)
+def mfu_row(context: Context, name: str, size: Size, at_once: int, seconds: float) -> Result:
     flop = size.model.flops_per_token(size.sequence_length) * size.tokens
-    label = f"{backend} {fp8 or 'bf16'} attention={attention_of(backend)} recompute={recompute}"
-    shape = f"{size.sequences}×{size.sequence_length}, {at_once} at once"
-    share = flop / median / PEAK_BF16
-    line = {
-        "name": f"training step MFU, {label}",
-        "size": shape,
-        "ours": flop / median / 1e12,
-        "baseline": PEAK_BF16 / 1e12,
-        "baseline_name": "989 TFLOP/s",
-        "ratio": share,
+    peak = peak_bf16(context.device)
+    return {
+        "name": name,
+        "size": f"{size.sequences}×{size.sequence_length}, {at_once} at once",
+        "ours": flop / seconds / 1e12,
+        "baseline": peak / 1e12,
+        "baseline_name": "the bf16 peak",
+        "ratio": flop / seconds / peak,
         "unit": "TFLOP/s",
     }
-    result: Result = {
-        "rows": [gated(line, 0.5, fp8 is None)],
-        "tokens_per_second": size.tokens / median,
-        "seconds": taken,
-        "share_of_measured_product": flop / median / statistics.median(rates),
-    }
+
+
+def measured(
+    context: Context, backend: str, fp8: str | None = None, recompute: str = "none"
+) -> Result:
+    if backend == "te":
+        need("transformer_engine.pytorch")  # first: it must load cuDNN before torch does
+    device = context.device
+    step, size, at_once = made(context, options_of(context, backend, fp8, recompute))
+    seconds_of(step, device, WARM_UP)
+    taken = seconds_of(step, device, context.either(STEPS, 2))
+    median = statistics.median(taken)
+    tokens = size.tokens / median
+    label = f"training, {backend} layers, {fp8 or context.either('bf16', 'fp32')}"
+    note(f"{label}: {median:.4f} s a step {[round(s, 4) for s in taken]}, {tokens:,.0f} tokens/s")
+    rows = [gated(mfu_row(context, f"{label}, MFU", size, at_once, median), MFU_GATE, fp8 is None)]
+    result: Result = {"rows": rows, "tokens_per_second": tokens, "seconds": taken}
+    if fp8 is None:
+        context.keep(f"training-{backend}", tokens)
+    elif (bf16 := context.kept(f"training-{backend}")) is not None:
+        line = {"name": f"{label} against bf16", "size": rows[0]["size"], "unit": "tokens/s"}
+        line |= {"ours": tokens, "baseline": bf16, "baseline_name": "bf16", "ratio": tokens / bf16}
+        rows.append(gated(line, FP8_GATE))
+    product = speeds(context)["product_flop_per_second"]
+    result["share_of_measured_product"] = rows[0]["ours"] * 1e12 / product
     if device.type == "cuda":
         result["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        note(f"{label}: at most {result['peak_gib']} GiB")
+    result["profile"] = traced(step, device).tell(label, attends=True)
     return result
 
 
-def profiled(context: Context, backend: str) -> Result:
-    """The kernels of one step by the time they take, and how long the device had none."""
-    from torch.profiler import ProfilerActivity, profile
-
-    if backend == "te":
-        need("transformer_engine")
-    device = context.device
-    step, size, _ = made(context, backend, None, "none")
-    seconds_of(step, device, 2)
-    cuda = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as trace:
-        wall = seconds_of(step, device, 1)[0]
-    spent: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
-    for event in trace.key_averages():
-        micros = event.self_device_time_total if cuda else event.self_cpu_time_total
-        if micros > 0:
-            spent[event.key][0] += micros / 1e6
-            spent[event.key][1] += event.count
-    busy = sum(seconds for seconds, _ in spent.values())
-    top = sorted(spent.items(), key=lambda item: -item[1][0])[:30]
-    for name, (seconds, count) in top:
-        print(f"{1e3 * seconds:9.2f} ms {seconds / wall:6.1%} {int(count):6d}  {name[:150]}")
-    return {
-        "rows": [],
-        "tokens": size.tokens,
-        "step_seconds": wall,
-        "kernel_seconds": busy,
-        "without_a_kernel_share": 1 - busy / wall if cuda else None,
-        "top": [
-            {"name": n[:300], "seconds": s, "share": s / wall, "calls": c} for n, (s, c) in top
-        ],
-    }
+def by_shape(context: Context) -> Result:
+    """MFU against the micro-batch and the sequence length, at 4 micro-batches a step."""
+    options = options_of(context, "torch", None, "none")
+    rows = []
+    for length, at_once in context.either(SHAPES, ((32, 1), (32, 2))):
+        if context.seconds_left() < context.either(6, 1):
+            note(f"cut at {at_once} × {length} tokens: the time was over")
+            break
+        size = size_of(context, at_once, length)
+        step = attempt(context, size, at_once, options)
+        if step is not None:
+            median = statistics.median(seconds_of(step, context.device, context.either(3, 2)))
+            rows.append(mfu_row(context, "training by shape, MFU", size, at_once, median))
+            note(f"{at_once} × {length} tokens at once: MFU {rows[-1]['ratio']:.4f}")
+        del step
+        freed(context)
+    return {"rows": rows}
 
 
+ENGINE = "Transformer Engine"
 PIECES = [
-    Piece("train-torch", 70, functools.partial(measured, backend="torch", fp8=None)),
-    Piece("train-te", 70, functools.partial(measured, backend="te", fp8=None)),
-    Piece("train-te-fp8-delayed", 70, functools.partial(measured, backend="te", fp8="delayed")),
-    Piece("train-te-fp8-current", 70, functools.partial(measured, backend="te", fp8="current")),
-    Piece("profile-torch", 50, functools.partial(profiled, backend="torch")),
-    Piece("profile-te", 50, functools.partial(profiled, backend="te")),
+    Piece("train-torch", 16, functools.partial(measured, backend="torch")),
+    Piece("train-te", 28, functools.partial(measured, backend="te"), needs=ENGINE),
+    Piece(
+        "train-te-fp8", 25, functools.partial(measured, backend="te", fp8="current"), needs=ENGINE
+    ),
+    Piece(
+        "train-te-fp8-delayed",
+        25,
+        functools.partial(measured, backend="te", fp8="delayed"),
+        needs=ENGINE,
+    ),
+    Piece("train-by-shape", 45, by_shape),
 ]

@@ -1,4 +1,4 @@
-"""Stage ops, updates: averaging AdamW and the halves of the replica average against a copy."""
+"""Updates: averaging AdamW and the halves of the replica average against a copy."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def average(context: Context, n: int) -> Result:
 
 
 def against_transformer_engine(context: Context) -> Result:
-    need("transformer_engine")
+    need("transformer_engine.pytorch")
     from transformer_engine.pytorch.optimizers import FusedAdam
 
     device, count = context.device, context.either(WITH_TWO_STATES, 10_007)
@@ -107,7 +107,7 @@ def replica(context: Context) -> Result:
 
 
 PIECES = [
-    *(Piece(f"average_adamw-{n}", 40, functools.partial(average, n=n)) for n in (1, 2)),
-    Piece("average_adamw-te", 40, against_transformer_engine),
-    Piece("replica_average", 40, replica),
+    *(Piece(f"average_adamw-{n}", 6, functools.partial(average, n=n)) for n in (1, 2)),
+    Piece("average_adamw-te", 10, against_transformer_engine, needs="Transformer Engine"),
+    Piece("replica_average", 4, replica),
 ]

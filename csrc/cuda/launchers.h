@@ -20,11 +20,13 @@ void sample_combine(const sampling::SampleArgs& args, const sampling::Partial* p
 // token_loss
 void token_loss(const TokenLossArgs& args, bool sums_are_given, cudaStream_t stream);
 void token_loss_partials(const TokenLossArgs& args, cudaStream_t stream);
+// gradient *= factor, which lies on the device: fp64 for an fp64 gradient, else fp32.
+void scale_gradient(void* gradient, Dtype dtype, std::int64_t count, const void* factor,
+                    cudaStream_t stream);
 
 // averaging
-// `coefficients`: room for one AdamWCoefficients<float> an objective, on the device.
-void average_adamw(const AdamWArgs& args, AdamWCoefficients<float>* coefficients,
-                   cudaStream_t stream);
+// `coefficients`: room for one AdamWCoefficients<double> an objective, on the device.
+void average_adamw(const AdamWArgs& args, void* coefficients, cudaStream_t stream);
 void replica_average_pack(const PackArgs& args, cudaStream_t stream);
 void replica_average_apply(const ApplyArgs& args, cudaStream_t stream);
 void zero_if(void* bytes, std::int64_t count, const bool* condition, cudaStream_t stream);

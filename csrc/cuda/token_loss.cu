@@ -24,6 +24,8 @@ struct Exponential;
 template <>
 struct Exponential<float> {
   static constexpr float kUnit = 0.693147180559945309f;
+  // Rounded by itself: fused into a difference, equal numbers would no longer be equal.
+  __device__ static float in_logarithms(float x) { return __fmul_rn(x, kUnit); }
   __device__ static float of(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -40,6 +42,7 @@ struct Exponential<float> {
 template <>
 struct Exponential<double> {
   static constexpr double kUnit = 1;
+  __device__ static double in_logarithms(double x) { return x; }
   __device__ static double of(double x) { return exp(x); }
   __device__ static double limit(double x) { return x < kLowestExponent ? kLowestExponent : x; }
 };
@@ -151,8 +154,11 @@ __device__ RowSums<T> block_sums(const Logit* row, int valid, T scale, Logit* ca
   sums = of_warp[0];
 #pragma unroll 1
   for (int warp = 1; warp < kWarps; ++warp) sums = merge(sums, of_warp[warp]);
-  const T unit = Exponential<T>::kUnit;
-  return {sums.maximum * unit, sums.exp_sum, sums.exp_z_sum * unit, T(0)};
+  // The largest term is 1. Fused, its exponent is the rounding error of the maximum, and a sum just
+  // below 1 would make log-probs above 0.
+  if (sums.exp_sum > T(0.5) && sums.exp_sum < T(1)) sums.exp_sum = T(1);
+  return {Exponential<T>::in_logarithms(sums.maximum), sums.exp_sum,
+          Exponential<T>::in_logarithms(sums.exp_z_sum), T(0)};
 }
 
 template <typename T, typename Logit, typename Gradient, int Width>
@@ -230,8 +236,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
   const std::int64_t column = args.targets[token] - args.vocab_start;
   const bool owned = column >= 0 && column < valid;
   RowSums<T> sums;
-  // Read before any gradient is written: that may be in the same place.
-  const T target = owned ? static_cast<T>(widen(row[column])) * scale : T(0);
+  // Read before any gradient is written: that may be in the same place. Scaled as the maximum is,
+  // so that it is never above it.
+  const T target =
+      owned ? Exponential<T>::in_logarithms(widen(row[column]) * scale_in_units) : T(0);
   if constexpr (stage == Stage::kFinish) {
     sums = stored_sums<T>(args, token);
   } else {

@@ -229,7 +229,7 @@ struct Mass {
   MEGARLX_HD double log2() const {
     const double total = static_cast<double>(sum[0]) + static_cast<double>(sum[1]) * 0x1p-20 +
                          static_cast<double>(sum[2]) * 0x1p-40;
-    return log2_of_double(total) + static_cast<double>(top * kStep);
+    return log2_of_double(total) + static_cast<double>(top) * kStep;
   }
 };
 

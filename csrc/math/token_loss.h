@@ -221,8 +221,11 @@ template <typename T>
 MEGARLX_HD TokenTerms<T> terms_of_token(const TokenLossArgs& args, std::int64_t token,
                                         RowSums<T> row) {
   const std::int64_t target = args.targets[token];
-  if (target < 0 || target >= args.vocab_size) row.target = T(NAN);
-  return token_terms(args.spec, row, token_inputs<T>(args, token));
+  const bool outside = target < 0 || target >= args.vocab_size;
+  if (outside) row.target = T(NAN);
+  TokenTerms<T> terms = token_terms(args.spec, row, token_inputs<T>(args, token));
+  if (outside) terms.flat = T(NAN);  // nll's gradient does not look at the log-prob
+  return terms;
 }
 
 template <typename T>

@@ -1,7 +1,8 @@
 """torch DCP's storage interface over safetensors files and the JSON manifest.
 
-A rank writes `model-00003.safetensors` with its blocks of the weights and, where there is an
-optimizer, `optimizer-00003.safetensors`, so that loading weights alone reads and checks no more.
+A rank writes `model-00003.safetensors` with its blocks of the weights and, where there are any,
+`optimizer-00003.safetensors` with those of moments and `frozen-00003.safetensors` with those of
+reference policies.
 """
 
 from __future__ import annotations
@@ -42,11 +43,16 @@ from megarlx.checkpoint.manifest import (
 from megarlx.checkpoint.planner import DTYPE_NAMES
 
 OPTIMIZER, FROZEN = "optimizer/", "frozen/"  # what their tensors' names begin with
+KINDS = ("model", OPTIMIZER[:-1], FROZEN[:-1])  # of tensors, in the order of a rank's files
+
+
+def kind_of(tensor: str) -> str:
+    """Tensors of two kinds never share a file: loading weights alone reads no more."""
+    return next((k[:-1] for k in (OPTIMIZER, FROZEN) if tensor.startswith(k)), KINDS[0])
 
 
 def file_name(tensor: str, rank: int) -> str:
-    kind = next((k[:-1] for k in (OPTIMIZER, FROZEN) if tensor.startswith(k)), "model")
-    return f"{kind}-{rank:05d}.safetensors"
+    return f"{kind_of(tensor)}-{rank:05d}.safetensors"
 
 
 def _done(value: Any) -> Future:

@@ -12,7 +12,7 @@ n is the size of the group.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -61,14 +61,14 @@ def _count(group: Group, operation: str, whole: Tensor) -> None:
     group.traffic.add(group.axis, operation, sent)
 
 
-def _needs_host_copy(tensor: Tensor, group: Group) -> bool:
+def _through_host(device: torch.device, group: Group) -> bool:
     """gloo lacks several operations on CUDA tensors; such a tensor travels through a host copy."""
-    return tensor.is_cuda and dist.get_backend(group.process_group) == "gloo"
+    return device.type == "cuda" and dist.get_backend(group.process_group) == "gloo"
 
 
 def _as_contiguous(tensor: Tensor, group: Group) -> Tensor:
     """What the backend can work on in place; the tensor itself wherever that is possible."""
-    return tensor.cpu().contiguous() if _needs_host_copy(tensor, group) else tensor.contiguous()
+    return tensor.cpu().contiguous() if _through_host(tensor.device, group) else tensor.contiguous()
 
 
 def all_reduce_(tensor: Tensor, group: Group, op: str = "sum") -> Tensor:
@@ -123,7 +123,7 @@ def all_gather_flat_(
         _write_back(output, shard)
         return Pending(group, "all_gather", None)
     _count(group, "all_gather", output)
-    if _needs_host_copy(output, group):
+    if _through_host(output.device, group):
         host = output.cpu()
         with _named(group, "all_gather"):
             _all_gather_single(host, shard.cpu(), group=group.process_group)
@@ -146,7 +146,7 @@ def reduce_scatter_flat_(
         _write_back(shard, input)
         return Pending(group, "reduce_scatter", None)
     _count(group, "reduce_scatter", input)
-    if _needs_host_copy(input, group):
+    if _through_host(input.device, group):
         host = shard.cpu()
         with _named(group, "reduce_scatter"):
             _reduce_scatter_single(host, input.cpu(), group=group.process_group)
@@ -186,6 +186,33 @@ def receive_(tensor: Tensor, group: Group, source: int) -> Tensor:
     with _named(group, "receive"):
         dist.recv(buffer, group=group.process_group, group_src=source)
     return _write_back(tensor, buffer)
+
+
+def start_send(tensor: Tensor, group: Group, to: int, operation: str, where: str) -> Pending:
+    """`send` that does not wait: its bytes are counted as `operation`, its errors say `where`."""
+    _check_position("start_send", "to", to, group, other=True)
+    group.traffic.add(group.axis, operation, tensor.nbytes)
+    buffer = _as_contiguous(tensor.detach(), group)
+    with _named(group, where):
+        work = dist.isend(buffer, group=group.process_group, group_dst=to)
+    return Pending(group, where, work, buffer)
+
+
+def start_receive(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    group: Group,
+    source: int,
+    where: str,
+) -> tuple[Tensor, Pending]:
+    """A buffer that is filled when `Pending.wait` returns; on the host where gloo needs that."""
+    _check_position("start_receive", "source", source, group, other=True)
+    place = "cpu" if _through_host(device, group) else device
+    buffer = torch.empty(shape, dtype=dtype, device=place)
+    with _named(group, where):
+        work = dist.irecv(buffer, group=group.process_group, group_src=source)
+    return buffer, Pending(group, where, work)
 
 
 # Values of the host.

@@ -201,16 +201,17 @@ class Layout:
     def nearest(self, world_size: int, count: int = 3) -> list[Layout]:
         """The layouts of `world_size` processes that change least; dp is changed most readily.
 
-        `replica` is one for each objective, so it is not for us to change unless nothing else fits.
+        `replica` is one for each objective, so it is not for us to change unless nothing else fits;
+        a run without replicas is not offered any.
         """
 
         def distance(layout: Layout) -> float:
             steps = [abs(math.log2(a / b)) for a, b in zip(layout.sizes, self.sizes, strict=True)]
             return steps[0] + 100 * steps[1] + 0.5 * steps[2] + 2 * steps[3]
 
-        return sorted((Layout(*sizes) for sizes in _factorings(world_size, 4)), key=distance)[
-            :count
-        ]
+        layouts = (Layout(*sizes) for sizes in _factorings(world_size, 4))
+        allowed = (one for one in layouts if one.replica == 1 or self.replica > 1)
+        return sorted(allowed, key=distance)[:count]
 
     def __str__(self) -> str:
         return " ".join(f"{axis}={size}" for axis, size in zip(AXES, self.sizes, strict=True))

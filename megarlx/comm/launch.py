@@ -282,11 +282,7 @@ def start(
     limit = timedelta(seconds=timeout_seconds)
     backend = backend_for(device, backend)
     if backend == "fake":
-        from torch.testing._internal.distributed.fake_pg import FakeStore
-
-        dist.init_process_group(
-            "fake", store=FakeStore(), rank=launch.rank, world_size=launch.world_size
-        )
+        start_fake(launch.rank, launch.world_size)
         return
     try:
         dist.init_process_group(
@@ -302,6 +298,14 @@ def start(
             f"others at {launch.master_address}:{launch.master_port} within {timeout_seconds:g} s: "
             f"{error}"
         ) from error
+
+
+def start_fake(rank: int, world_size: int) -> None:
+    """Process groups in which nobody else is there: every operation is answered with nothing."""
+    # Importing it is what makes torch know the backend.
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
 
 
 def die_with_parent() -> None:

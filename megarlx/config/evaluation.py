@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megarlx.config.environment import EnvironmentConfig
+from megarlx.config.objectives import TemplateConfig
 from megarlx.config.reward import RewardConfig
 from megarlx.config.section import Section
 
@@ -103,6 +104,14 @@ class SuiteConfig(Section):
         default="none", description="What an answer's log-likelihood is divided by in a choice"
     )
 
+    @property
+    def uses_template(self) -> bool:
+        """Whether anything that the model is shown is written in the template."""
+        if self.kind not in SCORED:
+            return self.kind == "agent"
+        shots = max(self.few_shot, self.few_shot_trained)
+        return self.world != "behaviours" and (self.templated or shots > 0)
+
     def problems(self) -> list[tuple[str, str]]:
         found = []
         if re.fullmatch(r"[\w-]+", self.name, re.ASCII) is None:
@@ -176,6 +185,14 @@ class EvaluationConfig(Section):
         names = [suite.name for suite in self.suites]
         double = sorted({name for name in names if names.count(name) > 1})
         return [("suites", f"use the name {', '.join(double)} more than once")] if double else []
+
+
+class SuitesConfig(EvaluationConfig):
+    """A file of suites, for any run."""
+
+    template: TemplateConfig | None = Field(
+        default=None, description="How questions and answers are written; absent: as the run says"
+    )
 
 
 def world_suites() -> EvaluationConfig:

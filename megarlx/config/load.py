@@ -151,7 +151,9 @@ def _override(values: dict[str, Any], places: dict[KeyPath, str], override: str)
             for below in [p for p in places if p[: len(path)] == path]:
                 del places[below]
         elif isinstance(here, dict):
-            here = here.setdefault(step, {})
+            if here.get(step) is None:  # in a resolved file, a table that was not given is null
+                here[step] = {}
+            here = here[step]
         else:
             here = here[step]
         places.setdefault(path, source)

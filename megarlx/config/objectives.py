@@ -11,6 +11,7 @@ from megarlx.config.optimizer import OptimizerConfig
 from megarlx.config.policy import PolicyConfig
 from megarlx.config.reward import RewardConfig
 from megarlx.config.section import Section
+from megarlx.config.timeline import StageTimes
 
 PRETRAINING, SFT, RL = "pretraining", "sft", "rl"
 PLACE = "{content}"
@@ -20,9 +21,7 @@ WORLD = "{world}"  # in a path: the folder of [data.world] or [data.agents]
 class TemplateConfig(Section):
     """How turns are written for the model; {content} stands for a turn's text."""
 
-    user: str = Field(
-        default="question : {content} answer :", description="A question, or a user's turn"
-    )
+    user: str = Field(description="A question, or a user's turn")
     system: str = Field(default="{content}\n", description="A system's turn")
     opening: str = Field(default="", description="Stands before each answer, given to the model")
     assistant: str = Field(
@@ -35,6 +34,11 @@ class TemplateConfig(Section):
             for name in ("user", "system", "assistant")
             if (text := getattr(self, name)).count(PLACE) != 1
         ]
+
+
+# How the text of a synthetic world puts its questions.
+WORLD_TEMPLATE = TemplateConfig(user="question : {content} answer :")
+WRITE_TEMPLATE = r'write [template] with, for example, user = "Question: {content}\nAnswer:"'
 
 
 class SftConfig(Section):
@@ -155,6 +159,8 @@ class RlConfig(Section):
             found.append(("rewards", "cannot be given with an environment, which has its own"))
         if self.examples is not None:
             found.append(("examples", "cannot be given with an environment"))
+        if policy.kl == "reward":
+            found.append(("policy.kl", "is 'reward'; with turns it is none, k1, k2 or k3"))
         if policy.overlong == "penalty":
             found.append(("policy.overlong", "is 'penalty'; with turns it is 'keep' or 'mask'"))
         if self.tokens_per_microbatch < environment.max_episode_tokens:
@@ -262,16 +268,15 @@ class StageConfig(Section):
     def label(self) -> str:
         return self.name or "+".join(self.objectives)
 
-    def steps_of(self, objective: str) -> int:
-        """How many of the steps train it."""
-        if self.combine != "alternate":
-            return self.steps
-        rounds, left = divmod(self.steps, sum(one.turns for one in self.objectives.values()))
-        for name, one in self.objectives.items():
-            if name == objective:
-                return rounds * one.turns + min(left, one.turns)
-            left = max(left - one.turns, 0)
-        raise KeyError(objective)
+    @property
+    def times(self) -> StageTimes:
+        return StageTimes(
+            {name: one.turns for name, one in self.objectives.items()},
+            self.steps,
+            self.combine == "alternate",
+            self.sync_every,
+            frozenset(name for name, one in self.objectives.items() if one.goes_on),
+        )
 
     def problems(self) -> list[tuple[str, str]]:
         found = []

@@ -16,7 +16,7 @@ class OptimizerConfig(Section):
     """AdamW and the course of its learning rate."""
 
     lr: float = Field(
-        default=4e-4, ge=0, description="Highest learning rate, reached after the warm-up"
+        default=4e-4, ge=0, description="Highest learning rate; sft and rl have to say theirs"
     )
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = Field(
         default=(0.9, 0.95), description="Decay of the first and of the second moment at each step"
@@ -24,6 +24,9 @@ class OptimizerConfig(Section):
     eps: float = Field(default=1e-8, gt=0, description="Added to the root of the second moment")
     weight_decay: float = Field(
         default=0.1, ge=0, description="Decoupled weight decay, scaled by the lr"
+    )
+    decay_embeddings: bool = Field(
+        default=True, description="Whether the token embedding decays too; OLMo-core's does not"
     )
     clip_norm: float = Field(
         default=1.0, ge=0, description="Largest global gradient norm; 0 turns clipping off"

@@ -25,7 +25,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "advantage": "rloo",
         "loss": "reinforce",
         "aggregation": "sequence_sum",
-        "kl": "k2",
+        "kl": "reward",
         "kl_coefficient": 0.05,
     },
     "cispo": {"loss": "cispo", "clip_low": 1.0, "clip_high": 4.0},
@@ -86,8 +86,9 @@ class PolicyConfig(Section):
             description="Mean of tokens; or of sequences' means, sums, or sums by the length limit",
         )
     )
-    kl: Literal["none", "k1", "k2", "k3"] = Field(
-        default="none", description="Estimator of the divergence from the reference policy"
+    kl: Literal["none", "k1", "k2", "k3", "reward"] = Field(
+        default="none",
+        description="Divergence from the reference: estimated in the loss, or off the reward",
     )
     kl_coefficient: float = Field(default=0.0, ge=0, description="Weight of the divergence")
     entropy_coefficient: float = Field(default=0.0, description="Weight of the entropy bonus")
@@ -138,6 +139,10 @@ class PolicyConfig(Section):
     @property
     def needs_reference(self) -> bool:
         return self.kl != "none"
+
+    @property
+    def kl_of_loss(self) -> Literal["none", "k1", "k2", "k3"]:
+        return "none" if self.kl == "reward" else self.kl
 
     @property
     def needs_current_logprobs(self) -> bool:

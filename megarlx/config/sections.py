@@ -13,6 +13,8 @@ from megarlx.config.objectives import (
     PRETRAINING,
     RL,
     SFT,
+    WORLD_TEMPLATE,
+    WRITE_TEMPLATE,
     ObjectiveConfig,
     RlConfig,
     SftConfig,
@@ -23,6 +25,7 @@ from megarlx.config.objectives import (
 from megarlx.config.optimizer import OptimizerConfig
 from megarlx.config.run_sections import CheckpointConfig, DataConfig, LoggingConfig
 from megarlx.config.section import Section
+from megarlx.config.timeline import Timeline
 
 # A list in TOML and in JSON is a tuple here: frozen like the rest. What is in it stays strict.
 Layers = Annotated[int, Field(ge=0)]  # first and last stage have work without any
@@ -162,6 +165,14 @@ class TrainingConfig(Section):
         return found
 
 
+def _no_lr(stage: str, name: str, objective: StageObjective) -> str:
+    return (
+        f"is missing: in stage '{stage}' '{name}' would train as pre-training does by default, "
+        f"with lr = {objective.lr:g}, weight_decay = {objective.weight_decay:g} and schedule = "
+        f"'{objective.schedule}'; write lr = 1e-6, or what suits it, in its table or in [optimizer]"
+    )
+
+
 class Config(Section):
     """Everything a training run is told."""
 
@@ -173,8 +184,9 @@ class Config(Section):
     )
     training: TrainingConfig = Field(description="How much is trained, in what pieces")
     data: DataConfig | None = Field(default=None, description="What pre-training reads")
-    template: TemplateConfig = Field(
-        default=TemplateConfig(), description="How questions and answers are written"
+    template: TemplateConfig | None = Field(
+        default=None,
+        description="How questions and answers are written; absent: as data.world writes them",
     )
     sft: SftConfig | None = Field(default=None, description="The objective 'sft'")
     rl: RlConfig | None = Field(default=None, description="The objective 'rl'")
@@ -215,6 +227,16 @@ class Config(Section):
 
         return {**given, "stages": [merged(stage) for stage in stages]}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _template_of_world(cls, given: Any) -> Any:
+        """Where nothing is said, a synthetic world's questions are put as its text puts them."""
+        if not isinstance(given, Mapping) or given.get("template") is not None:
+            return given
+        data = given.get("data")
+        world = data.get("world") if isinstance(data, Mapping) else getattr(data, "world", None)
+        return given if world is None else {**given, "template": WORLD_TEMPLATE}
+
     @property
     def named_objectives(self) -> dict[str, SftConfig | RlConfig]:
         """Every objective but pre-training, by name."""
@@ -237,6 +259,10 @@ class Config(Section):
         assert self.training.steps is not None
         only = StageObjective.model_validate(self.optimizer.model_dump())
         return (StageConfig(steps=self.training.steps, objectives={PRETRAINING: only}),)
+
+    @property
+    def timeline(self) -> Timeline:
+        return Timeline([stage.times for stage in self.all_stages])
 
     @property
     def steps(self) -> int:
@@ -283,7 +309,24 @@ class Config(Section):
                 + " or ".join(str(n) for n in (below, below + at_once) if n > 0)
                 + ")",
             )
+        if self.template is None and (needs := self._needs_template()):
+            wrong("template", f"is missing, and {needs} is written in it; {WRITE_TEMPLATE}")
         return found + self._problems_of_stages()
+
+    def _needs_template(self) -> str:
+        """What of the run is written in the template, if anything."""
+        if self.data is not None and self.data.agents is not None:
+            return "what agents see (data.agents)"
+        named = self.named_objectives
+        for stage in self.stages:
+            for name in stage.objectives:
+                if name in named:
+                    return f"what objective '{name}' reads"
+        if self.evaluation.at_end or self.evaluation.every_steps is not None:
+            for suite in self.evaluation.suites:
+                if suite.uses_template:
+                    return f"what suite '{suite.name}' asks"
+        return ""
 
     def _samplers(self) -> str:
         """What of the training generates text, if anything."""
@@ -316,10 +359,13 @@ class Config(Section):
                 place = f"{where}.{name}" if self.stages else where
                 if name not in known:
                     found.append((place, f"is not known; allowed are {', '.join(sorted(known))}"))
+                elif name != PRETRAINING and "lr" not in objective.model_fields_set:
+                    # [optimizer] says it too; what a parent was pre-trained with does not.
+                    found.append((f"{place}.lr", _no_lr(stage.label, name, objective)))
                 if name == PRETRAINING and self.data is None and self.stages:
                     found.append((place, "needs [data]"))
                 down = objective.warmup_steps + (objective.decay_steps or 0)
-                length = objective.course_steps or stage.steps_of(name)
+                length = objective.course_steps or stage.times.steps_of(name)
                 if down > length:
                     allowed = "training.steps" if not self.stages else "the stage"
                     found.append(

@@ -61,7 +61,7 @@ class Template:
     tokenizer may be written in the template; in the content of a turn they stay plain text.
     """
 
-    user: str = "question : {content} answer :"
+    user: str
     system: str = "{content}\n"
     opening: str = ""
     assistant: str = " {content}"

@@ -8,19 +8,26 @@ import math
 import sys
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megarlx.comm.collectives import gather_values
 from megarlx.config.evaluation import SAMPLED, EvaluationConfig, SuiteConfig
+from megarlx.config.objectives import PLACE, WRITE_TEMPLATE
 from megarlx.data.conversations import Template
 from megarlx.data.synthetic.problems import guesses
 from megarlx.data.synthetic.world import World
 from megarlx.data.tokenizer import Tokenizer
 from megarlx.evaluation import agents, behaviour, capability
 from megarlx.evaluation.pass_at_k import Pool, guessing_pass_at_k
-from megarlx.evaluation.questions import Question, few_shot_of, questions_of, short_enough
+from megarlx.evaluation.questions import (
+    Question,
+    SuiteError,
+    few_shot_of,
+    questions_of,
+    short_enough,
+)
 from megarlx.evaluation.readiness import informative_groups
 from megarlx.evaluation.results import (
     FORMAT,
@@ -45,7 +52,7 @@ class Subject:
 
     model: ParallelModel
     tokenizer: Tokenizer
-    template: Template
+    template: Template | None  # None: nobody has said how this model is asked
     is_base: bool
     iteration: int
     trunk_tokens: int
@@ -125,7 +132,7 @@ def _suite(
         found = _read(subject, config, suite)
     result |= found
     if suite.kind == "behaviour" and parent is not None:
-        _add_drift(result, parent, first, mesh.world)
+        _add_drift(result, settings, parent, first, mesh.world)
     result |= {"settings": settings, "seconds": time.perf_counter() - begin}
     if first and run is not None and path is not None:
         if lines:
@@ -138,7 +145,7 @@ def _suite(
 
 def settings_of(subject: Subject, config: EvaluationConfig, suite: SuiteConfig) -> dict[str, Any]:
     """All that a result depends on."""
-    template = subject.template
+    template = subject.template if suite.uses_template else None
     return {
         "suite": suite.model_dump(mode="json"),
         "seed": config.seed,
@@ -147,9 +154,7 @@ def settings_of(subject: Subject, config: EvaluationConfig, suite: SuiteConfig) 
         "precision": str(subject.model.pipeline.dtype).removeprefix("torch."),
         "is_base": subject.is_base,
         "tokenizer": subject.tokenizer.fingerprint,
-        "template": {
-            name: getattr(template, name) for name in ("user", "system", "opening", "assistant")
-        },
+        "template": None if template is None else asdict(template),
         "files": {
             path: _sha256(path) for path in (suite.path, suite.few_shot_path) if path is not None
         },
@@ -159,6 +164,14 @@ def settings_of(subject: Subject, config: EvaluationConfig, suite: SuiteConfig) 
             json.dumps(subject.world.settings.to_json(), sort_keys=True).encode()
         ).hexdigest(),
     }
+
+
+def _template_of(subject: Subject, suite: SuiteConfig) -> Template:
+    if subject.template is None and suite.uses_template:
+        raise SuiteError(
+            f"suite {suite.name}: it asks in a template, and this model has none; {WRITE_TEMPLATE}"
+        )
+    return subject.template or Template(user=PLACE)  # nothing is written in it
 
 
 def _sha256(path: str) -> str:
@@ -181,15 +194,15 @@ def _read(subject: Subject, config: EvaluationConfig, suite: SuiteConfig) -> Res
 def _sampled(
     subject: Subject, config: EvaluationConfig, suite: SuiteConfig, say: Say | None
 ) -> tuple[Result, list[dict[str, Any]]]:
-    mesh = subject.model.mesh
+    mesh, template = subject.model.mesh, _template_of(subject, suite)
     few_shot = few_shot_of(suite, subject.world, config.seed, is_base=subject.is_base)
     questions = short_enough(
-        suite, questions_of(suite, subject.world), few_shot, subject.template, subject.tokenizer
+        suite, questions_of(suite, subject.world), few_shot, template, subject.tokenizer
     )
     scored = sample_and_score(
         subject.model,
         subject.tokenizer,
-        subject.template,
+        template,
         suite,
         questions,
         few_shot,
@@ -223,7 +236,7 @@ def _played(
     items, lines = agents.play(
         subject.model,
         subject.tokenizer,
-        subject.template,
+        _template_of(subject, suite),
         suite,
         seed=config.seed,
         slots=config.slots,
@@ -312,15 +325,23 @@ def _answers(
     return [final_answer(q.reference or "") or q.reference for q in questions]
 
 
-def _add_drift(result: Result, parent: Parent, first: bool, world: Any) -> None:
-    """Where the parent was measured with the same suite."""
+def _add_drift(
+    result: Result, settings: Mapping[str, Any], parent: Parent, first: bool, world: Any
+) -> None:
+    """Where the parent was measured with the same suite, and asked in the same template."""
     path = result_path(parent.run, parent.iteration, result["suite"])
-    found = None
+    found: Any = None
     if first and path.exists():
-        away = behaviour.drift(result, read_result(path))
-        found = [away.estimate, away.low, away.high]
+        before = read_result(path)
+        if before["settings"]["template"] == settings["template"]:
+            away = behaviour.drift(result, before)
+            found = [away.estimate, away.low, away.high]
+        else:
+            found = f"none: {path} was asked in another template"
     found = gather_values(found, world)[0]
-    if found is not None:
+    if isinstance(found, str):
+        result["no_drift"] = found
+    elif found is not None:
         result["metrics"]["drift"] = found[0]
         result["drift_interval"] = found[1:]
 
@@ -334,6 +355,8 @@ def described(result: Result) -> str:
         guess = result.get("guessing", {}).get(name)
         by_guessing = "" if guess is None else f" (guessing {guess:.3f})"
         parts.append(f"{name} {value:.3f}{around}{by_guessing}")
+    if "no_drift" in result:
+        parts.append(f"drift {result['no_drift']}")
     return "  ".join(parts)
 
 

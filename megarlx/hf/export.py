@@ -66,7 +66,7 @@ def learned_template(run: Path, state: Mapping[str, Any]) -> TemplateConfig | No
     if not any(count for name, count in tokens.items() if name != PRETRAINING):
         return None
     given = read_json(run / "resolved.json").get("template")
-    return TemplateConfig() if given is None else TemplateConfig.model_validate(given)
+    return None if given is None else TemplateConfig.model_validate(given)
 
 
 def write_beside_tensors(

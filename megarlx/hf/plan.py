@@ -11,7 +11,7 @@ import torch
 from megarlx.checkpoint.files import Entry
 from megarlx.checkpoint.manifest import Chunk, SavedFile, SavedTensor, entry_name
 from megarlx.checkpoint.planner import DTYPE_NAMES
-from megarlx.checkpoint.storage import OPTIMIZER, file_name
+from megarlx.checkpoint.storage import KINDS, file_name, kind_of
 from megarlx.comm.groups import Group, Layout
 from megarlx.config.model import ModelConfig
 from megarlx.model.check_layout import check_layout
@@ -53,13 +53,10 @@ def _block(
 
 
 def files_by_size(shapes: Shapes, dtypes: Types, file_bytes: int) -> list[PlannedFile]:
-    """Files of about `file_bytes` of a checkpoint; a tensor that is larger is cut along its rows.
-
-    Weights and moments never share a file, so that loading weights alone reads no more.
-    """
+    """A checkpoint's files, of about `file_bytes`; a larger tensor is cut along its rows."""
     groups: list[list[PlannedBlock]] = []
-    for moments in (False, True):
-        names = [name for name in shapes if name.startswith(OPTIMIZER) is moments]
+    for kind in KINDS:
+        names = [name for name in shapes if kind_of(name) == kind]
         blocks = [b for name in names for b in _cut(name, shapes, dtypes, file_bytes)]
         groups += _grouped(blocks, file_bytes, lambda block: block.entry.bytes)
     return [
@@ -99,7 +96,8 @@ def files_by_layout(
 ) -> list[PlannedFile]:
     """The files that a run in this layout writes itself: each rank then reads its own and no more.
 
-    `shapes` are weights and, where there are any, moments under `optimizer/…/<name>`.
+    `shapes` are weights and, where there are any, moments and reference policies by their names
+    in a checkpoint.
     """
     check_layout(config, layout)
     prefixes = list(dict.fromkeys(n.removesuffix("norm.weight") for n in shapes if _is_final(n)))
@@ -112,12 +110,12 @@ def files_by_layout(
         for piece, _, block in flat.chunks(layouts, place["dp"]):
             if piece.counts_in_norm:
                 chunks.setdefault(piece.name, []).append(block)
-        for moments in (False, True):
+        for kind in KINDS:
             # As a rank's shards are walked: one after the other, its tensors in their order.
             blocks = [
                 _block(prefix + name, shapes, dtypes, block.start, block.size)
                 for prefix in prefixes
-                if prefix.startswith(OPTIMIZER) is moments
+                if kind_of(prefix) == kind
                 for name, held in chunks.items()
                 for block in held
             ]

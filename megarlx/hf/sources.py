@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megarlx.checkpoint.folder import check_sizes
+from megarlx.checkpoint.loading import WEIGHTS_ONLY
 from megarlx.checkpoint.manifest import DTYPES, Manifest, entry_name, read_manifest
 from megarlx.config.model import ModelConfig
 from megarlx.hf.config_map import model_config, read_family, read_json
@@ -146,7 +147,7 @@ def _pickled(folder: Path, name: str) -> str:
 
 
 class CheckpointSource:
-    """A checkpoint of ours: the weights, and the optimizer's moments under `optimizer/…`."""
+    """A checkpoint of ours: the weights, and beside them moments and reference policies."""
 
     def __init__(self, checkpoint: Path) -> None:
         self.path = checkpoint
@@ -159,7 +160,7 @@ class CheckpointSource:
     def check_model(self, config: ModelConfig) -> None:
         """The weights are those of this model, no more and no fewer."""
         wanted = config.tensor_shapes()
-        held = {n: s for n, s in self.shapes.items() if not n.startswith("optimizer/")}
+        held = {n: s for n, s in self.shapes.items() if not n.startswith(WEIGHTS_ONLY)}
         if held != wanted:
             wrong = {n for n in held.keys() & wanted.keys() if held[n] != wanted[n]}
             different = wrong | (held.keys() ^ wanted.keys())

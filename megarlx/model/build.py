@@ -76,6 +76,7 @@ def build_model(
             backend=backend,
             attention=attention,
             fp8=fp8,
+            delay_weight_gradients=plan.splits_backward,
             dtype=dtype,
             device=device,
         )

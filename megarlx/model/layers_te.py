@@ -41,7 +41,34 @@ def _leave_empty(parameter: Tensor) -> None:
     """Weights are drawn by `initialise_`, the same for every layout."""
 
 
-class ColumnLinear(te.Linear):
+class _Linear(te.Linear):
+    """With `delay_weight_gradient`, backward leaves the weight's gradient to `backward_dw`.
+
+    Transformer Engine would put that product in the place of `.grad`, or lose the bias's gradient:
+    it is added to `main_grad`, which is `.grad`, and a layer with a bias does not wait.
+    """
+
+    def __init__(
+        self, *sizes: int, bias: bool, delay_weight_gradient: bool, **options: Any
+    ) -> None:
+        self.delays = delay_weight_gradient and not bias
+        super().__init__(
+            *sizes,
+            bias=bias,
+            delay_wgrad_compute=self.delays,
+            fuse_wgrad_accumulation=self.delays,
+            init_method=_leave_empty,
+            **options,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.delays:
+            self.weight.main_grad = self.weight.grad
+        out: Tensor = super().forward(x)
+        return out
+
+
+class ColumnLinear(_Linear):
     """[t, in] to [T, out / tp]: the rows of the weight are split."""
 
     def __init__(
@@ -52,12 +79,14 @@ class ColumnLinear(te.Linear):
         bias: bool,
         group: Group,
         sequence_parallel: bool,
+        delay_weight_gradient: bool,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
         super().__init__(
             in_features,
             out_features,
+            delay_weight_gradient=delay_weight_gradient,
             bias=bias,
             parallel_mode="column",
             tp_group=group.process_group,
@@ -65,11 +94,10 @@ class ColumnLinear(te.Linear):
             sequence_parallel=sequence_parallel,
             params_dtype=dtype,
             device=device,
-            init_method=_leave_empty,
         )
 
 
-class RowLinear(te.Linear):
+class RowLinear(_Linear):
     """[T, in / tp] to [t, out]: the columns of the weight are split and the parts summed."""
 
     def __init__(
@@ -79,12 +107,14 @@ class RowLinear(te.Linear):
         *,
         group: Group,
         sequence_parallel: bool,
+        delay_weight_gradient: bool,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
         super().__init__(
             in_features,
             out_features,
+            delay_weight_gradient=delay_weight_gradient,
             bias=False,
             parallel_mode="row",
             tp_group=group.process_group,
@@ -92,7 +122,6 @@ class RowLinear(te.Linear):
             sequence_parallel=sequence_parallel,
             params_dtype=dtype,
             device=device,
-            init_method=_leave_empty,
         )
 
 

@@ -19,10 +19,40 @@ from torch.utils.checkpoint import checkpoint
 
 from megarlx.comm import collectives
 from megarlx.comm.groups import Group
+from megarlx.ops.delayed_linear import DelayedGradients, delayed_linear
 from megarlx.ops.elementwise import rms_norm
 
 
-class ColumnLinear(nn.Module):
+class _Linear(nn.Module):
+    """With `delay_weight_gradient`, backward leaves the weight's gradient to `backward_dw`."""
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        *,
+        bias: bool,
+        delay_weight_gradient: bool,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, columns, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.empty(rows, dtype=dtype, device=device)) if bias else None
+        self.delayed = DelayedGradients() if delay_weight_gradient else None
+
+    def product(self, x: Tensor) -> Tensor:
+        if self.delayed is None:
+            return F.linear(x, self.weight, self.bias)
+        return delayed_linear(x, self.weight, self.bias, self.delayed)
+
+    def backward_dw(self) -> None:
+        """Adds the oldest weight gradient put off to `.grad`; named as in Transformer Engine."""
+        if self.delayed is not None:
+            self.delayed.add_oldest(self.weight)
+
+
+class ColumnLinear(_Linear):
     """[t, in] to [T, out / tp]: the rows of the weight are split."""
 
     def __init__(
@@ -33,20 +63,22 @@ class ColumnLinear(nn.Module):
         bias: bool,
         group: Group,
         sequence_parallel: bool,
+        delay_weight_gradient: bool,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        super().__init__()
-        self.group, self.sequence_parallel = group, sequence_parallel
         rows = out_features // group.size
-        self.weight = nn.Parameter(torch.empty(rows, in_features, dtype=dtype, device=device))
-        self.bias = nn.Parameter(torch.empty(rows, dtype=dtype, device=device)) if bias else None
+        options: Any = {"dtype": dtype, "device": device}
+        super().__init__(
+            *(rows, in_features), bias=bias, delay_weight_gradient=delay_weight_gradient, **options
+        )
+        self.group, self.sequence_parallel = group, sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(enter(x, self.group, self.sequence_parallel), self.weight, self.bias)
+        return self.product(enter(x, self.group, self.sequence_parallel))
 
 
-class RowLinear(nn.Module):
+class RowLinear(_Linear):
     """[T, in / tp] to [t, out]: the columns of the weight are split and the parts summed."""
 
     def __init__(
@@ -56,16 +88,22 @@ class RowLinear(nn.Module):
         *,
         group: Group,
         sequence_parallel: bool,
+        delay_weight_gradient: bool,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        super().__init__()
-        self.group, self.sequence_parallel = group, sequence_parallel
         columns = in_features // group.size
-        self.weight = nn.Parameter(torch.empty(out_features, columns, dtype=dtype, device=device))
+        options: Any = {"dtype": dtype, "device": device}
+        super().__init__(
+            *(out_features, columns),
+            bias=False,
+            delay_weight_gradient=delay_weight_gradient,
+            **options,
+        )
+        self.group, self.sequence_parallel = group, sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        return leave(F.linear(x, self.weight), self.group, self.sequence_parallel)
+        return leave(self.product(x), self.group, self.sequence_parallel)
 
 
 class VocabEmbedding(nn.Module):

@@ -53,6 +53,7 @@ class Stage(nn.Module):
         backend: str = "torch",
         attention: AttentionKind = "auto",
         fp8: str | None = None,
+        delay_weight_gradients: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -82,9 +83,10 @@ class Stage(nn.Module):
         padded = config.padded_vocab(group.size)
         if self.has_embedding:
             self.embedding = self.backend.VocabEmbedding(padded, config.hidden_size, **options)
+        of_layers = options | {"delay_weight_gradient": delay_weight_gradients}
         self.layers = nn.ModuleDict(
             {
-                str(index): Layer(config, index, self.backend, options, recompute, attention)
+                str(index): Layer(config, index, self.backend, of_layers, recompute, attention)
                 for index in range(first, last)
             }
         )

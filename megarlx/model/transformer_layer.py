@@ -152,11 +152,10 @@ def _made_again(inner: Tensor, gate_up: Tensor) -> AbstractContextManager[None]:
 
     A checkpoint around `swiglu` would save nothing: it is the projection down that keeps its input.
     """
-    source, storage, shape = gate_up.detach(), inner.untyped_storage()._cdata, inner.shape
+    source, place, shape = gate_up.detach(), inner.data_ptr(), inner.shape
 
     def pack(saved: Tensor) -> Tensor | None:
-        same = saved.untyped_storage()._cdata == storage and saved.shape == shape
-        return None if same else saved
+        return None if saved.data_ptr() == place and saved.shape == shape else saved
 
     def unpack(kept: Tensor | None) -> Tensor:
         return swiglu(source) if kept is None else kept
@@ -178,7 +177,8 @@ class Layer(nn.Module):
     ) -> None:
         super().__init__()
         self.post = config.norm_position == "post"
-        norm = {"eps": config.norm_eps, **{k: v for k, v in options.items() if k != "group"}}
+        norm = {"eps": config.norm_eps}
+        norm |= {key: options[key] for key in ("sequence_parallel", "dtype", "device")}
         self.attention = Attention(config, index, backend, options, recompute, attention)
         self.mlp = MLP(config, backend, options, recompute)
         self.attention_norm = backend.RMSNorm(config.hidden_size, **norm)

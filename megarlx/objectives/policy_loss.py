@@ -121,8 +121,8 @@ def loss_spec(config: PolicyConfig) -> LossSpec:
         clip_low=config.clip_low,
         clip_high=config.clip_high,
         dual_clip=config.dual_clip,
-        kl=config.kl,
-        kl_coefficient=config.kl_coefficient,
+        kl=config.kl_of_loss,
+        kl_coefficient=0.0 if config.kl_of_loss == "none" else config.kl_coefficient,
         entropy_coefficient=config.entropy_coefficient,
     )
 
@@ -153,9 +153,9 @@ def policy_fields(
             f"policy loss: advantages of shape {tuple(advantages.shape)}; they must be finite, one "
             f"for each of {len(made.lengths)} sequences or each of {len(made.tokens)} tokens"
         )
-    ref = made.ref_logprobs
-    if config.needs_reference:
-        ref = _required(ref, "ref_logprobs", f"kl = '{config.kl}'")
+    ref = None
+    if config.kl_of_loss != "none":
+        ref = _required(made.ref_logprobs, "ref_logprobs", f"kl = '{config.kl}'")
     old = made.old_logprobs
     if config.importance_cap is not None:
         reason = f"importance_cap = {config.importance_cap}"
@@ -190,10 +190,18 @@ def policy_fields(
         mask,
         advantages,
         old,
-        ref if config.needs_reference else None,
+        ref,
         weights_of_token,
         per_sequence,
     )
+
+
+def log_ratios(completions: Completions) -> Tensor:
+    """[N]: how much likelier each whole sample is than under the reference, Σ old - ref."""
+    made, reason = completions, "kl = 'reward'"
+    old = _required(made.old_logprobs, "old_logprobs", reason)
+    ref = _required(made.ref_logprobs, "ref_logprobs", reason)
+    return sequence_sum((old.double() - ref.double()).where(made.written, 0), made)
 
 
 def sequence_sum(values: Tensor, completions: Completions) -> Tensor:

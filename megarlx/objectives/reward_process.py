@@ -56,15 +56,18 @@ def score(label: str, ask: Ask, samples: list[Sample], tally: Tally) -> Outcome:
         return Outcome([None] * len(samples), dict(enumerate(failed)))
     try:
         values = ask(samples)
-        if len(values) != len(samples):
-            what = f"returned {len(values)} rewards for {len(samples)} samples"
-            raise CallFailed("wrong_shape", what)
     except CallFailed as problem:
         if len(samples) == 1:
             failure = Failure(label, problem.kind, problem.detail, samples[0])
             tally.add(1, 1)
             return Outcome([None], {0: failure})
         return joined([score(label, ask, [sample], tally) for sample in samples])
+    if len(values) != len(samples):
+        # Asked one by one it may return one value each, and nobody would know which were meant.
+        raise RewardError(
+            f"reward {label}: returned {len(values)} values for {len(samples)} samples; it must "
+            "return one for each, None where it has nothing to say"
+        )
     kept: list[float | None] = []
     failures: dict[int, Failure] = {}
     for at, value in enumerate(values):

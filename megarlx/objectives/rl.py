@@ -16,8 +16,10 @@ from torch import Tensor
 from megarlx.comm.collectives import all_reduce_
 from megarlx.comm.groups import Group
 from megarlx.config.objectives import RL, RlConfig
+from megarlx.config.policy import PolicyConfig
 from megarlx.data.order import key_of, shuffled
 from megarlx.model.build import ParallelModel
+from megarlx.objectives.advantages import ADVANTAGES
 from megarlx.objectives.interface import Batch, Objective
 from megarlx.objectives.json_tensors import from_json, to_json
 from megarlx.objectives.logprobs import layout_for, training_logprobs
@@ -25,6 +27,7 @@ from megarlx.objectives.packing import Layout, policy_batch
 from megarlx.objectives.policy_loss import (
     Completions,
     gap_sums,
+    log_ratios,
     loss_spec,
     places_of,
     policy_fields,
@@ -199,13 +202,16 @@ class Reinforcement(Objective):
         policy = self.config.policy
         made = rollout.completions
         moves = self.config.steps_of_a_rollout > 1
-        if moves or policy.importance_cap is not None or policy.needs_current_logprobs:
+        off_reward = policy.kl == "reward"
+        if moves or off_reward or policy.importance_cap or policy.needs_current_logprobs:
             made = replace(made, old_logprobs=self._logprobs(made, makers))
         if policy.needs_reference:
             assert self.reference is not None
             with weights_in_place(self.model.data_parallel, self.reference):
                 made = replace(made, ref_logprobs=self._logprobs(made, makers))
         self.current = replace(rollout, completions=made)
+        if off_reward:
+            self.current = _less_divergence(self.current, policy)
         self.used = 0
         self.work.generated_tokens += rollout.metrics["rl/generated_tokens"]
         self.work.forward_tokens += rollout.metrics["rl/prompt_tokens"]
@@ -266,11 +272,12 @@ class Reinforcement(Objective):
         tokens = max(total["tokens"], 1.0)
         found = {
             "rl/entropy": total["entropy"] / tokens,
-            "rl/kl": total["kl" if self.spec.kl != "none" else "old_kl"] / tokens,
             "rl/clip_fraction": total["clipped"] / tokens,
             "rl/ratio_max": float(most[0]),
             "rl/trained_tokens": total["tokens"],
         }
+        if self.config.policy.kl != "reward":  # which knows it of the rollout
+            found["rl/kl"] = total["kl" if self.spec.kl != "none" else "old_kl"] / tokens
         gap_tokens = float(sums[-1])
         if gap_tokens:
             found |= {
@@ -279,6 +286,18 @@ class Reinforcement(Objective):
                 "rl/logprob_gap_kl": float(sums[len(METRICS) + 1]) / gap_tokens,
             }
         return found
+
+
+def _less_divergence(rollout: Rollout, policy: PolicyConfig) -> Rollout:
+    """Advantages of what is left of each reward when the sample's divergence is taken off it."""
+    away = log_ratios(rollout.completions)
+    rewards = rollout.rewards - policy.kl_coefficient * away.reshape(rollout.rewards.shape)
+    tokens = rollout.completions.written.sum()
+    return replace(
+        rollout,
+        advantages=ADVANTAGES[policy.advantage](rewards).reshape(-1),
+        metrics={**rollout.metrics, "rl/kl": float(away.sum() / tokens)},
+    )
 
 
 def _advantages_of(rollout: Rollout, sequences: Tensor) -> Tensor:

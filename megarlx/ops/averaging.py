@@ -24,7 +24,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from megarlx.comm.collectives import all_reduce_
 from megarlx.comm.groups import Group
@@ -104,8 +103,8 @@ def average_adamw_(
 ) -> None:
     """One pass over flat buffers: every objective's AdamW, and the weighted sum of the updates.
 
-    master [P] float32 (float64 on the CPU) is the snapshot and gets the new weights; grads n × [P]
-    in its dtype or bfloat16; moments n × [P] in its dtype, updated in place. steps int64 [n] counts
+    master [P] float32 or float64 is the snapshot and gets the new weights; grads n × [P] in its
+    dtype or bfloat16; moments n × [P] in its dtype, updated in place. steps int64 [n] counts
     finished steps and is advanced here. clips are multiplied into the gradients. param_out [P] gets
     a copy of the new weights, rounded to nearest even where it is bfloat16.
     """
@@ -233,12 +232,16 @@ def _writes_only(op: str) -> Callable[..., None]:
     """The fake kernel of an op that only writes into its arguments."""
 
     def fake(*args: object, **kwargs: object) -> None:
-        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        devices = {t.device for t in tensors}
+        devices = {t.device for value in (*args, *kwargs.values()) for t in _tensors_in(value)}
         if len(devices) > 1:
             raise _refuse(op, "device", sorted(map(str, devices)), "one device for all tensors")
 
     return fake
+
+
+def _tensors_in(value: object) -> list[Tensor]:
+    values = value if isinstance(value, list | tuple) else [value]
+    return [one for one in values if isinstance(one, Tensor)]
 
 
 def _pack_fake(

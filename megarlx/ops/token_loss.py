@@ -121,7 +121,13 @@ def combine_partials_(partials: Tensor, group: Group) -> Tensor:
 
 
 def scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """gradient · upstream; on the CPU a factor of 1, the usual one, costs nothing."""
+    """gradient · upstream; a factor of 1, the usual one, costs nothing.
+
+    On a GPU, where that is not known, only the last backward may write into the saved gradient.
+    """
+    if type(upstream) is Tensor and not torch.ops.megarlx._graph_is_kept():
+        torch.ops.megarlx._scale_gradient_(gradient, upstream)
+        return gradient
     if upstream.device.type == "cpu" and type(upstream) is Tensor and upstream.item() == 1:
         return gradient
     return gradient * upstream.to(gradient.dtype)
@@ -190,7 +196,8 @@ def _token_loss_partials_fake(logits: Tensor, *_: Any) -> Tensor:
 
 
 @torch.library.register_fake("megarlx::_token_loss_rows_")
-def _token_loss_rows_fake(*_: Any) -> None:
+@torch.library.register_fake("megarlx::_scale_gradient_")
+def _writes_only(*_: Any) -> None:
     return None
 
 

@@ -10,7 +10,7 @@ and moments exist for the shard only (ZeRO-1), and the new weights are gathered 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -96,6 +96,15 @@ class FlatLayout:
         for start, stop in self.buckets:
             length = (stop - start) // self.ranks
             yield start + rank * length, start + (rank + 1) * length, start // self.ranks
+
+    def ranges_of(self, names: Collection[str], rank: int) -> Iterator[tuple[int, int]]:
+        """Where these parameters lie in the rank's shard, each with the padding behind it."""
+        for start, stop, shard_start in self.parts(rank):
+            for slot in self.slots:
+                padded = -(-slot.stop // ALIGNMENT) * ALIGNMENT
+                low, high = max(start, slot.start), min(stop, padded)
+                if slot.name in names and low < high:
+                    yield shard_start + low - start, shard_start + high - start
 
     def chunks(
         self, layouts: Mapping[str, ParameterLayout], rank: int
@@ -233,6 +242,12 @@ class DataParallel:
         ]
         for one in pending:
             one.wait()
+
+    def ranges_of(self, tensor: str) -> list[tuple[int, int]]:
+        """Ranges of the shard that hold a tensor of the model, or its tied copy."""
+        held = self.layouts.items()
+        names = {name for name, one in held if any(p.name == tensor for p in one.pieces)}
+        return list(self.layout.ranges_of(names, self.group.rank))
 
     def uncounted_ranges(self) -> list[tuple[int, int]]:
         """Ranges of the shard whose elements another rank counts in norms, merged."""

@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from megarlx.comm.collectives import CollectiveError
 from megarlx.comm.groups import Group
 from megarlx.parallel.microbatches import (
     Inputs,
@@ -23,10 +21,9 @@ from megarlx.parallel.microbatches import (
     call_stage,
     split_microbatches,
 )
+from megarlx.parallel.pipeline_actions import rank_actions
 from megarlx.parallel.pipeline_plan import PipelinePlan
-
-if TYPE_CHECKING:
-    from megarlx.parallel.pipeline_schedule import ShapedSchedule
+from megarlx.parallel.pipeline_step import PipelineStep
 
 OnGradientReady = Callable[[nn.Parameter], None]
 HiddenShape = Callable[[torch.Size], Sequence[int]]
@@ -37,8 +34,7 @@ class Pipeline:
 
     `hidden_shape` gives the shape of the hidden states between stages from the shape of one
     micro-batch's tokens. Ranks need not be told anything else about each other: all are given the
-    same inputs. Each combination of shape and number of micro-batches, and each of training and
-    evaluation, has its own schedule, made when it first comes.
+    same inputs.
     """
 
     def __init__(
@@ -68,7 +64,6 @@ class Pipeline:
         self.hidden_shape = hidden_shape
         self.dtype = dtype
         self.device = torch.device(device)
-        self._schedules: dict[tuple[bool, int, torch.Size], ShapedSchedule] = {}
 
     @property
     def holds_last_stage(self) -> bool:
@@ -122,30 +117,15 @@ class Pipeline:
     def _scheduled(
         self, parts: list[Microbatch], *, training: bool, watch: _GradientWatch | None = None
     ) -> Results:
-        # Here, because torch's pipelining takes as long to import as torch itself.
-        from megarlx.parallel.pipeline_schedule import ShapedSchedule
-
-        shape = torch.Size(self.hidden_shape(parts[0]["tokens"].shape))
-        key = (training, len(parts), shape)
-        # Taken out while it runs: one that stopped half-way is of no more use.
-        schedule = self._schedules.pop(key, None) or ShapedSchedule(
-            self.stages, self.plan, self.group, *key, dtype=self.dtype, device=self.device
+        step = PipelineStep(
+            *(self.stages, self.plan, self.group, parts),
+            shape=torch.Size(self.hidden_shape(parts[0]["tokens"].shape)),
+            dtype=self.dtype,
+            device=self.device,
+            training=training,
+            stage_is_complete=watch.stage_is_complete if watch else None,
         )
-        try:
-            results = schedule.run(parts, watch.stage_is_complete if watch else None)
-        except RuntimeError as error:
-            what = "pipeline forward and backward" if training else "pipeline forward"
-            where = f"{what} ({schedule.last_exchange()})"
-            cause = _root_cause(error)
-            if cause is error:
-                raise CollectiveError(self.group, where, error) from error
-            # torch wraps what a stage raised in an error of its own, which says less.
-            cause.add_note(
-                f"in {where} on rank {self.group.global_rank} at step {self.group.traffic.step}"
-            )
-            raise cause from None
-        self._schedules[key] = schedule
-        return results
+        return step.run(rank_actions(self.plan, self.group.rank, len(parts), training))
 
 
 class _GradientWatch:
@@ -194,7 +174,3 @@ class _GradientWatch:
         if self.pending[parameter] == 0:
             del self.pending[parameter]
             self.ready(parameter)
-
-
-def _root_cause(error: BaseException) -> BaseException:
-    return error if error.__cause__ is None else _root_cause(error.__cause__)

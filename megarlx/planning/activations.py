@@ -107,6 +107,14 @@ def stage_kept(job: Job, n: Widths, stage: StagePart) -> int:
     return kept
 
 
+def layer_delayed(n: Widths) -> int:
+    """Where backward is split, a layer from its input's gradient to those of its weights: of each
+    product its input and its output's gradient."""
+    attention = n.h + (n.q + 2 * n.k) + n.q + n.h
+    mlp = n.h + 2 * n.F + n.F + n.h
+    return n.T * (attention + mlp) * n.e
+
+
 def loss_workspace(job: Job, n: Widths) -> int:
     """At the end of the last stage's forward: normed states, a chunk of logits, both gradients."""
     chunk = job.loss_rows * n.V
@@ -142,11 +150,15 @@ def layer_backward_workspace(job: Job, n: Widths) -> int:
     # Backward of the down projection, of SwiGLU, and of gate and up, in that order. The gradient
     # of the residual stream is there all along, and the upper norm's is its own.
     coming = hidden + (gathered if post or job.splits_sequence else 0)
-    points = [
-        coming + inner + again + of_weight(n.h * n.F),
-        hidden + 3 * inner - (inner - again),
-        hidden + 2 * inner + gathered + of_weight(2 * n.F * n.h) - (3 * inner - again),
-    ]
+    if job.plan.splits_backward:
+        # The products' inputs and their outputs' gradients stay, and no weight has one yet.
+        points = [coming + inner + again, hidden + gathered + 3 * inner + again]
+    else:
+        points = [
+            coming + inner + again + of_weight(n.h * n.F),
+            hidden + 3 * inner - (inner - again),
+            hidden + 2 * inner + gathered + of_weight(2 * n.F * n.h) - (3 * inner - again),
+        ]
     if job.recompute == "full":
         # Everything of the layer is there again, its output included.
         return layer_whole(job, n) + max(points)

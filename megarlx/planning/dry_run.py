@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarlx.comm.groups import Count, Mesh
+from megarlx.comm.launch import start_fake
 from megarlx.model.build import ParallelModel, build_model
 from megarlx.model.transformer_layer import Recompute
 from megarlx.objectives.interface import Batch, Objective
@@ -43,12 +44,8 @@ class DryRun:
     step_seconds: float
 
     def sent(self) -> dict[tuple[str, str], int]:
-        """Bytes of a step, without the few that a pipeline agrees with once, before its first."""
-        return {
-            key: count.bytes
-            for key, count in self.counts.items()
-            if count.bytes and key != ("pp", "send_agreement")
-        }
+        """Bytes of a step."""
+        return {key: count.bytes for key, count in self.counts.items() if count.bytes}
 
 
 class Shapes(Objective):
@@ -91,9 +88,6 @@ class Shapes(Objective):
 @contextmanager
 def fake_world(rank: int, size: int) -> Iterator[None]:
     """This process as `rank` of `size` that are not there."""
-    # Importing it is what makes torch know the backend.
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
     if dist.is_initialized():
         raise RuntimeError("a dry run needs a process of its own: process groups are already up")
     if not 0 <= rank < size:
@@ -101,7 +95,7 @@ def fake_world(rank: int, size: int) -> Iterator[None]:
     if size == 1:
         yield
         return
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    start_fake(rank, size)
     try:
         yield
     finally:
@@ -148,7 +142,7 @@ def trainer_of(job: Job, model: ParallelModel, device: torch.device) -> Trainer:
 
 def first_turn(job: Job) -> Job:
     """Where objectives alternate, a step is one of them: that of the first step."""
-    return replace(job, others=(), turns=0) if job.turns else job
+    return replace(job, others=(), alternates=False) if job.alternates else job
 
 
 def dry_run(job: Job, rank: int, device: torch.device | str = "meta") -> DryRun:

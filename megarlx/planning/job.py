@@ -106,11 +106,13 @@ class Job:
     bucket_elements: int = 25_000_000
     name: str = "pretraining"
     others: tuple[Job, ...] = ()  # further objectives of a stage, each with a batch of its own
-    turns: int = 0  # steps in a row where the objectives alternate; 0: all in every step
+    alternates: bool = False  # a step trains one of the objectives
+    share_of_steps: float = 1.0  # how many of the stage's steps train this one
     replica: int = 1
     in_replicas: bool = False  # each replica trains one of the objectives
     generates_together: bool = True  # and whether all help the policy's with its samples
     sync_every: int = 1
+    averages_per_step: float = 1.0
     shared_moments: bool = False
     held: Held | None = None  # absent: that of `objectives`
     packed_tokens: int | None = None  # of a step of RL, in as few micro-batches as hold it
@@ -216,10 +218,6 @@ class Job:
     @property
     def kept(self) -> Held:
         return self.held or Held(self.objectives, self.objectives)
-
-    def share_of_steps(self, one: Job) -> float:
-        """How much of a step an objective is, where they alternate."""
-        return one.turns / sum(o.turns for o in self.all_objectives) if one.turns else 1.0
 
     @cached_property
     def plan(self) -> PipelinePlan:
@@ -348,7 +346,7 @@ class Job:
     @cached_property
     def flops_per_step(self) -> float:
         """The model's own of all objectives, without recomputation."""
-        return sum(o.flops_of_its_own * self.share_of_steps(o) for o in self.all_objectives)
+        return sum(o.flops_of_its_own * o.share_of_steps for o in self.all_objectives)
 
     @cached_property
     def flops_of_its_own(self) -> float:
@@ -358,9 +356,7 @@ class Job:
     @property
     def trained_tokens(self) -> float:
         """In a step, of all objectives."""
-        return sum(
-            o.tokens_per_step * o.objectives * self.share_of_steps(o) for o in self.all_objectives
-        )
+        return sum(o.tokens_per_step * o.objectives * o.share_of_steps for o in self.all_objectives)
 
     @property
     def step_shape(self) -> StepShape:
@@ -377,14 +373,14 @@ class Job:
             in_replicas=self.in_replicas,
             of_replicas=len(self.all_objectives),
             local_steps=self.sync_every > 1,
-            averages=1 / self.sync_every,
+            averages=self.averages_per_step,
             shared_moments=self.shared_moments,
         )
 
     @property
     def updates_per_step(self) -> int:
         """Objectives whose gradients a rank has at the end of a step."""
-        if self.turns or self.in_replicas:
+        if self.alternates or self.in_replicas:
             return 1
         return sum(one.objectives for one in self.all_objectives)
 

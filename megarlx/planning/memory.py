@@ -19,9 +19,11 @@ from dataclasses import asdict, dataclass
 
 from megarlx.model.documents import padded_length
 from megarlx.model.metadata import local_kv_heads
+from megarlx.parallel.pipeline_actions import computations, most_held
 from megarlx.planning.activations import (
     Widths,
     layer_backward_workspace,
+    layer_delayed,
     loss_workspace,
     stage_kept,
 )
@@ -81,14 +83,30 @@ def _of_step(job: Job, pp_rank: int) -> tuple[int, int, int]:
     """Activations, workspace and batch of one objective."""
     n = Widths.of(job)
     stages = list(job.stages(pp_rank))
-    kept = sum(stage_kept(job, n, stage) for stage in stages)
     backward = layer_backward_workspace(job, n) if any(s.layers for s in stages) else 0
     loss = loss_workspace(job, n) if any(s.head for s in stages) else 0
     return (
-        kept * in_flight(job, pp_rank) // len(stages),
+        activations(job, n, pp_rank),
         max(backward, loss),
         job.tokens_per_microbatch * job.microbatches * BYTES_OF_A_TOKEN,
     )
+
+
+def activations(job: Job, n: Widths, pp_rank: int) -> int:
+    """Of the micro-batches in flight, when they are the most of a step."""
+    stages = {stage.index: stage for stage in job.stages(pp_rank)}
+    kept = {index: stage_kept(job, n, stage) for index, stage in stages.items()}
+    delayed = {index: stage.layers * layer_delayed(n) for index, stage in stages.items()}
+    # Layer by layer the one gives way to the other; the last layer's own are in the workspace.
+    within = {
+        index: max(
+            kept[index], kept[index] + (delayed[index] - kept[index]) * (layers - 1) // layers
+        )
+        for index, stage in stages.items()
+        for layers in [max(1, stage.layers)]
+    }
+    microbatches = job.microbatches if job.pp > 1 else 1
+    return most_held(computations(job.plan, pp_rank, microbatches), kept, within, delayed)
 
 
 def optimizer_bytes(job: Job, numbers: int) -> int:
@@ -103,26 +121,6 @@ def optimizer_bytes(job: Job, numbers: int) -> int:
     if job.dp > 1 and job.element_bytes != w:
         total += shard * job.element_bytes  # updated weights on their way to everybody
     return total
-
-
-def in_flight(job: Job, pp_rank: int) -> int:
-    """Micro-batches whose activations a rank holds at once, each stage of it counted by itself.
-
-    Where backward is split, a micro-batch is held until its weight gradients are there.
-    """
-    p, v, m = job.pp, job.virtual_stages, job.microbatches
-    if p == 1:
-        return 1
-    behind = p - 1 - pp_rank
-    if job.schedule == "1f1b":
-        # With fewer micro-batches than ranks, all go forward before the first goes back.
-        return min(m, behind + 1) if m >= p else m
-    if job.schedule == "zbv":
-        return min(2 * m, 2 * p)
-    a_round = m // max(1, m // p)
-    if job.schedule == "interleaved":
-        return min(v * m, (v - 1) * a_round + 2 * behind + 1)
-    return min(v * m, (v - 1) * a_round + behind + 1 + pp_rank)
 
 
 def kv_cache_bytes(job: Job, pp_rank: int, rollouts: Rollouts) -> int:

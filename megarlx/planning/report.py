@@ -190,7 +190,7 @@ def _objectives(job: Job) -> str:
         how = ""
         if job.others:
             place = "in replicas" if job.in_replicas else "on every rank"
-            how = " in turn" if job.turns else f" averaged {place}"
+            how = " in turn" if job.alternates else f" averaged {place}"
             how += f" every {job.sync_every} steps" if job.sync_every > 1 else ""
         return " and ".join(one.name for one in job.all_objectives) + how
     return "1 objective" if job.objectives == 1 else f"{job.objectives} objectives"

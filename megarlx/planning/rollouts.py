@@ -103,5 +103,5 @@ def generation_seconds(job: Job, gpu: Gpu) -> float:
         seconds = rounds * rollout_time(job, gpu, one.rollouts).total
         if left:
             seconds += rollout_time(job, gpu, replace(one.rollouts, slots=left)).total
-        total += seconds * job.share_of_steps(one)
+        total += seconds * one.share_of_steps
     return total

@@ -14,7 +14,7 @@ def bytes_of_step(job: Job, rank: int, *, averages: bool = False) -> Sent:
     total: Sent = Counter()
     for one in job.trained_on(rank):
         sent = objective_bytes(job.model, job.layout, job.plan, one.step_shape, rank)
-        times = one.objectives * job.share_of_steps(one)
+        times = one.objectives * one.share_of_steps
         total += Counter({key: round(count * times) for key, count in sent.items()})
     step = replace(job.step_shape, averages=1.0) if averages else job.step_shape
     return total + update_bytes(job.model, job.layout, job.plan, step, rank)

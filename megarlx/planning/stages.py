@@ -51,6 +51,7 @@ def job_of_stage(config: Config, gpus: int, index: int) -> Job:
         in_replicas=in_replicas,
         generates_together=stage.generate_together and stage.sync_every == 1,
         sync_every=stage.sync_every,
+        averages_per_step=stage.times.averages / stage.steps,
         shared_moments=stage.of == "gradients",
         held=_held(config, index),
     )
@@ -63,7 +64,7 @@ def job_of_stage(config: Config, gpus: int, index: int) -> Job:
 def _held(config: Config, index: int) -> Held:
     """As `OptimizerState` has it."""
     stage = config.all_stages[index]
-    members, waiting = list(stage.objectives), _waiting(config, index)
+    members, waiting = list(stage.objectives), config.timeline.waiting(index)
     in_replicas = stage.placement == "replicas" and len(members) > 1
     trained = 1 if in_replicas else len(members)
     shared, local = stage.of == "gradients", stage.sync_every > 1
@@ -82,19 +83,9 @@ def _held(config: Config, index: int) -> Held:
     )
 
 
-def _waiting(config: Config, index: int) -> list[str]:
-    """Objectives that are not trained in this stage, and that a later one goes on with."""
-    kept: list[str] = []
-    decided = set(config.all_stages[index].objectives)
-    for stage in config.all_stages[index + 1 :]:
-        kept += [n for n, one in stage.objectives.items() if one.goes_on and n not in decided]
-        decided |= set(stage.objectives)
-    return kept
-
-
 def _objective(config: Config, stage: StageConfig, name: str, common: Job) -> Job:
-    turns = stage.objectives[name].turns if stage.combine == "alternate" else 0
-    common = replace(common, name=name, turns=turns)
+    share = stage.times.steps_of(name) / stage.steps
+    common = replace(common, name=name, alternates=stage.times.alternates, share_of_steps=share)
     if name == PRETRAINING:
         return common
     given = config.named_objectives[name]

@@ -68,7 +68,7 @@ def _time_of(job: Job, gpu: Gpu, rank: int) -> StepTime:
     kinds = [job.layout.rank_at(pp=pp, replica=replica, dp=0, tp=0) for pp in job.kinds()]
     total = dict.fromkeys(StepTime.__dataclass_fields__, 0.0)
     for one in job.trained_on(rank):
-        times = one.objectives * job.share_of_steps(one)
+        times = one.objectives * one.share_of_steps
         for part, seconds in vars(_objective_time(one, gpu, kinds)).items():
             total[part] += times * seconds
     busiest, _ = _busiest(job.trained_on(rank)[0], gpu, kinds)
@@ -201,7 +201,7 @@ def _optimizer(job: Job, gpu: Gpu, rank: int) -> float:
     update = shard * (2 * n.w + 5 * n.w * updates + n.e)
     norms = shard * n.w * updates
     # An update that is sent is written and packed, and what comes back is added.
-    exchange = shard * 6 * n.w / job.sync_every if job.in_replicas else 0.0
+    exchange = shard * 6 * n.w * job.averages_per_step if job.in_replicas else 0.0
     return gpu.pass_seconds(update + norms + held * n.w * updates + exchange)
 
 

@@ -33,7 +33,7 @@ class Comparison:
         if found:
             self.cells.append((cell, found))
         else:
-            self.left_out.append(f"{cell.run.name}: no questions that both sides answered")
+            self.left_out.append(f"{cell.run.name}: no questions that both sides were asked alike")
 
     @property
     def seeds(self) -> list[int]:
@@ -106,7 +106,7 @@ def all_of(verdicts: Sequence[Verdict]) -> Verdict:
 
 
 def of_suite(after: Evaluation | None, before: Evaluation | None, metric: str) -> Suites:
-    if after is None or before is None:
+    if after is None or before is None or not after.asked_like(before):
         return {}
     return {after.suite: differences(after.percent(metric), before.percent(metric))}
 

@@ -13,7 +13,7 @@ from megarlx.report.study import BASE, Cell, Study
 
 
 def moves(before: Evaluation | None, after: Evaluation | None) -> Transition:
-    if before is None or after is None:
+    if before is None or after is None or not after.asked_like(before):
         return Transition()
     return transition(before.solved(), after.solved())
 

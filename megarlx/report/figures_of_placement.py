@@ -45,7 +45,7 @@ def placement(study: Study) -> Figure | None:
         max(t for m in moments.values() for t in m),
     )
     of_trunks = {
-        tokens: [b for c in trunks.values() if (b := study.base_of(_moved(c, tokens)))]
+        tokens: [b for c in trunks.values() if (b := study.trunk_at(_moved(c, tokens)))]
         for tokens in sorted({c.checkpoint_tokens for c in study.of_recipe(BASE)})
         if first <= tokens <= last
     }
@@ -111,7 +111,7 @@ def _table(study: Study, moments: dict[str, Moments], order: Sequence[str]) -> T
         first: Interval | None = None  # gain
         for tokens, cells in moments[label].items():
             values = [with_interval(course.get(float(tokens))) for course in courses]
-            pairs = [(c, b) for c in cells if label != BASE and (b := study.base_of(c))]
+            pairs = [(c, b) for c in cells if label != BASE and (b := study.trunk_at(c))]
             if len(pairs) < len(cells):
                 pairs = []
             found = [_difference(pairs, _gain_in(metric)) for metric in SHOWN.values()]

@@ -97,7 +97,7 @@ def _course_of(study: Study, cell: Cell) -> dict[int, Evaluation]:
     base = study.base_of(cell)
     if base is not None and 0 not in course:
         start = base.evaluations.get(study.headline or "") or base.headline
-        if start is not None:
+        if start is not None and all(start.asked_like(e) for e in course.values()):
             course[0] = start
     return course
 

@@ -229,12 +229,12 @@ def _lineage(study: Study) -> str:
     def add(run: Any, depth: int) -> None:
         parts = filter(None, described(study, run))
         lines.append("  " * depth + ("└ " if depth else "") + "  ".join(parts))
-        for other in study.excursions:
+        for other in study.runs:
             if study.parent_of(other) is run:
                 add(other, depth + 1)
 
     for run in study.runs:
-        if run.parent is None or study.parent_of(run) is None:
+        if study.parent_of(run) is None:
             add(run, 0)
     return f'<pre class="tree">{text(chr(10).join(lines))}</pre>'
 

@@ -110,7 +110,8 @@ def _spent(study: Study, run: Run, unit: str) -> list[tuple[float, Values]]:
     """
     prompts = setting_named(run, "prompts_per_step")
     found: list[tuple[float, Values]] = []
-    for e in run.course(study.headline or ""):
+    course = run.course(study.headline or "")
+    for e in course:
         if unit == "flop":
             spent = 0.0 if e.iteration == 0 else run.cost(e.iteration).get("flop")
         else:
@@ -121,7 +122,7 @@ def _spent(study: Study, run: Run, unit: str) -> list[tuple[float, Values]]:
     if parent is not None and run.parent is not None and (not found or found[0][0] > 0):
         at_start = parent.at(run.parent.iteration)
         start = at_start.get(study.headline or "") or at_start.get(f"{study.headline}_few_shot")
-        if start is not None:
+        if start is not None and all(start.asked_like(e) for e in course):
             found.insert(0, (0.0, start.percent("pass_at_1")))
     return found
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megarlx.config import as_asked
+from megarlx.config.objectives import PRETRAINING
 from megarlx.evaluation.pass_at_k import pass_at_k
 from megarlx.metrics import read_metrics
 
@@ -40,7 +41,12 @@ class Evaluation:
     metrics: Mapping[str, float]
     guessing: Mapping[str, float]
     items: tuple[Mapping[str, Any], ...] = field(repr=False)
+    template: Mapping[str, str] | None = None  # what the questions were written in, if in any
     _values: dict[str, dict[str, float]] = field(default_factory=dict, init=False, repr=False)
+
+    def asked_like(self, other: Evaluation) -> bool:
+        """Whether the questions were put alike: else a difference is the prompts' too."""
+        return self.template == other.template
 
     def percent(self, metric: str) -> dict[str, float]:
         """Question -> "pass_at_K" or "accuracy" of it, in percent; {} where it was not measured."""
@@ -81,6 +87,7 @@ class Parent:
     run: str  # as it stands in lineage.json
     iteration: int
     trunk_tokens: int
+    is_base: bool  # whether its weights had seen pre-training only
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +102,15 @@ class Run:
     settings: Mapping[str, Any]  # resolved.json
     metrics: tuple[Mapping[str, float], ...] = field(repr=False)
     evaluations: tuple[Evaluation, ...] = field(repr=False)  # by iteration
+
+    @property
+    def is_trunk(self) -> bool:
+        """Whether it pre-trains: from nothing, or nothing but that from a run that did."""
+        if self.parent is None:
+            return True
+        stages = self.settings.get("stages") or ()
+        trained = {name for stage in stages for name in stage.get("objectives") or ()}
+        return self.parent.is_base and trained == {PRETRAINING}
 
     @property
     def planned_steps(self) -> int | None:
@@ -220,7 +236,8 @@ def _lineage(values: Any) -> dict[str, Any]:
     parent = None
     if given is not None:
         tokens = given.get("trunk_tokens", values.get("trunk_tokens", 0))
-        parent = Parent(str(given["run"]), int(given["iteration"]), int(tokens))
+        others = (n for name, n in (given.get("tokens") or {}).items() if name != PRETRAINING)
+        parent = Parent(str(given["run"]), int(given["iteration"]), int(tokens), not any(others))
     recipe = values.get("recipe")
     return {
         "recipe": None if recipe is None else str(recipe),
@@ -244,6 +261,7 @@ def _evaluation(values: Any) -> Evaluation:
         metrics=_numbers(values["metrics"]),
         guessing=_numbers(values.get("guessing") or {}),
         items=tuple(map(_object, values["items"])),
+        template=(values.get("settings") or {}).get("template"),
     )
     made.solved()  # items that lack something are told of here, with the file's name
     return made

@@ -1,15 +1,16 @@
 """Runs put in their places: which checkpoint, recipe and seed each is, and what is still missing.
 
 A cell is one (trunk, checkpoint, recipe, seed) with its final evaluations. The checkpoints of the
-trunks are cells too: their recipe is "base".
+trunks are cells too: their recipe is "base". Trunks are the runs that do nothing but pre-train.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -37,6 +38,7 @@ class Cell:
     trunk: Run | None  # None where its folder is not among those reported
     variant: str  # what tells its trunk apart from others of the same seed; "" where nothing does
     checkpoint_tokens: int
+    iteration: int  # of the run it starts from; of a trunk's checkpoint, its own
     recipe: str
     setting: str  # what tells it apart from others of the same recipe, checkpoint and seed
     seed: int
@@ -69,6 +71,15 @@ class Cell:
         return self.run.cost(next((e.iteration for e in self.evaluations.values()), None))
 
 
+def _after(trunk: Run | None) -> str:
+    """What told pre-training that goes on from where it goes on from."""
+    return f"after {trunk.recipe or 'pre-training'}" if trunk and trunk.parent else ""
+
+
+def _joined(*parts: str) -> str:
+    return ", ".join(filter(None, parts))
+
+
 class Study:
     def __init__(self, root: Path, runs: list[Run], problems: Iterable[str] = ()) -> None:
         self.root, self.runs, self.problems = root, runs, list(problems)
@@ -86,11 +97,12 @@ class Study:
 
     @property
     def trunks(self) -> list[Run]:
-        return [run for run in self.runs if run.parent is None]
+        """Pre-training, also where it goes on from a run that is one or was converted."""
+        return [run for run in self.runs if run.is_trunk]
 
     @property
     def excursions(self) -> list[Run]:
-        return [run for run in self.runs if run.parent is not None]
+        return [run for run in self.runs if not run.is_trunk]
 
     def parent_of(self, run: Run) -> Run | None:
         """The run it started from, if it is here."""
@@ -123,7 +135,7 @@ class Study:
     def _ancestors_elsewhere(self) -> list[Path]:
         """Folders outside of this one that hold the parents of runs in it."""
         found: dict[str, Path] = {}
-        for run in self.excursions:
+        for run in self.runs:
             if self.parent_of(run) is None and run.parent is not None:
                 for path in self._may_lie_at(run, Path(run.parent.run)):
                     if (path / "lineage.json").exists():
@@ -131,21 +143,23 @@ class Study:
                         break
         return list(found.values())
 
-    def trunk_of(self, run: Run) -> Run | None:
-        seen = {run.name}
-        above: Run | None = run
-        while above is not None and above.parent is not None:
-            above = self.parent_of(above)
-            if above is not None and above.name in seen:
+    def line_of(self, run: Run) -> list[Run]:
+        """The run, its parent and so on, as far as they are here."""
+        line = [run]
+        while (above := self.parent_of(line[-1])) is not None:
+            if above in line:
                 raise ReportError(f"{run.name} is its own ancestor; see its lineage.json")
-            seen.add(above.name if above else "")
-        return above
+            line.append(above)
+        return line
+
+    def trunk_of(self, run: Run) -> Run | None:
+        return next((one for one in self.line_of(run) if one.is_trunk), None)
 
     def recipe_of(self, run: Run) -> str:
         """Its recipe, after those of the excursions that it starts from: "sft + rl"."""
         parent = self.parent_of(run)
         own = run.recipe or ("continued" if run.parent else BASE)
-        if parent is None or parent.parent is None:
+        if parent is None or parent.is_trunk:
             return own
         return f"{self.recipe_of(parent)} + {own}"
 
@@ -156,7 +170,7 @@ class Study:
         for run in self.runs:
             for suite in {e.suite for e in run.evaluations if e.kind == "pass_at_k"}:
                 if not suite.endswith((FEW_SHOT, PROBE)):
-                    counts[suite] += 1 if run.parent is None else len(self.runs)
+                    counts[suite] += 1 if run.is_trunk else len(self.runs)
         return min(counts, key=lambda suite: (-counts[suite], suite), default=None)
 
     @cached_property
@@ -175,7 +189,10 @@ class Study:
 
     @cached_property
     def _variants(self) -> dict[str, str]:
-        return told_apart([(run, (run.seed,)) for run in self.trunks])
+        """Of each trunk. One that goes on from another is of its variant."""
+        first = {trunk.name: self.line_of(trunk)[-1] for trunk in self.trunks}
+        told = told_apart([(run, (run.seed,)) for run in dict.fromkeys(first.values())])
+        return {name: told[run.name] for name, run in first.items()}
 
     def _base_cells(self) -> Iterator[Cell]:
         for trunk in self.trunks:
@@ -190,10 +207,14 @@ class Study:
                 if not e.suite.endswith(PROBE)
             }
             known = sorted((evaluated | branched).items())
-            # Steps that are no pre-training add no tokens: of those the last stands for all
-            last = {tokens: iteration for iteration, tokens in known}
-            last |= {tokens: iteration for iteration, tokens in sorted(branched.items())}
-            for tokens, iteration in sorted(last.items()):
+            # Steps that are no pre-training add no tokens: of those the last stands for all, unless
+            # others were branched from.
+            last = {tokens: [iteration] for iteration, tokens in known}
+            for tokens in branched.values():
+                last[tokens] = [i for i, seen in sorted(branched.items()) if seen == tokens]
+            chosen = [(tokens, i) for tokens, found in sorted(last.items()) for i in found]
+            for tokens, iteration in chosen:
+                several = f"step {iteration:,}" if len(last[tokens]) > 1 else ""
                 final = trunk.at(iteration)
                 few_shot = final.get(f"{self.headline}{FEW_SHOT}")
                 yield Cell(
@@ -201,8 +222,9 @@ class Study:
                     trunk,
                     self._variants[trunk.name],
                     tokens,
+                    iteration,
                     BASE,
-                    "",
+                    _joined(_after(trunk), several),
                     trunk.seed,
                     few_shot or final.get(self.headline or ""),
                     final,
@@ -228,14 +250,29 @@ class Study:
                 trunk,
                 self._variants[trunk.name] if trunk else "",
                 run.parent.trunk_tokens if run.parent else run.trunk_tokens,
+                run.parent.iteration if run.parent else 0,
                 self.recipe_of(run),
-                settings[run.name],
+                _joined(_after(trunk), settings[run.name]),
                 run.seed,
                 final.get(self.headline or ""),
                 final,
             )
 
     def base_of(self, cell: Cell) -> Cell | None:
+        """What it started from: a checkpoint of a trunk, or of another excursion."""
+        if cell.recipe == BASE:
+            return cell
+        parent = self.parent_of(cell.run)
+        for other in self.cells:
+            if other.run is parent and other.recipe != BASE:
+                there = other.run.at(cell.iteration)
+                return replace(other, headline=there.get(self.headline or ""), evaluations=there)
+            if other.run is parent and other.iteration == cell.iteration:
+                return other
+        return None
+
+    def trunk_at(self, cell: Cell) -> Cell | None:
+        """The cell's trunk at the cell's tokens."""
         return next(
             (
                 c
@@ -303,7 +340,7 @@ class Study:
 
     def missing(self) -> list[str]:
         """What a full report would need and is not there, one line each."""
-        found = list(self.problems)
+        found = [*self.problems, *self._asked_apart()]
         if self.headline is None and not self.agent_suites:
             found.append("no pass@k evaluation of any run")
         suites = sorted({s for c in self.cells if c.recipe != BASE for s in c.accuracy_suites})
@@ -326,3 +363,20 @@ class Study:
             if lacks:
                 found.append(f"{where}: no evaluation of {', '.join(lacks)}")
         return found
+
+    def _asked_apart(self) -> Iterator[str]:
+        """Where runs of one checkpoint were asked in several templates: nothing is subtracted."""
+        asked: defaultdict[tuple[Run | None, int], dict[str, list[str]]]
+        asked = defaultdict(lambda: defaultdict(list))
+        for cell in self.cells:
+            if cell.headline is not None:
+                template = cell.headline.template
+                said = "none" if template is None else json.dumps(template, ensure_ascii=False)
+                asked[cell.trunk, cell.checkpoint_tokens][said].append(cell.run.name)
+        for (_, tokens), names in asked.items():
+            if len(names) > 1:
+                sides = "; ".join(f"{', '.join(runs)} in {said}" for said, runs in names.items())
+                yield (
+                    f"differences at {tokens:,} tokens, because {self.headline} was asked in "
+                    f"{len(names)} templates: {sides}. Measure one side in the other's"
+                )

@@ -36,19 +36,20 @@ def run(arguments: argparse.Namespace) -> int:
 
 def lineage(study: Study) -> Tree:
     root = Tree(Text(str(study.root)))
-    for trunk in study.trunks:
-        _add(study, root, trunk)
-    for other in study.excursions:
-        if study.parent_of(other) is None and other.parent is not None:
-            far = Text(f"{other.parent.run} (not found)", style="dim")
-            _add(study, root.add(far), other)
+    for run in study.runs:
+        if run.parent is None:
+            _add(study, root, run)
+    for run in study.runs:
+        if study.parent_of(run) is None and run.parent is not None:
+            far = Text(f"{run.parent.run} (not found)", style="dim")
+            _add(study, root.add(far), run)
     return root
 
 
 def _add(study: Study, above: Tree, run: Run) -> None:
-    study.trunk_of(run)  # refuses a circle
+    study.line_of(run)  # refuses a circle
     node = above.add(Text("  ".join(filter(None, described(study, run)))))
-    below = [other for other in study.excursions if study.parent_of(other) is run]
+    below = [other for other in study.runs if study.parent_of(other) is run]
     for other in sorted(below, key=lambda r: (r.trunk_tokens, r.recipe or "", r.seed, r.name)):
         _add(study, node, other)
 
@@ -56,10 +57,10 @@ def _add(study: Study, above: Tree, run: Run) -> None:
 def described(study: Study, run: Run) -> list[str]:
     recipe = run.recipe or ("pre-training" if run.parent is None else "continued")
     start = f"from {quantity(run.parent.trunk_tokens)} tokens" if run.parent else ""
-    evaluation = run.last(f"{study.headline}_few_shot") if run.parent is None else None
+    evaluation = run.last(f"{study.headline}_few_shot") if run.is_trunk else None
     evaluation = evaluation or run.last(study.headline or "")
     reached = ""
-    if run.parent is None and run.evaluations:
+    if run.is_trunk and run.evaluations:
         reached = f"{quantity(max(e.trunk_tokens for e in run.evaluations))} tokens"
     steps = "" if run.finished else f"step {run.steps_done:,} of {run.planned_steps:,}"
     success = _success_of(study, run)

@@ -191,9 +191,10 @@ def training_stage(config: StageConfig, objectives: ObjectiveMaker) -> TrainingS
             betas=one.betas,
             eps=one.eps,
             weight_decay=one.weight_decay,
+            decay_embeddings=one.decay_embeddings,
             clip_norm=one.clip_norm or None,
         )
-        rate = learning_rate(one, one.course_steps or config.steps_of(name))
+        rate = learning_rate(one, one.course_steps or config.times.steps_of(name))
         members.append(
             TrainedObjective(objectives[name], adam, rate, turns=one.turns, goes_on=one.goes_on)
         )
@@ -219,28 +220,6 @@ def training_stage(config: StageConfig, objectives: ObjectiveMaker) -> TrainingS
 
 def steps_at_tokens(config: Config) -> list[int]:
     """The first step at or past each listed count of pre-training tokens that can be saved."""
-    if not config.checkpoints.save_at_tokens:
-        return []
     per_step = config.training.sequences_per_step * config.training.sequence_length
-    wanted, found, tokens, done = sorted(config.checkpoints.save_at_tokens), [], 0, 0
-    for stage in config.all_stages:
-        turn = [name for name, one in stage.objectives.items() for _ in range(one.turns)]
-        for step in range(stage.steps):
-            active = [turn[step % len(turn)]] if stage.combine == "alternate" else turn
-            tokens += per_step * (PRETRAINING in active)
-            done += 1
-            while wanted and tokens >= wanted[0]:
-                wanted.pop(0)
-                found.append(next_average(config, done))
-    return found
-
-
-def next_average(config: Config, step: int) -> int:
-    """The first step at or after `step` that no objective has taken alone."""
-    begin = 0
-    for stage in config.all_stages:
-        if step <= begin + stage.steps:
-            rounds = -(-(step - begin) // stage.sync_every)
-            return begin + min(rounds * stage.sync_every, stage.steps)
-        begin += stage.steps
-    return step
+    wanted = config.checkpoints.save_at_tokens
+    return config.timeline.done_at_tokens(PRETRAINING, per_step, wanted)

@@ -73,16 +73,13 @@ def _completed(given: dict[str, Any], base: dict[str, Any], before: Config) -> d
 
 def course_of(config: Config, name: str) -> dict[str, Any] | None:
     """The optimizer settings with which a run last trained an objective."""
-    for stage in reversed(config.all_stages):
-        if name in stage.objectives:
-            one = stage.objectives[name]
-            settings = one.model_dump(mode="json", exclude={"weight", "turns", "goes_on"})
-            turns = sum(o.turns for o in stage.objectives.values())
-            steps = stage.steps
-            if stage.combine == "alternate":
-                steps = -(-steps * one.turns // turns)
-            return settings | {"course_steps": one.course_steps or steps}
-    return None
+    index = config.timeline.last_stage_of(name)
+    if index is None:
+        return None
+    stage = config.all_stages[index]
+    one = stage.objectives[name]
+    settings = one.model_dump(mode="json", exclude={"weight", "turns", "goes_on"})
+    return settings | {"course_steps": one.course_steps or stage.times.steps_of(name)}
 
 
 def parent_of(reference: RunReference, replayed: Path | None = None) -> Parent:

@@ -11,7 +11,14 @@ from typing import Any
 
 from megarlx.config import Config, ConfigError, load_config
 from megarlx.config.arguments import add_overrides
-from megarlx.config.evaluation import SAMPLED, EvaluationConfig, SuiteConfig, world_suites
+from megarlx.config.evaluation import (
+    SAMPLED,
+    EvaluationConfig,
+    SuiteConfig,
+    SuitesConfig,
+    world_suites,
+)
+from megarlx.config.objectives import WRITE_TEMPLATE, TemplateConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         metavar="FILE.toml",
-        help="the suites, as [[suites]] tables (default: the run's own [evaluation])",
+        help="the suites, as [[suites]] tables, and a [template] if the run has none or another "
+        "(default: the run's own [evaluation])",
     )
     parser.add_argument(
         "--suite", action="append", metavar="NAME", help="only this one; may be given several times"
@@ -43,11 +51,11 @@ def run(arguments: argparse.Namespace) -> int:
         started = launch.read()
         references = list(_references(arguments.run))
         config = open_config(references[0].run, started.world_size, arguments.overrides)
-        evaluation = chosen(config, arguments)
+        evaluation, template = chosen(config, arguments)
         device = choose_device(config.training.device)
         launch.start(started, device, config.layout.time_limit_seconds)
         try:
-            _evaluate(references, config, evaluation, started, device)
+            _evaluate(references, config, evaluation, template, started, device)
         finally:
             launch.stop()
     except ConfigError as error:
@@ -78,14 +86,17 @@ def _references(text: str) -> Iterator[Any]:
     yield from (resolve(f"{run}@{iteration}") for iteration in there)
 
 
-def chosen(config: Config, arguments: argparse.Namespace) -> EvaluationConfig:
-    """The suites that were asked for, with what the command line says of them."""
+def chosen(
+    config: Config, arguments: argparse.Namespace
+) -> tuple[EvaluationConfig, TemplateConfig | None]:
+    """The suites that were asked for, with what the command line says of them; and their
+    template: that of the suites' file, else the run's."""
+    evaluation, template = config.evaluation, config.template
     if arguments.config is not None:
-        evaluation = load_config(arguments.config, (), EvaluationConfig)
-    else:
-        evaluation = config.evaluation
-        if not evaluation.suites and config.data is not None and config.data.world is not None:
-            evaluation = world_suites()
+        evaluation = file = load_config(arguments.config, (), SuitesConfig)
+        template = file.template or template
+    elif not evaluation.suites and config.data is not None and config.data.world is not None:
+        evaluation = world_suites()
     names = [suite.name for suite in evaluation.suites]
     if not names:
         raise ConfigError(["no suites: the run's configuration has none; give --config FILE.toml"])
@@ -98,7 +109,19 @@ def chosen(config: Config, arguments: argparse.Namespace) -> EvaluationConfig:
         if (value := getattr(arguments, name)) is not None
     }
     suites = [_changed(suite, changes) for suite in evaluation.suites if suite.name in wanted]
-    return evaluation.model_copy(update={"suites": tuple(suites)})
+    asking = [suite.name for suite in suites if suite.uses_template]
+    if template is None and asking:
+        raise ConfigError([_no_template(asking, arguments)])
+    return evaluation.model_copy(update={"suites": tuple(suites)}), template
+
+
+def _no_template(asking: list[str], arguments: argparse.Namespace) -> str:
+    file = arguments.config or "a file of suites, for --config"
+    return (
+        f"{arguments.run} has no [template], in which suite '{asking[0]}' asks its questions; into "
+        f"{file} {WRITE_TEMPLATE}, as what it is compared with is asked, or templated = false for "
+        "questions as they stand"
+    )
 
 
 def _changed(suite: SuiteConfig, changes: dict[str, Any]) -> SuiteConfig:
@@ -114,11 +137,16 @@ def _changed(suite: SuiteConfig, changes: dict[str, Any]) -> SuiteConfig:
 
 
 def _evaluate(
-    references: list[Any], config: Config, evaluation: EvaluationConfig, started: Any, device: Any
+    references: list[Any],
+    config: Config,
+    evaluation: EvaluationConfig,
+    template: TemplateConfig | None,
+    started: Any,
+    device: Any,
 ) -> None:
     from megarlx.evaluation.suites import Parent, Subject, evaluate
     from megarlx.run.opened import load_weights, open_run, read_lineage
-    from megarlx.run.world import world_of
+    from megarlx.run.world import template_of, world_of
 
     opened = open_run(references[0], config, started, device)
     world = world_of(config)
@@ -135,7 +163,7 @@ def _evaluate(
         subject = Subject(
             opened.model,
             opened.tokenizer,
-            opened.template,
+            template_of(template),
             opened.is_base,
             reference.iteration,
             opened.trunk_tokens,

@@ -34,6 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     from megarlx.comm import launch
     from megarlx.config import ConfigError
     from megarlx.run.assemble import choose_device
+    from megarlx.run.directory import RunError
     from megarlx.run.opened import open_config, open_run
     from megarlx.run.reference import resolve
 
@@ -41,6 +42,12 @@ def run(arguments: argparse.Namespace) -> int:
         started = launch.read()
         reference = resolve(arguments.run)
         config = open_config(reference.run, started.world_size, arguments.overrides)
+        if config.template is None and not arguments.raw:
+            raise RunError(
+                f"{reference.run} has no [template]: how its model is asked is not said. --raw "
+                "gives the prompt as it stands; a template is given by, for example, "
+                r"""--set 'template.user="Question: {content}\nAnswer:"'"""
+            )
         device = choose_device(config.training.device)
         launch.start(started, device, config.layout.time_limit_seconds)
         try:
@@ -66,6 +73,7 @@ def _generate(arguments: argparse.Namespace, opened: OpenedRun) -> None:
     if arguments.raw:
         ids = tokenizer.encode(arguments.prompt)
     else:
+        assert template is not None  # `run` saw to it
         ids = template.prompt_ids((Turn("user", arguments.prompt),), tokenizer)
     room = opened.config.model.max_sequence_length - len(ids)
     new = room if arguments.max_new_tokens is None else arguments.max_new_tokens

@@ -20,13 +20,12 @@ from megarlx.comm import launch
 from megarlx.comm.collectives import gather_values
 from megarlx.config.evaluation import EvaluationConfig
 from megarlx.config.objectives import PRETRAINING
-from megarlx.data.conversations import Template
 from megarlx.evaluation.results import samples_path
 from megarlx.evaluation.suites import Parent as EvaluatedParent
 from megarlx.evaluation.suites import Subject, evaluate, metrics_of
 from megarlx.metrics import MetricsWriter
 from megarlx.objectives.supervised import Supervised
-from megarlx.run.assemble import Run, next_average, steps_at_tokens
+from megarlx.run.assemble import Run, steps_at_tokens
 from megarlx.run.costs import Costs, peak_flop_per_second
 from megarlx.run.directory import RunError
 from megarlx.run.finite import Flags, FoundInf
@@ -34,7 +33,7 @@ from megarlx.run.lock import run_lock
 from megarlx.run.rank_logs import RankLog, rank_log
 from megarlx.run.readiness import beginnings_of_rl, readiness_of
 from megarlx.run.stopped import REQUEUE, StopRequest, clear_mark, exit_code, mark_stopped
-from megarlx.run.world import world_of
+from megarlx.run.world import template_of, world_of
 from megarlx.trackers import Trackers, check_installed
 
 SHOWN_SAMPLES = 4
@@ -108,7 +107,7 @@ def _start(run: Run) -> Costs:
 
 
 def _check_nothing_goes_on(run: Run) -> None:
-    if names := run.trainer.from_parent:
+    if names := sorted(run.trainer.timeline.from_before):
         raise RunError(
             f"goes_on of {', '.join(names)} is true, but no stage before has it, and this run has "
             "no parent to go on from; an excursion (`megarlx branch`) has one"
@@ -216,7 +215,7 @@ class _Loop:
         }
         self.due |= {what for what, now in due.items() if now}
         if "save" in self.due - before and not self.run.trainer.in_sync:
-            step = next_average(config, done)
+            step = config.timeline.next_average(done)
             self._say(done, f"the checkpoint waits for step {step}, which averages the objectives")
 
     def _do_what_is_due(self, *, wait: bool) -> None:
@@ -327,7 +326,7 @@ class _Loop:
             Subject(
                 run.trainer.model,
                 run.tokenizer,
-                Template(**run.config.template.model_dump()),
+                template_of(run.config.template),
                 is_base=not any(n for name, n in tokens.items() if name != PRETRAINING),
                 iteration=done,
                 trunk_tokens=tokens.get(PRETRAINING, 0),

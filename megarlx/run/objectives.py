@@ -31,7 +31,7 @@ from megarlx.objectives.rl import KeepSamples, Reinforcement
 from megarlx.objectives.rollout import RolloutSource, Sampler
 from megarlx.objectives.supervised import Supervised
 from megarlx.run.directory import RunError
-from megarlx.run.world import data_of, path_of
+from megarlx.run.world import data_of, path_of, template_of
 
 
 class ObjectiveMaker:
@@ -49,7 +49,6 @@ class ObjectiveMaker:
         self.device, self.samples = device, samples
         self._tokenizer = tokenizer
         self.data = data_of(config)
-        self.template = Template(**config.template.model_dump())
         self._made: dict[str, Objective] = {}
 
     def __getitem__(self, name: str) -> Objective:
@@ -62,6 +61,12 @@ class ObjectiveMaker:
         if self._tokenizer is None:
             raise RunError("data.tokenizer is missing: text cannot be read without one")
         return self._tokenizer
+
+    @property
+    def template(self) -> Template:
+        found = template_of(self.config.template)
+        assert found is not None  # the configuration saw to it
+        return found
 
     def _make(self, name: str) -> Objective:
         if name == PRETRAINING:

@@ -23,7 +23,7 @@ from megarlx.run.assemble import DTYPES, choose_layout, use_tf32
 from megarlx.run.choose import choose
 from megarlx.run.directory import RunDirectory, RunError
 from megarlx.run.reference import RunReference, tokens_of
-from megarlx.run.world import load_tokenizer_of
+from megarlx.run.world import load_tokenizer_of, template_of
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class OpenedRun:
     reference: RunReference
     config: Config
     tokenizer: Tokenizer
-    template: Template
+    template: Template | None
     model: ParallelModel
     loaded: Loaded
     device: torch.device
@@ -94,10 +94,6 @@ def open_tokenizer(run: Path, config: Config) -> Tokenizer:
     return found
 
 
-def template_of(config: Config) -> Template:
-    return Template(**config.template.model_dump())
-
-
 def read_lineage(run: Path) -> dict[str, Any]:
     path = run / "lineage.json"
     if not path.exists():
@@ -148,7 +144,6 @@ def open_run(
     config: Config,
     started: launch.Launch,
     device: torch.device,
-    template: Template | None = None,
 ) -> OpenedRun:
     """Needs `launch.start` to have been called; `config` is `open_config`'s."""
     config = choose(config, this_machine(device)).config
@@ -164,6 +159,5 @@ def open_run(
         device=device,
     )
     model, loaded = open_model(config, reference.checkpoint, mesh, device)
-    return OpenedRun(
-        reference, config, tokenizer, template or template_of(config), model, loaded, device
-    )
+    template = template_of(config.template)
+    return OpenedRun(reference, config, tokenizer, template, model, loaded, device)

@@ -11,16 +11,11 @@ from megarlx.run.world import path_of
 
 def beginnings_of_rl(config: Config) -> dict[int, list[str]]:
     """The steps after which RL begins, and what begins there; what goes on does not begin."""
-    found: dict[int, list[str]] = {}
-    begin, seen = 0, set()
-    for stage in config.all_stages:
-        for name, one in stage.objectives.items():
-            if isinstance(config.named_objectives.get(name), RlConfig) and name not in seen:
-                seen.add(name)
-                if not one.goes_on:
-                    found.setdefault(begin, []).append(name)
-        begin += stage.steps
-    return found
+    found = {
+        done: [name for name in names if isinstance(config.named_objectives.get(name), RlConfig)]
+        for done, names in config.timeline.beginnings().items()
+    }
+    return {done: names for done, names in found.items() if names}
 
 
 def readiness_of(config: Config, names: list[str]) -> EvaluationConfig:

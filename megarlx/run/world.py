@@ -9,6 +9,7 @@ from megarlx.config import Config
 from megarlx.config.environment import EnvironmentConfig
 from megarlx.config.objectives import PLACE, WORLD, TemplateConfig
 from megarlx.config.run_sections import AgentsConfig, DataConfig, WorldConfig
+from megarlx.data.conversations import Template
 from megarlx.data.synthetic.settings import WorldSettings
 from megarlx.data.synthetic.world import World
 from megarlx.data.synthetic.write import DESCRIPTION, Sizes, write_world
@@ -103,6 +104,7 @@ def write_data(config: Config) -> None:
     if config.data is not None and (world := config.data.world) is not None:
         write_world(settings_of(world), world.place, sizes_of(world))
     if config.data is not None and config.data.agents is not None:
+        assert config.template is not None  # the configuration saw to it
         write_agents(config.data.agents, config.template)
 
 
@@ -149,6 +151,10 @@ def load_tokenizer_of(config: Config, directory: RunDirectory) -> Tokenizer | No
             f"{tokenizer.vocab_size} ids"
         )
     return tokenizer
+
+
+def template_of(given: TemplateConfig | None) -> Template | None:
+    return None if given is None else Template(**given.model_dump())
 
 
 def world_of(config: Config) -> World | None:

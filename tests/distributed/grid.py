@@ -144,7 +144,8 @@ def train(case: Case) -> dict[str, Any]:
     objective = Supervised(
         "pretraining", Loader(RandomSequences(), layout, prefetch_steps=0), device=case.device
     )
-    adam = AdamSettings(weight_decay=0.1, clip_norm=0.5)
+    # With tied embeddings, so that both copies have to know that they do not decay.
+    adam = AdamSettings(weight_decay=0.1, clip_norm=0.5, decay_embeddings=not case.tied)
     trainer = Trainer(
         built, [TrainingStage([TrainedObjective(objective, adam, lambda step: 1e-3)])]
     )

@@ -130,7 +130,10 @@ def test_a_wrong_world_size_is_refused_with_both_numbers_and_layouts_that_work(
     with pytest.raises(ValueError, match=f"needs {layout.world_size} .* {world_size} are") as error:
         layout.check_world_size(world_size)
     assert f"Layouts for {world_size}: {suggested};" in str(error.value)  # the nearest first
-    assert all(near.world_size == world_size for near in layout.nearest(world_size))
+    near = layout.nearest(world_size, count=99)
+    assert all(one.world_size == world_size for one in near)
+    # A run without replicas has no objectives to give some to.
+    assert any(one.replica > 1 for one in near) is (layout.replica > 1)
 
 
 def test_a_mesh_larger_than_the_job_is_refused_before_any_group_is_made():

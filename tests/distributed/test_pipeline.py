@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megarlx.comm.collectives import CollectiveError, all_reduce_
 from megarlx.comm.groups import Mesh
+from megarlx.ops.delayed_linear import DelayedGradients, delayed_linear
 from megarlx.parallel.microbatches import Results
 from megarlx.parallel.pipeline import Pipeline
 from megarlx.parallel.pipeline_plan import PipelinePlan
@@ -54,32 +55,57 @@ class HeadLoss(torch.autograd.Function):
         return grad_hidden * upstream, grad_head * upstream, None, None
 
 
+class Product(nn.Module):
+    """A linear layer as the model's: where backward is split its weight's gradient is put off."""
+
+    def __init__(self, seed: int, *shape: int, dtype: torch.dtype, delays: bool) -> None:
+        super().__init__()
+        self.weight = parameter(seed, *shape, dtype=dtype)
+        self.delayed = DelayedGradients() if delays else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.delayed is None:
+            return F.linear(x, self.weight)
+        return delayed_linear(x, self.weight, None, self.delayed)
+
+    def backward_dw(self) -> None:
+        if self.delayed is not None:
+            self.delayed.add_oldest(self.weight)
+
+
 class Layer(nn.Module):
-    def __init__(self, number: int, dtype: torch.dtype) -> None:
+    def __init__(self, number: int, dtype: torch.dtype, delays: bool) -> None:
         super().__init__()
         self.norm = parameter(10 * number, HIDDEN, dtype=dtype)
-        self.qkv = parameter(10 * number + 1, 3 * HIDDEN, HIDDEN, dtype=dtype)
-        self.up = parameter(10 * number + 2, 8, HIDDEN, dtype=dtype)
-        self.down = parameter(10 * number + 3, HIDDEN, 8, dtype=dtype)
+        options: Any = {"dtype": dtype, "delays": delays}
+        self.qkv = Product(10 * number + 1, 3 * HIDDEN, HIDDEN, **options)
+        self.up = Product(10 * number + 2, 8, HIDDEN, **options)
+        self.down = Product(10 * number + 3, HIDDEN, 8, **options)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        q, k, v = F.linear(F.rms_norm(x, (HIDDEN,), self.norm), self.qkv).chunk(3, -1)
+        q, k, v = self.qkv(F.rms_norm(x, (HIDDEN,), self.norm)).chunk(3, -1)
         scores = (q @ k.mT).masked_fill(~mask, -torch.inf)
         x = x + scores.softmax(-1) @ v
-        return x + F.linear(torch.tanh(F.linear(x, self.up)), self.down)
+        return x + self.down(torch.tanh(self.up(x)))
 
 
 class Stage(nn.Module):
     """A stage of a small transformer; the whole of it when it is given all layers."""
 
     def __init__(
-        self, layers: tuple[int, int], first: bool, last: bool, dtype: torch.dtype, tied: bool
+        self,
+        layers: tuple[int, int],
+        first: bool,
+        last: bool,
+        dtype: torch.dtype,
+        tied: bool,
+        delays: bool = False,
     ) -> None:
         super().__init__()
         self.first_layer = layers[0]
         if first:
             self.embedding = parameter(1, VOCABULARY, HIDDEN, dtype=dtype)
-        self.layers = nn.ModuleList(Layer(number, dtype) for number in range(*layers))
+        self.layers = nn.ModuleList(Layer(number, dtype, delays) for number in range(*layers))
         if last:
             tied_here = tied and first
             self.head = (
@@ -163,7 +189,10 @@ class Rank:
         )
         end = self.plan.stages - 1
         self.held = self.plan.stages_of(self.mesh.pp.rank)
-        self.stages = [stage(self.plan.layers[s], s == 0, s == end, dtype, tied) for s in self.held]
+        delays = self.plan.splits_backward
+        self.stages = [
+            stage(self.plan.layers[s], s == 0, s == end, dtype, tied, delays) for s in self.held
+        ]
         self.pipeline = Pipeline(
             self.stages, self.plan, self.mesh.pp, hidden_shape=lambda shape: (*shape, HIDDEN),
             dtype=dtype,
@@ -419,9 +448,6 @@ def test_bytes_sent_are_those_of_the_formula(run, p, schedule, v):
         gradient = {"send_gradient": (backward, backward * message)} if backward else {}
         assert second == hidden | gradient
         assert second_evaluation == hidden
-        for counts in (first, first_evaluation):
-            agreement = counts.pop("send_agreement")
-            assert agreement == ((forward + backward) // m, 4 * (forward + backward) // m)
         assert (first, first_evaluation) == (second, second_evaluation)
         total = [total[0] + forward, total[1] + backward]
     crossings = p * v - 1 - (schedule == "zbv")

@@ -13,11 +13,10 @@ import torch
 from grid import chunks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit" / "objectives"))
-from rl_cases import WORDS, config, early_word, model, prompts, reinforcement, trainer_of
+from rl_cases import TEMPLATE, WORDS, config, early_word, model, prompts, reinforcement, trainer_of
 
 from megarlx.checkpoint import Saver, latest
 from megarlx.comm.groups import Mesh
-from megarlx.data.conversations import Template
 from megarlx.data.prompts import PromptData
 from megarlx.data.tokenizer import WordTokenizer
 from megarlx.objectives.rewards import RewardError
@@ -77,9 +76,9 @@ def test_samples_do_not_depend_on_the_number_of_data_ranks(
             assert rank[key] == alone[key], key
 
 
-def train(axes: dict[str, int], steps: int) -> dict[str, Any]:
-    mesh = mesh_of(axes)
-    one = reinforcement(config(**MOVING), model(mesh=mesh, dtype=torch.float64))
+def train(axes: dict[str, int], steps: int, preset: str) -> dict[str, Any]:
+    mesh, given = mesh_of(axes), config(**{**MOVING, "policy": {"preset": preset}})
+    one = reinforcement(given, model(mesh=mesh, dtype=torch.float64))
     trainer = trainer_of(one, lr=1e-3)
     losses, metrics, norms = [], [], []
     for _ in range(steps):
@@ -107,13 +106,14 @@ def whole(parts: list[Any]) -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.parametrize("preset", ["grpo", "rloo"])  # the KL in the loss, and off the reward
 @pytest.mark.parametrize("axes", LAYOUTS, ids=str)
 def test_a_rollout_trains_the_same_weights_in_every_layout(
-    run: Callable[..., Any], axes: dict[str, int]
+    run: Callable[..., Any], axes: dict[str, int], preset: str
 ) -> None:
     """Both epochs of a rollout and the next one's first step, in fp64."""
-    (single,) = run(1, train, {}, 5)
-    ranks = run(size(axes), train, axes, 5)
+    (single,) = run(1, train, {}, 5, preset)
+    ranks = run(size(axes), train, axes, 5, preset)
     for rank in ranks:
         assert rank["tokens"] == single["tokens"]
         np.testing.assert_allclose(rank["losses"], single["losses"], rtol=1e-8, atol=1e-12)
@@ -164,7 +164,7 @@ def test_a_run_resumes_inside_of_a_rollout_bit_for_bit(
 
 def failing_for_some(samples: list[Sample]) -> list[float]:
     """For the second prompt drawn, which only one data rank has."""
-    data = PromptData(prompts(), Template(), WordTokenizer(WORDS), 5, name="rl")
+    data = PromptData(prompts(), TEMPLATE, WordTokenizer(WORDS), 5, name="rl")
     second = data.take(2)[1].prompt
     if any(sample.prompt == second.question for sample in samples):
         raise RuntimeError("the judge of this one is away")

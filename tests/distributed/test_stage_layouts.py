@@ -23,7 +23,7 @@ SEQUENCES = 8
 LAYOUTS = [{"tp": 2}, {"pp": 2}, {"dp": 2}, {"tp": 2, "dp": 2}]
 KINDS = ["average", "adaptive", "gradients", "alternate", "stages"]
 ADAM = AdamSettings(weight_decay=0.1, clip_norm=0.5)
-OTHER = AdamSettings(weight_decay=0.02, clip_norm=0.2, betas=(0.8, 0.9))
+OTHER = AdamSettings((0.8, 0.9), weight_decay=0.02, decay_embeddings=False, clip_norm=0.2)
 
 
 class Later(RandomSequences):

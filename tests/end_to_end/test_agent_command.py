@@ -65,9 +65,11 @@ max_episode_tokens = 110
 [[stages]]
 steps = 3
 [stages.objectives.sft]
+lr = 4e-4
 [[stages]]
 steps = 4
 [stages.objectives.rl]
+lr = 4e-4
 
 [checkpoints]
 save_every_steps = 5

@@ -198,10 +198,13 @@ def command_of_torchrun(processes: int) -> list[str]:
     ("recipe", "message"),
     [
         ("[training]\nseed = 1\n", "or \\[\\[stages\\]\\]"),
-        ("[model]\nlayers = 3\n[[stages]]\nsteps = 1\n[stages.objectives.sft]\n[sft]\n", "model"),
+        (
+            "[model]\nlayers = 3\n[[stages]]\nsteps = 1\n[stages.objectives.sft]\nlr = 1\n[sft]\n",
+            r"\[model\] is another one",
+        ),
         ("[[stages]]\nsteps = 1\n[stages.objectives.rl]\n", "rl is not known"),
         (
-            "[[stages]]\nsteps = 1\n[stages.objectives.sft]\ngoes_on = true\n[sft]\n",
+            "[[stages]]\nsteps = 1\n[stages.objectives.sft]\nlr = 1\ngoes_on = true\n[sft]\n",
             "no moments of sft",
         ),
     ],

@@ -54,6 +54,9 @@ max_new_tokens = 4
 """
 
 SUITES = """
+[template]
+user = "Q: {content}\\nA:"
+
 [[suites]]
 name = "mine"
 kind = "pass_at_k"

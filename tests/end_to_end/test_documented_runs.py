@@ -267,7 +267,11 @@ def give_what_is_the_readers(folder: Path) -> None:
         (dolmino / name).write_text(json.dumps(content))
 
 
-SUITES = """
+TEMPLATE = """
+[template]
+user = "question : {content} answer :"
+"""
+SUITES = f"""{TEMPLATE}
 [[suites]]
 name = "mine"
 kind = "pass_at_k"
@@ -275,7 +279,7 @@ path = "questions.jsonl"
 samples = 2
 max_new_tokens = 4
 """
-RECIPE = """
+RECIPE = f"""{TEMPLATE}
 [training]
 sequence_length = 48
 sequences_per_step = 2

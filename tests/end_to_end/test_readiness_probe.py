@@ -24,8 +24,8 @@ function = "marked_answer"
 weight = 3.0
 workers = 0
 """
-SFT_STAGE = "[sft]\n[[stages]]\nsteps = 2\n[stages.objectives.sft]\n"
-RL_STAGE = "[[stages]]\nsteps = 2\n[stages.objectives.rl]\n"
+SFT_STAGE = "[sft]\n[[stages]]\nsteps = 2\n[stages.objectives.sft]\nlr = 4e-4\n"
+RL_STAGE = "[[stages]]\nsteps = 2\n[stages.objectives.rl]\nlr = 4e-4\n"
 FIVE = "evaluation.readiness_prompts=5"
 
 

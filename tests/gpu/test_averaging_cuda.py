@@ -15,19 +15,19 @@ from torch import Tensor
 from megarlx.comm.groups import Group
 from megarlx.ops.averaging import adamw_update_, average_adamw_, replica_average_
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = pytest.mark.gpu
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 SIZES = [0, 1, 7, 8, 9, 1025, 2_000_003]
+DTYPES = [torch.float32, torch.float64]
 
 
-def make(n: int, count: int) -> dict[str, Any]:
+def make(n: int, count: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     rng = torch.Generator().manual_seed(count + n)
 
     def normal(scale: float = 1.0) -> Tensor:
-        return scale * torch.randn(count, generator=rng)
+        return scale * torch.randn(count, generator=rng, dtype=dtype)
 
     return {
         "master": normal(),
@@ -36,10 +36,6 @@ def make(n: int, count: int) -> dict[str, Any]:
         "exp_avg_sqs": [normal(0.1).square() for _ in range(n)],
         "steps": torch.arange(n) * 3,
     }
-
-
-def to_cuda(state: dict[str, Any]) -> dict[str, Any]:
-    return {k: [t.cuda() for t in v] if isinstance(v, list) else v.cuda() for k, v in state.items()}
 
 
 def step(state: dict[str, Any], **changes: Any) -> Tensor:
@@ -63,30 +59,37 @@ def assert_near(a: dict[str, Any], b: dict[str, Any]) -> None:
             for x in (a, b)
         )
         for x, y in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(x.cpu(), y.cpu(), rtol=1e-6, atol=1e-7)
+            close = (1e-14, 1e-15) if x.dtype == torch.float64 else (1e-6, 1e-7)
+            torch.testing.assert_close(x.cpu(), y.cpu(), rtol=close[0], atol=close[1])
     assert a["steps"].tolist() == b["steps"].tolist()
 
 
 @pytest.mark.parametrize("count", SIZES)
 @pytest.mark.parametrize("n", [1, 2, 3, 8])
-@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
-def test_cuda_equals_cpu(count: int, n: int, grad_dtype: torch.dtype) -> None:
-    host = make(n, count)
-    host["grads"] = [g.to(grad_dtype) for g in host["grads"]]
-    device = to_cuda(host)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("narrow", [False, True])
+def test_cuda_equals_cpu(card: Any, count: int, n: int, dtype: torch.dtype, narrow: bool) -> None:
+    host = make(n, min(count, card.size(count, 10_007)), dtype)
+    if narrow:
+        host["grads"] = [g.bfloat16() for g in host["grads"]]
+    device = card.moved(host)
     for _ in range(3):
         step(host)
-        out = step(device)
+        with card:
+            out = step(device)
     assert_near(device, host)
     assert torch.equal(out, device["master"].bfloat16())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("offset", range(1, 8))
-def test_unaligned_views_give_the_bits_of_aligned_buffers(offset: int) -> None:
-    aligned = to_cuda(make(2, 10_007))
+def test_unaligned_views_give_the_bits_of_aligned_buffers(
+    on_card: Any, offset: int, dtype: torch.dtype
+) -> None:
+    aligned = on_card.moved(make(2, 10_007, dtype))
 
     def shifted(tensor: Tensor) -> Tensor:
-        base = torch.full((10_007 + 16,), 7.0, device="cuda")
+        base = torch.full((10_007 + 16,), 7.0, dtype=dtype, device=on_card.device)
         base[offset : offset + 10_007] = tensor
         return base[offset : offset + 10_007]
 
@@ -101,8 +104,8 @@ def test_unaligned_views_give_the_bits_of_aligned_buffers(offset: int) -> None:
     assert view["master"]._base.eq(7).sum() >= 16
 
 
-def test_invariants_hold_bit_for_bit() -> None:
-    both = to_cuda(make(2, 50_003))
+def test_invariants_hold_bit_for_bit(on_card: Any) -> None:
+    both = on_card.moved(make(2, 50_003))
     alone = {k: v[:1] if k != "master" else v.clone() for k, v in both.items()}
     alone = {
         k: [t.clone() for t in v] if isinstance(v, list) else v.clone() for k, v in alone.items()
@@ -111,7 +114,7 @@ def test_invariants_hold_bit_for_bit() -> None:
     step(alone, weights=1.0, lrs=1e-2)
     assert torch.equal(both["master"], alone["master"])
 
-    state = to_cuda(make(1, 50_003))
+    state = on_card.moved(make(1, 50_003))
     twice = {k: [v[0], v[0].clone()] if isinstance(v, list) else v for k, v in state.items()}
     twice = {
         k: [t.clone() for t in v] if isinstance(v, list) else v.clone() for k, v in twice.items()
@@ -122,11 +125,11 @@ def test_invariants_hold_bit_for_bit() -> None:
     assert torch.equal(twice["master"], state["master"])
 
 
-def test_found_inf_skips_only_its_objective() -> None:
-    state = to_cuda(make(2, 10_007))
+def test_found_inf_skips_only_its_objective(on_card: Any) -> None:
+    state = on_card.moved(make(2, 10_007))
     before = {k: v[1].clone() if isinstance(v, list) else v.clone() for k, v in state.items()}
     state["grads"][1].fill_(float("nan"))
-    step(state, found_inf=torch.tensor([0.0, 1.0], device="cuda"))
+    step(state, found_inf=torch.tensor([0.0, 1.0], device=on_card.device))
     assert state["master"].isfinite().all()
     assert not torch.equal(state["master"], before["master"])
     assert torch.equal(state["exp_avgs"][1], before["exp_avgs"])
@@ -134,9 +137,10 @@ def test_found_inf_skips_only_its_objective() -> None:
     assert state["steps"].tolist() == [1, 3]
 
 
-def test_a_step_does_not_wait_for_the_device_and_replays_in_a_graph() -> None:
-    state = to_cuda(make(2, 10_007))
-    reference = to_cuda(make(2, 10_007))
+@needs_cuda
+def test_a_step_does_not_wait_for_the_device_and_replays_in_a_graph(card: Any) -> None:
+    state = card.moved(make(2, 10_007))
+    reference = card.moved(make(2, 10_007))
     numbers = torch.full((2,), 0.5, dtype=torch.float64, device="cuda")
     arguments: dict[str, Any] = {
         "lrs": numbers * 0.01,
@@ -169,12 +173,14 @@ def test_a_step_does_not_wait_for_the_device_and_replays_in_a_graph() -> None:
 
 
 @pytest.mark.parametrize("count", [*SIZES, 65_536, 65_537])
-@pytest.mark.parametrize("wire", [torch.float32, torch.bfloat16])
-def test_update_and_replica_average_equal_the_cpu(count: int, wire: torch.dtype) -> None:
-    found = []
-    for device in ("cpu", "cuda"):
-        s = make(1, count)
-        s = to_cuda(s) if device == "cuda" else s
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_update_and_replica_average_equal_the_cpu(
+    card: Any, count: int, dtype: torch.dtype, narrow: bool
+) -> None:
+    wire = torch.bfloat16 if narrow else dtype
+
+    def both_halves(s: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         delta = adamw_update_(
             s["master"], s["grads"][0], s["exp_avgs"][0], s["exp_avg_sqs"][0],
             lr=1e-2, weight_decay=0.1, steps=s["steps"],
@@ -184,23 +190,29 @@ def test_update_and_replica_average_equal_the_cpu(count: int, wire: torch.dtype)
             s["master"], delta, weight=0.5, group=Group.alone("replica"), wire=wire, param_out=out
         )
         assert torch.equal(out, s["master"].bfloat16())
-        found.append((s["master"].cpu(), report.squared_norm.cpu(), report.found_inf.cpu()))
-    (master, norm, flag), (their_master, their_norm, their_flag) = found
-    tolerance = 1e-6 if wire == torch.float32 else 1e-4
+        return s["master"].cpu(), report.squared_norm.cpu(), report.found_inf.cpu()
+
+    state = make(1, min(count, card.size(count, 140_003)), dtype)
+    moved = card.moved(state)
+    master, norm, flag = both_halves(state)
+    with card:
+        their_master, their_norm, their_flag = both_halves(moved)
+    tolerance = 1e-4 if narrow else 1e-6 if dtype == torch.float32 else 1e-14
     torch.testing.assert_close(master, their_master, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(norm, their_norm, rtol=1e-6, atol=0)
     assert flag.item() is their_flag.item() is False
 
 
 @pytest.mark.parametrize("where", [0, 70_000, -1])
-def test_an_overflow_is_found_and_left_out(where: int) -> None:
-    master, delta = torch.zeros(100_003, device="cuda"), torch.ones(100_003, device="cuda")
+def test_an_overflow_is_found_and_left_out(on_card: Any, where: int) -> None:
+    master, delta = (make(100_003, device=on_card.device) for make in (torch.zeros, torch.ones))
     delta[where] = float("inf")
     report = replica_average_(master, delta, weight=1.0, group=Group.alone("replica"))
     assert report.found_inf.item()
     assert master.eq(0).all()
 
 
+@needs_cuda
 def test_more_elements_than_32_bits_count() -> None:
     count = 2**31 + 11
     if torch.cuda.mem_get_info()[0] < 20 * count:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from megarlx.ops import sample
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 FILTERS: list[dict] = [
     {},
     {"temperature": 0.0},
@@ -31,11 +30,14 @@ def keys_of(rows: int) -> Tensor:
 @pytest.mark.parametrize("size", [1, 7, 97, 129, 330, 5003, 50257, 151936])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", FILTERS)
-def test_tokens_and_logprobs_equal_the_cpu(size: int, dtype: torch.dtype, options: dict) -> None:
-    rows = 64
+def test_tokens_and_logprobs_equal_the_cpu(
+    card: Any, size: int, dtype: torch.dtype, options: dict
+) -> None:
+    rows = card.size(64, max(2, min(64, 30_000 // size)))
     logits = (torch.randn(rows, size, generator=torch.Generator().manual_seed(size)) * 3).to(dtype)
     here = sample(logits, seed=5, keys=keys_of(rows), **options)
-    there = sample(logits.cuda(), seed=5, keys=keys_of(rows).cuda(), **options)
+    with card:
+        there = sample(card.moved(logits), seed=5, keys=card.moved(keys_of(rows)), **options)
     # One formula: every token is the same. Only a top-p boundary may move with its last bits.
     flips = int((here.token != there.token.cpu()).sum())
     assert flips <= (1 if "top_p" in options else 0)
@@ -45,11 +47,11 @@ def test_tokens_and_logprobs_equal_the_cpu(size: int, dtype: torch.dtype, option
 
 
 @pytest.mark.parametrize("options", FILTERS)
-def test_rows_off_alignment_and_padding_change_nothing(options: dict) -> None:
-    logits = torch.randn(40, 333, device="cuda")
-    wide = torch.full((40, 403), float("nan"), device="cuda")
+def test_rows_off_alignment_and_padding_change_nothing(on_card: Any, options: dict) -> None:
+    logits = torch.randn(40, 333, device=on_card.device)
+    wide = torch.full((40, 403), float("nan"), device=on_card.device)
     wide[:, 3:336] = logits
-    keys = keys_of(40).cuda()
+    keys = on_card.moved(keys_of(40))
     a = sample(logits, seed=1, keys=keys, vocab_size=300, **options)
     b = sample(wide[:, 3:336], seed=1, keys=keys, vocab_size=300, **options)
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
@@ -57,27 +59,31 @@ def test_rows_off_alignment_and_padding_change_nothing(options: dict) -> None:
 
 
 @pytest.mark.parametrize("options", FILTERS)
-def test_broken_rows_are_flagged(options: dict) -> None:
-    logits = torch.randn(6, 700, device="cuda")
+def test_broken_rows_are_flagged(on_card: Any, options: dict) -> None:
+    logits = torch.randn(6, 700, device=on_card.device)
     logits[0, 699] = float("nan")
     logits[1] = float("-inf")
     logits[2, 5] = float("inf")
     logits[3] = float("-inf")
     logits[3, 600] = 2.0
-    got = sample(logits, seed=1, keys=keys_of(6).cuda(), **options)
+    got = sample(logits, seed=1, keys=on_card.moved(keys_of(6)), **options)
     assert got.token[:3].tolist() == [-1, -1, -1]
     assert got.logprob[:3].isnan().all()
     assert got.token[3].item() == 600
     assert (got.token[4:] >= 0).all()
-    bad = torch.tensor([-1.0], device="cuda")
-    assert (sample(logits, seed=1, keys=keys_of(6).cuda(), temperature=bad).token == -1).all()
+    bad = torch.tensor([-1.0], device=on_card.device)
+    assert (
+        sample(logits, seed=1, keys=on_card.moved(keys_of(6)), temperature=bad).token == -1
+    ).all()
 
 
 @pytest.mark.parametrize("heat", [1.0, 0.5, 0.0])
-def test_any_split_of_the_vocabulary_gives_the_same_token(heat: float) -> None:
-    logits, keys = torch.randn(64, 4096, device="cuda") * 3, keys_of(64).cuda()
-    seed = torch.tensor([1], device="cuda")
-    temperature = torch.tensor([heat], device="cuda")
+def test_any_split_of_the_vocabulary_gives_the_same_token(on_card: Any, heat: float) -> None:
+    rows = on_card.size(64, 9)
+    logits = torch.randn(rows, 4096, device=on_card.device) * 3
+    keys = on_card.moved(keys_of(rows))
+    seed = torch.tensor([1], device=on_card.device)
+    temperature = torch.tensor([heat], device=on_card.device)
     whole = sample(logits, seed=seed, keys=keys, temperature=temperature, vocab_size=4000)
     for shards in (2, 4, 8):
         width = 4096 // shards
@@ -91,6 +97,7 @@ def test_any_split_of_the_vocabulary_gives_the_same_token(heat: float) -> None:
         assert all(torch.equal(x, y) for x, y in zip(whole, got, strict=True))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_cuda_graph_replays_with_new_keys_seed_and_temperature() -> None:
     logits, keys = torch.randn(32, 50257, device="cuda"), keys_of(32).cuda()
     seed, heat = torch.tensor([1], device="cuda"), torch.tensor([1.0], device="cuda")

@@ -1,6 +1,7 @@
 """The CUDA kernels of the token losses against the CPU's, and what only a GPU does."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -9,14 +10,9 @@ from torch import Tensor
 
 from megarlx.ops.linear_token_loss import linear_token_loss
 from megarlx.ops.loss_spec import KL_ESTIMATORS, MODES, LossSpec
-from megarlx.ops.native import load
 from megarlx.ops.token_loss import move_to_maximum_, token_loss
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    pytest.mark.skipif(load().built_with["cuda"] is None, reason="built without CUDA"),
-]
+pytestmark = pytest.mark.gpu
 
 SPECS = [
     LossSpec(mode, 0.2, 0.3, 0.0, kl, 0.0 if kl == "none" else 0.3, 0.1)
@@ -26,7 +22,7 @@ SPECS = [
 
 
 def example(
-    spec: LossSpec, vocabulary: int, dtype: torch.dtype
+    spec: LossSpec, vocabulary: int, dtype: torch.dtype, tokens: int = 21
 ) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
     generator = torch.Generator().manual_seed(vocabulary)
     precision = torch.float64 if dtype == torch.float64 else torch.float32
@@ -34,36 +30,34 @@ def example(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=precision)
 
-    logits = (normal(21, vocabulary) * 2).to(dtype)
-    targets = torch.randint(0, vocabulary, (21,), generator=generator)
+    logits = (normal(tokens, vocabulary) * 2).to(dtype)
+    targets = torch.randint(0, vocabulary, (tokens,), generator=generator)
     lp = logits.to(precision).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     inputs = {
-        "mask": torch.rand(21, generator=generator) > 0.2,
-        "advantages": None if spec.mode == "nll" else normal(21),
-        "old_logprobs": lp + 0.3 * normal(21),
-        "ref_logprobs": lp + 0.3 * normal(21),
-        "token_weights": normal(21).abs() + 0.5,
+        "mask": torch.rand(tokens, generator=generator) > 0.2,
+        "advantages": None if spec.mode == "nll" else normal(tokens),
+        "old_logprobs": lp + 0.3 * normal(tokens),
+        "ref_logprobs": lp + 0.3 * normal(tokens),
+        "token_weights": normal(tokens).abs() + 0.5,
     }
     return logits, targets, inputs
-
-
-def on_gpu(inputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-    return {key: value if value is None else value.cuda() for key, value in inputs.items()}
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.mode}-{spec.kl}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 # Aligned rows and not; a row in shared memory, and one that is longer.
 @pytest.mark.parametrize("vocabulary", [7, 1024, 50257, 151936])
-def test_equals_the_cpu(spec: LossSpec, dtype: torch.dtype, vocabulary: int) -> None:
-    logits, targets, inputs = example(spec, vocabulary, dtype)
+def test_equals_the_cpu(card: Any, spec: LossSpec, dtype: torch.dtype, vocabulary: int) -> None:
+    tokens = card.size(21, 21 if vocabulary < 5000 else 3)
+    logits, targets, inputs = example(spec, vocabulary, dtype, tokens)
     here = logits.clone().requires_grad_()
-    there = logits.cuda().requires_grad_()
+    there = card.moved(logits).requires_grad_()
     common = {"normalizer": 5.0, "temperature": 0.9}
     a = token_loss(here, targets, spec, **common, **inputs)
-    b = token_loss(there, targets.cuda(), spec, **common, **on_gpu(inputs))
     a.loss.backward()
-    b.loss.backward()
+    with card:
+        b = token_loss(there, card.moved(targets), spec, **common, **card.moved(inputs))
+        b.loss.backward()
     close = (
         {"rtol": 1e-10, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 2e-5}
     )
@@ -74,12 +68,13 @@ def test_equals_the_cpu(spec: LossSpec, dtype: torch.dtype, vocabulary: int) -> 
     assert difference <= bound * here.grad.double().norm()
 
 
-def test_rerun_is_bitwise_equal() -> None:
-    logits, targets, inputs = example(SPECS[-1], 50257, torch.bfloat16)
+def test_rerun_is_bitwise_equal(on_card: Any) -> None:
+    logits, targets, inputs = example(SPECS[-1], 50257, torch.bfloat16, on_card.size(21, 3))
     runs = []
     for _ in range(3):
-        x = logits.cuda().requires_grad_()
-        result = token_loss(x, targets.cuda(), SPECS[-1], normalizer=3.0, **on_gpu(inputs))
+        x = on_card.moved(logits).requires_grad_()
+        given = on_card.moved({"targets": targets, **inputs})
+        result = token_loss(x, spec=SPECS[-1], normalizer=3.0, **given)
         result.loss.backward()
         runs.append((*(r.detach() for r in result), x.grad))
     for again in runs[1:]:
@@ -87,14 +82,15 @@ def test_rerun_is_bitwise_equal() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_linear_loss_equals_cross_entropy_in_fp64(dtype: torch.dtype) -> None:
+def test_linear_loss_equals_cross_entropy_in_fp64(on_card: Any, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(300, 64, generator=generator).to(dtype).cuda().requires_grad_()
-    weight = (torch.randn(1000, 64, generator=generator) / 8).to(dtype).cuda().requires_grad_()
-    targets = torch.randint(0, 1000, (300,), generator=generator).cuda()
+    hidden = torch.randn(300, 64, generator=generator).to(on_card.device, dtype).requires_grad_()
+    weight = torch.randn(1000, 64, generator=generator) / 8
+    weight = weight.to(on_card.device, dtype).requires_grad_()
+    targets = torch.randint(0, 1000, (300,), generator=generator).to(on_card.device)
     precise = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     F.cross_entropy(precise[0] @ precise[1].t(), targets).backward()
-    buffer = torch.zeros(1000, 64, device="cuda")
+    buffer = torch.zeros(1000, 64, device=on_card.device)
     spec = LossSpec()
     for into in (None, buffer):
         hidden.grad = None
@@ -109,14 +105,14 @@ def test_linear_loss_equals_cross_entropy_in_fp64(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("shards", [2, 4])
-def test_vocabulary_shards_equal_the_whole(shards: int) -> None:
+def test_vocabulary_shards_equal_the_whole(on_card: Any, shards: int) -> None:
     spec, vocabulary, width = SPECS[-1], 1000, 1024 // shards
     logits, targets, inputs = example(spec, vocabulary, torch.float32)
-    x = logits.cuda().requires_grad_()
-    targets, given = targets.cuda(), on_gpu(inputs)
+    x = on_card.moved(logits).requires_grad_()
+    targets, given = on_card.moved(targets), on_card.moved(inputs)
     whole = token_loss(x, targets, spec, normalizer=2.0, **given)
     whole.loss.backward()
-    one = torch.ones((), device="cuda")
+    one = torch.ones((), device=on_card.device)
     padded = F.pad(x.detach(), (0, 24), value=50.0)
     pieces = [piece.contiguous() for piece in padded.split(width, 1)]
     ops = torch.ops.megarlx
@@ -138,19 +134,38 @@ def test_vocabulary_shards_equal_the_whole(shards: int) -> None:
     assert (gradient[:, vocabulary:] == 0).all()
 
 
-def test_a_bad_target_or_row_makes_its_own_token_nan() -> None:
-    logits = torch.randn(4, 1030, device="cuda")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [9, 16, 1032])
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+def test_a_log_prob_is_never_above_zero(
+    on_card: Any, dtype: torch.dtype, vocabulary: int, temperature: float
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(200, vocabulary, generator=generator)
+    targets = torch.randint(0, vocabulary, (200,), generator=generator)
+    size = 50 + 200 * torch.rand(200, 1, generator=generator)  # beside it the others are nothing
+    logits.scatter_(1, targets[:, None], size)
+    x, target_ids = on_card.moved(logits.to(dtype)), on_card.moved(targets)
+    result = token_loss(x, target_ids, LossSpec(), normalizer=1, temperature=temperature)
+    assert (result.logprobs <= 0).all()
+    assert (result.logprobs > -5e-5).all()
+
+
+def test_a_bad_target_or_row_makes_its_own_token_nan(on_card: Any) -> None:
+    logits = torch.randn(4, 1030, device=on_card.device)
     logits[1, 1029] = math.nan
     logits.requires_grad_()
-    targets = torch.tensor([3, 4, 1030, 5], device="cuda")
+    targets = torch.tensor([3, 4, 1030, 5], device=on_card.device)
     result = token_loss(logits, targets, LossSpec(), normalizer=1)
     result.loss.backward()
     assert result.loss.isnan()
     assert result.logprobs.isnan().tolist() == [False, True, True, False]
     assert logits.grad[1:3].isnan().any(1).all()
+    assert logits.grad[2].isnan().all()
     assert torch.isfinite(logits.grad[[0, 3]]).all()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_one_step_needs_no_synchronisation() -> None:
     logits = torch.randn(8, 512, device="cuda", requires_grad=True)
     targets = torch.randint(0, 512, (8,), device="cuda")

@@ -147,7 +147,9 @@ class Textbook:
             name: torch.optim.AdamW(
                 [
                     {
-                        "params": [p for n, p in leaves.items() if self._decays(n) == decays],
+                        "params": [
+                            p for n, p in leaves.items() if self._decays(n, adams[name]) == decays
+                        ],
                         "weight_decay": adams[name].weight_decay if decays else 0.0,
                     }
                     for decays in (True, False)
@@ -159,7 +161,9 @@ class Textbook:
             for name, leaves in self.scratch.items()
         }
 
-    def _decays(self, name: str) -> bool:
+    def _decays(self, name: str, adam: AdamSettings) -> bool:
+        if name == "embedding.weight" and not adam.decay_embeddings:
+            return False
         return self.layouts[name].weight_decay
 
     def _leaves(self) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -58,6 +59,23 @@ def test_average_is_the_weighted_sum_of_each_objectives_own_adamw_update(
         for name in names:
             book.add(updates[name], shares[name])
     assert_same_weights(trainer.model, book.weights)
+
+
+@pytest.mark.parametrize("names", ["a", "ab", "abc"])
+def test_each_objective_decays_the_embedding_or_not(names: str) -> None:
+    without = {n: replace(ADAMS[n], decay_embeddings=n == "b") for n in names}
+    combine = "single" if names == "a" else "average"
+    trainer, plain = (trained(4, *names, adams=a, combine=combine) for a in (without, ADAMS))
+    book = Textbook(without)
+    made = {name: objective(name) for name in names}
+    for step in range(4):
+        gradients = {name: book.gradients(made[name]) for name in names}
+        updates = {n: book.update(n, gradients[n], RATES[n](step)) for n in names}
+        for name in names:
+            book.add(updates[name], 1 / len(names))
+    assert_same_weights(trainer.model, book.weights)
+    one, other = (parameters_of(t.model)["embedding.weight"] for t in (trainer, plain))
+    assert (one - other).norm() / other.norm() > 1e-4
 
 
 def test_average_of_gradients_is_one_adamw_on_the_mixed_loss() -> None:

@@ -483,6 +483,8 @@ def test_description_tells_each_key_its_default_and_what_is_allowed(rich, monkey
 
 # One of everything that is not there by default, with nothing in it that could be left out.
 ONE_OF_EACH = """
+[template]
+user = "{content}"
 [sft]
 [rl.environment]
 function = "shop"
@@ -514,6 +516,7 @@ combine = "average"
 [stages.adaptive]
 [stages.objectives.pretraining]
 [stages.objectives.sft]
+lr = 4e-4
 """
 SET_ABOVE = {
     *("data.sources", "data.composition", "data.validation", "stages", "objectives"),

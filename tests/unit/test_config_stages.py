@@ -8,7 +8,7 @@ import pytest
 
 from megarlx.config import Config, ConfigError, load_config
 from megarlx.config.load import over
-from megarlx.config.objectives import StageConfig
+from megarlx.run.branch import recipe_config
 from megarlx.run.opened import open_config
 
 START = """
@@ -23,6 +23,8 @@ sequence_length = 32
 [optimizer]
 lr = 5e-3
 clip_norm = 0.5
+[template]
+user = "Question: {content} Answer:"
 [rl]
 [sft]
 """
@@ -55,6 +57,56 @@ def test_a_resolved_configuration_with_stages_is_itself(tmp_path: Path) -> None:
     resolved = tmp_path / "resolved.json"
     resolved.write_text(config.to_json())
     assert load_config(resolved) == config
+
+
+@pytest.mark.parametrize("kind", ["sft", "rl"])
+def test_a_learning_rate_that_nobody_said_is_refused_and_not_that_of_pretraining(
+    tmp_path: Path, kind: str
+) -> None:
+    path, table = tmp_path / "run.toml", f"[stages.objectives.{kind}]\n"
+    start = START.replace("lr = 5e-3\n", "")
+
+    def said(text: str, *overrides: str) -> list[str]:
+        path.write_text(text)
+        try:
+            load_config(path, overrides)
+        except ConfigError as error:
+            return error.problems
+        return []
+
+    text = start + "[[stages]]\nname = 'second'\nsteps = 10\n" + table
+    (problem,) = said(text)
+    assert f"stages[0].objectives.{kind}.lr is missing: in stage 'second' '{kind}' would" in problem
+    assert "lr = 0.0004, weight_decay = 0.1 and schedule = 'cosine'; write lr = 1e-6" in problem
+    assert f"run.toml:{text[: text.index(table)].count(chr(10)) + 1}:" in problem
+    # In its table, in this file's [optimizer], or by the command line.
+    assert said(text + "lr = 2e-6\n") == []
+    assert said(text.replace("[optimizer]\n", "[optimizer]\nlr = 2e-6\n")) == []
+    assert said(text, f"stages.0.objectives.{kind}.lr=2e-6") == []
+    # Pre-training has a rate by default, beside others too.
+    source = "[[data.sources]]\nname = 'web'\nprefix = 'p'\n"
+    assert said(start + source + "[[stages]]\nsteps = 2\n[stages.objectives.pretraining]\n") == []
+
+
+def test_a_recipe_does_not_take_its_parents_learning_rate_unless_the_objective_goes_on(
+    tmp_path: Path,
+) -> None:
+    recipe, stage = tmp_path / "recipe.toml", "[[stages]]\nsteps = 10\n[stages.objectives.{}]\n"
+    parent = loaded(tmp_path, stage.format("sft") + "lr = 3e-5\n")
+    for text, missing in (
+        (stage.format("sft"), True),
+        (stage.format("sft") + "goes_on = true\n", False),
+        (stage.format("rl") + "goes_on = true\n", True),
+        ("[optimizer]\nlr = 1e-6\n" + stage.format("rl"), False),
+        ("[optimizer]\nclip_norm = 0.3\n" + stage.format("rl"), True),
+    ):
+        recipe.write_text(text)
+        if missing:
+            with pytest.raises(ConfigError, match=r"\.lr is missing"):
+                recipe_config(parent, recipe, (), "parent")
+        else:
+            made = recipe_config(parent, recipe, (), "parent").stages[0].objectives
+            assert [one.lr for one in made.values()] == [3e-5 if "goes_on" in text else 1e-6]
 
 
 @pytest.mark.parametrize(
@@ -102,7 +154,6 @@ def test_a_resolved_configuration_with_stages_is_itself(tmp_path: Path) -> None:
             "warmup_steps = 3\n[stages.objectives.sft]\n",
             "+ decay_steps = 3; the stage allows at most 2",
         ),
-        ("[template]\nuser = 'no place'\n", "it must hold {content} once"),
     ],
 )
 def test_stages_that_cannot_be_are_refused_with_the_reason(
@@ -143,23 +194,6 @@ def test_steps_beside_stages_are_refused(tmp_path: Path) -> None:
     path.write_text(START + "[[stages]]\nsteps = 1\n[stages.objectives.rl]\n")
     with pytest.raises(ConfigError, match=r"is 3, but \[\[stages\]\] have steps of their own"):
         load_config(path, ["training.steps=3"])
-
-
-@pytest.mark.parametrize("steps", [1, 2, 5, 6, 7, 11, 12])
-@pytest.mark.parametrize("turns", [(1, 1), (3, 2), (5, 1), (2, 9)])
-def test_steps_of_alternating_objectives_are_those_that_are_taken(
-    steps: int, turns: tuple[int, int]
-) -> None:
-    names = ("rl", "sft")
-    stage = StageConfig.model_validate(
-        {
-            "steps": steps,
-            "combine": "alternate",
-            "objectives": {n: {"turns": t} for n, t in zip(names, turns, strict=True)},
-        }
-    )
-    taken = ((["rl"] * turns[0] + ["sft"] * turns[1]) * steps)[:steps]
-    assert {name: stage.steps_of(name) for name in names} == {n: taken.count(n) for n in names}
 
 
 def test_a_preset_of_a_recipe_is_not_mixed_with_the_settings_of_the_parent() -> None:

@@ -266,7 +266,7 @@ def test_one_adam_for_different_settings_is_refused() -> None:
 
 def test_turns_are_taken_in_order_for_ever() -> None:
     stage: TrainingStage = stage_of("abc", combine="alternate", turns={"a": 2, "c": 3})
-    order = "".join("".join(stage.objectives_at(step)) for step in range(13))
+    order = "".join("".join(stage.times.trained_at(step)) for step in range(13))
     assert order == "aabcccaabccca"
 
 

@@ -26,7 +26,7 @@ from megarlx.averaging import Adaptation, Course, Shares
 from megarlx.checkpoint import Saver
 from megarlx.comm.groups import Group
 from megarlx.config.objectives import StageConfig
-from megarlx.run.assemble import next_average
+from megarlx.config.timeline import Timeline
 from megarlx.stages import TrainingStage
 from megarlx.trainer import Trainer
 
@@ -39,7 +39,7 @@ def trainer_of(
 ) -> Trainer:
     base = stage_of(names, **options)
     stage = TrainingStage(
-        list(base.members.values()), steps=base.steps, shares=base.shares, sync_every=every
+        list(base.members.values()), steps=base.times.steps, shares=base.shares, sync_every=every
     )
     return Trainer(small_model(seed, dtype), [stage])
 
@@ -163,10 +163,8 @@ def test_a_checkpoint_waits_for_the_next_average_or_the_end_of_its_stage() -> No
         ),
     ]
 
-    class Two:
-        all_stages = stages
-
-    found = [next_average(Two, step) for step in range(13)]  # type: ignore[arg-type]
+    timeline = Timeline([stage.times for stage in stages])
+    found = [timeline.next_average(step) for step in range(13)]
     assert found == [0, 1, 2, 3, 4, 7, 7, 7, 10, 10, 10, 12, 12]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
+from megarlx.config.objectives import PLACE, WORLD_TEMPLATE
 from megarlx.data.order import key_of, shuffled
 from megarlx.data.synthetic import behaviours, solutions, stories
 from megarlx.data.synthetic.draw import Draw
@@ -13,8 +14,6 @@ from megarlx.data.synthetic.facts import Facts
 from megarlx.data.synthetic.problems import Problem, Split, Writer, problem_at
 from megarlx.data.synthetic.settings import WorldError, WorldSettings
 from megarlx.data.tokenizer import WordTokenizer
-
-PROMPT = "question : {question} answer :"
 
 
 class World:
@@ -84,7 +83,7 @@ class World:
         return problem_at(self.settings, split, index, "questions")
 
     def prompt(self, problem: Problem) -> str:
-        return PROMPT.format(question=self.writer.question(problem))
+        return WORLD_TEMPLATE.user.replace(PLACE, self.writer.question(problem))
 
     def question(self, split: Split, index: int) -> dict[str, Any]:
         """What RL and evaluation need: a prompt, and what a completion must end with."""

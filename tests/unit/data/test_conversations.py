@@ -21,6 +21,7 @@ from megarlx.data.tokenizer import ByteTokenizer, WordTokenizer
 
 BYTES = ByteTokenizer()
 WORDS = WordTokenizer(["question", "answer", ":", "how", "many", "?", "9", "pears", "####", "4"])
+TEMPLATE = Template("question : {content} answer :")
 
 
 def qa(question: str, answer: str) -> Conversation:
@@ -28,7 +29,7 @@ def qa(question: str, answer: str) -> Conversation:
 
 
 def test_only_the_answer_and_its_stop_token_are_learned() -> None:
-    ids, learned = Template().encode(qa("how many ?", "#### 4"), WORDS)
+    ids, learned = TEMPLATE.encode(qa("how many ?", "#### 4"), WORDS)
     assert WORDS.decode(ids) == "question : how many ? answer : #### 4 <eos>"
     assert WORDS.decode([i for i, m in zip(ids, learned, strict=True) if m]) == "#### 4 <eos>"
 
@@ -44,7 +45,7 @@ def test_every_answer_of_a_conversation_is_learned_and_what_is_given_is_not() ->
 
 
 def test_the_prompt_has_the_ids_that_training_showed() -> None:
-    for template in (Template(), Template(opening="A:"), Template("<eos>{content}")):
+    for template in (TEMPLATE, Template("Q{content}", opening="A:"), Template("<eos>{content}")):
         conversation = qa("how many ?", "4")
         tokenizer = BYTES
         prompt = template.prompt_ids(conversation.question, tokenizer)

@@ -12,6 +12,7 @@ from megarlx.evaluation.suites import Subject
 from megarlx.model.build import ParallelModel, build_model
 
 WORLD = World(WorldSettings(seed=3, entities=9, steps=(1.0, 1.0)))
+TEMPLATE = Template("question : {content} answer :")
 
 
 def small_model(
@@ -36,7 +37,7 @@ def subject(model: ParallelModel | None = None, *, is_base: bool = True) -> Subj
     return Subject(
         small_model() if model is None else model,
         WORLD.tokenizer(),
-        Template(),
+        TEMPLATE,
         is_base,
         iteration=7,
         trunk_tokens=700,

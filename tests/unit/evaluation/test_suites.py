@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from evaluated_models import WORLD, logits_behind, small_model, subject
+from evaluated_models import TEMPLATE, WORLD, logits_behind, small_model, subject
 
 from megarlx.config.evaluation import EvaluationConfig, SuiteConfig, world_suites
 from megarlx.data.conversations import Template, Turn
@@ -73,9 +73,9 @@ def test_greedy_samples_are_what_one_pass_a_token_says() -> None:
     model = small_model()
     chosen = suite(samples=1, ks=(1,), temperature=0.0, questions=2)
     questions = questions_of(chosen, WORLD)
-    scored = sample_and_score(model, TOKENIZER, Template(), chosen, questions, FewShot(), seed=1)
+    scored = sample_and_score(model, TOKENIZER, TEMPLATE, chosen, questions, FewShot(), seed=1)
     for one in scored:
-        ids = Template().prompt_ids((Turn("user", one.question.text),), TOKENIZER)
+        ids = TEMPLATE.prompt_ids((Turn("user", one.question.text),), TOKENIZER)
         begin = len(ids)
         while len(ids) < begin + 6 and ids[-1] != TOKENIZER.eos_id:
             ids.append(int(logits_behind(model, ids).argmax()))
@@ -90,7 +90,7 @@ def test_base_models_see_examples_and_trained_ones_do_not() -> None:
     assert len(shots.examples) == 2
     assert shots == few_shot_of(chosen, WORLD, 0, is_base=True)
     assert shots != few_shot_of(chosen, WORLD, 1, is_base=True)
-    ids = shots.ids(Template(), TOKENIZER)
+    ids = shots.ids(TEMPLATE, TOKENIZER)
     text = TOKENIZER.decode(ids)
     assert text.count("question :") == text.count("####") == 2
     assert text.count("<eos>") == 2
@@ -156,12 +156,12 @@ def test_a_result_of_a_version_that_knew_fewer_settings_is_kept(tmp_path: Path) 
 
 
 def test_stop_strings_end_a_completion_and_are_cut_off() -> None:
-    model, template = small_model(), Template()
+    model = small_model()
     chosen = suite(samples=32, ks=(1,), temperature=1.0, max_new_tokens=20, questions=2)
     questions = questions_of(chosen, WORLD)
 
     def completions(which: SuiteConfig) -> list[tuple[str, str]]:
-        scored = sample_and_score(model, TOKENIZER, template, which, questions, FewShot(), seed=1)
+        scored = sample_and_score(model, TOKENIZER, TEMPLATE, which, questions, FewShot(), seed=1)
         return [(s.completion, s.finish_reason) for one in scored for s in one.samples]
 
     free = completions(chosen)
@@ -192,6 +192,39 @@ def test_behaviour_is_mean_reward_violations_and_drift_from_the_parent(tmp_path:
     assert low <= drift <= high
     assert "drift" not in before["metrics"]
     assert before["items"][0]["group"] in {name for name, _ in WORLD.settings.behaviours}
+
+
+def test_a_parent_that_was_asked_in_another_template_gives_no_drift(tmp_path: Path) -> None:
+    asked = lines(tmp_path / "q.jsonl", {"question": "tom has 9 pears"}, {"question": "how many ?"})
+    chosen = config(suite(kind="behaviour", path=asked, rewards=[EVEN]))
+    other = dataclasses.replace(subject(), template=Template("{content} answer :"))
+    evaluate(other, chosen, run=tmp_path / "parent")
+    child = subject(is_base=False)
+    (found,) = evaluate(child, chosen, run=tmp_path / "one", parent=Parent(tmp_path / "parent", 7))
+    assert "drift" not in found["metrics"]
+    assert "s.json was asked in another template" in described(found)
+    evaluate(subject(), chosen, run=tmp_path / "parent")
+    (found,) = evaluate(child, chosen, run=tmp_path / "two", parent=Parent(tmp_path / "parent", 7))
+    assert found["metrics"]["drift"] == 0
+
+
+def test_what_asks_in_a_template_needs_one_and_its_result_says_which(tmp_path: Path) -> None:
+    asked = lines(tmp_path / "q.jsonl", {"question": "tom has 9 pears", "answer": "12"})
+    without = dataclasses.replace(subject(), template=None)
+    with pytest.raises(
+        SuiteError, match=r"suite s: it asks in a template, and this model has none"
+    ):
+        evaluate(without, config(suite(path=asked)))
+    (found,) = evaluate(subject(), config(suite(path=asked)))
+    assert found["settings"]["template"] == dataclasses.asdict(TEMPLATE)
+    # As they stand, or by likelihoods: whatever the template is, and without one.
+    raw = config(suite(path=asked, templated=False))
+    likelihoods = config(suite(kind="choice", world="facts", questions=3))
+    for settings in (raw, likelihoods):
+        one, other = (evaluate(who, settings)[0] for who in (without, subject()))
+        assert one["settings"] == other["settings"]
+        assert one["settings"]["template"] is None
+        assert one["items"] == other["items"]
 
 
 def test_group_size_adds_the_share_of_informative_groups() -> None:

@@ -117,7 +117,7 @@ ODD = "a \"quoted\" {{ thing }} \\ of 'two'\nlines, ☃ and 𝄞"
 @pytest.mark.parametrize(
     "template",
     [
-        {},
+        {"user": "question : {content} answer :"},
         {"user": "<|{content}|>\n", "opening": "Answer:\n", "assistant": "{content}\n"},
         {"user": ODD + "{content}" + ODD, "system": "{content}", "opening": ODD},
     ],

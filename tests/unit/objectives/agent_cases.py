@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rl_cases import WORDS, early_word, model
+from rl_cases import TEMPLATE, WORDS, early_word, model
 from rl_cases import config as rl_config
 
 from megarlx.config.objectives import RlConfig
-from megarlx.data.conversations import Template
 from megarlx.data.prompts import Prompt, PromptData
 from megarlx.data.tokenizer import WordTokenizer
 from megarlx.generation.engine import Engine
@@ -85,6 +84,6 @@ def agents(
 ) -> Reinforcement:
     tokenizer = WordTokenizer(WORDS)
     engine = Engine.of(policy, slots=given.slots, longest=LONGEST)
-    data = PromptData(questions or tasks(), Template(), tokenizer, seed, name="rl")
-    sampler = EpisodeSampler(given, lambda: engine, data, Template(), tokenizer, policy.mesh, seed)
+    data = PromptData(questions or tasks(), TEMPLATE, tokenizer, seed, name="rl")
+    sampler = EpisodeSampler(given, lambda: engine, data, TEMPLATE, tokenizer, policy.mesh, seed)
     return Reinforcement("rl", given, policy, sampler)

@@ -28,7 +28,9 @@ def obedient(samples: list[Sample], factor: float = 1.0) -> Any:
     if "hoard" in said:
         return bytearray(1 << 40)
     if "short" in said:
-        return []
+        return [1.0] * (len(samples) - 1)
+    if "long" in said:
+        return [1.0] * (len(samples) + 1)
     if "scalar" in said:
         return 1.0
     if "text" in said:

@@ -25,6 +25,7 @@ from megarlx.trainer import TrainedObjective, Trainer, TrainingStage
 WORDS = [*["question", ":", "answer", "####"], *(f"w{i}" for i in range(20))]
 VOCABULARY = 29  # more than the tokenizer's 25: the model can say what no word stands for
 LONGEST_COMPLETION = 9
+TEMPLATE = Template("question : {content} answer :")
 
 # Rewards, named as this module's functions: a worker process would import them.
 
@@ -103,7 +104,7 @@ def reinforcement(
 ) -> Reinforcement:
     tokenizer = WordTokenizer(WORDS)
     engine = Engine.of(policy, slots=given.slots, longest=32, detokenize=tokenizer.decode_sampled)
-    data = PromptData(questions or prompts(), Template(), tokenizer, seed, name=name)
+    data = PromptData(questions or prompts(), TEMPLATE, tokenizer, seed, name=name)
     sampler = Sampler(
         given,
         lambda: engine,

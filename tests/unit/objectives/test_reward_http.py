@@ -13,6 +13,7 @@ import pytest
 
 from megarlx.config.reward import RewardConfig
 from megarlx.objectives.reward_http import Judge
+from megarlx.objectives.reward_process import RewardError
 from megarlx.objectives.rewards import Rewards
 from megarlx.objectives.samples import Sample
 
@@ -118,11 +119,14 @@ def test_as_a_reward_a_bad_judge_loses_samples_within_its_time_limit(server: Ser
     rewards = Rewards([config], allowed_failures=1.0)
     try:
         assert rewards.score(SAMPLES).totals == [4, 6]
-        kinds = {"short": "wrong_shape", "busy": "error", "trickle": "timeout"}
+        kinds = {"busy": "error", "trickle": "timeout"}
         for how, kind in kinds.items():
             server.behaviour = [how]
             assert {f.kind for f in rewards.score(SAMPLES[:1]).failures} == {kind}, how
         server.behaviour = ["good"]
         assert rewards.score(SAMPLES).totals == [4, 6]
+        server.behaviour = ["short"]
+        with pytest.raises(RewardError, match="judge: returned 0 values for 2 samples"):
+            rewards.score(SAMPLES)
     finally:
         rewards.close()

@@ -60,7 +60,7 @@ def test_weighted_parts_add_up_and_none_has_nothing_to_say() -> None:
 def test_a_failing_sample_is_lost_alone_marked_and_counted(workers: int) -> None:
     bad = {
         "hang": "timeout", "spin": "timeout", "crash": "crash", "exit": "crash", "raise": "error",
-        "short": "wrong_shape", "scalar": "wrong_shape", "text": "wrong_shape",
+        "scalar": "wrong_shape", "text": "wrong_shape",
         "nan": "not_finite", "inf": "not_finite", "hoard": "error",
     }  # fmt: skip
     texts = [text for name in bad for text in ("abc", name, "de")]
@@ -76,10 +76,22 @@ def test_a_failing_sample_is_lost_alone_marked_and_counted(workers: int) -> None
     assert details["crash"] == "its process ended with signal SIGSEGV"
     assert details["exit"] == "its process ended with exit status 3"
     assert details["raise"] == "RuntimeError: asked to"
-    assert details["short"] == "returned 0 rewards for 1 samples"
     assert details["hoard"].startswith("MemoryError")
     assert scored.metrics()["rl/reward_failures_obedient"] == (len(bad), 1)
     assert again.totals == [3]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("text", "returned"), [("short", 2), ("long", 4)])
+def test_a_reward_that_returns_more_or_fewer_values_than_samples_stops_the_run(
+    workers: int, text: str, returned: int
+) -> None:
+    said = f"^reward obedient: returned {returned} values for 3 samples; it must return one"
+    with (
+        rewards(config(workers=workers), allowed_failures=1.0) as made,
+        pytest.raises(RewardError, match=said),
+    ):
+        made.score(samples("a", text, "b"))
 
 
 def test_a_failed_part_makes_the_total_unknown() -> None:
@@ -129,9 +141,9 @@ def test_without_workers_it_runs_here_and_errors_are_marked_as_well() -> None:
     with rewards(config("process_id", workers=2, samples_per_call=1)) as made:
         assert os.getpid() not in made.score(samples(*"abcdefgh")).totals
     with rewards(config(workers=0)) as made:
-        scored = made.score(samples("raise", "ok", "nan", "scalar", "text", "short"))
-    assert scored.totals == pytest.approx([math.nan, 2, *[math.nan] * 4], nan_ok=True)
-    kinds = ["error", "not_finite", "wrong_shape", "wrong_shape", "wrong_shape"]
+        scored = made.score(samples("raise", "ok", "nan", "scalar", "text"))
+    assert scored.totals == pytest.approx([math.nan, 2, *[math.nan] * 3], nan_ok=True)
+    kinds = ["error", "not_finite", "wrong_shape", "wrong_shape"]
     assert [f.kind for f in scored.failures] == kinds
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,44 @@ def test_the_gradient_of_both_minibatches_is_that_of_the_definition(
             assert theirs.norm() > 1e-9, key
             assert (ours - theirs).norm() / theirs.norm() < 1e-9, (step, key)
     assert sorted(used) == list(range(16))  # each once in an epoch
+
+
+def test_rloo_takes_the_divergence_of_the_whole_sample_off_its_reward() -> None:
+    given = config(policy={"preset": "rloo", "kl_coefficient": 0.3}, temperature=0.8)
+    one = reinforcement(given, model(dtype=torch.float64))
+    trainer = trainer_of(one, lr=3e-3)
+    start, book = copy.deepcopy(one.model.stages[0].state_dict()), model(dtype=torch.float64)
+    trainer.step()
+    assert one.metrics()["rl/kl"] == 0
+    before = copy.deepcopy(one.model.stages[0].state_dict())
+    trainer.step()
+    assert one.current is not None
+    made, rewards = one.current.completions, one.current.rewards
+    assert rewards.unique().numel() > 2
+    bounds = made.offsets.tolist()
+    pairs = list(pairwise(bounds))
+    away = []
+    for low, high in pairs:
+        now, ref = (reference(book, w, made.tokens[low:high], 0.8) for w in (before, start))
+        away.append(float((now - ref)[made.written[low:high]].sum()))
+    assert max(map(abs, away)) > 1e-3
+    left = (rewards.flatten() - 0.3 * torch.tensor(away, dtype=torch.float64)).reshape(-1, 4)
+    advantages = [float(row[i] - (row.sum() - row[i]) / 3) for row in left for i in range(len(row))]
+    assert one.current.advantages.tolist() == pytest.approx(advantages, abs=1e-9)
+    assert one.metrics()["rl/kl"] == pytest.approx(sum(away) / int(made.written.sum()))
+    # And nothing of it in the loss.
+    book.stages[0].load_state_dict(before)
+    held = book.data_parallel
+    held.gradients.zero_()
+    loss = torch.zeros((), dtype=torch.float64)
+    for (low, high), advantage in zip(pairs, advantages, strict=True):
+        tokens, written = made.tokens[low:high], made.written[low:high]
+        loss = loss - advantage * token_logprobs(book, tokens, 0.8)[written[1:]].sum()
+    (loss / len(pairs)).backward()
+    found = one.model.data_parallel.parameters
+    for key, parameter in held.parameters.items():
+        ours, theirs = found[key].grad, parameter.grad
+        assert (ours - theirs).norm() / theirs.norm() < 1e-9, key
 
 
 def test_epochs_go_over_all_groups_in_another_order() -> None:

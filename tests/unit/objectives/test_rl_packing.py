@@ -83,7 +83,7 @@ def one_by_one(config: PolicyConfig, made: Completions, advantages: Tensor) -> t
     [
         PolicyConfig(preset="grpo"),
         PolicyConfig(preset="dr_grpo", entropy_coefficient=0.1, importance_cap=1.5),
-        PolicyConfig(preset="rloo"),
+        PolicyConfig(preset="rloo", kl="k2"),
         PolicyConfig(preset="cispo"),
     ],
     ids=lambda c: c.preset,

@@ -141,6 +141,18 @@ def test_weight_gradient_is_added_to_a_buffer() -> None:
     assert torch.equal(buffer, before)
 
 
+def test_a_kept_graph_gives_the_same_hidden_gradient_again() -> None:
+    hidden, weight, targets, inputs = example(LossSpec())
+    buffer = torch.zeros_like(weight).detach()
+    loss = linear_token_loss(
+        hidden, weight, targets, LossSpec(), normalizer=3, weight_grad_=buffer, **inputs
+    ).loss
+    (first,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+    first = first.clone()
+    (again,) = torch.autograd.grad(loss, hidden)
+    assert torch.equal(first, again)
+
+
 def test_only_the_input_that_needs_a_gradient_gets_one() -> None:
     hidden, weight, targets, _ = example(LossSpec())
     fixed = weight.detach()

@@ -395,6 +395,38 @@ def test_upstream_gradient_scales_and_graph_may_be_kept() -> None:
         torch.autograd.grad(loss, logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("count", "offset"), [(0, 0), (1, 0), (7, 0), (4099, 0), (4099, 1)])
+@pytest.mark.parametrize("factor", [1.0, 0.3, -2.0, math.nan])
+def test_scaling_equals_torch_bit_for_bit(
+    dtype: torch.dtype, count: int, offset: int, factor: float
+) -> None:
+    around = torch.randn(count + 16).to(dtype)
+    expected = around.clone()
+    number = torch.tensor(factor, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    expected[offset : offset + count] *= number.to(dtype)
+    torch.ops.megarlx._scale_gradient_(around[offset : offset + count], number)
+    assert torch.equal(around.isnan(), expected.isnan())
+    assert torch.equal(around.nan_to_num(7), expected.nan_to_num(7))
+
+
+def test_a_factor_of_one_leaves_even_the_bits_that_a_product_would_change() -> None:
+    signalling = torch.tensor([0x7F800001, 0x3F800000], dtype=torch.int32).repeat(700)
+    gradient = signalling.clone().view(torch.float32)
+    torch.ops.megarlx._scale_gradient_(gradient, torch.tensor(1.0))
+    assert torch.equal(gradient.view(torch.int32), signalling)
+    torch.ops.megarlx._scale_gradient_(gradient, torch.tensor(1.5))
+    assert not torch.equal(gradient.view(torch.int32)[::2], signalling[::2])
+
+
+def test_opcheck_of_scaling() -> None:
+    op = torch.ops.megarlx._scale_gradient_
+    for factor in (1.0, 2.0):
+        torch.library.opcheck(op, (torch.rand(5, 3), torch.tensor(factor)))
+    with pytest.raises(ValueError, match="factor's dtype is Double; allowed: Float"):
+        op(torch.rand(3), torch.ones((), dtype=torch.float64))
+
+
 def test_gradient_added_to_two_uses_of_the_logits() -> None:
     logits, targets, _ = example(LossSpec())
     (once,) = torch.autograd.grad(
@@ -445,7 +477,17 @@ def test_empty_batch() -> None:
     assert logits.grad.shape == (0, 7)
 
 
-@pytest.mark.parametrize("change", ["target", "low", "temperature", "advantages", "shape"])
+# A GPU would have to be waited for to see these; there such a token is NaN.
+VALUE = pytest.mark.not_emulated("CUDA does not look at values: they make NaN")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(pytest.param(name, marks=VALUE) for name in ("target", "low", "temperature")),
+        *("advantages", "shape"),
+    ],
+)
 def test_error_names_argument_value_and_what_is_allowed(change: str) -> None:
     logits, targets, _ = example(LossSpec(), tokens=4)
     arguments: dict = {"normalizer": 1}

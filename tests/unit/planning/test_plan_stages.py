@@ -46,6 +46,9 @@ tokenizer = "bytes"
 name = "text"
 prefix = "text"
 
+[template]
+user = "Q: {{content}}"
+
 [sft]
 sequence_length = 256
 sequences_per_step = 16
@@ -70,7 +73,9 @@ placement = "{placement}"
 sync_every = {sync}
 generate_together = {together}
 [stages.objectives.rl]
+lr = 1e-5
 [stages.objectives.sft]
+lr = 1e-5
 
 [[stages]]
 name = "after"
@@ -82,9 +87,11 @@ name = "again"
 steps = 6
 combine = "alternate"
 [stages.objectives.rl]
+lr = 1e-5
 turns = 2
 goes_on = true
 [stages.objectives.sft]
+lr = 1e-5
 """
 USUAL: dict[str, Any] = {
     "precision": "bf16",

@@ -1,4 +1,4 @@
-"""Stage build: what this machine has, the native code compiled on it, the doctor, one call each."""
+"""What this machine has, the doctor, each kernel once, and the native code compiled here."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import json
 import os
 import platform
 import shutil
-from pathlib import Path
 
 import torch
 
 from gpu.clock import speeds
-from gpu.pieces import Absent, Context, Failed, Piece, Result, call, python, version
+from gpu.pieces import Context, Failed, Piece, Result, call, note, python, version
 
 DISTRIBUTIONS = (
     *("torch", "triton", "numpy", "pydantic", "transformers", "nvidia-cublas", "nvidia-cudnn-cu13"),
@@ -21,7 +20,8 @@ DISTRIBUTIONS = (
 TOOLS = ("nvcc", "compute-sanitizer", "ncu", "cuobjdump", "nvidia-smi", "ninja", "c++")
 
 
-def environment(context: Context) -> Result:
+def machine(context: Context) -> Result:
+    """Versions, tools, the card and the two speeds that everything is compared with."""
     found: Result = {
         "python": platform.python_version(),
         "cores": os.cpu_count(),
@@ -39,75 +39,67 @@ def environment(context: Context) -> Result:
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
         }
+        note(json.dumps(found["gpu"]))
         if shutil.which("nvidia-smi") is not None:
             query = "driver_version,clocks.max.sm,clocks.max.mem,power.limit,mig.mode.current"
             code, output = call(["nvidia-smi", f"--query-gpu={query}", "--format=csv"], 30)
             found["nvidia_smi"] = output.strip() if code == 0 else f"ended with {code}"
     print(json.dumps(found, indent=1))
+    there = {name: v for name, v in found["versions"].items() if v != "absent"}
+    note("versions " + json.dumps(there))
+    found["speeds"] = speeds(context)
+    copied, product = found["speeds"].values()
+    note(f"copy {copied / 1e9:.4g} GB/s (read + write), product {product / 1e12:.4g} TFLOP/s")
     return found
 
 
+def kernels_once(context: Context) -> Result:
+    from gpu.kernels_once import run_all
+
+    done = run_all(context.device)
+    note(f"ran {', '.join(done)}")
+    return {"kernels": done}
+
+
+def doctor(context: Context) -> Result:
+    """What it finds ill is a finding, and no failure of the suite."""
+    code, output = call(python("-m", "megarlx", "doctor", "--json"), context.seconds_left())
+    if code not in (0, 1):
+        raise Failed(f"megarlx doctor ended with {code}", {"output": output[-3000:]})
+    # Packages may have said something around it.
+    findings = json.loads(output[output.index("{") : output.rindex("}") + 1])["findings"]
+    for finding in findings:
+        if finding["state"] not in ("ok", "absent"):
+            note(f"doctor: {finding['part']} {finding['state']}: {finding['detail']}"[:300])
+    return {"rows": [], "status": code, "findings": findings}
+
+
 def compiled(context: Context) -> Result:
-    """setup.py build_ext, as a user runs it; on a CPU only what is built is looked at."""
+    """setup.py build_ext, as a user runs it, beside the native code that is in use.
+
+    On a CPU only the latter is looked at.
+    """
     look = python("-c", "from megarlx.ops.native import load; print(load().built_with['cuda'])")
-    log = ""
+    log, warnings = "", 0
     if context.device.type == "cuda":
-        command = python("setup.py", "build_ext", "--inplace")
+        folders = (f"--build-lib={context.work / 'lib'}", f"--build-temp={context.work / 'temp'}")
         variables = {"MEGARLX_CUDA": "1", "MAX_JOBS": str(min(os.cpu_count() or 1, 16))}
-        code, log = call(command, context.seconds_left() - 20, variables=variables)
+        command = python("setup.py", "build_ext", *folders)
+        code, log = call(command, context.seconds_left() - 10, variables=variables)
         if code != 0:
             raise Failed(f"build_ext ended with {code}", {"log": log[-4000:]})
+        warnings = sum("warning" in line for line in log.splitlines())
     code, output = call(look, context.seconds_left())
     built = output.strip().splitlines()[-1] if code == 0 else f"the import ended with {code}"
     if code != 0 or (context.device.type == "cuda" and built == "None"):
         raise Failed(f"the native code has CUDA: {built}", {"log": log[-4000:]})
-    warnings = sum("warning" in line for line in log.splitlines())
+    note(f"compiles, {warnings} warnings; the native code in use was built for CUDA {built}")
     return {"cuda": built, "warnings": warnings}
 
 
-def doctor(context: Context) -> Result:
-    code, output = call(python("-m", "megarlx", "doctor"), context.seconds_left())
-    if code is None:
-        raise Failed("megarlx doctor did not end", {"output": output})
-    return {"status": code, "output": output.splitlines()}
-
-
-def smoke(context: Context) -> Result:
-    """Each kernel once, and which attention the model would use."""
-    from gpu.kernels_once import run_all
-
-    done = run_all(context.device)
-    found: Result = {"kernels": done}
-    if context.device.type == "cuda":
-        from megarlx.model.attention import _flash
-
-        torch.cuda.synchronize()
-        flash = _flash()
-        found["flash_attention"] = "absent: SDPA" if flash is None else flash.version
-    return found
-
-
-def packages(context: Context) -> Result:
-    """The packages' own smoke test, where MEGARLX_GPU_SMOKE names it."""
-    name = os.environ.get("MEGARLX_GPU_SMOKE")
-    if not name or not Path(name).exists():
-        raise Absent("MEGARLX_GPU_SMOKE names no smoke test of the packages")
-    code, output = call(python(name), context.seconds_left())
-    lines = output.splitlines()
-    if code != 0 or any(line.startswith(("BAD", "FAIL")) for line in lines):
-        raise Failed("a package's kernel is wrong or does not run", {"output": lines})
-    return {"output": lines}
-
-
-def machine_speeds(context: Context) -> Result:
-    return speeds(context.device, context.small)
-
-
 PIECES = [
-    Piece("environment", 40, environment),
-    Piece("compile", 200, compiled),
-    Piece("speeds", 30, machine_speeds),
-    Piece("smoke", 40, smoke),
-    Piece("doctor", 60, doctor),
-    Piece("packages", 60, packages),
+    Piece("machine", 4, machine),
+    Piece("kernels-once", 5, kernels_once),
+    Piece("doctor", 20, doctor),
+    Piece("compile", 120, compiled),
 ]

@@ -1,0 +1,77 @@
+"""Every piece, in the order of what it is worth, and the calls of a card that is lent for minutes.
+
+Seconds are those of one H200 where a piece has run there, else expected.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gpu import (
+    attention,
+    correct,
+    counters,
+    decoding,
+    elementwise,
+    losses,
+    machine,
+    sampling,
+    study,
+    training,
+    updates,
+)
+from gpu.pieces import Piece
+
+MODULES = (
+    *(attention, correct, counters, decoding, elementwise, losses),
+    *(machine, sampling, study, training, updates),
+)
+KNOWN: dict[str, Piece] = {piece.name: piece for module in MODULES for piece in module.PIECES}
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is run together: `seconds` from the start of the program to its end."""
+
+    seconds: float
+    words: tuple[str, ...]
+
+
+# A word with + runs its pieces side by side: tests and the sanitizer need no idle card.
+CALLS = {
+    # What was wrong; training, decode and prefill at a glance.
+    1: Call(
+        175,
+        (
+            *("machine", "kernels-once", "tests-ops+tests-layouts+tests-model+doctor:100"),
+            *("train-torch", "decode-1", "prefill", "decode-256"),
+        ),
+    ),
+    # Speed: of the whole, of each kernel against its floor, by a step's shape; the sanitizer.
+    2: Call(
+        355,
+        (
+            *("machine", "train-te", "train-te-fp8", "decode-8", "decode-32", "grpo"),
+            *("average_adamw-2", "average_adamw-1", "replica_average"),
+            *("token_loss-151936", "linear_loss-151936", "sample-deviation1", "elementwise"),
+            *("attention", "attention-packages", "token_loss-50304", "sample-deviation5"),
+            *("linear_loss-memory", "train-by-shape", "memcheck+racecheck:60"),
+        ),
+    ),
+    # What each kernel waits for, two baselines more, and the study with what is left.
+    3: Call(115, ("machine", "counters", "linear_loss-50304", "average_adamw-te", "study:300")),
+}
+# What no call has room for.
+REST = (
+    *("whole_runs", "train-te-fp8-delayed", "groups"),
+    *("sample-growth", "linear_loss-growth", "decode-growth", "compile"),
+)
+
+
+def everything() -> list[str]:
+    """The words of all calls and of the rest, each piece once."""
+    words: list[str] = []
+    for word in (*(word for call in CALLS.values() for word in call.words), *REST):
+        if word not in words:
+            words.append(word)
+    return words
