@@ -31,6 +31,19 @@ ALLOWED_NAMES: dict[tuple[str, str], str] = {
     ("tests/unit/generation/test_fused_decode.py", DISPATCH): "the only way to see operators",
     ("tests/unit/generation/test_fused_decode.py", f"{DISPATCH}.TorchDispatchMode"): "the same",
 }
+FAKE_TENSORS = "torch._subclasses.fake_tensor"
+WATCH = "tests/unit/host_waits/watch.py"
+ALLOWED_NAMES |= {
+    ("tests/unit/host_waits/steps.py", FAKE_TENSORS): "a device that is not there",
+    ("tests/unit/host_waits/steps.py", f"{FAKE_TENSORS}.DynamicOutputShapeException"): "the same",
+    (WATCH, FAKE_TENSORS): "a device that is not there",
+    (WATCH, f"{FAKE_TENSORS}.FakeTensor"): "the same",
+    (WATCH, f"{FAKE_TENSORS}.FakeTensorMode"): "the same",
+    (WATCH, DISPATCH): "the only way to see operators",
+    (WATCH, f"{DISPATCH}.TorchDispatchMode"): "the same",
+    (WATCH, "torch._C"): "where the next one is",
+    (WATCH, "torch._C._DisableTorchDispatch"): "the only way to run one for real",
+}
 DCP = "torch.distributed.checkpoint"
 ALLOWED_BASES: dict[tuple[str, str], str] = {
     ("setup.py", "torch.utils.cpp_extension.BuildExtension"): "setuptools asks for a class",
@@ -39,6 +52,7 @@ ALLOWED_BASES: dict[tuple[str, str], str] = {
     ("megarlx/checkpoint/planner.py", f"{DCP}.default_planner.DefaultSavePlanner"): "likewise",
     ("megarlx/checkpoint/planner.py", f"{DCP}.default_planner.DefaultLoadPlanner"): "likewise",
     ("tests/unit/generation/test_fused_decode.py", f"{DISPATCH}.TorchDispatchMode"): "as above",
+    (WATCH, f"{DISPATCH}.TorchDispatchMode"): "as above",
 }
 DERIVED = {"torch.nn.Module", "torch.autograd.Function"}
 # The project's own operators, some of which are private to it.
