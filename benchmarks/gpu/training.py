@@ -72,10 +72,10 @@ def freed(context: Context) -> None:
 
 def options_of(context: Context, backend: str, fp8: str | None, recompute: str) -> dict[str, Any]:
     dtype = torch.bfloat16 if context.device.type == "cuda" else torch.float32
-    # with Transformer Engine's layers goes cuDNN's attention, which it brings
+    # With Transformer Engine's layers goes cuDNN's attention, which it brings.
     attention = "cudnn" if backend == "te" else "auto"
-    options = {"dtype": dtype, "backend": backend, "attention": attention}
-    return {**options, "fp8": fp8, "recompute": recompute}
+    found = {"dtype": dtype, "backend": backend, "attention": attention}
+    return {**found, "fp8": fp8, "recompute": recompute}
 
 
 def made(context: Context, options: dict[str, Any]) -> tuple[Callable[[], object], Size, int]:

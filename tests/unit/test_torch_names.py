@@ -21,38 +21,27 @@ SOURCES = [
     ),
 ]  # fmt: skip
 
-# Private names that have no public equal. Each is used in a file named here, for this reason.
+# Private modules and names that have no public equal: where, what begins so, and why.
 FAKE = "torch.testing._internal.distributed.fake_pg"
 DISPATCH = "torch.utils._python_dispatch"
-ALLOWED_NAMES: dict[tuple[str, str], str] = {
+ALLOWED_NAMES = {
     ("megarlx/comm/launch.py", FAKE): "the only process group without processes",
-    ("megarlx/comm/launch.py", f"{FAKE}.FakeStore"): "what it is made with",
     ("benchmarks/gpu/clock.py", "torch.cuda._sleep"): "the only call that makes a card wait",
     ("tests/unit/generation/test_fused_decode.py", DISPATCH): "the only way to see operators",
-    ("tests/unit/generation/test_fused_decode.py", f"{DISPATCH}.TorchDispatchMode"): "the same",
-}
-FAKE_TENSORS = "torch._subclasses.fake_tensor"
-WATCH = "tests/unit/host_waits/watch.py"
-ALLOWED_NAMES |= {
-    ("tests/unit/host_waits/steps.py", FAKE_TENSORS): "a device that is not there",
-    ("tests/unit/host_waits/steps.py", f"{FAKE_TENSORS}.DynamicOutputShapeException"): "the same",
-    (WATCH, FAKE_TENSORS): "a device that is not there",
-    (WATCH, f"{FAKE_TENSORS}.FakeTensor"): "the same",
-    (WATCH, f"{FAKE_TENSORS}.FakeTensorMode"): "the same",
-    (WATCH, DISPATCH): "the only way to see operators",
-    (WATCH, f"{DISPATCH}.TorchDispatchMode"): "the same",
-    (WATCH, "torch._C"): "where the next one is",
-    (WATCH, "torch._C._DisableTorchDispatch"): "the only way to run one for real",
+    ("tests/unit/host_waits/watch.py", DISPATCH): "the only way to see operators",
+    ("tests/unit/host_waits/watch.py", "torch._subclasses.fake_tensor"): "tensors without a card",
+    ("tests/unit/host_waits/watch.py", "torch._C"): "operators called while they are watched",
+    ("tests/unit/host_waits/steps.py", "torch._subclasses.fake_tensor"): "its own exception",
 }
 DCP = "torch.distributed.checkpoint"
-ALLOWED_BASES: dict[tuple[str, str], str] = {
+ALLOWED_BASES = {
     ("setup.py", "torch.utils.cpp_extension.BuildExtension"): "setuptools asks for a class",
     ("megarlx/checkpoint/storage.py", f"{DCP}.storage.StorageWriter"): "documented to be derived",
     ("megarlx/checkpoint/storage.py", f"{DCP}.storage.StorageReader"): "documented to be derived",
     ("megarlx/checkpoint/planner.py", f"{DCP}.default_planner.DefaultSavePlanner"): "likewise",
     ("megarlx/checkpoint/planner.py", f"{DCP}.default_planner.DefaultLoadPlanner"): "likewise",
     ("tests/unit/generation/test_fused_decode.py", f"{DISPATCH}.TorchDispatchMode"): "as above",
-    (WATCH, f"{DISPATCH}.TorchDispatchMode"): "as above",
+    ("tests/unit/host_waits/watch.py", f"{DISPATCH}.TorchDispatchMode"): "as above",
 }
 DERIVED = {"torch.nn.Module", "torch.autograd.Function"}
 # The project's own operators, some of which are private to it.
@@ -122,7 +111,15 @@ def test_no_private_name_of_torch_is_used():
         for name in used(ast.parse(path.read_text()))
         if is_private(name)
     }
-    assert found == set(ALLOWED_NAMES)
+    needed = {
+        allowed for allowed in ALLOWED_NAMES
+        if any(at == allowed[0] and name.startswith(allowed[1]) for at, name in found)
+    }  # fmt: skip
+    assert needed == set(ALLOWED_NAMES)
+    assert not {
+        (at, name) for at, name in found
+        if not any(at == allowed and name.startswith(begin) for allowed, begin in ALLOWED_NAMES)
+    }  # fmt: skip
 
 
 def test_no_class_of_torch_is_derived_from_but_modules_and_functions():
@@ -142,7 +139,6 @@ def test_no_class_of_torch_is_derived_from_but_modules_and_functions():
         ("from torch.utils._x import y", ["torch.utils._x.y"]),
         ("import torch\ntorch.cuda._sleep(1)", ["torch.cuda._sleep"]),
         ("from torch import nn as n\nn.modules._x.y", ["torch.nn.modules._x.y"]),
-        ("import torch.utils._pytree as t", ["torch.utils._pytree"]),
         ("import torch\ntorch.__version__\ntorch.ops.megarlx._heads", []),
         ("import other\nother._x", []),
     ],
