@@ -142,7 +142,9 @@ def trainer_of(job: Job, model: ParallelModel, device: torch.device) -> Trainer:
 
 def first_turn(job: Job) -> Job:
     """Where objectives alternate, a step is one of them: that of the first step."""
-    return replace(job, others=(), alternates=False) if job.alternates else job
+    if not job.alternates:
+        return job
+    return replace(job, others=(), alternates=False, share_of_steps=1.0)
 
 
 def dry_run(job: Job, rank: int, device: torch.device | str = "meta") -> DryRun:
