@@ -90,7 +90,7 @@ def choose_layers(machine: Machine, needs: Needs) -> Choice:
     if not why and needs.precision != "bf16":
         why = f"Transformer Engine's layers are for bf16, not {needs.precision}"
     if not why and needs.splits_backward:
-        why = "the schedule splits backward, which Transformer Engine's layers would run twice"
+        why = "the schedule delays weight gradients, for which megarlx has an op in torch's layers"
     if why:
         return Choice("torch", why)
     return Choice("te", f"Transformer Engine {machine.transformer_engine.version} is here")

@@ -129,6 +129,18 @@ def in_a_layout(found: watch.Watched) -> None:
         train(found, mesh, False, sequence_parallel=True)
 
 
+def first_of_a_pipeline(found: watch.Watched) -> None:
+    with fake_world(0, 2):
+        mesh = Mesh.build(2, 1, 1, 1, backend="fake", device="cuda")
+        train(found, mesh, False)
+
+
+def last_of_a_pipeline(found: watch.Watched) -> None:
+    with fake_world(1, 2):
+        mesh = Mesh.build(2, 1, 1, 1, backend="fake", device="cuda")
+        train(found, mesh, False, schedule="zero_bubble")
+
+
 def generating(found: watch.Watched, steps_before: int) -> None:
     """Eight samples of two prompts in four slots, each of six tokens: the seventh step takes in the
     samples that waited."""
@@ -214,7 +226,18 @@ def captured(step: Callable[[], Tensor]) -> tuple[Any, Tensor]:
 
 
 SCENARIOS = (
-    *(training, recomputing, averaging, in_a_layout, prefill, decode, admission, flags),
+    *(
+        training,
+        recomputing,
+        averaging,
+        in_a_layout,
+        first_of_a_pipeline,
+        last_of_a_pipeline,
+        prefill,
+        decode,
+        admission,
+        flags,
+    ),
     *(mistakes, no_mistakes),
 )
 

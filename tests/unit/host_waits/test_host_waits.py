@@ -25,6 +25,8 @@ ALLOWED: dict[str, dict[tuple[str, str], str]] = {
     "training": {},
     "recomputing": {},
     "in_a_layout": {},
+    "first_of_a_pipeline": {},
+    "last_of_a_pipeline": {},
     "averaging": {
         (
             "ops/linear_token_loss.py: linear_token_loss",
@@ -77,7 +79,10 @@ def test_a_step_is_made_of_no_more_operators_than_it_was(told: Told, scenario: s
     )
 
 
-@pytest.mark.parametrize("scenario", ["training", "averaging", "in_a_layout"])
+@pytest.mark.parametrize(
+    "scenario",
+    ["training", "averaging", "in_a_layout", "first_of_a_pipeline", "last_of_a_pipeline"],
+)
 def test_attention_is_told_the_longest_document_of_the_step(told: Told, scenario: str) -> None:
     """Of 24 tokens a sequence: 48 are what it would be without."""
     bounds = told[scenario]["bounds"]

@@ -63,7 +63,6 @@ def watched() -> Iterator[Watched]:
     import torch
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
 
     found = Watched()
     aten = torch.ops.aten
@@ -97,7 +96,7 @@ def watched() -> Iterator[Watched]:
             if source and not target:  # into memory that is there one may copy and look later
                 return None if func is aten.copy_.default and late else "copy to the host"
             return "copy to the device that is waited for" if target > source and not late else None
-        if not any(map(on_device, tree_leaves((args, kwargs)))):
+        if not any(map(on_device, leaves_of((args, kwargs)))):
             return None
         if func in looks and not (
             func is aten.repeat_interleave.Tensor and kwargs.get("output_size")
@@ -123,7 +122,7 @@ def watched() -> Iterator[Watched]:
                 with self:
                     if (parts := func.decompose(*args, **kwargs)) is not NotImplemented:
                         return parts
-            leaves = tree_leaves((args, kwargs))
+            leaves = leaves_of((args, kwargs))
             device = kwargs.get("device")
             fake = any(isinstance(leaf, FakeTensor) for leaf in leaves)
             if not fake and (device is None or torch.device(device).type == "cpu"):
@@ -148,6 +147,17 @@ def watched() -> Iterator[Watched]:
 
     with FakeTensorMode(allow_non_fake_inputs=True), Watch():
         yield found
+
+
+def leaves_of(value: Any) -> list[Any]:
+    """What lies in lists, tuples and dicts of arguments."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return (
+        [leaf for one in value for leaf in leaves_of(one)]
+        if type(value) in (list, tuple)
+        else [value]
+    )
 
 
 def _place() -> str:
