@@ -27,7 +27,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def pretended_card(request: pytest.FixtureRequest) -> Iterator[None]:
     card = PretendedCard.drawn_from(request.node.nodeid)
-    request.node.user_properties.append(("pretended card", card))
+    request.node.user_properties.append(("pretended card", str(card)))
     library = load()
     library.pretend(card)
     if request.node.path.is_relative_to(UNIT_TESTS):
@@ -52,5 +52,5 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if report.failed:
-        report.sections += [(name, str(value)) for name, value in item.user_properties]
+        report.sections += item.user_properties
     return report
