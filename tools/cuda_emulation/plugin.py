@@ -52,5 +52,5 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if report.failed:
-        report.sections += item.user_properties
+        report.sections += [(name, str(value)) for name, value in item.user_properties]
     return report
