@@ -46,6 +46,7 @@ def main() -> int:
         cases = [sys.executable, "-m", "cuda_emulation.cases", str(library)]
         failed |= run(f"a case for each kernel, {kind.name}", cases, kind.name)
     pytest = [sys.executable, "-m", "pytest", "-p", "cuda_emulation.plugin", "-q"]
+    pytest += ["--numprocesses", "logical", "--maxprocesses", "8", "--dist", "loadfile"]
     failed |= run("tests", [*pytest, "-m", "not slow", *others, *TESTS], "plain")
     return 1 if failed else 0
 

@@ -27,7 +27,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def pretended_card(request: pytest.FixtureRequest) -> Iterator[None]:
     card = PretendedCard.drawn_from(request.node.nodeid)
-    request.node.user_properties.append(("pretended card", card))
+    request.node.user_properties.append(("pretended card", str(card)))
     library = load()
     library.pretend(card)
     if request.node.path.is_relative_to(UNIT_TESTS):
