@@ -221,8 +221,8 @@ class AveragingAdamW(OptimizerState):
 
     def _clips(self, names: Sequence[str], norms: Tensor) -> Tensor:
         limits = [self.settings[n].clip_norm or float("inf") for n in names]
-        limit = torch.tensor(limits, dtype=self.master.dtype).to(norms.device, non_blocking=True)
-        return (limit / norms).clamp(max=1.0).to(self.master.dtype)
+        limit = torch.tensor(limits, dtype=torch.float64).to(norms.device, non_blocking=True)
+        return (limit / norms).clamp(max=1.0)
 
     def _update(
         self,
@@ -238,12 +238,12 @@ class AveragingAdamW(OptimizerState):
 
         A `local` master moves in place of the common one, and is not written to the weights.
         """
-        device, dtype = self.master.device, self.master.dtype
         master = self.master if local is None else local
         out = self.weights_out if local is None else None
 
-        def scalars(values: Sequence[float]) -> Tensor:
-            return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+        def scalars(values: Sequence[float]) -> Tensor:  # the op reads them in fp64
+            host = torch.tensor(values, dtype=torch.float64)
+            return host.to(self.master.device, non_blocking=True)
 
         clips = self._clips(names, norms)
         lrs = scalars([learning_rates[n] for n in names])

@@ -20,6 +20,7 @@ from stage_cases import (
 )
 from torch import Tensor
 
+from megarlx import optimizer
 from megarlx.averaging import Adaptation, Course, Shares
 from megarlx.optimizer import AdamSettings
 from megarlx.trainer import Trainer
@@ -266,3 +267,36 @@ def test_micro_batches_change_nothing_but_rounding(kind: str) -> None:
     for other in weights[1:]:
         for name, weight in weights[0].items():
             torch.testing.assert_close(other[name], weight, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rates_are_not_rounded(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates, decays, shares and clips reach the op as they are, whatever the weights' type."""
+    given: list[dict[str, Any]] = []
+    whole = optimizer.average_adamw_
+
+    def watched(*arguments: Any, **options: Any) -> None:
+        given.append(options)
+        whole(*arguments, **options)
+
+    monkeypatch.setattr(optimizer, "average_adamw_", watched)
+    rates = {"a": lambda step: 1e-3 / 3, "b": lambda step: 1e-2 / 7}
+    adams = {
+        "a": AdamSettings(weight_decay=0.1, clip_norm=1e-2 / 3),
+        "b": AdamSettings(weight_decay=0.2 / 3, clip_norm=1e-2 / 7),
+    }
+    shares = Shares({"a": Course(1 / 3, 1 / 3), "b": Course(2 / 3, 2 / 3)})
+    stage = stage_of(["a", "b"], rates=rates, adams=adams, shares=shares)
+    _, report = Trainer(small_model(dtype=dtype), [stage]).step()
+    assert given
+    decays = [options["weight_decays"].tolist() for options in given]
+    assert [0.1, 0.2 / 3] in decays
+    for options in given:
+        assert options["lrs"].tolist() == [1e-3 / 3, 1e-2 / 7]
+        assert options["weights"].tolist() == [1 / 3, 2 / 3]
+        norms = [report.gradient_norms[name].double() for name in ("a", "b")]
+        clips = [
+            float(limit / norm) for limit, norm in zip((1e-2 / 3, 1e-2 / 7), norms, strict=True)
+        ]
+        assert max(clips) < 1
+        assert options["clips"].tolist() == clips
