@@ -9,7 +9,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-from same_weights import RECIPES, difference  # noqa: E402
+from same_weights import RECIPES, difference
 
 
 def test_one_bit_one_shape_or_one_name_is_a_difference():
