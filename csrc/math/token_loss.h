@@ -93,7 +93,9 @@ MEGARLX_HD TokenTerms<T> token_terms(const LossSpec& spec, const RowSums<T>& row
   TokenTerms<T> out;
   const T log_sum = std::log(row.exp_sum);
   const T entropy = log_sum - row.exp_z_sum / row.exp_sum;
-  const T logprob = row.target - row.maximum - log_sum;
+  // Beside one large logit the others vanish, and rounding alone could leave this above 0.
+  const T difference = row.target - row.maximum - log_sum;
+  const T logprob = difference > T(0) ? T(0) : difference;  // NaN stays
 
   // The objective and its derivative by the log-prob. Without old log-probs the current policy is
   // its own old one: the ratio is 1 in value and still has a gradient.

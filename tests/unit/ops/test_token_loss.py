@@ -615,3 +615,21 @@ def test_compiled_function_gives_the_same_loss_and_gradient() -> None:
     compiled = torch.compile(loss, backend="aot_eager")
     (gradient,) = torch.autograd.grad(compiled(logits), logits)
     torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("vocabulary", [9, 16, 1032])
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+def test_a_token_that_is_certain_has_a_log_prob_of_no_more_than_zero(
+    dtype: torch.dtype, vocabulary: int, temperature: float
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(200, vocabulary, generator=generator)
+    targets = torch.randint(0, vocabulary, (200,), generator=generator)
+    size = 50 + 200 * torch.rand(200, 1, generator=generator)  # beside it the others are nothing
+    logits.scatter_(1, targets[:, None], size)
+    result = token_loss(
+        logits.to(dtype), targets, LossSpec(), normalizer=1, temperature=temperature
+    )
+    assert (result.logprobs <= 0).all()
+    assert (result.logprobs > -5e-5).all()
