@@ -419,7 +419,8 @@ def overlapping(folder: Path) -> str:
 def test_ranks_whose_parts_overlap_are_refused(run: Callable[..., Any], tmp_path: Path) -> None:
     for text in run(2, overlapping, tmp_path / "checkpoints"):
         assert "parts do not make up the tensors: " in text
-        assert "overlapping chunks" in text
+        # torch 2.11 says no more than the first; it is torch's planner that finds the overlap.
+        assert "Failed to validate global plan" in text or "overlapping chunks" in text
     assert not (tmp_path / "checkpoints").exists()
 
 
