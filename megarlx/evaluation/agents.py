@@ -18,8 +18,8 @@ from megarlx.data.synthetic.draw import Draw
 from megarlx.data.tokenizer import Tokenizer
 from megarlx.evaluation.pass_at_k import mean_and_error
 from megarlx.evaluation.questions import Question, SuiteError, questions_of
+from megarlx.evaluation.sampling import settings_of
 from megarlx.generation.engine import Engine
-from megarlx.generation.requests import SamplingSettings
 from megarlx.model.build import ParallelModel
 from megarlx.objectives.environment_rollout import Start
 from megarlx.objectives.environments.demonstrations import built_in, success_rate
@@ -66,12 +66,7 @@ def play(
         prefill_tokens=prefill_tokens,
     )
     player = Player(environment, lambda: engine, template, tokenizer, model.mesh)
-    sampling = SamplingSettings(
-        temperature=suite.temperature,
-        top_p=suite.top_p,
-        stop_tokens=(tokenizer.eos_id,),
-        stop_strings=suite.stop_strings,
-    )
+    sampling = settings_of(suite, tokenizer)
     try:
         episodes = player.play(starts, sampling, seed, group)
     finally:

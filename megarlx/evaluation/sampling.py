@@ -51,6 +51,15 @@ def default_rewards(suite: SuiteConfig) -> tuple[RewardConfig, ...]:
     return (RewardConfig(function=name or "final_number", workers=0),)
 
 
+def settings_of(suite: SuiteConfig, tokenizer: Tokenizer) -> SamplingSettings:
+    return SamplingSettings(
+        temperature=suite.temperature,
+        top_p=suite.top_p,
+        stop_tokens=(tokenizer.eos_id,),
+        stop_strings=suite.stop_strings,
+    )
+
+
 def sample_and_score(
     model: ParallelModel,
     tokenizer: Tokenizer,
@@ -75,12 +84,7 @@ def sample_and_score(
             f"and max_new_tokens is {suite.max_new_tokens}; model.max_sequence_length allows "
             f"{allowed} together"
         )
-    settings = SamplingSettings(
-        temperature=suite.temperature,
-        top_p=suite.top_p,
-        stop_tokens=(tokenizer.eos_id,),
-        stop_strings=suite.stop_strings,
-    )
+    settings = settings_of(suite, tokenizer)
     group = model.mesh.dp
     mine = range(group.rank, len(questions), group.size)
     most = -(-len(questions) // group.size)  # of any rank
