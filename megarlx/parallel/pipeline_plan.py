@@ -15,6 +15,9 @@ from typing import Literal, get_args
 Schedule = Literal["1f1b", "interleaved", "zero_bubble", "zbv"]
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
 
+# Input gradients and weight gradients are two passes: gradient hooks do not fire.
+SPLIT_BACKWARD = ("zero_bubble", "zbv")
+
 # Stages on each rank that a schedule allows: at least, at most.
 _VIRTUAL_STAGES: dict[str, tuple[int, int | None]] = {
     "1f1b": (1, 1),
@@ -63,8 +66,7 @@ class PipelinePlan:
 
     @property
     def splits_backward(self) -> bool:
-        """Input gradients and weight gradients are two passes: gradient hooks do not fire."""
-        return self.schedule in ("zero_bubble", "zbv")
+        return self.schedule in SPLIT_BACKWARD
 
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """The stages a rank holds: dealt out in turn; in zbv the second row runs backwards."""

@@ -24,9 +24,8 @@ from megarlx.choices import (
     without_layers,
 )
 from megarlx.config import Config
+from megarlx.parallel.pipeline_plan import SPLIT_BACKWARD
 from megarlx.run.directory import RunError
-
-SPLIT_BACKWARD = ("zero_bubble", "zbv")
 
 
 @dataclass
