@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ from cuda_emulation.build import COMMON, DEVICE, HERE, KINDS, compiler, environm
 from cuda_emulation.rewrite import rewrite_kernels  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
-    sys.platform != "linux", reason="the emulation's fibers are written for x86-64 Linux"
+    (sys.platform, platform.machine()) != ("linux", "x86_64"),
+    reason="the emulation's fibers are written for x86-64 Linux",
 )
 
 PROGRAM = """
