@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from chosen_configs import config as small_config
 
 from megarlx.choices import Machine, Needs, Package, choose_attention, choose_layers
 from megarlx.config import Config, as_asked, load_config
@@ -23,21 +24,8 @@ KEYS = ("precision", "layers", "attention")
 
 
 def config(**training: object) -> Config:
-    return Config.model_validate(
-        {
-            "model": {
-                "vocab_size": 96,
-                "hidden_size": 128,
-                "layers": 3,
-                "heads": 2,
-                "intermediate_size": 80,
-                "max_sequence_length": 32,
-            },
-            "training": {"steps": 5, "sequence_length": 16, **training},
-            "rl": {},
-            "objectives": {"more": {"rl": {"prefill_tokens": 77}}},
-        }
-    )
+    more = {"rl": {"prefill_tokens": 77}}
+    return small_config(beside={"rl": {}, "objectives": {"more": more}}, **training)
 
 
 def values(made: Config) -> tuple[str, ...]:

@@ -7,27 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from chosen_configs import config
 
 from megarlx.comm import launch
-from megarlx.config import Config
 from megarlx.model import machine as machines
 from megarlx.run import assemble as assembling
-
-
-def config(**training: object) -> Config:
-    return Config.model_validate(
-        {
-            "model": {
-                "vocab_size": 96,
-                "hidden_size": 128,
-                "layers": 3,
-                "heads": 2,
-                "intermediate_size": 80,
-                "max_sequence_length": 32,
-            },
-            "training": {"steps": 5, "sequence_length": 16, **training},
-        }
-    )
 
 
 @pytest.fixture
