@@ -56,7 +56,13 @@ KINDS: dict[str, Kind] = {
     "update rule": Kind("module:Class", {}),
     "combination": Kind("module:function", {}),
     "objective": Kind("module:Class", {}),
-    "family": Kind("module:name", {}),
+    "family": Kind(
+        "module:name",
+        {
+            name: f"megarlx.config.families:{name.upper()}"
+            for name in ("olmo2", "llama3", "qwen2", "qwen3", "gemma2", "gemma3")
+        },
+    ),
     "data maker": Kind("module:Class", {}),
     "generator": Kind("module:Class", {}),
     "suite": Kind("module:Class", {}),

@@ -22,8 +22,9 @@ from torch import Tensor
 from megarlx.choices import PREFILL_TOKENS
 from megarlx.comm.collectives import all_reduce_, broadcast_
 from megarlx.comm.groups import Mesh
-from megarlx.generation.fused_decode import FusedDecoder, can_decode_fused
-from megarlx.generation.packed_decode import PackedDecoder, can_decode_packed
+from megarlx.generation.decoders.choose import decoder_of
+from megarlx.generation.decoders.interface import Decoder, checked_forward
+from megarlx.generation.decoders.stage import StageDecoder
 from megarlx.generation.prefill import Chunk, chunks_of, copy_prompts_, prefill
 from megarlx.generation.requests import (
     Completion,
@@ -36,7 +37,6 @@ from megarlx.generation.requests import (
 from megarlx.generation.ring import Item, Ring
 from megarlx.generation.rows import Rows
 from megarlx.generation.scheduler import Admission, Finished, Scheduler
-from megarlx.generation.stage_decode import StageDecoder
 from megarlx.generation.stop import Detokenize, StopStrings
 from megarlx.generation.widths import NARROW, ladder, narrowest, rows_agree
 from megarlx.model.build import ParallelModel
@@ -107,12 +107,17 @@ class Engine:
             self.widths, self.prefill_tokens = self.widths[-1:], 0
         most, places = self.widths[-1], padded_length(longest)
         self.caches = [stage.kv_cache(self.idle_slot + 1, places) for stage in self.stages]
-        self.decoders: list[PackedDecoder | FusedDecoder | StageDecoder] = [
+        self.decoders: list[Decoder] = [
             decoder_of(stage)(stage, cache, most)
             for stage, cache in zip(self.stages, self.caches, strict=True)
         ]
-        # a packed step gives a row the same bits at any width, so it pads none
-        self.pads = not all(isinstance(decoder, PackedDecoder) for decoder in self.decoders)
+        self.pads = any(decoder.pads for decoder in self.decoders)
+        # of those that are faster than the model's own layers, until their first step
+        self.unchecked = {
+            index: StageDecoder(self.stages[index], self.caches[index], most)
+            for index, decoder in enumerate(self.decoders)
+            if not isinstance(decoder, StageDecoder)
+        }
         self.rows = [Rows(most, self.idle_slot, self.device) for _ in self.slots]
         shape = (self.idle_slot + 1, places + 1)
         # What was drawn for each slot, by position. Tokens are known on every rank.
@@ -157,13 +162,6 @@ class Engine:
                 f"{last} heads; allowed: stages dealt round, so that the first rank embeds and the "
                 "last one has the head (schedules 1f1b, interleaved, zero_bubble)"
             )
-
-
-def decoder_of(stage: Stage) -> type[PackedDecoder | FusedDecoder | StageDecoder]:
-    """The fastest of what this stage can decode with."""
-    if can_decode_packed(stage):
-        return PackedDecoder
-    return FusedDecoder if can_decode_fused(stage) else StageDecoder
 
 
 class _Run:
@@ -341,7 +339,11 @@ class _Run:
         stage, decoder = engine.stages[item.chunk], engine.decoders[item.chunk]
         rows, width = engine.rows[group], self._width(group)
         self._prefill(item)
-        decoder.forward(rows, width)
+        if item.chunk in engine.unchecked:
+            checked_forward(decoder, engine.unchecked[item.chunk], rows, width)
+            del engine.unchecked[item.chunk]
+        else:
+            decoder.forward(rows, width)
         if not stage.has_head:
             self.ring.outgoing.append(decoder.hidden(width).clone())
             return False

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megarlx.model.metadata import local_kv_heads
 from megarlx.planning.job import Job, StagePart
 
 FIELDS_OF_A_TOKEN = 8  # of the loss's table, beside log-prob and entropy
@@ -37,7 +36,7 @@ class Widths:
     @staticmethod
     def of(job: Job) -> Widths:
         model = job.model
-        heads, kv_heads = model.heads // job.tp, local_kv_heads(model, job.tp)
+        heads, kv_heads = model.heads // job.tp, model.local_kv_heads(job.tp)
         return Widths(
             T=job.tokens_per_microbatch,
             t=job.tokens_between,

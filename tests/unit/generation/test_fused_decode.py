@@ -9,7 +9,7 @@ import torch
 from generation_cases import FAMILIES, engine, mixed_requests, prompt, small_stage
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megarlx.generation.fused_decode import FusedDecoder
+from megarlx.generation.decoders.fused import FusedDecoder
 from megarlx.generation.requests import Request, SamplingSettings
 from megarlx.generation.rows import Rows, Sequence
 

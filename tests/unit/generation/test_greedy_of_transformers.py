@@ -8,9 +8,9 @@ import pytest
 import torch
 from generation_cases import engine, prompt, small_stage
 
+from megarlx.config.parameters import published_names
 from megarlx.generation.requests import Request, SamplingSettings
 from megarlx.hf.config_map import hugging_face_config
-from megarlx.hf.families import family_of, tensor_names
 
 transformers = pytest.importorskip("transformers")
 
@@ -20,7 +20,7 @@ def their_olmo2(stage: Any) -> Any:
     settings = hugging_face_config(config, "float32")
     theirs = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
     model = transformers.AutoModelForCausalLM.from_config(theirs).eval()
-    names = tensor_names(config, family_of(config))
+    names = published_names(config)
     ours = {name: tensor.detach() for name, tensor in stage.named_parameters()}
     state = {
         names[piece.name]: piece.of_parameter(ours[name])

@@ -27,7 +27,7 @@ from megarlx.comm.groups import Mesh  # noqa: E402
 from megarlx.config.model import family_config  # noqa: E402
 from megarlx.data.loader import BatchLayout, Loader, Sample  # noqa: E402
 from megarlx.generation import engine as engines  # noqa: E402
-from megarlx.generation import stage_decode  # noqa: E402
+from megarlx.generation.decoders import stage as stage_decode  # noqa: E402
 from megarlx.generation.requests import Request, SamplingSettings  # noqa: E402
 from megarlx.model import attention  # noqa: E402
 from megarlx.model.build import ParallelModel, build_model  # noqa: E402
