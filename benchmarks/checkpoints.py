@@ -23,7 +23,7 @@ from training import SIZES
 from megarlx.checkpoint import FlatShards, Retention, Saver, load
 from megarlx.comm.groups import Mesh
 from megarlx.model.build import build_model
-from megarlx.optimizer import AdamSettings, AveragingAdamW
+from megarlx.training.optimizer import AdamSettings, AveragingAdamW
 
 
 def shards_of(size: str) -> FlatShards:

@@ -40,8 +40,8 @@ from megarlx.objectives.rewards import Rewards
 from megarlx.objectives.rl import Reinforcement
 from megarlx.objectives.rollout import Sampler
 from megarlx.objectives.samples import Sample
-from megarlx.optimizer import AdamSettings
-from megarlx.trainer import TrainedObjective, Trainer, TrainingStage
+from megarlx.training.optimizer import AdamSettings
+from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage
 
 PROMPT_TOKENS = 24
 

@@ -28,8 +28,8 @@ from megarlx.data.loader import BatchLayout, Loader
 from megarlx.data.samples import Sample
 from megarlx.model.build import build_model
 from megarlx.objectives.supervised import Supervised
-from megarlx.optimizer import AdamSettings
-from megarlx.trainer import TrainedObjective, Trainer, TrainingStage
+from megarlx.training.optimizer import AdamSettings
+from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage
 
 
 @dataclass(frozen=True)

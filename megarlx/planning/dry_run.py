@@ -24,9 +24,9 @@ from megarlx.model.build import ParallelModel, build_model
 from megarlx.model.transformer_layer import Recompute
 from megarlx.objectives.interface import Batch, Objective
 from megarlx.ops import LossSpec, TokenLoss, linear_token_loss
-from megarlx.optimizer import AdamSettings
 from megarlx.planning.job import Job
-from megarlx.trainer import TrainedObjective, Trainer, TrainingStage
+from megarlx.training.optimizer import AdamSettings
+from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 

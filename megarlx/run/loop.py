@@ -23,7 +23,6 @@ from megarlx.config.objectives import PRETRAINING
 from megarlx.evaluation.results import samples_path
 from megarlx.evaluation.suites import Parent as EvaluatedParent
 from megarlx.evaluation.suites import Subject, evaluate, metrics_of
-from megarlx.metrics import MetricsWriter
 from megarlx.objectives.supervised import Supervised
 from megarlx.run.assemble import Run, steps_at_tokens
 from megarlx.run.costs import Costs, peak_flop_per_second
@@ -34,7 +33,8 @@ from megarlx.run.rank_logs import RankLog, rank_log
 from megarlx.run.readiness import beginnings_of_rl, readiness_of
 from megarlx.run.stopped import REQUEUE, StopRequest, clear_mark, exit_code, mark_stopped
 from megarlx.run.world import template_of, world_of
-from megarlx.trackers import Trackers, check_installed
+from megarlx.training.metrics import MetricsWriter
+from megarlx.training.trackers import Trackers, check_installed
 
 SHOWN_SAMPLES = 4
 

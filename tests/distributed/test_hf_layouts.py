@@ -25,8 +25,8 @@ from megarlx.hf.families import family_of, tensor_names
 from megarlx.hf.trunk import find_checkpoint
 from megarlx.model.build import build_model
 from megarlx.objectives.supervised import Supervised
-from megarlx.optimizer import AdamSettings
-from megarlx.trainer import TrainedObjective, Trainer, TrainingStage
+from megarlx.training.optimizer import AdamSettings
+from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage
 
 transformers = pytest.importorskip("transformers")
 

@@ -23,7 +23,6 @@ import rl_cases
 import stage_cases
 from stage_cases import ADAMS, RATES, Numbers, Scaled, Textbook
 
-from megarlx.averaging import Adaptation, Course, Shares
 from megarlx.checkpoint import Saver, latest
 from megarlx.comm.groups import Mesh
 from megarlx.data.loader import BatchLayout, Loader
@@ -31,9 +30,10 @@ from megarlx.data.samples import Sample
 from megarlx.model.build import build_model
 from megarlx.objectives.rl import Reinforcement
 from megarlx.objectives.supervised import Supervised
-from megarlx.optimizer import AdamSettings
-from megarlx.stages import TrainedObjective, TrainingStage
-from megarlx.trainer import Trainer
+from megarlx.training.optimizer import AdamSettings
+from megarlx.training.shares import Adaptation, Course, Shares
+from megarlx.training.stages import TrainedObjective, TrainingStage
+from megarlx.training.trainer import Trainer
 
 Axes = dict[str, int]
 COURSES = {"a": Course(1.0, 3.0), "b": Course(2.0, 2.0), "c": Course(1.0, 1.0)}

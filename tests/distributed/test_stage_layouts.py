@@ -10,14 +10,14 @@ import pytest
 import torch
 from grid import RandomSequences, assemble, chunks, model
 
-from megarlx.averaging import Adaptation, Course, Shares
 from megarlx.comm.groups import Mesh
 from megarlx.data.loader import BatchLayout, Loader
 from megarlx.data.samples import Sample
 from megarlx.model.build import build_model
 from megarlx.objectives.supervised import Supervised
-from megarlx.optimizer import AdamSettings
-from megarlx.trainer import TrainedObjective, Trainer, TrainingStage
+from megarlx.training.optimizer import AdamSettings
+from megarlx.training.shares import Adaptation, Course, Shares
+from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage
 
 SEQUENCES = 8
 LAYOUTS = [{"tp": 2}, {"pp": 2}, {"dp": 2}, {"tp": 2, "dp": 2}]

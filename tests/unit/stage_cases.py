@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megarlx.averaging import Shares
 from megarlx.comm.groups import Mesh
 from megarlx.config.model import family_config
 from megarlx.data.loader import BatchLayout, Loader
@@ -18,8 +17,9 @@ from megarlx.data.samples import Sample
 from megarlx.model.build import ParallelModel, build_model
 from megarlx.objectives.supervised import Supervised
 from megarlx.ops import TokenLoss
-from megarlx.optimizer import AdamSettings
-from megarlx.stages import TrainedObjective, TrainingStage
+from megarlx.training.optimizer import AdamSettings
+from megarlx.training.shares import Shares
+from megarlx.training.stages import TrainedObjective, TrainingStage
 
 VOCABULARY, LENGTH, SEQUENCES = 61, 8, 4
 ADAMS = {

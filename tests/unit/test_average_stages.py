@@ -20,10 +20,10 @@ from stage_cases import (
 )
 from torch import Tensor
 
-from megarlx import optimizer
-from megarlx.averaging import Adaptation, Course, Shares
-from megarlx.optimizer import AdamSettings
-from megarlx.trainer import Trainer
+from megarlx.training import optimizer
+from megarlx.training.optimizer import AdamSettings
+from megarlx.training.shares import Adaptation, Course, Shares
+from megarlx.training.trainer import Trainer
 
 PLAIN = AdamSettings(weight_decay=0.0, clip_norm=None)
 

@@ -11,12 +11,12 @@ import torch
 from stage_cases import ADAMS, RATES, objective, parameters_of, small_model, stage_of
 from torch import Tensor
 
-from megarlx.averaging import Adaptation, Course, Shares
 from megarlx.checkpoint import CheckpointError, Saver
 from megarlx.comm.groups import Group
 from megarlx.objectives.interface import Objective
-from megarlx.optimizer import AdamSettings
-from megarlx.trainer import Trainer, TrainingStage
+from megarlx.training.optimizer import AdamSettings
+from megarlx.training.shares import Adaptation, Course, Shares
+from megarlx.training.trainer import Trainer, TrainingStage
 
 WORLD = Group.alone("world")
 SAME: dict[str, Any] = {

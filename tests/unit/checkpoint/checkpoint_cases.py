@@ -14,10 +14,10 @@ from megarlx.config.model import family_config
 from megarlx.data.loader import BatchLayout, Loader, Sample
 from megarlx.model.build import build_model
 from megarlx.objectives.supervised import Supervised
-from megarlx.optimizer import AdamSettings
 from megarlx.parallel.data_parallel import FlatLayout
 from megarlx.parallel.metadata import ParameterLayout, Piece
-from megarlx.trainer import TrainedObjective, Trainer, TrainingStage
+from megarlx.training.optimizer import AdamSettings
+from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage
 
 WORLD = Group.alone("world")
 

@@ -27,8 +27,8 @@ from megarlx.comm.groups import Group
 from megarlx.config.timeline import Timeline
 from megarlx.model.build import ParallelModel
 from megarlx.objectives.interface import Objective, Work
-from megarlx.optimizer import SHARED, AveragingAdamW, StepReport
-from megarlx.stages import TrainedObjective, TrainingStage
+from megarlx.training.optimizer import SHARED, AveragingAdamW, StepReport
+from megarlx.training.stages import TrainedObjective, TrainingStage
 
 __all__ = ["TrainedObjective", "Trainer", "TrainingStage"]
 

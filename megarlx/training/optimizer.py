@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megarlx.comm.collectives import all_reduce_
 from megarlx.ops.averaging import adamw_update_, average_adamw_, replica_average_
-from megarlx.optimizer_state import EMBEDDING, SHARED, AdamSettings, Kind, OptimizerState
+from megarlx.training.optimizer_state import EMBEDDING, SHARED, AdamSettings, Kind, OptimizerState
 
 __all__ = ["SHARED", "AdamSettings", "AveragingAdamW", "StepReport"]
 

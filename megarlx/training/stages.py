@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megarlx.averaging import Shares
 from megarlx.config.timeline import StageTimes
 from megarlx.objectives.interface import Objective
-from megarlx.optimizer import AdamSettings
+from megarlx.training.optimizer import AdamSettings
+from megarlx.training.shares import Shares
 
 LearningRate = Callable[[int], float]  # steps the objective has taken -> learning rate
 
