@@ -25,9 +25,9 @@ from megarlx.run.directory import RunDirectory, RunError
 from megarlx.run.objectives import ObjectiveMaker
 from megarlx.run.world import load_tokenizer_of, write_data
 from megarlx.training.learning_rate import learning_rate
-from megarlx.training.optimizer import AdamSettings
 from megarlx.training.shares import Adaptation, Course, Shares
 from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage
+from megarlx.training.update_rules import UpdateSettings
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -187,7 +187,7 @@ def _check_alike(choices: Mapping[str, Choice], mesh: Mesh) -> None:
 def training_stage(config: StageConfig, objectives: ObjectiveMaker) -> TrainingStage:
     members = []
     for name, one in config.objectives.items():
-        adam = AdamSettings(
+        adam = UpdateSettings(
             betas=one.betas,
             eps=one.eps,
             weight_decay=one.weight_decay,
