@@ -160,7 +160,7 @@ def write_lineage(out: RunDirectory, parent: Parent, recipe: Path, config: Confi
 
 def _composition(parent: Parent) -> dict[str, int]:
     """Tokens of each source that the parent had read."""
-    from megarlx.metrics import read_metrics
+    from megarlx.training.metrics import read_metrics
 
     found: dict[str, int] = {}
     for line in read_metrics(Path(parent.run) / "metrics.jsonl"):
@@ -203,7 +203,7 @@ def earlier(reference: str) -> tuple[Path, int, int]:
 
 def replay_cost(run: Path, wanted: int, nearest: int) -> str:
     """What reaching an iteration that was not saved would take."""
-    from megarlx.metrics import read_metrics
+    from megarlx.training.metrics import read_metrics
 
     seconds = [
         line["perf/step_seconds"]
