@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from megarlx.config.allowed import allowed, section_of, without_none
 from megarlx.config.lines import Path as KeyPath
 from megarlx.config.lines import line_numbers
+from megarlx.config.model import OWN
 from megarlx.config.section import Section
 from megarlx.config.sections import Config
 
@@ -63,7 +64,8 @@ def load_config(
     if prepare is not None:
         values = prepare(values)
     try:
-        config = kind.model_validate(values)
+        # a resolved file says everything, and may be a stranger's: what it names is not imported
+        config = kind.model_validate(values, context={OWN: path.suffix != ".json"})
     except ValidationError as error:
         raise ConfigError([*problems, *_explain(error, kind, places, str(path))]) from None
     if problems:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal, TypeGuard
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
 from megarlx import plug
 from megarlx.choices import Served
 from megarlx.config import parameters
 from megarlx.config.families import PLAIN
 from megarlx.config.section import Named, Section
+
+# Of a validation's context: whether the configuration is written by who runs it.
+OWN = "own"
 
 
 def _from(source: str, **limits: Any) -> Any:
@@ -124,12 +127,13 @@ class ModelConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_in(cls, values: Any) -> Any:
+    def _fill_in(cls, values: Any, info: ValidationInfo) -> Any:
         """Puts in what follows from the family and from other fields, wrong values left alone."""
         if not isinstance(values, dict):
             return values
         given = values.get("family", cls.model_fields["family"].default)
-        filled = {**PLAIN, **_family_values(given)}
+        own = bool(info.context and info.context.get(OWN))
+        filled = {**PLAIN, **_family_values(given, own, values.keys() >= PLAIN.keys())}
         hidden, heads = values.get("hidden_size"), values.get("heads")
         if _is_size(hidden) and _is_size(heads):
             filled["kv_heads"] = heads
@@ -223,12 +227,21 @@ class ModelConfig(Section):
         return total / self.layers
 
 
-def _family_values(name: Any) -> dict[str, Any]:
-    """Of a family that there is; another name is an error of its own."""
-    known = isinstance(name, str) and plug.problem("family", name) is None
-    return dict(plug.resolve("family", name).values) if known else {}
+def _family_values(name: Any, own: bool, complete: bool) -> dict[str, Any]:
+    """Of a family that there is; another name is an error of its own. A user's is imported only for
+    a configuration that is the user's `own`: any other says all that its family does."""
+    if not isinstance(name, str) or plug.problem("family", name) is not None:
+        return {}
+    if name in plug.ours("family") or own:
+        return dict(plug.resolve("family", name).values)
+    if complete:
+        return {}
+    raise ValueError(
+        f"family is {name!r}, which is not imported for a configuration that another run made, and "
+        f"keys of it are missing; allowed are {', '.join(plug.ours('family'))}"
+    )
 
 
 def family_config(family: str, **shape: Any) -> ModelConfig:
     """A model of a named family; what `shape` gives wins over the family's value."""
-    return ModelConfig.model_validate({"family": family, **shape})
+    return ModelConfig.model_validate({"family": family, **shape}, context={OWN: True})

@@ -13,7 +13,7 @@ from megarlx import plug
 from megarlx.config.families import PLAIN, Published
 from megarlx.config.model import ModelConfig
 from megarlx.hf.errors import ConversionError
-from megarlx.model.features import PLAIN_LAYERS, WINDOWS_AND_CAPS, features_of, listed
+from megarlx.model.features import ON_NO_DEVICE, features_of, listed
 
 # Old files hold these beside the weights; they follow from the configuration.
 NOT_WEIGHTS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -33,11 +33,6 @@ EXTRA: dict[str, Any] = {
 }
 
 
-ON_NO_DEVICE = (
-    PLAIN_LAYERS | WINDOWS_AND_CAPS | listed(Stage="device=meta dtype=float32 splits_heads=False")
-)
-
-
 def families() -> dict[str, tuple[str, dict[str, Any], Published]]:
     """By their model_type: our name, the values of its keys, and what Hugging Face calls it."""
     found = {}
@@ -51,9 +46,8 @@ def families() -> dict[str, tuple[str, dict[str, Any], Published]]:
 
 def published_as(config: ModelConfig) -> Published:
     """By the form of the transformer: any key of a family can have been overridden."""
-    own = plug.resolve("family", config.family)
-    known = [({**PLAIN, **own.values}, own.published)] if own.published is not None else []
-    known += [(values, published) for _, values, published in families().values()]
+    every = sorted(families().values(), key=lambda one: one[0] != config.family)
+    known = [(values, published) for _, values, published in every]
     reasons = []
     for values, published in known:
         lacks = _lacks(config, values, published)

@@ -98,6 +98,10 @@ WINDOWS_AND_CAPS = listed(
     MLP="activation=ops.elementwise.geglu",
     RMSNorm="plus_one=True",
 )
+# All that ships, as `features_of` builds it.
+ON_NO_DEVICE = (
+    PLAIN_LAYERS | WINDOWS_AND_CAPS | listed(Stage="device=meta dtype=float32 splits_heads=False")
+)
 
 
 def _of_module(module: nn.Module) -> Iterator[str]:
