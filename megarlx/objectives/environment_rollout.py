@@ -16,8 +16,7 @@ from megarlx.data.conversations import Template
 from megarlx.data.conversations import Turn as Said
 from megarlx.data.tokenizer import Tokenizer, TokenizerError
 from megarlx.generation.engine import Engine
-from megarlx.generation.episodes import TurnEnd, generate_episodes
-from megarlx.generation.requests import Request, SamplingSettings
+from megarlx.generation.requests import Request, SamplingSettings, TurnEnd
 from megarlx.generation.stop import text_of
 from megarlx.objectives.environment_process import (
     Answer,
@@ -76,8 +75,7 @@ class EnvironmentRollout:
         requests = [
             Request(ids, sequence_ids, self.config.max_turn_tokens) for ids, sequence_ids in prompts
         ]
-        trajectories = generate_episodes(
-            self.engine,
+        trajectories = self.engine.episodes(
             requests,
             sampling,
             seed,

@@ -22,7 +22,7 @@ from torch import Tensor
 from megarlx.comm.collectives import all_reduce_, gather_values
 from megarlx.comm.groups import Group
 from megarlx.config.environment import EnvironmentConfig
-from megarlx.generation.episodes import NOT_WRITTEN, Trajectory
+from megarlx.generation.requests import NOT_WRITTEN, Trajectory
 from megarlx.objectives.advantages import gigpo, grpo
 from megarlx.objectives.environment_process import BrokenEnvironment, Failure
 from megarlx.objectives.exchange import gather_completions, gather_ragged

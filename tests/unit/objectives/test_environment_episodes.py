@@ -19,8 +19,7 @@ from megarlx.data.conversations import Conversation, Template
 from megarlx.data.conversations import Turn as Said
 from megarlx.data.tokenizer import WordTokenizer
 from megarlx.generation.engine import Engine
-from megarlx.generation.episodes import NOT_WRITTEN, Trajectory
-from megarlx.generation.requests import Request, SamplingSettings
+from megarlx.generation.requests import NOT_WRITTEN, Request, SamplingSettings, Trajectory
 from megarlx.model.transformer import Stage
 from megarlx.objectives.advantages import dr_grpo, grpo
 from megarlx.objectives.environment_process import BrokenEnvironment, EnvironmentPool, Failure
