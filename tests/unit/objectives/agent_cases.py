@@ -13,9 +13,11 @@ from megarlx.data.prompts import Prompt, PromptData
 from megarlx.data.tokenizer import WordTokenizer
 from megarlx.generation.engine import Engine
 from megarlx.model.build import ParallelModel
+from megarlx.objectives.environment_game import EnvironmentGame
 from megarlx.objectives.environments.interface import Step
-from megarlx.objectives.episode_sampler import EpisodeSampler
+from megarlx.objectives.player import Player
 from megarlx.objectives.rl import Reinforcement
+from megarlx.objectives.rollout import Sampler
 from megarlx.objectives.samples import Sample
 
 __all__ = ["Early", "agent_config", "agents", "model", "tasks"]
@@ -85,5 +87,7 @@ def agents(
     tokenizer = WordTokenizer(WORDS)
     engine = Engine.of(policy, slots=given.slots, longest=LONGEST)
     data = PromptData(questions or tasks(), TEMPLATE, tokenizer, seed, name="rl")
-    sampler = EpisodeSampler(given, lambda: engine, data, TEMPLATE, tokenizer, policy.mesh, seed)
+    assert given.environment is not None
+    game = EnvironmentGame(given.environment, TEMPLATE, tokenizer, policy.mesh)
+    sampler = Sampler(given, Player(lambda: engine, game, tokenizer), data, policy.mesh.dp, seed)
     return Reinforcement("rl", given, policy, sampler)
