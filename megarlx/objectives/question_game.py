@@ -19,7 +19,9 @@ SOLVED = 1.0 - 1e-6  # of the first reward: an answer with all of it is a succes
 class QuestionGame:
     """`rewards` are needed on the first rank of each copy of the model only."""
 
-    talks, max_tokens, invalid_action_penalty = False, None, 0.0
+    talks = False
+    max_tokens: int | None = None
+    invalid_action_penalty = 0.0
 
     def __init__(self, rewards: Rewards | None, max_new_tokens: int, mesh: Mesh) -> None:
         self.rewards, self.max_new_tokens, self.model = rewards, max_new_tokens, mesh.model
