@@ -60,7 +60,7 @@ class Game(Protocol):
         all of them."""
         ...
 
-    def metrics(self, episodes: Sequence[Episode]) -> dict[str, tuple[float, float]]:
+    def metrics(self, episodes: Sequence[Episode]) -> Mapping[str, tuple[float, float]]:
         """(sum, count) of each, of the last episodes, so that ranks can add theirs up."""
         ...
 
