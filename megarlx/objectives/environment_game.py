@@ -97,7 +97,7 @@ class EnvironmentGame:
         stop_if_too_many_failed(self.config, found, group)
         return found
 
-    def metrics(self, episodes: Sequence[Episode]) -> dict[str, tuple[float, float]]:
+    def metrics(self, episodes: Sequence[Episode]) -> Mapping[str, tuple[float, float]]:
         return metrics_of(episodes, self.config.label, self.invalid_action_penalty)
 
     def example(self, episode: Episode) -> dict[str, Any]:
