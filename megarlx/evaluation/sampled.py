@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from megarlx import plug
 from megarlx.comm.collectives import gather_values
 from megarlx.comm.groups import Group, Mesh
-from megarlx.config.environment import ENVIRONMENTS, EnvironmentConfig
+from megarlx.config.environment import EnvironmentConfig
 from megarlx.config.evaluation import SuiteConfig
 from megarlx.config.reward import RewardConfig
 from megarlx.data.conversations import Template
@@ -215,7 +216,7 @@ def at_random(suite: SuiteConfig, seed: int) -> dict[str, float]:
 
 
 def _draws_actions(environment: EnvironmentConfig) -> bool:
-    return environment.function in ENVIRONMENTS and environment.function != "gymnasium"
+    return environment.function in plug.ours("environment") and environment.function != "gymnasium"
 
 
 def agent_summary(

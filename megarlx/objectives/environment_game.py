@@ -49,7 +49,7 @@ class EnvironmentGame:
     def __init__(
         self, config: EnvironmentConfig, template: Template, tokenizer: Tokenizer, mesh: Mesh
     ) -> None:
-        self.config, self.template, self.tokenizer = config.resolved, template, tokenizer
+        self.config, self.template, self.tokenizer = config, template, tokenizer
         self.model = mesh.model
         self.pool = EnvironmentPool(self.config) if self.model.rank == 0 else None
         self.max_tokens: int | None = config.max_episode_tokens

@@ -19,7 +19,7 @@ from rl_cases import trainer_of
 
 from megarlx.checkpoint import Saver, latest
 from megarlx.objectives.environment_process import BrokenEnvironment
-from megarlx.trainer import Trainer
+from megarlx.training.trainer import Trainer
 
 LAYOUTS = [{"tp": 2}, {"pp": 2}, {"dp": 2}]
 MOVING: dict[str, Any] = {
@@ -138,5 +138,5 @@ def stopped(axes: dict[str, int]) -> str:
 def test_too_many_lost_episodes_on_one_rank_stop_all(
     run: Callable[..., Any], axes: dict[str, int]
 ) -> None:
-    for told in run(size(axes), stopped, axes):
-        assert told.startswith("environment agent_cases:Early: lost 4 of 16 episodes")
+    for message in run(size(axes), stopped, axes):
+        assert message.startswith("environment agent_cases:Early: lost 4 of 16 episodes")
