@@ -1,4 +1,4 @@
-"""The families: what the keys of [model] are in each, and what Hugging Face calls it.
+"""The families: the keys of [model] in each, what Hugging Face calls it, what layers are built of.
 
 A key given in the configuration wins over its family's value. The names of the parameters are in
 parameters.py. On both sides the tensors have the same shapes: nothing is transposed or padded.
@@ -30,6 +30,12 @@ class Family:
     values: Mapping[str, Any]
     published: Published | None = None
 
+
+# Of the gate inside the MLP: what Hugging Face calls it, and the function that computes it.
+ACTIVATIONS = {
+    "silu": (("silu", "swish"), "ops.elementwise.swiglu"),
+    "gelu_tanh": (("gelu_pytorch_tanh",), "ops.elementwise.geglu"),
+}
 
 # Keys whose value every family has; all but these may be left out of `values`.
 PLAIN: dict[str, Any] = {
@@ -136,4 +142,57 @@ GEMMA3 = Family(
         written=NO_BIAS,
         activation="hidden_activation",
     ),
+)
+
+
+def listed(**classes: str) -> frozenset[str]:
+    """Features (megarlx/model/features.py) from `Class="attribute=value other=this|that"`."""
+    return frozenset(
+        f"{name}.{attribute}={value}"
+        for name, text in classes.items()
+        for attribute, _, values in (part.partition("=") for part in text.split())
+        for value in values.split("|")
+    )
+
+
+# The layers of a transformer with SwiGLU, RMSNorm before or after, and plain causal attention.
+PLAIN_LAYERS = listed(
+    Stage="backend=model.layers_torch fp8=None recompute=none|selective|full radians=dict "
+    "has_embedding=True|False has_head=True|False sequence_parallel=False group=comm.groups.Group "
+    "embedding_scale=None final_cap=None embedding=model.layers_torch.VocabEmbedding "
+    "head=model.layers_torch.VocabEmbedding norm=model.layers_torch.RMSNorm "
+    "layers=model.transformer_layer.Layer",
+    Layer="norm_position=pre|post rope_theta=number attention=model.transformer_layer.Attention "
+    "mlp=model.transformer_layer.MLP attention_norm=model.layers_torch.RMSNorm "
+    "mlp_norm=model.layers_torch.RMSNorm",
+    Attention="heads=number kv_heads=number head_dim=number qk_norm=none|per_head|full "
+    "spans_ranks=False spanned=tuple group=comm.groups.Group rotate=model.rope.rotate "
+    "recompute=None|model.layers_torch.recompute qkv=model.layers_torch.ColumnLinear "
+    "o=model.layers_torch.RowLinear q_norm=model.layers_torch.RMSNorm "
+    "k_norm=model.layers_torch.RMSNorm core=model.core_attention.CoreAttention",
+    CoreAttention="attend=model.attention.attention form.scale=number form.window=None "
+    "form.cap=None kind=auto|flash|sdpa|blocks kernel=auto|flash|sdpa|blocks packed=None",
+    MLP="activation=ops.elementwise.swiglu recompute=True|False "
+    "gate_up=model.layers_torch.ColumnLinear down=model.layers_torch.RowLinear",
+    RMSNorm="eps=number plus_one=False sequence_parallel=False weight=Parameter",
+    ColumnLinear="weight=Parameter bias=Parameter|None group=comm.groups.Group "
+    "sequence_parallel=False delayed=None|ops.delayed_linear.DelayedGradients",
+    RowLinear="weight=Parameter bias=None group=comm.groups.Group sequence_parallel=False "
+    "delayed=None|ops.delayed_linear.DelayedGradients",
+    VocabEmbedding="weight=Parameter group=comm.groups.Group sequence_parallel=False",
+)
+
+
+# And what Gemma 2 and 3 have besides.
+WINDOWS_AND_CAPS = listed(
+    Stage="embedding_scale=number final_cap=number",
+    Layer="norm_position=both attention_out_norm=model.layers_torch.RMSNorm "
+    "mlp_out_norm=model.layers_torch.RMSNorm",
+    CoreAttention="form.window=number form.cap=number",
+    MLP="activation=" + "|".join(function for _, function in ACTIVATIONS.values()),
+    RMSNorm="plus_one=True",
+)
+# All that ships, as `features_of` builds it.
+ON_NO_DEVICE = (
+    PLAIN_LAYERS | WINDOWS_AND_CAPS | listed(Stage="device=meta dtype=float32 splits_heads=False")
 )

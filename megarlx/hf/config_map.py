@@ -14,10 +14,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megarlx.config.families import Published
+from megarlx.config.families import ACTIVATIONS, Published
 from megarlx.config.model import ModelConfig
 from megarlx.hf.errors import ConversionError
-from megarlx.hf.families import ACTIVATIONS, families, published_as
+from megarlx.hf.families import families, published_as
 
 # Our field: the key in config.json. Rotary settings are nested there, in two forms.
 CONFIG_KEYS = {

@@ -10,19 +10,14 @@ import re
 from typing import Any
 
 from megarlx import plug
-from megarlx.config.families import PLAIN, Published
+from megarlx.config.families import ACTIVATIONS, ON_NO_DEVICE, PLAIN, Published, listed
 from megarlx.config.model import ModelConfig
 from megarlx.hf.errors import ConversionError
-from megarlx.model.features import ON_NO_DEVICE, features_of, listed
+from megarlx.model.features import features_of
 
 # Old files hold these beside the weights; they follow from the configuration.
 NOT_WEIGHTS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
-# Our name of an activation, theirs, and the function that computes it.
-ACTIVATIONS = {
-    "silu": (("silu", "swish"), "ops.elementwise.swiglu"),
-    "gelu_tanh": (("gelu_pytorch_tanh",), "ops.elementwise.geglu"),
-}
 # What makes two transformers different programs.
 FORM = ("norm_position", "norm_plus_one", "qk_norm", "qkv_bias", "scaled_embedding")
 # Keys that only some classes have, and the value that says nothing.

@@ -2,14 +2,15 @@
 
 A feature is `Class.attribute=value`. The values are the classes of the modules inside a module, the
 functions that it holds and calls, and the switches that it branches on; of a number only that it is
-one. What a faster decoder, a plan or a conversion relies on it lists; a feature that it does not
-list is one that it does not know, and it leaves the stage alone or refuses it.
+one. What a faster decoder, a plan or a conversion relies on it lists (megarlx/config/families.py
+has what ships); a feature that it does not list it does not know, and it leaves the stage alone or
+refuses it.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields
 from types import ModuleType
 from typing import Any
@@ -45,63 +46,6 @@ def features_of(config: ModelConfig) -> frozenset[str]:
 @functools.lru_cache(maxsize=64)
 def _features_of(config: ModelConfig) -> frozenset[str]:
     return features(Stage(config, device="meta"))
-
-
-def listed(**classes: str) -> frozenset[str]:
-    """`Layer="attention=model.transformer_layer.Attention norm_position=pre|post"` and the like."""
-    return frozenset(
-        f"{name}.{attribute}={value}"
-        for name, text in classes.items()
-        for attribute, _, values in (part.partition("=") for part in text.split())
-        for value in values.split("|")
-    )
-
-
-# The layers of a transformer with SwiGLU, RMSNorm before or after, and plain causal attention.
-PLAIN_LAYERS = listed(
-    Stage="backend=model.layers_torch fp8=None recompute=none|selective|full radians=dict "
-    "has_embedding=True|False has_head=True|False sequence_parallel=False group=comm.groups.Group "
-    "embedding_scale=None final_cap=None embedding=model.layers_torch.VocabEmbedding "
-    "head=model.layers_torch.VocabEmbedding norm=model.layers_torch.RMSNorm "
-    "layers=model.transformer_layer.Layer",
-    Layer="norm_position=pre|post rope_theta=number attention=model.transformer_layer.Attention "
-    "mlp=model.transformer_layer.MLP attention_norm=model.layers_torch.RMSNorm "
-    "mlp_norm=model.layers_torch.RMSNorm",
-    Attention="heads=number kv_heads=number head_dim=number qk_norm=none|per_head|full "
-    "spans_ranks=False spanned=tuple group=comm.groups.Group rotate=model.rope.rotate "
-    "recompute=None|model.layers_torch.recompute qkv=model.layers_torch.ColumnLinear "
-    "o=model.layers_torch.RowLinear q_norm=model.layers_torch.RMSNorm "
-    "k_norm=model.layers_torch.RMSNorm core=model.core_attention.CoreAttention",
-    CoreAttention="attend=model.attention.attention form.scale=number form.window=None "
-    "form.cap=None kind=auto|flash|sdpa|blocks kernel=auto|flash|sdpa|blocks packed=None",
-    MLP="activation=ops.elementwise.swiglu recompute=True|False "
-    "gate_up=model.layers_torch.ColumnLinear down=model.layers_torch.RowLinear",
-    RMSNorm="eps=number plus_one=False sequence_parallel=False weight=Parameter",
-    ColumnLinear="weight=Parameter bias=Parameter|None group=comm.groups.Group "
-    "sequence_parallel=False delayed=None|ops.delayed_linear.DelayedGradients",
-    RowLinear="weight=Parameter bias=None group=comm.groups.Group sequence_parallel=False "
-    "delayed=None|ops.delayed_linear.DelayedGradients",
-    VocabEmbedding="weight=Parameter group=comm.groups.Group sequence_parallel=False",
-)
-
-
-def shown(unknown: Iterable[str]) -> str:
-    return ", ".join(sorted(unknown))
-
-
-# And what Gemma 2 and 3 have besides.
-WINDOWS_AND_CAPS = listed(
-    Stage="embedding_scale=number final_cap=number",
-    Layer="norm_position=both attention_out_norm=model.layers_torch.RMSNorm "
-    "mlp_out_norm=model.layers_torch.RMSNorm",
-    CoreAttention="form.window=number form.cap=number",
-    MLP="activation=ops.elementwise.geglu",
-    RMSNorm="plus_one=True",
-)
-# All that ships, as `features_of` builds it.
-ON_NO_DEVICE = (
-    PLAIN_LAYERS | WINDOWS_AND_CAPS | listed(Stage="device=meta dtype=float32 splits_heads=False")
-)
 
 
 def _of_module(module: nn.Module) -> Iterator[str]:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from megarlx.comm.collectives import all_reduce_
+from megarlx.config.families import PLAIN_LAYERS, listed
 from megarlx.generation.rows import Rows
 from megarlx.model import rope
-from megarlx.model.features import PLAIN_LAYERS, listed
 from megarlx.model.kv_cache import KVCache
 from megarlx.model.transformer import Stage
 from megarlx.model.transformer_layer import Layer

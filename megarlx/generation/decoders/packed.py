@@ -15,9 +15,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from megarlx.config.families import PLAIN_LAYERS, listed
 from megarlx.generation.rows import Rows
 from megarlx.model import rope
-from megarlx.model.features import PLAIN_LAYERS, listed
 from megarlx.model.kv_cache import KVCache
 from megarlx.model.transformer import Stage
 from megarlx.model.transformer_layer import Layer
