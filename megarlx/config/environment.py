@@ -10,9 +10,9 @@ from megarlx.config.section import Section
 
 # Short names of what comes with megarlx
 ENVIRONMENTS = {
-    "calculator": "megarlx.objectives.environments.calculator:Calculator",
-    "sokoban": "megarlx.objectives.environments.sokoban:Sokoban",
-    "shop": "megarlx.objectives.environments.shop:Shop",
+    "calculator": "megarlx.study.environments.calculator:Calculator",
+    "sokoban": "megarlx.study.environments.sokoban:Sokoban",
+    "shop": "megarlx.study.environments.shop:Shop",
     "gymnasium": "megarlx.objectives.environments.gymnasium:TextGym",
 }
 

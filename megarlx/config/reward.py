@@ -15,7 +15,7 @@ BUILT_IN = {
     "answer_format": "megarlx.objectives.answers:answer_format",
     "length_penalty": "megarlx.objectives.answers:length_penalty",
     "math_equal": "megarlx.objectives.answers:math_equal",
-    "world_behaviour": "megarlx.objectives.world_rewards:world_behaviour",
+    "world_behaviour": "megarlx.study.world.rewards:world_behaviour",
     "model": "megarlx.objectives.reward_model:RewardModel",
     "judge": "megarlx.objectives.reward_http:Judge",
 }

@@ -14,7 +14,7 @@ from megarlx.config.environment import ENVIRONMENTS, EnvironmentConfig
 from megarlx.config.evaluation import SuiteConfig
 from megarlx.data.conversations import Template
 from megarlx.data.prompts import PromptKeys, read_prompts
-from megarlx.data.synthetic.draw import Draw
+from megarlx.data.draw import Draw
 from megarlx.data.tokenizer import Tokenizer
 from megarlx.evaluation.pass_at_k import mean_and_error
 from megarlx.evaluation.questions import Question, SuiteError, questions_of
@@ -22,7 +22,7 @@ from megarlx.evaluation.sampling import settings_of
 from megarlx.generation.engine import Engine
 from megarlx.model.build import ParallelModel
 from megarlx.objectives.environment_rollout import Start
-from megarlx.objectives.environments.demonstrations import built_in, success_rate
+from megarlx.study.environments.demonstrations import built_in, success_rate
 from megarlx.objectives.episode_sampler import Player, example_of, task_of
 from megarlx.objectives.episodes import Episode
 

@@ -14,7 +14,7 @@ import torch
 from megarlx.comm.collectives import all_reduce_
 from megarlx.config.evaluation import SuiteConfig
 from megarlx.data.documents import BadLineError, open_input
-from megarlx.data.synthetic.world import World
+from megarlx.study.world.world import World
 from megarlx.data.tokenizer import Tokenizer
 from megarlx.evaluation.questions import WORLD_QUESTIONS, checked, needed
 from megarlx.model.build import ParallelModel

@@ -12,8 +12,8 @@ from megarlx.config.evaluation import SuiteConfig
 from megarlx.data.conversations import Conversation, Template, Turn, read_conversations
 from megarlx.data.order import key_of, shuffled
 from megarlx.data.prompts import FewShot, PromptKeys, read_prompts
-from megarlx.data.synthetic import solutions
-from megarlx.data.synthetic.world import World
+from megarlx.study.world import solutions
+from megarlx.study.world.world import World
 from megarlx.data.tokenizer import Tokenizer
 
 WORLD_QUESTIONS = 256  # where a suite does not say how many

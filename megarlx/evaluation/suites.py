@@ -16,8 +16,8 @@ from megarlx.comm.collectives import gather_values
 from megarlx.config.evaluation import SAMPLED, EvaluationConfig, SuiteConfig
 from megarlx.config.objectives import PLACE, WRITE_TEMPLATE
 from megarlx.data.conversations import Template
-from megarlx.data.synthetic.problems import guesses
-from megarlx.data.synthetic.world import World
+from megarlx.study.world.problems import guesses
+from megarlx.study.world.world import World
 from megarlx.data.tokenizer import Tokenizer
 from megarlx.evaluation import agents, behaviour, capability
 from megarlx.evaluation.pass_at_k import Pool, guessing_pass_at_k

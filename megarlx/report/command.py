@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from megarlx.data.token_files import write_atomically
-from megarlx.report.predicates import PREDICATES, SEEDS_NEEDED, Finding
+from megarlx.study.claims.paper import PREDICATES, SEEDS_NEEDED, Finding
 from megarlx.report.runs import Evaluation, ReportError
 from megarlx.report.settings import quantity
 from megarlx.report.study import BASE, KS, Cell, Study
@@ -49,7 +49,7 @@ def write_report(study: Study, out: Path) -> dict[str, Finding]:
     from megarlx.report import figures, figures_of_agents, figures_of_placement, figures_of_runs
     from megarlx.report.drawing import Figure, save
     from megarlx.report.page import page
-    from megarlx.report.predicates import judge_all
+    from megarlx.study.claims.paper import judge_all
     from megarlx.report.samples import examples
     from megarlx.report.style import PARAMETERS
     from megarlx.report.summary import summary

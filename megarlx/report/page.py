@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from megarlx.report.drawing import Figure, Table
-from megarlx.report.predicates import PREDICATES, SEEDS_NEEDED, Finding
+from megarlx.study.claims.paper import PREDICATES, SEEDS_NEEDED, Finding
 from megarlx.report.samples import Example
 from megarlx.report.settings import quantity
 from megarlx.report.study import BASE, Study

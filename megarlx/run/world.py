@@ -10,13 +10,13 @@ from megarlx.config.environment import EnvironmentConfig
 from megarlx.config.objectives import PLACE, WORLD, TemplateConfig
 from megarlx.config.run_sections import AgentsConfig, DataConfig, WorldConfig
 from megarlx.data.conversations import Template
-from megarlx.data.synthetic.settings import WorldSettings
-from megarlx.data.synthetic.world import World
-from megarlx.data.synthetic.write import DESCRIPTION, Sizes, write_world
+from megarlx.study.world.settings import WorldSettings
+from megarlx.study.world.world import World
+from megarlx.study.world.files import DESCRIPTION, Sizes, write_world
 from megarlx.data.token_files import write_atomically
 from megarlx.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
-from megarlx.objectives.environments.demonstrations import Sizes as TaskSizes
-from megarlx.objectives.environments.demonstrations import built_in, write_environment
+from megarlx.study.environments.demonstrations import Sizes as TaskSizes
+from megarlx.study.environments.demonstrations import built_in, write_environment
 from megarlx.run.directory import RunDirectory, RunError
 
 AGENTS_WORDS, AGENTS_DESCRIPTION = "agents.words", "agents.json"

@@ -9,7 +9,7 @@ import pytest
 from megarlx.config import Config, ConfigError, load_config
 from megarlx.config.evaluation import SuiteConfig
 from megarlx.config.objectives import WORLD_TEMPLATE, TemplateConfig
-from megarlx.data.synthetic import World, WorldSettings
+from megarlx.study.world import World, WorldSettings
 from megarlx.run.branch import recipe_config
 
 START = """

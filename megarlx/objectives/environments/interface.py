@@ -6,8 +6,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 from megarlx.data.order import key_of
-from megarlx.data.synthetic.draw import Draw
-from megarlx.data.synthetic.problems import Split
+from megarlx.data.draw import Draw, Split
 
 Task = dict[str, Any]  # JSON values: what a line of a task file holds
 Step = tuple[str, float, bool, dict[str, Any]]

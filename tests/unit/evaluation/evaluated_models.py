@@ -7,7 +7,7 @@ import torch
 from megarlx.comm.groups import Mesh
 from megarlx.config.model import family_config
 from megarlx.data.conversations import Template
-from megarlx.data.synthetic import World, WorldSettings
+from megarlx.study.world import World, WorldSettings
 from megarlx.evaluation.suites import Subject
 from megarlx.model.build import ParallelModel, build_model
 

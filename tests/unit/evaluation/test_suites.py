@@ -14,7 +14,7 @@ from evaluated_models import TEMPLATE, WORLD, logits_behind, small_model, subjec
 from megarlx.config.evaluation import EvaluationConfig, SuiteConfig, world_suites
 from megarlx.data.conversations import Template, Turn
 from megarlx.data.prompts import FewShot
-from megarlx.data.synthetic import guessing_pass_at_k
+from megarlx.study.world import guessing_pass_at_k
 from megarlx.evaluation.questions import SuiteError, few_shot_of, questions_of
 from megarlx.evaluation.results import ResultError, finished, read_result, result_path, results_of
 from megarlx.evaluation.sampling import sample_and_score

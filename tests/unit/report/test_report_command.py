@@ -7,7 +7,7 @@ import pytest
 from fake_sweep import Sweep
 
 from megarlx.cli import main
-from megarlx.report.predicates import PREDICATES
+from megarlx.study.claims.paper import PREDICATES
 
 
 @pytest.fixture(scope="module")

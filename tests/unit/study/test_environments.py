@@ -13,15 +13,15 @@ from pydantic import ValidationError
 from megarlx.config.environment import ENVIRONMENTS, EnvironmentConfig
 from megarlx.data.conversations import read_conversations
 from megarlx.data.prompts import read_prompts
-from megarlx.data.synthetic.draw import Draw
+from megarlx.data.draw import Draw
 from megarlx.data.tokenizer import WordTokenizer, load_tokenizer
 from megarlx.objectives.environment_worker import EnvironmentServer
 from megarlx.objectives.environments import BuiltIn, demonstrations
-from megarlx.objectives.environments.calculator import Calculator
-from megarlx.objectives.environments.demonstrations import Sizes, demonstration, success_rate
+from megarlx.study.environments.calculator import Calculator
+from megarlx.study.environments.demonstrations import Sizes, demonstration, success_rate
 from megarlx.objectives.environments.gymnasium import TextGym
-from megarlx.objectives.environments.shop import Shop
-from megarlx.objectives.environments.sokoban import MOVES, Board, Sokoban
+from megarlx.study.environments.shop import Shop
+from megarlx.study.environments.sokoban import MOVES, Board, Sokoban
 
 # (options, most turns the solver takes, most that a random policy solves in as many turns)
 CASES: dict[str, tuple[Any, int, float]] = {

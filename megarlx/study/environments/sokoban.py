@@ -13,8 +13,7 @@ from collections import deque
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
-from megarlx.data.synthetic.draw import Draw
-from megarlx.data.synthetic.problems import Split
+from megarlx.data.draw import Draw, Split
 from megarlx.objectives.environments import interface
 
 Cell = tuple[int, int]

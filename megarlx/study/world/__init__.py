@@ -5,11 +5,11 @@ kinds of documents, facts with their own tests, stories, and prompts with a beha
     write_world(world.settings, "data/world")
 """
 
-from megarlx.data.synthetic.behaviours import follows
-from megarlx.data.synthetic.problems import guessing_pass_at_k
-from megarlx.data.synthetic.settings import Operation, WorldError, WorldSettings
-from megarlx.data.synthetic.world import World, is_correct
-from megarlx.data.synthetic.write import Sizes, write_world
+from megarlx.study.world.behaviours import follows
+from megarlx.study.world.problems import guessing_pass_at_k
+from megarlx.study.world.settings import Operation, WorldError, WorldSettings
+from megarlx.study.world.world import World, is_correct
+from megarlx.study.world.files import Sizes, write_world
 
 __all__ = [
     "Operation",

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from megarlx.data.conversations import read_conversations
 from megarlx.data.prompts import read_prompts
-from megarlx.data.synthetic import (
+from megarlx.study.world import (
     Operation,
     Sizes,
     World,
@@ -19,12 +19,12 @@ from megarlx.data.synthetic import (
     is_correct,
     write_world,
 )
-from megarlx.data.synthetic.behaviours import ASKS, reply, request_at
-from megarlx.data.synthetic.draw import Draw
-from megarlx.data.synthetic.facts import PARAPHRASES
-from megarlx.data.synthetic.problems import Problem, split_of
-from megarlx.data.synthetic.settings import PLAIN_OPERATIONS, STYLES
-from megarlx.data.synthetic.solutions import checkable
+from megarlx.study.world.behaviours import ASKS, reply, request_at
+from megarlx.data.draw import Draw
+from megarlx.study.world.facts import PARAPHRASES
+from megarlx.study.world.problems import Problem, split_of
+from megarlx.study.world.settings import PLAIN_OPERATIONS, STYLES
+from megarlx.study.world.solutions import checkable
 from megarlx.data.token_files import TokenFile
 from megarlx.data.tokenizer import load_tokenizer
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from megarlx.config.objectives import PLACE, WORLD_TEMPLATE
 from megarlx.data.order import key_of, shuffled
-from megarlx.data.synthetic import behaviours, solutions, stories
-from megarlx.data.synthetic.draw import Draw
-from megarlx.data.synthetic.facts import Facts
-from megarlx.data.synthetic.problems import Problem, Split, Writer, problem_at
-from megarlx.data.synthetic.settings import WorldError, WorldSettings
+from megarlx.study.world import behaviours, solutions, stories
+from megarlx.data.draw import Draw, Split
+from megarlx.study.world.facts import Facts
+from megarlx.study.world.problems import Problem, Writer, problem_at
+from megarlx.study.world.settings import WorldError, WorldSettings
 from megarlx.data.tokenizer import WordTokenizer
 
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megarlx.data.synthetic.problems import Split
-from megarlx.data.synthetic.settings import WorldError, WorldSettings
-from megarlx.data.synthetic.world import World
+from megarlx.data.draw import Split
+from megarlx.study.world.settings import WorldError, WorldSettings
+from megarlx.study.world.world import World
 from megarlx.data.token_files import TokenFileWriter, dtype_for, write_atomically
 from megarlx.data.tokenizer import WordTokenizer
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megarlx.data.synthetic.behaviours import follows
+from megarlx.study.world.behaviours import follows
 from megarlx.objectives.samples import Sample
 
 

@@ -15,8 +15,7 @@ from typing import Any
 
 from megarlx.config.environment import EnvironmentConfig
 from megarlx.data.conversations import Conversation, Template, Turn
-from megarlx.data.synthetic.draw import Draw
-from megarlx.data.synthetic.problems import Split
+from megarlx.data.draw import Draw, Split
 from megarlx.data.token_files import write_atomically
 from megarlx.objectives.environments.interface import BuiltIn, Task
 from megarlx.objectives.worker_program import found

@@ -7,7 +7,7 @@ from math import inf
 
 from megarlx.evaluation.bootstrap import Values, differences
 from megarlx.report.comparison import Comparison, of_suite
-from megarlx.report.counted import counted
+from megarlx.study.claims.counted import counted
 from megarlx.report.runs import Run
 from megarlx.report.settings import parameters, setting_named
 from megarlx.report.study import BASE, Cell, Study

@@ -14,8 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from megarlx.data.synthetic.draw import Draw
-from megarlx.data.synthetic.problems import Split
+from megarlx.data.draw import Draw, Split
 from megarlx.objectives.environments import interface
 
 KINDS = ("shirt", "coat", "hat", "bag", "cup", "lamp")

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from fake_sweep import AS_IN_THE_PAPER, SMALL_MODEL, Outcome, Sweep
 
-from megarlx.report.predicates import PREDICATES, Finding, judge_all
+from megarlx.study.claims.paper import PREDICATES, Finding, judge_all
 from megarlx.report.study import Study
 
 FIRST_THIRTEEN = [f"P{n}" for n in range(1, 14)]
