@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from megarlx.config.section import Section
+from megarlx import plug
+from megarlx.config.section import Named, Section
 
 WORDS = {
     int: "an integer",
@@ -54,6 +55,9 @@ def allowed(annotation: Any, metadata: Iterable[Any] = ()) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return allowed(arguments[0], [*arguments[1:], *metadata])
+    for named in metadata:
+        if isinstance(named, Named):
+            return plug.allowed(named.kind)
     if origin is Literal:
         return "one of " + ", ".join(f'"{a}"' for a in arguments)
     if origin is tuple:

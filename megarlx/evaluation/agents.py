@@ -9,8 +9,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megarlx import plug
 from megarlx.comm.collectives import gather_values
-from megarlx.config.environment import ENVIRONMENTS, EnvironmentConfig
+from megarlx.config.environment import EnvironmentConfig
 from megarlx.config.evaluation import SuiteConfig
 from megarlx.data.conversations import Template
 from megarlx.data.prompts import PromptKeys, read_prompts
@@ -22,7 +23,7 @@ from megarlx.evaluation.sampling import settings_of
 from megarlx.generation.engine import Engine
 from megarlx.model.build import ParallelModel
 from megarlx.objectives.environment_rollout import Start
-from megarlx.study.environments.demonstrations import built_in, success_rate
+from megarlx.objectives.environments.interface import built_in, success_rate
 from megarlx.objectives.episode_sampler import Player, example_of, task_of
 from megarlx.objectives.episodes import Episode
 
@@ -124,12 +125,12 @@ def at_random(suite: SuiteConfig, seed: int) -> dict[str, float]:
     tasks = [task_of(one) for one in read_prompts(suite.path, keys)[: suite.questions]]
     draw = Draw(seed, "random")
     often = tasks * suite.samples
-    made = built_in(environment)
+    made = built_in(environment.function, environment.options)
     return {"success": success_rate(made, often, max_turns=environment.max_turns, draw=draw)}
 
 
 def _draws_actions(environment: EnvironmentConfig) -> bool:
-    return environment.function in ENVIRONMENTS and environment.function != "gymnasium"
+    return environment.function in plug.ours("environment") and environment.function != "gymnasium"
 
 
 def summary(items: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], dict[str, float]]:

@@ -16,8 +16,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from megarlx import plug
 from megarlx.objectives.environments.interface import Environment
-from megarlx.objectives.worker_program import describe, found
+from megarlx.objectives.worker_program import describe
 
 
 class Misbehaved(Exception):
@@ -28,7 +29,9 @@ class Misbehaved(Exception):
 
 class EnvironmentServer:
     def __init__(self, function: str, options: dict[str, Any], most_characters: int) -> None:
-        self.make: Callable[[], Environment] = lambda: found(function)(**options)
+        self.make: Callable[[], Environment] = lambda: plug.resolve("environment", function)(
+            **options
+        )
         self.most_characters = most_characters
         self.idle = [self.make()]  # made at once, so that one that cannot be is seen at the start
         self.running: dict[int, Environment] = {}

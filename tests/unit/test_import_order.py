@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "megarlx"
 
 # Each line may import from itself and from the lines above it.
 LAYERS = [
+    ["plug"],
     ["choices", "config"],
     ["comm"],
     ["ops"],

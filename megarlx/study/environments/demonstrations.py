@@ -17,8 +17,7 @@ from megarlx.config.environment import EnvironmentConfig
 from megarlx.data.conversations import Conversation, Template, Turn
 from megarlx.data.draw import Draw, Split
 from megarlx.data.token_files import write_atomically
-from megarlx.objectives.environments.interface import BuiltIn, Task
-from megarlx.objectives.worker_program import found
+from megarlx.objectives.environments.interface import BuiltIn, Task, built_in, success_rate
 
 TEMPLATE = Template(user="seen : {content} act :", assistant=" {content}")
 TEMPLATE_WORDS = ("seen", "act", ":")
@@ -32,17 +31,6 @@ class Sizes:
     validation_tasks: int = 128
     test_tasks: int = 128
     demonstrations: int = 256
-
-
-def built_in(config: EnvironmentConfig) -> BuiltIn:
-    environment: BuiltIn = found(config.resolved.function)(**config.options)
-    for name in ("words", "task", "solution", "random_action"):
-        if not hasattr(type(environment), name):
-            raise ValueError(
-                f"environment {config.function}: it has no {name}; demonstrations can be made of "
-                "those that come with megarlx, and of others with the same methods"
-            )
-    return environment
 
 
 def demonstration(
@@ -70,25 +58,6 @@ def demonstration(
     return Conversation(tuple(turns)) if turns else None
 
 
-def success_rate(
-    environment: BuiltIn, tasks: Iterable[Task], *, max_turns: int, draw: Draw | None = None
-) -> float:
-    """Of the solver; with `draw`, of a policy that acts at random."""
-    solved, count = 0, 0
-    for task in tasks:
-        environment.reset(task, 0)
-        count += 1
-        for _ in range(max_turns):
-            action = environment.solution() if draw is None else environment.random_action(draw)
-            if action is None:
-                break
-            _, _, done, info = environment.step(action)
-            if done:
-                solved += bool(info.get("success"))
-                break
-    return solved / max(count, 1)
-
-
 def write_environment(
     config: EnvironmentConfig,
     folder: str | Path,
@@ -107,7 +76,7 @@ def write_environment(
 
     `question` is the first observation. Returns the rates on the test tasks.
     """
-    sizes, place, environment = sizes or Sizes(), Path(folder), built_in(config)
+    sizes, place, environment = sizes or Sizes(), Path(folder), built_in(config.function, config.options)
     place.mkdir(parents=True, exist_ok=True)
     done = place / "environment.json"
     done.unlink(missing_ok=True)
