@@ -14,8 +14,8 @@ from megarlx.comm.collectives import gather_values
 from megarlx.config.environment import EnvironmentConfig
 from megarlx.config.evaluation import SuiteConfig
 from megarlx.data.conversations import Template
-from megarlx.data.prompts import PromptKeys, read_prompts
 from megarlx.data.draw import Draw
+from megarlx.data.prompts import PromptKeys, read_prompts
 from megarlx.data.tokenizer import Tokenizer
 from megarlx.evaluation.pass_at_k import mean_and_error
 from megarlx.evaluation.questions import Question, SuiteError, questions_of
@@ -125,7 +125,7 @@ def at_random(suite: SuiteConfig, seed: int) -> dict[str, float]:
     tasks = [task_of(one) for one in read_prompts(suite.path, keys)[: suite.questions]]
     draw = Draw(seed, "random")
     often = tasks * suite.samples
-    made = built_in(environment.function, environment.options)
+    made = built_in(environment)
     return {"success": success_rate(made, often, max_turns=environment.max_turns, draw=draw)}
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 from megarlx.comm.collectives import gather_values
 from megarlx.config.evaluation import SuiteConfig
-from megarlx.config.reward import RewardConfig
 from megarlx.data.conversations import Template
 from megarlx.data.prompts import FewShot
 from megarlx.data.tokenizer import Tokenizer
@@ -41,14 +40,6 @@ class ScoredQuestion:
     @property
     def truncated(self) -> int:
         return sum(sample.finish_reason == "length" for sample in self.samples)
-
-
-def default_rewards(suite: SuiteConfig) -> tuple[RewardConfig, ...]:
-    if suite.rewards:
-        return suite.rewards
-    name = {"problems": "marked_answer", "behaviours": "world_behaviour"}.get(suite.world or "")
-    # These only look at text, in time that its length bounds: no process of their own.
-    return (RewardConfig(function=name or "final_number", workers=0),)
 
 
 def settings_of(suite: SuiteConfig, tokenizer: Tokenizer) -> SamplingSettings:
@@ -96,7 +87,7 @@ def sample_and_score(
         detokenize=tokenizer.decode_sampled,
         prefill_tokens=prefill_tokens,
     )
-    rewards = Rewards(default_rewards(suite)) if model.mesh.model.is_first else None
+    rewards = Rewards(suite.rewards) if model.mesh.model.is_first else None
     # Every data-parallel rank scores as often as the others: they stop together.
     per_round = max(1, ROUNDS * slots // suite.samples)
     rounds = -(-most // per_round)

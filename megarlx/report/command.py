@@ -14,11 +14,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from megarlx.data.token_files import write_atomically
-from megarlx.study.claims.paper import PREDICATES, SEEDS_NEEDED, Finding
 from megarlx.report.runs import Evaluation, ReportError
 from megarlx.report.settings import quantity
 from megarlx.report.study import BASE, KS, Cell, Study
 from megarlx.report.style import name_of
+from megarlx.study.claims.paper import PREDICATES, SEEDS_NEEDED, Finding
 
 SHOWN_MISSING = 10
 
@@ -49,10 +49,10 @@ def write_report(study: Study, out: Path) -> dict[str, Finding]:
     from megarlx.report import figures, figures_of_agents, figures_of_placement, figures_of_runs
     from megarlx.report.drawing import Figure, save
     from megarlx.report.page import page
-    from megarlx.study.claims.paper import judge_all
     from megarlx.report.samples import examples
     from megarlx.report.style import PARAMETERS
     from megarlx.report.summary import summary
+    from megarlx.study.claims.paper import judge_all
 
     out.mkdir(parents=True, exist_ok=True)
     findings = judge_all(study)

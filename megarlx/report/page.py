@@ -13,11 +13,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from megarlx.report.drawing import Figure, Table
-from megarlx.study.claims.paper import PREDICATES, SEEDS_NEEDED, Finding
 from megarlx.report.samples import Example
 from megarlx.report.settings import quantity
 from megarlx.report.study import BASE, Study
 from megarlx.report.tree import described
+from megarlx.study.claims.paper import PREDICATES, SEEDS_NEEDED, Finding
 
 NOT_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 SIGNS = {"held": "✓", "not held": "✗", "undetermined": "?"}

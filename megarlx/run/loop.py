@@ -30,10 +30,11 @@ from megarlx.run.costs import Costs, peak_flop_per_second
 from megarlx.run.directory import RunError
 from megarlx.run.finite import Flags, FoundInf
 from megarlx.run.lock import run_lock
+from megarlx.run.made import made_for
 from megarlx.run.rank_logs import RankLog, rank_log
 from megarlx.run.readiness import beginnings_of_rl, readiness_of
 from megarlx.run.stopped import REQUEUE, StopRequest, clear_mark, exit_code, mark_stopped
-from megarlx.run.world import template_of, world_of
+from megarlx.run.tokenizer import template_of
 from megarlx.trackers import Trackers, check_installed
 
 SHOWN_SAMPLES = 4
@@ -330,7 +331,7 @@ class _Loop:
                 is_base=not any(n for name, n in tokens.items() if name != PRETRAINING),
                 iteration=done,
                 trunk_tokens=tokens.get(PRETRAINING, 0),
-                world=world_of(run.config),
+                made=made_for(evaluation.suites, run.config),
             ),
             evaluation,
             run=run.directory.path,

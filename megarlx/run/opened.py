@@ -23,7 +23,7 @@ from megarlx.run.assemble import DTYPES, choose_layout, use_tf32
 from megarlx.run.choose import choose
 from megarlx.run.directory import RunDirectory, RunError
 from megarlx.run.reference import RunReference, tokens_of
-from megarlx.run.world import load_tokenizer_of, template_of
+from megarlx.run.tokenizer import load_tokenizer_of, template_of
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from megarlx.generation.requests import SamplingSettings
 from megarlx.model.build import build_model
 from megarlx.objectives.environment_process import BrokenEnvironment, EnvironmentPool
 from megarlx.objectives.environment_rollout import EnvironmentRollout, Start
-from megarlx.study.environments.demonstrations import TEMPLATE, TEMPLATE_WORDS, built_in
+from megarlx.study.environments.demonstrations import TEMPLATE, TEMPLATE_WORDS
 
 
 def episodes(layout: dict[str, int], function: str, options: dict[str, Any]) -> Any:

@@ -9,8 +9,8 @@ import pytest
 from megarlx.config import Config, ConfigError, load_config
 from megarlx.config.evaluation import SuiteConfig
 from megarlx.config.objectives import WORLD_TEMPLATE, TemplateConfig
-from megarlx.study.world import World, WorldSettings
 from megarlx.run.branch import recipe_config
+from megarlx.study.world import World, WorldSettings
 
 START = """
 [model]

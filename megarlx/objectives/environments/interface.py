@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from megarlx import plug
 from megarlx.data.draw import Draw, Split
+
+if TYPE_CHECKING:  # what pydantic needs is slow to import, and workers start often
+    from megarlx.config.environment import EnvironmentConfig
 
 Task = dict[str, Any]  # JSON values: what a line of a task file holds
 Step = tuple[str, float, bool, dict[str, Any]]
@@ -51,13 +54,13 @@ class BuiltIn(Environment, Protocol):
         ...
 
 
-def built_in(function: str, options: dict[str, Any]) -> BuiltIn:
+def built_in(config: EnvironmentConfig) -> BuiltIn:
     """An environment in this process, which has the methods of one."""
-    environment: BuiltIn = plug.resolve("environment", function)(**options)
+    environment: BuiltIn = plug.resolve("environment", config.function)(**config.options)
     for name in ("words", "task", "solution", "random_action"):
         if not hasattr(type(environment), name):
             raise ValueError(
-                f"environment {function}: it has no {name}; demonstrations can be made of "
+                f"environment {config.function}: it has no {name}; demonstrations can be made of "
                 "those that come with megarlx, and of others with the same methods"
             )
     return environment

@@ -14,11 +14,11 @@ from math import inf
 from typing import Any
 
 from megarlx.report.comparison import Comparison, Verdict, all_of, of_capability, of_suite
-from megarlx.study.claims.counted import counted
-from megarlx.study.claims.sweeps import group_sizes, more_data_or_more_parameters
 from megarlx.report.runs import Evaluation
 from megarlx.report.study import BASE, Cell, Study
 from megarlx.report.style import name_of
+from megarlx.study.claims.counted import counted
+from megarlx.study.claims.sweeps import group_sizes, more_data_or_more_parameters
 
 SEEDS_NEEDED = 2
 

@@ -76,7 +76,7 @@ def write_environment(
 
     `question` is the first observation. Returns the rates on the test tasks.
     """
-    sizes, place, environment = sizes or Sizes(), Path(folder), built_in(config.function, config.options)
+    sizes, place, environment = sizes or Sizes(), Path(folder), built_in(config)
     place.mkdir(parents=True, exist_ok=True)
     done = place / "environment.json"
     done.unlink(missing_ok=True)

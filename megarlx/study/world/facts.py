@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from megarlx.data.order import key_of, shuffled
 from megarlx.data.draw import Draw
+from megarlx.data.order import key_of, shuffled
 from megarlx.study.world.settings import WorldError, WorldSettings
 
 ATTRIBUTES = ("home", "color", "food", "friend", "music", "weather", "metal", "flower")

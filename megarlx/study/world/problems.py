@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megarlx.data.order import key_of
 from megarlx.data.draw import Draw, Split
+from megarlx.data.order import key_of
 from megarlx.study.world.settings import Operation, WorldError, WorldSettings
 
 TRIES = 200

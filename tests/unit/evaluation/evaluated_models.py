@@ -7,9 +7,9 @@ import torch
 from megarlx.comm.groups import Mesh
 from megarlx.config.model import family_config
 from megarlx.data.conversations import Template
-from megarlx.study.world import World, WorldSettings
 from megarlx.evaluation.suites import Subject
 from megarlx.model.build import ParallelModel, build_model
+from megarlx.study.world import World, WorldSettings
 
 WORLD = World(WorldSettings(seed=3, entities=9, steps=(1.0, 1.0)))
 TEMPLATE = Template("question : {content} answer :")

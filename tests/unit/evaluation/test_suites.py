@@ -14,12 +14,12 @@ from evaluated_models import TEMPLATE, WORLD, logits_behind, small_model, subjec
 from megarlx.config.evaluation import EvaluationConfig, SuiteConfig, world_suites
 from megarlx.data.conversations import Template, Turn
 from megarlx.data.prompts import FewShot
-from megarlx.study.world import guessing_pass_at_k
 from megarlx.evaluation.questions import SuiteError, few_shot_of, questions_of
 from megarlx.evaluation.results import ResultError, finished, read_result, result_path, results_of
 from megarlx.evaluation.sampling import sample_and_score
 from megarlx.evaluation.suites import Parent, described, evaluate, metrics_of
 from megarlx.objectives.reward_process import RewardError
+from megarlx.study.world import guessing_pass_at_k
 
 TOKENIZER = WORLD.tokenizer()
 EVEN = {"function": "rewards_for_tests:even_letters", "workers": 0}

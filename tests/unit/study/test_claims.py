@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from fake_sweep import AS_IN_THE_PAPER, SMALL_MODEL, Outcome, Sweep
 
-from megarlx.study.claims.paper import PREDICATES, Finding, judge_all
 from megarlx.report.study import Study
+from megarlx.study.claims.paper import PREDICATES, Finding, judge_all
 
 FIRST_THIRTEEN = [f"P{n}" for n in range(1, 14)]
 ONE_CHECKPOINT = (2_000_000,)

@@ -7,7 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megarlx.data.conversations import read_conversations
+from megarlx.data.draw import Draw
 from megarlx.data.prompts import read_prompts
+from megarlx.data.token_files import TokenFile
+from megarlx.data.tokenizer import load_tokenizer
 from megarlx.study.world import (
     Operation,
     Sizes,
@@ -20,13 +23,10 @@ from megarlx.study.world import (
     write_world,
 )
 from megarlx.study.world.behaviours import ASKS, reply, request_at
-from megarlx.data.draw import Draw
 from megarlx.study.world.facts import PARAPHRASES
 from megarlx.study.world.problems import Problem, split_of
 from megarlx.study.world.settings import PLAIN_OPERATIONS, STYLES
 from megarlx.study.world.solutions import checkable
-from megarlx.data.token_files import TokenFile
-from megarlx.data.tokenizer import load_tokenizer
 
 SWAP = Operation("swap", ("trades",), 0.2)
 WORLDS = {
