@@ -57,9 +57,25 @@ KINDS: dict[str, Kind] = {
     "combination": Kind("module:function", {}),
     "objective": Kind("module:Class", {}),
     "family": Kind("module:name", {}),
-    "data maker": Kind("module:Class", {}),
+    "data maker": Kind(
+        "module:Class",
+        {
+            "world": "megarlx.study.world.maker:WorldMaker",
+            "agents": "megarlx.study.environments.maker:AgentsMaker",
+        },
+    ),
     "generator": Kind("module:Class", {}),
-    "suite": Kind("module:Class", {}),
+    "suite": Kind(
+        "module:function",
+        {
+            "pass_at_k": "megarlx.evaluation.kinds:pass_at_k",
+            "choice": "megarlx.evaluation.kinds:choice",
+            "cloze": "megarlx.evaluation.kinds:cloze",
+            "perplexity": "megarlx.evaluation.kinds:perplexity",
+            "behaviour": "megarlx.evaluation.kinds:behaviour",
+            "agent": "megarlx.evaluation.kinds:agent",
+        },
+    ),
     "claim": Kind("module:function", {}),
 }
 

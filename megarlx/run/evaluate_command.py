@@ -146,7 +146,8 @@ def _evaluate(
     device: Any,
 ) -> None:
     from megarlx.comm.collectives import barrier
-    from megarlx.evaluation.suites import Parent, Subject, evaluate
+    from megarlx.evaluation.interface import Subject
+    from megarlx.evaluation.suites import Parent, evaluate
     from megarlx.run.opened import load_weights, open_run, read_lineage
     from megarlx.run.made import made_for, write_data
     from megarlx.run.tokenizer import template_of

@@ -13,7 +13,7 @@ from megarlx.config import Config
 from megarlx.objectives.environment_process import BrokenEnvironment
 from megarlx.objectives.reward_process import RewardError
 from megarlx.run.assemble import choose_device, choose_layout
-from megarlx.run.loop import TrainingError
+from megarlx.run.hooks import TrainingError
 
 Work = Callable[[launch.Launch, torch.device], int]
 
