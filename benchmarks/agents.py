@@ -69,7 +69,7 @@ user = "seen : {{content}} act :"
 assistant = " {{content}}"
 [data.agents]
 folder = "{world}"
-[[data.agents.environments]]
+[[data.options.environments]]
 function = "{environment}"
 tasks = 2048
 demonstrations = 2000

@@ -187,4 +187,3 @@ class SuitesConfig(EvaluationConfig):
     template: TemplateConfig | None = Field(
         default=None, description="How questions and answers are written; absent: as the run says"
     )
-

@@ -91,7 +91,9 @@ def checked(suite: SuiteConfig, found: list[Any]) -> list[Any]:
         raise SuiteError(f"suite {suite.name}: {suite.path or suite.made} holds nothing")
     if len(set(ids)) != len(ids):
         double = sorted({i for i in ids if ids.count(i) > 1})
-        raise SuiteError(f"suite {suite.name}: {suite.path or suite.made} uses the id {double[0]!r} twice")
+        raise SuiteError(
+            f"suite {suite.name}: {suite.path or suite.made} uses the id {double[0]!r} twice"
+        )
     return found
 
 

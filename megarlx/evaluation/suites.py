@@ -129,9 +129,7 @@ def settings_of(subject: Subject, config: EvaluationConfig, suite: SuiteConfig) 
         "files": {
             path: _sha256(path) for path in (suite.path, suite.few_shot_path) if path is not None
         },
-        "made": None
-        if suite.made is None
-        else made_suite(suite, subject.made).identity,
+        "made": None if suite.made is None else made_suite(suite, subject.made).identity,
     }
 
 

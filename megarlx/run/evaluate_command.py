@@ -148,8 +148,8 @@ def _evaluate(
     from megarlx.comm.collectives import barrier
     from megarlx.evaluation.interface import Subject
     from megarlx.evaluation.suites import Parent, evaluate
-    from megarlx.run.opened import load_weights, open_run, read_lineage
     from megarlx.run.made import made_for, write_data
+    from megarlx.run.opened import load_weights, open_run, read_lineage
     from megarlx.run.tokenizer import template_of
 
     opened = open_run(references[0], config, started, device)

@@ -24,8 +24,8 @@ from megarlx.run.assemble import Run
 from megarlx.run.costs import Costs, peak_flop_per_second
 from megarlx.run.directory import RunError
 from megarlx.run.finite import Flags, FoundInf
-from megarlx.run.screen import SHOWN_SAMPLES, Screen
 from megarlx.run.made import made_for
+from megarlx.run.screen import SHOWN_SAMPLES, Screen
 from megarlx.run.tokenizer import template_of
 
 

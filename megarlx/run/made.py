@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from megarlx.config import Config
 from megarlx.config.evaluation import SuiteConfig
@@ -32,7 +33,7 @@ def data_of(config: Config) -> DataConfig | None:
     data, made = config.data, made_of(config)
     if data is None or made is None:
         return data
-    changes = {
+    changes: dict[str, Any] = {
         "maker": None,
         "folder": None,
         "options": {},

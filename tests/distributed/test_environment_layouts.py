@@ -16,6 +16,7 @@ from megarlx.generation.requests import SamplingSettings
 from megarlx.model.build import build_model
 from megarlx.objectives.environment_process import BrokenEnvironment, EnvironmentPool
 from megarlx.objectives.environment_rollout import EnvironmentRollout, Start
+from megarlx.objectives.environments.interface import built_in
 from megarlx.study.environments.demonstrations import TEMPLATE, TEMPLATE_WORDS
 
 

@@ -35,13 +35,13 @@ assistant = " {{content}}"
 
 [data.agents]
 folder = "{world}"
-[[data.agents.environments]]
+[[data.options.environments]]
 function = "sokoban"
 max_turns = 4
 tasks = 20
 test_tasks = 4
 demonstrations = 10
-[[data.agents.environments]]
+[[data.options.environments]]
 function = "calculator"
 tasks = 20
 test_tasks = 4
@@ -122,7 +122,7 @@ def test_a_cold_start_and_play_in_one_run(
     made = (world / "agents.words").stat().st_mtime_ns
     assert train(config, tmp_path / "other", "stages.1.steps=1") == 0
     assert (world / "agents.words").stat().st_mtime_ns == made
-    more = "data.agents.environments.0.tasks=21"
+    more = "data.options.environments.0.tasks=21"
     assert train(config, tmp_path / "third", more, "stages.1.steps=1") == 1
     assert "use another folder" in capsys.readouterr().err
     tasks = (world / "sokoban" / "tasks_train.jsonl").read_text().splitlines()

@@ -27,7 +27,7 @@ WORLD = '[data.world]\nfolder = "world"\n'
 OWN = '[template]\nuser = "Q: {content}"\n'
 RL = "[rl]\nprompts = 'q.jsonl'\n[[stages]]\nsteps = 2\n[stages.objectives.rl]\nlr = 1e-6\n"
 SUITE = '[[evaluation.suites]]\nname = "mine"\npath = "q.jsonl"\n'
-AGENTS = '[data.agents]\nfolder = "a"\n[[data.agents.environments]]\nfunction = "sokoban"\n'
+AGENTS = '[data.agents]\nfolder = "a"\n[[data.options.environments]]\nfunction = "sokoban"\n'
 
 
 def loaded(folder: Path, text: str, *overrides: str) -> Config:

@@ -15,10 +15,12 @@ from megarlx.data.draw import Draw
 from megarlx.data.prompts import read_prompts
 from megarlx.data.tokenizer import WordTokenizer, load_tokenizer
 from megarlx.objectives.environment_worker import EnvironmentServer
-from megarlx.objectives.environments import BuiltIn, demonstrations
+from megarlx.objectives.environments import BuiltIn
 from megarlx.objectives.environments.gymnasium import TextGym
+from megarlx.objectives.environments.interface import built_in, success_rate
+from megarlx.study.environments import demonstrations
 from megarlx.study.environments.calculator import Calculator
-from megarlx.study.environments.demonstrations import Sizes, demonstration, success_rate
+from megarlx.study.environments.demonstrations import Sizes, demonstration
 from megarlx.study.environments.shop import Shop
 from megarlx.study.environments.sokoban import MOVES, Board, Sokoban
 
