@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from megarlx.checkpoint import latest
 from megarlx.comm import launch
 from megarlx.comm.collectives import gather_values
-from megarlx.metrics import MetricsWriter
 from megarlx.run.assemble import Run, steps_at_tokens
 from megarlx.run.costs import Costs
 from megarlx.run.directory import RunError
@@ -17,7 +16,8 @@ from megarlx.run.rank_logs import RankLog, rank_log
 from megarlx.run.readiness import beginnings_of_rl, readiness_of
 from megarlx.run.screen import Screen
 from megarlx.run.stopped import REQUEUE, StopRequest, clear_mark, exit_code, mark_stopped
-from megarlx.trackers import Trackers, check_installed
+from megarlx.training.metrics import MetricsWriter
+from megarlx.training.trackers import Trackers, check_installed
 
 
 def train(run: Run) -> int:

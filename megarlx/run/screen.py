@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megarlx.metrics import MetricsWriter
 from megarlx.run.rank_logs import RankLog
+from megarlx.training.metrics import MetricsWriter
 
 SHOWN_SAMPLES = 4
 
