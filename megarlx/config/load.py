@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, overload
 
@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from megarlx.config.allowed import allowed, section_of, without_none
 from megarlx.config.lines import Path as KeyPath
 from megarlx.config.lines import line_numbers
-from megarlx.config.section import Section
+from megarlx.config.section import TRUSTED, Section
 from megarlx.config.sections import Config
 
 S = TypeVar("S", bound=Section)
@@ -37,7 +37,11 @@ class ConfigError(Exception):
 
 @overload
 def load_config(
-    path: str | Path, overrides: Sequence[str] = (), *, prepare: Prepare | None = None
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    prepare: Prepare | None = None,
+    trusted: Collection[str] | None = None,
 ) -> Config: ...
 
 
@@ -51,10 +55,12 @@ def load_config(
     kind: Any = Config,
     *,
     prepare: Prepare | None = None,
+    trusted: Collection[str] | None = None,
 ) -> Any:
     """The configuration in a sparse TOML file or a resolved JSON file, overridden by `a.b=c`s.
 
-    `prepare` may add to what was read before it is checked.
+    `prepare` may add to what was read before it is checked. With `trusted` the file is another
+    run's: of a user's code, no more than these names is imported to check it.
     """
     path = Path(path)
     values, lines = _read(path)
@@ -62,10 +68,13 @@ def load_config(
     problems = [p for override in overrides if (p := _override(values, places, override))]
     if prepare is not None:
         values = prepare(values)
+    reading = TRUSTED.set(trusted)
     try:
         config = kind.model_validate(values)
     except ValidationError as error:
         raise ConfigError([*problems, *_explain(error, kind, places, str(path))]) from None
+    finally:
+        TRUSTED.reset(reading)
     if problems:
         raise ConfigError(problems)
     return config

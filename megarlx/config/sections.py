@@ -24,7 +24,7 @@ from megarlx.config.objectives import (
 )
 from megarlx.config.optimizer import OptimizerConfig
 from megarlx.config.run_sections import CheckpointConfig, DataConfig, LoggingConfig
-from megarlx.config.section import Section
+from megarlx.config.section import Section, may_import
 from megarlx.config.timeline import Timeline
 
 # A list in TOML and in JSON is a tuple here: frozen like the rest. What is in it stays strict.
@@ -234,6 +234,8 @@ class Config(Section):
         what it makes is put."""
         data = given.get("data") if isinstance(given, Mapping) else None
         if not isinstance(data, Mapping) or not isinstance(name := data.get("maker"), str):
+            return given
+        if not may_import("data maker", name):
             return given
         try:
             maker = plug.resolve("data maker", name)

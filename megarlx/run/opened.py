@@ -70,7 +70,7 @@ def open_config(
     path = run / "resolved.json"
     if not path.exists():
         raise RunError(f"{run} holds no resolved.json: what its model looks like is not known")
-    given = load_config(path)
+    given = load_config(path, trusted=trusted)
     check_trust(names_in(given, {"model", "data", *uses}), str(run), trusted)
     own = given.layout
     model = own.tensor * own.pipeline
