@@ -67,7 +67,8 @@ sequence_length = 256
 [template]
 user = "seen : {{content}} act :"
 assistant = " {{content}}"
-[data.agents]
+[data]
+maker = "agents"
 folder = "{world}"
 [[data.options.environments]]
 function = "{environment}"
@@ -93,7 +94,7 @@ environment = {{ function = "{environment}", workers = 0, {limits} }}
 
 RECIPE = """
 [rl]
-prompts = "{{world}}/{environment}/tasks_train.jsonl"
+prompts = "{{made}}/{environment}/tasks_train.jsonl"
 prompts_per_step = {tasks}
 samples_per_prompt = 8
 steps_per_rollout = 2

@@ -76,7 +76,9 @@ KINDS: dict[str, Kind] = {
             "agent": "megarlx.evaluation.kinds:agent",
         },
     ),
-    "claim": Kind("module:function", {}),
+    "claim": Kind(
+        "module:function", {f"P{n}": f"megarlx.study.claims.paper:P{n}" for n in range(1, 16)}
+    ),
 }
 
 

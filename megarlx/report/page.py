@@ -12,12 +12,12 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from megarlx.report.claims import SEEDS_NEEDED, Finding
 from megarlx.report.drawing import Figure, Table
 from megarlx.report.samples import Example
 from megarlx.report.settings import quantity
 from megarlx.report.study import BASE, Study
 from megarlx.report.tree import described
-from megarlx.study.claims.paper import PREDICATES, SEEDS_NEEDED, Finding
 
 NOT_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 SIGNS = {"held": "✓", "not held": "✗", "undetermined": "?"}
@@ -144,7 +144,7 @@ def _claims(study: Study, findings: dict[str, Finding]) -> str:
         rows.append(
             f'<tr><th scope="row">{text(name)}</th>'
             f'<td class="verdict {text(finding.verdict.replace(" ", "-"))}">{text(sign)}</td>'
-            f'<td class="wrap">{text(PREDICATES[name].claim)}</td>'
+            f'<td class="wrap">{text(finding.evidence.get("claim", ""))}</td>'
             f'<td class="differences">{"<br>".join(text(_difference(c)) for c in comparisons)}</td>'
             f'<td class="wrap">{text(_why(finding))}</td></tr>'
         )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from megarlx.report.claims import Finding
 from megarlx.report.study import KS, Cell, Study
-from megarlx.study.claims.paper import Finding
 
 
 def summary(study: Study, findings: dict[str, Finding]) -> dict[str, Any]:

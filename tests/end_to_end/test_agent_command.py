@@ -33,7 +33,8 @@ sequence_length = 128
 user = "seen : {{content}} act :"
 assistant = " {{content}}"
 
-[data.agents]
+[data]
+maker = "agents"
 folder = "{world}"
 [[data.options.environments]]
 function = "sokoban"
@@ -50,7 +51,7 @@ demonstrations = 10
 [sft]
 
 [rl]
-prompts = "{{world}}/sokoban/tasks_train.jsonl"
+prompts = "{{made}}/sokoban/tasks_train.jsonl"
 prompts_per_step = 3
 samples_per_prompt = 4
 policy = {{ preset = "sampo" }}

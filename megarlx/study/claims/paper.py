@@ -1,77 +1,22 @@
-"""The claims P1 to P13 of the paper, each as a function over a study; P14 and P15: see PREDICATES.
+"""The claims P1 to P15 of the paper, each as comparisons over a study.
 
-A verdict comes from the paired interval over questions, pooled over checkpoints and seeds: "held"
-where all of it lies in the range that the claim allows, "not held" where none of it does, else
-"undetermined". A cell counts only where SFT's pass@1 is more than twice guessing: beside an SFT
-that learned nothing any comparison is hollow. From one seed nothing is claimed.
+A cell counts only where SFT's pass@1 is more than twice guessing: beside an SFT that learned
+nothing any comparison is hollow.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
-from megarlx.report.comparison import Comparison, Verdict, all_of, of_capability, of_suite
+from megarlx.report.claims import Claim
+from megarlx.report.comparison import Comparison, of_capability, of_suite
 from megarlx.report.runs import Evaluation
 from megarlx.report.study import BASE, Cell, Study
 from megarlx.report.style import name_of
 from megarlx.study.claims.counted import counted
 from megarlx.study.claims.sweeps import group_sizes, more_data_or_more_parameters
-
-SEEDS_NEEDED = 2
-
-
-@dataclass(frozen=True)
-class Finding:
-    verdict: Verdict
-    evidence: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Predicate:
-    claim: str
-    comparisons: Callable[[Study], list[Comparison]]
-    at_every_checkpoint: bool = False
-    notes: Callable[[Study], dict[str, Any]] | None = None
-
-    def judge(self, study: Study) -> Finding:
-        made = self.comparisons(study)
-        evidence: dict[str, Any] = {"claim": self.claim}
-        verdict = all_of([c.verdict() for c in made])
-        against = [
-            f"{c.what} at {tokens:,} tokens"
-            for c in made
-            for tokens in c.checkpoints
-            if self.at_every_checkpoint and c.verdict(tokens) == "not held"
-        ]
-        open_at = [
-            f"{tokens:,} tokens"
-            for c in made
-            for tokens in c.checkpoints
-            if self.at_every_checkpoint and c.verdict(tokens) == "undetermined"
-        ]
-        if against:
-            verdict = "not held"
-            evidence["against"] = against
-        elif open_at and verdict == "held":
-            verdict = "undetermined"
-            evidence["reason"] = f"by itself the interval covers a boundary at {', '.join(open_at)}"
-        without = [c.what for c in made if not c.cells]
-        seeds = sorted({seed for c in made for seed in c.seeds})
-        if without or not made:
-            some = len(without) < len(made)
-            evidence["reason"] = f"no data for {'; '.join(without)}" if some else "no data"
-        elif len(seeds) < SEEDS_NEEDED:
-            verdict = "undetermined"
-            evidence["reason"] = f"one seed ({seeds[0]}): no verdict is claimed"
-        elif verdict == "undetermined" and "reason" not in evidence:
-            evidence["reason"] = "the interval covers a boundary of the claim"
-        evidence["comparisons"] = [c.evidence() for c in made]
-        if self.notes is not None:
-            evidence |= self.notes(study)
-        return Finding(verdict, evidence)
 
 
 def pass_at(k: int, recipe: str, other: str, low: float, high: float) -> Callable[..., Comparison]:
@@ -190,61 +135,51 @@ def nll_changes(recipe: str) -> Callable[[Study], dict[str, Any]]:
     return note
 
 
-PREDICATES: dict[str, Predicate] = {
-    "P1": Predicate(
-        "RL pass@1 > base pass@1 at every checkpoint but the very first",
-        after_the_first(higher(1, "rl", BASE)),
-        at_every_checkpoint=True,
-    ),
-    "P2": Predicate("RL pass@32 > base pass@32 (expansion)", together(higher(32, "rl", BASE))),
-    "P3": Predicate("RL pass@1 > SFT pass@1", together(higher(1, "rl", "sft"))),
-    "P4": Predicate("SFT→RL pass@1 > SFT pass@1", together(higher(1, "sft_then_rl", "sft"))),
-    "P5": Predicate(
-        "SFT→RL pass@32 < SFT pass@32 (sharpening)", together(lower(32, "sft_then_rl", "sft"))
-    ),
-    "P6": Predicate(
-        "within SFT→RL, pass@32 falls while pass@1 rises",
-        together(within("sft_then_rl", 1, 0.0, inf), within("sft_then_rl", 32, -inf, 0.0)),
-        notes=beginnings("sft_then_rl"),
-    ),
-    "P7": Predicate(
-        "within direct RL, pass@1 and pass@32 rise",
-        together(*(within("rl", k, 0.0, inf, "its first evaluation") for k in (1, 32))),
-        notes=since_the_checkpoint,
-    ),
-    "P8": Predicate(
-        "SFT-Gold pass@8 and pass@32 > RL",
-        together(higher(8, "sft_gold", "rl"), higher(32, "sft_gold", "rl")),
-    ),
-    "P9": Predicate(
-        "parallel pass@32 is the highest of the one-demonstration recipes",
-        together(*(higher(32, "parallel", than) for than in ("rl", "sft", "sft_then_rl"))),
-    ),
-    "P10": Predicate("parallel pass@1 < RL pass@1", together(lower(1, "parallel", "rl"))),
-    "P11": Predicate(
-        "RL changes general capability by at most 0.5 points",
-        together(capability("rl", -0.5, 0.5)),
-        notes=nll_changes("rl"),
-    ),
-    "P12": Predicate(
-        "SFT lowers general capability by 3 to 8 points",
-        together(capability("sft", -8.0, -3.0)),
-        notes=nll_changes("sft"),
-    ),
-    "P13": Predicate(
-        "parallel keeps general capability within 1 point of base",
-        together(capability("parallel", -1.0, 1.0)),
-        notes=nll_changes("parallel"),
-    ),
-    "P14": Predicate(
-        "more targeted pre-training data raises RL's gain more than more parameters do",
-        more_data_or_more_parameters,
-    ),
-    "P15": Predicate(
-        "small groups win per FLOP early, large groups per example; same end", group_sizes
-    ),
-}
-
-
-def judge_all(study: Study) -> dict[str, Finding]:
-    return {name: predicate.judge(study) for name, predicate in PREDICATES.items()}
+P1 = Claim(
+    "RL pass@1 > base pass@1 at every checkpoint but the very first",
+    after_the_first(higher(1, "rl", BASE)),
+    at_every_checkpoint=True,
+)
+P2 = Claim("RL pass@32 > base pass@32 (expansion)", together(higher(32, "rl", BASE)))
+P3 = Claim("RL pass@1 > SFT pass@1", together(higher(1, "rl", "sft")))
+P4 = Claim("SFT→RL pass@1 > SFT pass@1", together(higher(1, "sft_then_rl", "sft")))
+P5 = Claim("SFT→RL pass@32 < SFT pass@32 (sharpening)", together(lower(32, "sft_then_rl", "sft")))
+P6 = Claim(
+    "within SFT→RL, pass@32 falls while pass@1 rises",
+    together(within("sft_then_rl", 1, 0.0, inf), within("sft_then_rl", 32, -inf, 0.0)),
+    notes=beginnings("sft_then_rl"),
+)
+P7 = Claim(
+    "within direct RL, pass@1 and pass@32 rise",
+    together(*(within("rl", k, 0.0, inf, "its first evaluation") for k in (1, 32))),
+    notes=since_the_checkpoint,
+)
+P8 = Claim(
+    "SFT-Gold pass@8 and pass@32 > RL",
+    together(higher(8, "sft_gold", "rl"), higher(32, "sft_gold", "rl")),
+)
+P9 = Claim(
+    "parallel pass@32 is the highest of the one-demonstration recipes",
+    together(*(higher(32, "parallel", than) for than in ("rl", "sft", "sft_then_rl"))),
+)
+P10 = Claim("parallel pass@1 < RL pass@1", together(lower(1, "parallel", "rl")))
+P11 = Claim(
+    "RL changes general capability by at most 0.5 points",
+    together(capability("rl", -0.5, 0.5)),
+    notes=nll_changes("rl"),
+)
+P12 = Claim(
+    "SFT lowers general capability by 3 to 8 points",
+    together(capability("sft", -8.0, -3.0)),
+    notes=nll_changes("sft"),
+)
+P13 = Claim(
+    "parallel keeps general capability within 1 point of base",
+    together(capability("parallel", -1.0, 1.0)),
+    notes=nll_changes("parallel"),
+)
+P14 = Claim(
+    "more targeted pre-training data raises RL's gain more than more parameters do",
+    more_data_or_more_parameters,
+)
+P15 = Claim("small groups win per FLOP early, large groups per example; same end", group_sizes)

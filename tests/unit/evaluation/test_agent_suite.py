@@ -106,7 +106,7 @@ def test_acting_at_random_stands_beside_environments_that_know_their_actions(
     [
         {"environment": None},
         {"kind": "pass_at_k"},
-        {"path": None, "world": "problems"},
+        {"path": None, "made": "problems"},
         {"rewards": [{"function": "final_number"}]},
     ],
     ids=str,
@@ -114,5 +114,5 @@ def test_acting_at_random_stands_beside_environments_that_know_their_actions(
 def test_what_an_agent_suite_needs_is_asked_for(wrong: dict[str, Any]) -> None:
     given = {"name": "s", "kind": "agent", "path": "p", "environment": ENVIRONMENT}
     SuiteConfig.model_validate(given)
-    with pytest.raises(ValidationError, match=r"environment|world|rewards"):
+    with pytest.raises(ValidationError, match=r"environment|made|rewards"):
         SuiteConfig.model_validate({**given, **wrong})

@@ -10,9 +10,9 @@ from fake_sweep import Sweep
 
 from megarlx.cli import main
 from megarlx.report import consistency
+from megarlx.report.claims import judge_all
 from megarlx.report.figures import gains
 from megarlx.report.study import Study
-from megarlx.study.claims.paper import judge_all
 
 ONE = {"user": "question : {content} answer :", "assistant": " {content}"}
 OTHER = {"user": "Q: {content}\nA:", "assistant": " {content}"}
