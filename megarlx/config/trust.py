@@ -55,7 +55,7 @@ def _named(
     elif isinstance(value, tuple) and get_args(annotation):
         for at, element in enumerate(value):
             yield from _named(element, get_args(annotation)[0], (), f"{where}[{at}]")
-    elif isinstance(value, Mapping):
+    elif isinstance(value, Mapping) and get_args(annotation):
         for key, element in value.items():
             yield from _named(element, get_args(annotation)[1], (), f"{where}.{key}")
 

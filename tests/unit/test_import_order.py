@@ -22,6 +22,7 @@ LAYERS = [
     ["planning", "run"],
     ["report", "doctor"],
     ["sweeps"],
+    ["study"],
     ["cli", "__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -81,6 +82,14 @@ def test_imports_never_step_backwards(path: Path) -> None:
         target = name.split(".")[1]
         if target in LEVEL:
             assert LEVEL[target] <= LEVEL[unit], f"{unit} imports {name}, which stands above it"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_the_study_is_a_user_like_any_other(path: Path) -> None:
+    """plug.py and cli.py name parts of it in strings."""
+    if unit_of(path) != "study":
+        found = [name for name in imports_of(path) if f"{name}.".startswith("megarlx.study.")]
+        assert not found
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
