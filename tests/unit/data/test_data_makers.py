@@ -255,7 +255,8 @@ def test_resolved_options_stand_in_resolved_json(tmp_path: Path) -> None:
 
 def test_the_run_reads_what_was_made(tmp_path: Path) -> None:
     text = WORLD.replace("w-{seed}", str(tmp_path / "w-{seed}-{problems_share}"))
-    config = loaded(tmp_path, text + "documents = 40\nheld_out_documents = 3\nprompts = 5\nstories_share = 0\nproblems_share = 0.75\n")
+    sizes = "documents = 40\nheld_out_documents = 3\nprompts = 5\n"
+    config = loaded(tmp_path, text + sizes + "stories_share = 0\nproblems_share = 0.75\n")
     assert config.data is not None
     make("world", config.data.place, config.data.options)
     read = data_of(config)
