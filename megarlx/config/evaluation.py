@@ -119,8 +119,6 @@ class SuiteConfig(Section):
             found.append(("environment", "is needed for kind = 'agent', and for that only"))
         if self.path is None and self.made is None:
             found.append(("path", "or made is needed"))
-        if self.kind == "agent" and self.made is not None:
-            found.append(("made", "is not for agent, whose tasks are a file: path"))
         if self.options and self.made is None:
             found.append(("options", f"are for what is made, and for kinds other than {self.kind}"))
         if self.kind == "pass_at_k" and min(self.ks, default=1) > self.samples:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
-from megarlx.comm.collectives import gather_values
 from megarlx.config.reward import RewardConfig
-from megarlx.evaluation import agents, capability
 from megarlx.evaluation import behaviour as behaviours
+from megarlx.evaluation import capability, sampled
 from megarlx.evaluation.interface import Asked, Measured
 from megarlx.evaluation.pass_at_k import Pool, guessing_pass_at_k
 from megarlx.evaluation.questions import Question, few_shot_of, questions_of, short_enough
 from megarlx.evaluation.readiness import informative_groups
-from megarlx.evaluation.sampling import ScoredQuestion, sample_and_score
+from megarlx.evaluation.sampled import Played
 from megarlx.objectives.answers import final_answer
 
 Item = dict[str, Any]
@@ -22,7 +20,7 @@ Item = dict[str, Any]
 
 def pass_at_k(asked: Asked) -> Measured:
     suite = asked.suite
-    questions, items, samples = _sampled(asked, lambda one: _item(one, suite.correct_from))
+    questions, items, samples = _played(asked, lambda one: _item(one, suite.correct_from))
     pool = _pool_of(items)
     metrics, errors, guessing = {}, {}, {}
     answers = _answers(asked, questions)
@@ -40,7 +38,7 @@ def pass_at_k(asked: Asked) -> Measured:
 
 def behaviour(asked: Asked) -> Measured:
     limit = asked.suite.violation_below
-    _, items, samples = _sampled(asked, lambda one: behaviours.item(one, limit))
+    _, items, samples = _played(asked, lambda one: behaviours.item(one, limit))
     metrics, errors = behaviours.summary(items)
     return Measured(metrics, items, errors, samples=samples)
 
@@ -72,18 +70,11 @@ cloze = choice  # the suite's kind says what a test of it looks like
 
 
 def agent(asked: Asked) -> Measured:
-    subject, config, suite = asked.subject, asked.config, asked.suite
-    items, samples = agents.play(
-        subject.model,
-        subject.tokenizer,
-        asked.template,
-        suite,
-        seed=config.seed,
-        slots=config.slots,
-        prefill_tokens=config.prefill_tokens,
-        kept_samples=config.kept_samples,
-    )
-    metrics, errors = agents.summary(items)
+    suite = asked.suite
+    assert suite.environment is not None  # the configuration saw to it
+    penalty = suite.environment.invalid_action_penalty
+    questions, items, samples = _played(asked, lambda one: sampled.agent_item(one, penalty))
+    metrics, errors = sampled.agent_summary(items)
     group = suite.group_size or 0
     whole = [i for i in items if 0 < group <= i["samples"]]  # no episode of the group was lost
     if whole:
@@ -92,11 +83,12 @@ def agent(asked: Asked) -> Measured:
             metrics[f"pass_at_{k}"] = pool.estimate(k).mean
             errors[f"pass_at_{k}"] = pool.estimate(k).standard_error
         _add_informative(group, pool, metrics, errors)
-    return Measured(metrics, items, errors, agents.at_random(suite, config.seed), samples)
+    guessing = sampled.at_random(suite, questions, asked.config.seed)
+    return Measured(metrics, items, errors, guessing, samples)
 
 
-def _sampled(
-    asked: Asked, item: Callable[[ScoredQuestion], Item]
+def _played(
+    asked: Asked, item: Callable[[Played], Item]
 ) -> tuple[list[Question], list[Item], list[Item]]:
     """(questions, an item for each, samples to read), the same on every rank."""
     subject, config, suite = asked.subject, asked.config, asked.suite
@@ -105,7 +97,7 @@ def _sampled(
     questions = short_enough(
         suite, questions_of(suite, subject.made), few_shot, template, subject.tokenizer
     )
-    scored = sample_and_score(
+    played = sampled.play(
         subject.model,
         subject.tokenizer,
         template,
@@ -115,15 +107,11 @@ def _sampled(
         seed=config.seed,
         slots=config.slots,
         prefill_tokens=config.prefill_tokens,
+        kept_samples=config.kept_samples,
         progress=asked.progress,
     )
-    kept = range(min(config.kept_samples, suite.samples))
-    mine = [(item(one), [_line(one, at) for at in kept]) for one in scored]
-    every = gather_values(mine, mesh.dp)
-    # Rank r took questions r, r + size, …
-    ordered = [every[i % mesh.dp.size][i // mesh.dp.size] for i in range(len(questions))]
-    items, lines = [entry for entry, _ in ordered], [line for _, held in ordered for line in held]
-    return questions, items, lines
+    every = sampled.gathered([(item(one), one.lines) for one in played], len(questions), mesh.dp)
+    return questions, [made for made, _ in every], [line for _, lines in every for line in lines]
 
 
 def _default_rewards(asked: Asked) -> tuple[RewardConfig, ...]:
@@ -132,28 +120,16 @@ def _default_rewards(asked: Asked) -> tuple[RewardConfig, ...]:
     return (RewardConfig(function=name, workers=0),)
 
 
-def _item(scored: ScoredQuestion, correct_from: float) -> dict[str, Any]:
+def _item(played: Played, correct_from: float) -> Item:
     """A sample whose reward is not known is not correct."""
-    question = scored.question
+    question = played.question
     found = {
         "id": question.id,
-        "samples": len(scored.samples),
-        "correct": sum(reward >= correct_from for reward in scored.rewards),
-        "truncated": scored.truncated,
+        "samples": len(played.episodes),
+        "correct": sum(reward >= correct_from for reward in played.rewards),
+        "truncated": played.truncated,
     }
     return found if question.group is None else {**found, "group": question.group}
-
-
-def _line(scored: ScoredQuestion, at: int) -> dict[str, Any]:
-    sample, reward = scored.samples[at], scored.rewards[at]
-    return {
-        "prompt": sample.prompt,
-        "completion": sample.completion,
-        "reference": sample.reference,
-        "reward": None if math.isnan(reward) else reward,
-        "finish_reason": sample.finish_reason,
-        "id": scored.question.id,
-    }
 
 
 def _pool_of(items: Sequence[Mapping[str, Any]]) -> Pool:

@@ -83,7 +83,7 @@ at_end = true
 [[evaluation.suites]]
 name = "sokoban"
 kind = "agent"
-path = "{world}/sokoban/tasks_test.jsonl"
+made = "sokoban"
 samples = 2
 [evaluation.suites.environment]
 function = "sokoban"

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +18,7 @@ from megarlx.config.objectives import PLACE, TemplateConfig
 from megarlx.config.section import Named, Section
 
 if TYPE_CHECKING:  # a configuration that names this maker is read without numpy
-    from megarlx.data.making import Made
+    from megarlx.data.making import Line, Made, Wanted
 
 WORDS = "agents.words"
 
@@ -106,9 +111,19 @@ class AgentsMaker:
         write_atomically(folder / WORDS, "".join(f"{word}\n" for word in words))
 
     def made(self, folder: Path, options: AgentsOptions) -> Made:
-        from megarlx.data.making import Made
+        from megarlx.data.making import Made, MadeSuite
 
-        return Made(str(folder / WORDS))
+        identity = hashlib.sha256(options.to_json().encode()).hexdigest()
+        suites = {
+            place.label: MadeSuite(identity, ("agent",), partial(_tasks, folder / place.label))
+            for place in options.environments
+        }
+        return Made(str(folder / WORDS), suites=suites)
+
+
+def _tasks(folder: Path, wanted: Wanted) -> Iterator[Line]:
+    with (folder / f"tasks_{wanted.split}.jsonl").open(encoding="utf-8") as stream:
+        yield from map(json.loads, itertools.islice(stream, wanted.count))
 
 
 def _words_of(template: TemplateConfig | None) -> list[str]:
