@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal, TypeGuard
 
-from pydantic import Field, ValidationInfo, model_validator
+from pydantic import Field, model_validator
 
 from megarlx import plug
 from megarlx.choices import Served
 from megarlx.config import parameters
 from megarlx.config.families import PLAIN
-from megarlx.config.section import Named, Section
-
-# Of a validation's context: whether the configuration is written by who runs it.
-OWN = "own"
+from megarlx.config.section import TRUSTED, Named, Section, may_import
 
 
 def _from(source: str, **limits: Any) -> Any:
@@ -127,13 +124,12 @@ class ModelConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_in(cls, values: Any, info: ValidationInfo) -> Any:
+    def _fill_in(cls, values: Any) -> Any:
         """Puts in what follows from the family and from other fields, wrong values left alone."""
         if not isinstance(values, dict):
             return values
         given = values.get("family", cls.model_fields["family"].default)
-        own = bool(info.context and info.context.get(OWN))
-        filled = {**PLAIN, **_family_values(given, own, values.keys() >= PLAIN.keys())}
+        filled = {**PLAIN, **_family_values(given, complete=values.keys() >= PLAIN.keys())}
         hidden, heads = values.get("hidden_size"), values.get("heads")
         if _is_size(hidden) and _is_size(heads):
             filled["kv_heads"] = heads
@@ -227,12 +223,12 @@ class ModelConfig(Section):
         return total / self.layers
 
 
-def _family_values(name: Any, own: bool, complete: bool) -> dict[str, Any]:
-    """Of a family that there is; another name is an error of its own. A user's is imported only for
-    a configuration that is the user's `own`: any other says all that its family does."""
+def _family_values(name: Any, complete: bool) -> dict[str, Any]:
+    """Of a family that there is; another name is an error of its own. One out of another run's
+    configuration is not imported: there all that it says stands beside it."""
     if not isinstance(name, str) or plug.problem("family", name) is not None:
         return {}
-    if name in plug.ours("family") or own:
+    if may_import("family", name):
         return dict(plug.resolve("family", name).values)
     if complete:
         return {}
@@ -242,6 +238,15 @@ def _family_values(name: Any, own: bool, complete: bool) -> dict[str, Any]:
     )
 
 
+def resolved_model(values: Any) -> ModelConfig:
+    """Of another run's resolved.json: nothing that it names is imported."""
+    reading = TRUSTED.set(())
+    try:
+        return ModelConfig.model_validate(values)
+    finally:
+        TRUSTED.reset(reading)
+
+
 def family_config(family: str, **shape: Any) -> ModelConfig:
     """A model of a named family; what `shape` gives wins over the family's value."""
-    return ModelConfig.model_validate({"family": family, **shape}, context={OWN: True})
+    return ModelConfig.model_validate({"family": family, **shape})

@@ -31,7 +31,7 @@ from megarlx.checkpoint.folder import (
 from megarlx.checkpoint.manifest import NAME, Manifest, read_manifest, render
 from megarlx.config import load_config
 from megarlx.config.families import PLAIN
-from megarlx.config.model import ModelConfig
+from megarlx.config.model import ModelConfig, resolved_model
 from megarlx.data.token_files import write_atomically
 from megarlx.data.tokenizer import Tokenizer, load_tokenizer
 from megarlx.hf.conversion import Conversion
@@ -96,7 +96,7 @@ def model_of_run(run: Path) -> ModelConfig:
     """From resolved.json; its other sections are not looked at."""
     path = run / "resolved.json"
     try:
-        return ModelConfig.model_validate(json.loads(path.read_text(encoding="utf-8"))["model"])
+        return resolved_model(json.loads(path.read_text(encoding="utf-8"))["model"])
     except (OSError, ValueError, KeyError) as error:
         raise ConversionError(f"{path} has no model that can be read: {error}") from error
 

@@ -13,7 +13,7 @@ from small_models import FAMILIES, small
 
 from megarlx.config import parameters
 from megarlx.config.families import Family
-from megarlx.config.model import ModelConfig, family_config
+from megarlx.config.model import ModelConfig, family_config, resolved_model
 from megarlx.config.parameters import Parameter, published_names, table, tensor_shapes
 from megarlx.model.layers_torch import RMSNorm
 from megarlx.model.metadata import TensorParallel, parameter_layouts
@@ -104,13 +104,13 @@ def test_a_family_of_a_module_is_imported_for_ones_own_configuration_only() -> N
     name = f"{__name__}:MINE"
     config = family_config(name, **SHAPE)
     assert (config.norm_position, config.window, config.activation) == ("both", 8, "silu")
-    again = ModelConfig.model_validate(config.model_dump(mode="json"))
+    again = resolved_model(config.model_dump(mode="json"))
     assert again == config
     stranger = "no_such_module:FAMILY"
-    read = ModelConfig.model_validate({**config.model_dump(mode="json"), "family": stranger})
+    read = resolved_model({**config.model_dump(mode="json"), "family": stranger})
     assert read.norm_position == "both"
     with pytest.raises(ValueError, match="is not imported for a configuration that another run"):
-        ModelConfig.model_validate({"family": stranger, **SHAPE})
+        resolved_model({"family": stranger, **SHAPE})
     with pytest.raises(ValueError, match="'no_such_module:FAMILY' cannot be imported"):
         family_config(stranger, **SHAPE)
 
