@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megarlx.comm.collectives import all_gather, all_reduce_
 from megarlx.generation.rows import Rows
+from megarlx.generation.widths import TILE
 from megarlx.model.kv_cache import KVCache
 from megarlx.model.transformer import Stage
 
@@ -50,23 +51,23 @@ class WrongDecoder(RuntimeError):
 
 
 def checked_forward(decoder: Decoder, slow: Decoder, rows: Rows, width: int) -> None:
-    """`forward`, whose result must be that of `slow`; the ranks of a stage find out together.
+    """`forward`, whose first rows must be those of `slow`; the ranks of a stage find out together.
 
     `slow` goes first, so that what stays in the cache is the decoder's own.
     """
     slow.begin()
-    given, stage = slow.hidden(width), decoder.stage
+    few = min(width, TILE)
+    n, given, stage = min(rows.live, few), slow.hidden(few), decoder.stage
     # under sequence parallelism a rank's layers begin with its part of the rows
-    part = stage.group.rank * len(given) if len(given) < width else 0
+    part = stage.group.rank * len(given) if len(given) < few else 0
     given.copy_(decoder.hidden(width)[part : part + len(given)])
-    slow.forward(rows, width)
+    slow.forward(rows, few)
     decoder.forward(rows, width)
-    n = rows.live
     if stage.has_head:
-        what, off = "nats", _nats_apart(stage, decoder.logits(width)[:n], slow.logits(width)[:n])
+        what, off = "nats", _nats_apart(stage, decoder.logits(width)[:n], slow.logits(few)[:n])
     else:
-        whole = slow.hidden(width)
-        if len(whole) < width:
+        whole = slow.hidden(few)
+        if len(whole) < few:
             whole = all_gather(whole, stage.group)
         what = "of the largest hidden state"
         off = _apart(decoder.hidden(width)[:n], whole[:n]) / whole[:n].abs().max()
