@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -87,12 +88,17 @@ class TrainingStage:
         return self.shares is not None and self.shares.adaptation is not None
 
     def observe(self, signals: Mapping[str, float | None], losses: Mapping[str, float]) -> None:
-        """Signals of the step that was just made, for adaptive shares; None: the loss tells."""
+        """Signals of the step that was just made, for adaptive shares; None: the loss tells.
+
+        A loss that is not finite was of a step that was skipped, and tells nothing.
+        """
         assert self.shares is not None
         found = {}
         for name in self.members:
             signal = signals[name]
             if signal is None:
+                if not math.isfinite(losses[name]):
+                    continue
                 first = self._first_losses.setdefault(name, losses[name])
                 signal = losses[name] / first if first > 0 else 0.0
             found[name] = signal
