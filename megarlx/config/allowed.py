@@ -63,6 +63,8 @@ def allowed(annotation: Any, metadata: Iterable[Any] = ()) -> str:
     if origin is tuple:
         number = "values" if arguments[-1] is Ellipsis else f"{len(arguments)} values"
         return f"a list of {number}, each {allowed(arguments[0])}"
+    if origin is list:
+        return "a list"
     if origin is dict:
         return f"a table of names, each with {allowed(arguments[1])}"
     if section := section_of(annotation):

@@ -27,11 +27,18 @@ class Misbehaved(Exception):
         self.kind, self.detail = kind, detail
 
 
+def environment_class(name: str) -> Any:
+    """What has no reset and step is not made at all: making it may do anything."""
+    named = plug.resolve("environment", name)
+    if missing := [m for m in ("reset", "step") if not callable(getattr(named, m, None))]:
+        raise TypeError(f"{name} is no environment: it has no {' and no '.join(missing)}")
+    return named
+
+
 class EnvironmentServer:
     def __init__(self, function: str, options: dict[str, Any], most_characters: int) -> None:
-        self.make: Callable[[], Environment] = lambda: plug.resolve("environment", function)(
-            **options
-        )
+        kind = environment_class(function)
+        self.make: Callable[[], Environment] = lambda: kind(**options)
         self.most_characters = most_characters
         self.idle = [self.make()]  # made at once, so that one that cannot be is seen at the start
         self.running: dict[int, Environment] = {}

@@ -341,3 +341,11 @@ def test_a_gymnasium_observation_that_is_no_text_is_refused_by_type() -> None:
     assert answer["failed"] == "wrong_shape"
     assert answer["detail"].startswith("reset's observation is a dict")
     assert isinstance(TextGym(**options), TextGym)
+
+
+def test_what_has_no_reset_and_step_is_never_made(tmp_path: Path) -> None:
+    mark = tmp_path / "made"
+    options = {"args": f"touch {mark}", "shell": True}
+    with pytest.raises(TypeError, match="subprocess:Popen is no environment: it has no reset and"):
+        EnvironmentServer("subprocess:Popen", options, 100)
+    assert not mark.exists()
