@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megarlx import plug
 from megarlx.config.objectives import StageConfig
+from megarlx.ops.averaging import average_adamw_
 from megarlx.training.combine import projection, sign_agreement, weighted_sum
 from megarlx.training.shares import Course, Shares
 from megarlx.training.stages import TrainingStage
@@ -219,3 +220,63 @@ def test_a_configuration_names_a_combination_for_averages() -> None:
     with pytest.raises(ValueError, match="its combination is not weighted_sum"):
         TrainingStage(members, combine="alternate", combination=projection)
     assert plug.resolve("combination", "weighted_sum") is weighted_sum
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("names", ["a", "ab", "abc"])
+def test_averaging_keeps_its_bits(names: str, every: int) -> None:
+    """AdamW and the weighted sum are the fused op, called for each part that decays alike, and an
+    average of local steps adds each way by itself."""
+    courses = Shares({name: Course(SHARES[name], 1.0) for name in names}, 7)
+    base = stage_of(names)
+    members = list(base.members.values())
+    stage = TrainingStage(members, steps=7, shares=courses, sync_every=every)
+    trainer = Trainer(small_model(), [stage])
+    optimizer = trainer.optimizer
+    border = trainer.model.data_parallel.layout.decayed_shard_size
+    common = optimizer.master.clone()
+    own = {name: common.clone() for name in names}
+    state = {name: [torch.zeros_like(common) for _ in range(2)] for name in names}
+    counts = torch.zeros(len(names), dtype=torch.int64)
+
+    def op(master: Tensor, some: str, shares: dict[str, float], step: int) -> None:
+        given = [optimizer.gradient_shard(name) for name in some]
+        norms = optimizer.sums.norms(given)
+        limits = [ADAMS[name].clip_norm or math.inf for name in some]
+        clips = (torch.tensor(limits, dtype=torch.float64) / norms).clamp(max=1.0)
+        place = [names.index(name) for name in some]
+        for part, decayed in ((slice(0, border), True), (slice(border, None), False)):
+            steps = counts[place].clone()
+            average_adamw_(
+                master[part],
+                [gradient[part] for gradient in given],
+                [state[name][0][part] for name in some],
+                [state[name][1][part] for name in some],
+                lrs=[RATES[name](step) for name in some],
+                betas=[ADAMS[name].betas for name in some],
+                eps=[ADAMS[name].eps for name in some],
+                weight_decays=[ADAMS[name].weight_decay if decayed else 0.0 for name in some],
+                steps=steps,
+                clips=clips,
+                weights=[shares[name] for name in some],
+            )
+        counts[place] = steps
+
+    for step in range(7):
+        trainer.step()
+        shares = courses.at(step)
+        if every == 1:
+            op(common, names, shares, step)
+        else:
+            for name in names:
+                op(own[name], name, {name: 1.0}, step)
+            if (step + 1) % every == 0 or step == 6:
+                ways = [own[name].sub_(common) for name in names]
+                for name, way in zip(names, ways, strict=True):
+                    common.add_(way, alpha=shares[name])
+                own = {name: common.clone() for name in names}
+        assert torch.equal(optimizer.master, common), step
+    for name in names:
+        kept = optimizer.kept.shards[name]
+        assert torch.equal(kept["exp_avg"], state[name][0])
+        assert torch.equal(kept["exp_avg_sq"], state[name][1])
