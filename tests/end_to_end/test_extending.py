@@ -12,7 +12,8 @@ import pytest
 from documents import fenced
 from training_runs import ROOT
 
-from megarlx.config.objectives import RlConfig
+from megarlx.config.objectives import RlConfig, StageConfig
+from megarlx.config.optimizer import OptimizerConfig
 
 DOCUMENT = ROOT / "docs" / "extending.md"
 FILE = re.compile(r"# (\w+\.py)\n")
@@ -24,7 +25,7 @@ def test_every_python_block_runs_in_order(tmp_path: Path, monkeypatch: pytest.Mo
     # Rewards and environments are imported by processes of their own.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), str(ROOT))))
     blocks = fenced(DOCUMENT, "python")
-    assert len(blocks) == 9
+    assert len(blocks) == 13
     files = []
     shared: dict[str, object] = {"__name__": "documentation"}
     for block in blocks:
@@ -33,14 +34,18 @@ def test_every_python_block_runs_in_order(tmp_path: Path, monkeypatch: pytest.Mo
             files.append(found[1].removesuffix(".py"))
         else:
             exec(compile(block, f"{DOCUMENT.name}: {block[:60]}", "exec"), shared)
-    assert files == ["my_rewards", "my_rooms", "counting"]
+    assert files == ["my_rewards", "my_rooms", "counting", "my_muon", "my_projection"]
     assert all(name not in sys.modules for name in ("my_rewards", "my_rooms"))  # not in here
 
 
 def test_its_configurations_are_taken() -> None:
-    first, second = (tomllib.loads(block) for block in fenced(DOCUMENT, "toml"))
+    first, second, rule, average = (tomllib.loads(block) for block in fenced(DOCUMENT, "toml"))
     (reward,) = RlConfig.model_validate(first["rl"]).rewards
     assert (reward.function, reward.weight) == ("my_rewards:brevity", 0.1)
     environment = RlConfig.model_validate(second["rl"]).environment
     assert environment is not None
     assert environment.options == {"rooms": 3}
+    optimizer = OptimizerConfig.model_validate(rule["optimizer"])
+    assert (optimizer.rule, optimizer.rule_options) == ("my_muon:Muon", {"momentum": 0.9})
+    (stage,) = average["stages"]
+    assert StageConfig.model_validate(stage).combination == "my_projection:projection"
