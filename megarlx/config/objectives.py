@@ -10,7 +10,7 @@ from megarlx.config.environment import EnvironmentConfig
 from megarlx.config.optimizer import OptimizerConfig
 from megarlx.config.policy import PolicyConfig
 from megarlx.config.reward import RewardConfig
-from megarlx.config.section import Section
+from megarlx.config.section import Named, Section
 from megarlx.config.timeline import StageTimes
 
 PRETRAINING, SFT, RL = "pretraining", "sft", "rl"
@@ -106,6 +106,9 @@ class RlConfig(Section):
     )
     tokens_per_microbatch: int = Field(
         default=4096, ge=1, description="Tokens a process takes through the model at once"
+    )
+    generator: Annotated[str, Named("generator")] = Field(
+        default="engine", description="What draws the samples"
     )
     slots: int = Field(
         default=256, ge=1, description="Sequences that are generated at once by a process"
