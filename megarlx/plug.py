@@ -11,6 +11,7 @@ import importlib.util
 import sys
 from dataclasses import dataclass
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ KINDS: dict[str, Kind] = {
             "agents": "megarlx.study.environments.maker:AgentsMaker",
         },
     ),
-    "generator": Kind("module:Class", {}),
+    "generator": Kind("module:Class", {"engine": "megarlx.generation.engine:Engine.of"}),
     "suite": Kind(
         "module:function",
         {
@@ -133,7 +134,7 @@ def load(name: str) -> Any:
     """What `module:name` or `file.py:name` names."""
     place, _, attribute = name.rpartition(":")
     module = _of_file(place) if place.endswith(".py") else importlib.import_module(place)
-    return getattr(module, attribute)
+    return attrgetter(attribute)(module)
 
 
 @cache
