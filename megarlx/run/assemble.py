@@ -17,14 +17,16 @@ from megarlx.comm.groups import Layout, Mesh
 from megarlx.config import Config, StageConfig
 from megarlx.config.objectives import PRETRAINING
 from megarlx.data.tokenizer import Tokenizer
+from megarlx.evaluation.questions import check_suites
 from megarlx.model.build import build_model
 from megarlx.model.check_layout import check_layout
 from megarlx.model.machine import this_machine
 from megarlx.objectives.supervised import Supervised
 from megarlx.run.choose import choose
 from megarlx.run.directory import RunDirectory, RunError
+from megarlx.run.made import made_for, write_data
 from megarlx.run.objectives import ObjectiveMaker
-from megarlx.run.world import load_tokenizer_of, write_data
+from megarlx.run.tokenizer import load_tokenizer_of
 from megarlx.training.learning_rate import learning_rate
 from megarlx.training.parts import UpdateSettings
 from megarlx.training.shares import Adaptation, Course, Shares
@@ -131,6 +133,7 @@ def assemble(
         if started.local_rank == 0:
             write_data(config)
         barrier(mesh.world)
+    check_suites(config.evaluation, made_for(config.evaluation.suites, config))
     kept = directory if tokenizer_from is None else RunDirectory(tokenizer_from)
     tokenizer = load_tokenizer_of(config, kept)
     model = build_model(

@@ -27,7 +27,7 @@ from megarlx.run.assemble import DTYPES, choose_layout, use_tf32
 from megarlx.run.choose import choose
 from megarlx.run.directory import RunDirectory, RunError
 from megarlx.run.reference import RunReference, tokens_of
-from megarlx.run.world import load_tokenizer_of, template_of
+from megarlx.run.tokenizer import load_tokenizer_of, template_of
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def open_config(
     path = run / "resolved.json"
     if not path.exists():
         raise RunError(f"{run} holds no resolved.json: what its model looks like is not known")
-    given = load_config(path)
+    given = load_config(path, trusted=trusted)
     check_trust(names_in(given, {"model", "data", *uses}), str(run), trusted)
     own = given.layout
     model = own.tensor * own.pipeline

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from megarlx.data.order import BITS, key_of, mix
 
+Split = Literal["train", "validation", "test"]
 T = TypeVar("T")
 
 

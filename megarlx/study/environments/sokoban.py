@@ -13,9 +13,9 @@ from collections import deque
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
-from megarlx.data.synthetic.draw import Draw
-from megarlx.data.synthetic.problems import Split
+from megarlx.data.draw import Draw, Split
 from megarlx.objectives.environments import interface
+from megarlx.study.environments.splits import drawn_of_split
 
 Cell = tuple[int, int]
 State = tuple[Cell, frozenset[Cell]]  # the player, the boxes
@@ -181,7 +181,7 @@ class Sokoban:
 
     def task(self, split: Split, index: int) -> interface.Task:
         draw = Draw(self.seed, "sokoban", split, index)
-        rows = interface.drawn_of_split(draw, split, self._drawn, " / ".join)
+        rows = drawn_of_split(draw, split, self._drawn, " / ".join)
         return {"rows": rows}
 
     def reset(self, task: interface.Task, seed: int) -> str:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
+from megarlx.data.draw import Draw, Split
 from megarlx.data.order import key_of
-from megarlx.data.synthetic.draw import Draw
-from megarlx.data.synthetic.settings import Operation, WorldError, WorldSettings
+from megarlx.study.world.settings import Operation, WorldError, WorldSettings
 
-Split = Literal["train", "validation", "test"]
 TRIES = 200
 
 

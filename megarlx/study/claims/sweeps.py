@@ -7,10 +7,10 @@ from math import inf
 
 from megarlx.evaluation.bootstrap import Values, differences
 from megarlx.report.comparison import Comparison, of_suite
-from megarlx.report.counted import counted
 from megarlx.report.runs import Run
 from megarlx.report.settings import parameters, setting_named
 from megarlx.report.study import BASE, Cell, Study
+from megarlx.study.claims.counted import counted
 
 TARGETED = ("math", "problem")  # in the name of a source: what the questions are about
 SAME_END = 2.0  # points of pass@1 within which two ends are the same

@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megarlx import plug
 from megarlx.config.environment import EnvironmentConfig
 from megarlx.data.conversations import Conversation, Template, Turn
-from megarlx.data.synthetic.draw import Draw
-from megarlx.data.synthetic.problems import Split
+from megarlx.data.draw import Draw, Split
 from megarlx.data.token_files import write_atomically
-from megarlx.objectives.environments.interface import BuiltIn, Task
+from megarlx.objectives.environments.interface import BuiltIn, Task, built_in, success_rate
 
 TEMPLATE = Template(user="seen : {content} act :", assistant=" {content}")
 TEMPLATE_WORDS = ("seen", "act", ":")
@@ -33,17 +31,6 @@ class Sizes:
     validation_tasks: int = 128
     test_tasks: int = 128
     demonstrations: int = 256
-
-
-def built_in(config: EnvironmentConfig) -> BuiltIn:
-    environment: BuiltIn = plug.resolve("environment", config.function)(**config.options)
-    for name in ("words", "task", "solution", "random_action"):
-        if not hasattr(type(environment), name):
-            raise ValueError(
-                f"environment {config.function}: it has no {name}; demonstrations can be made of "
-                "those that come with megarlx, and of others with the same methods"
-            )
-    return environment
 
 
 def demonstration(
@@ -69,25 +56,6 @@ def demonstration(
     if solved_only and not (done and info.get("success")):
         return None
     return Conversation(tuple(turns)) if turns else None
-
-
-def success_rate(
-    environment: BuiltIn, tasks: Iterable[Task], *, max_turns: int, draw: Draw | None = None
-) -> float:
-    """Of the solver; with `draw`, of a policy that acts at random."""
-    solved, count = 0, 0
-    for task in tasks:
-        environment.reset(task, 0)
-        count += 1
-        for _ in range(max_turns):
-            action = environment.solution() if draw is None else environment.random_action(draw)
-            if action is None:
-                break
-            _, _, done, info = environment.step(action)
-            if done:
-                solved += bool(info.get("success"))
-                break
-    return solved / max(count, 1)
 
 
 def write_environment(

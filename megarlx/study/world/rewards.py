@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from megarlx.data.synthetic.behaviours import follows
 from megarlx.objectives.samples import Sample
+from megarlx.study.world.behaviours import follows
 
 
 def world_behaviour(samples: list[Sample]) -> list[float]:

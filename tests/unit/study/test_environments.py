@@ -11,16 +11,18 @@ from pydantic import ValidationError
 
 from megarlx.config.environment import EnvironmentConfig
 from megarlx.data.conversations import read_conversations
+from megarlx.data.draw import Draw
 from megarlx.data.prompts import read_prompts
-from megarlx.data.synthetic.draw import Draw
 from megarlx.data.tokenizer import WordTokenizer, load_tokenizer
 from megarlx.objectives.environment_worker import EnvironmentServer
-from megarlx.objectives.environments import BuiltIn, demonstrations
-from megarlx.objectives.environments.calculator import Calculator
-from megarlx.objectives.environments.demonstrations import Sizes, demonstration, success_rate
+from megarlx.objectives.environments import BuiltIn
 from megarlx.objectives.environments.gymnasium import TextGym
-from megarlx.objectives.environments.shop import Shop
-from megarlx.objectives.environments.sokoban import MOVES, Board, Sokoban
+from megarlx.objectives.environments.interface import built_in, success_rate
+from megarlx.study.environments import demonstrations
+from megarlx.study.environments.calculator import Calculator
+from megarlx.study.environments.demonstrations import Sizes, demonstration
+from megarlx.study.environments.shop import Shop
+from megarlx.study.environments.sokoban import MOVES, Board, Sokoban
 
 # (options, most turns the solver takes, most that a random policy solves in as many turns)
 CASES: dict[str, tuple[Any, int, float]] = {
@@ -224,7 +226,7 @@ def test_written_files_are_read_by_the_loaders_of_the_trainer(
     for split, count in (("train", 20), ("validation", 4), ("test", 40)):
         prompts = read_prompts(tmp_path / f"tasks_{split}.jsonl")
         assert len(prompts) == count
-        environment = demonstrations.built_in(config)
+        environment = built_in(config)
         for prompt in prompts:
             assert environment.reset(prompt.metadata["task"], 0) == prompt.question
             tokenizer.encode(prompt.question)
@@ -242,7 +244,7 @@ def test_unsolved_demonstrations_are_kept_where_wanted(function: str, tmp_path: 
     for solved_only in (True, False):
         own = tmp_path / str(solved_only)
         demonstrations.write_environment(config, own, sizes, mistakes=0.4, solved_only=solved_only)
-        environment = demonstrations.built_in(config)
+        environment = built_in(config)
         firsts, solved = [], 0
         for conversation in read_conversations(own / "demonstrations.jsonl"):
             turns = conversation.turns

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from megarlx.data.synthetic.draw import Draw
-from megarlx.data.synthetic.problems import Problem, Step, Writer
+from megarlx.data.draw import Draw
+from megarlx.study.world.problems import Problem, Step, Writer
 
 MARK = "####"
 SIGNS = {"add": "+", "subtract": "-", "times": "x", "divide": "/", "swap": "<>"}

@@ -9,6 +9,9 @@ Kind = Literal["add", "subtract", "times", "divide", "swap"]
 KINDS: tuple[Kind, ...] = ("add", "subtract", "times", "divide", "swap")
 Shares = tuple[tuple[str, float], ...]
 
+# How the text puts questions: the template of a model trained on it
+QUESTION = "question : {} answer :"
+
 STYLES = ("narrate", "calculate", "plan", "teach", "terse")
 MODES = ("checkable", "words", "restate", "chat")
 DOCUMENT_KINDS = ("problems", "facts", "stories", "behaviours")

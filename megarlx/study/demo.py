@@ -49,5 +49,5 @@ def run(arguments: argparse.Namespace) -> int:
     code = SweepRunner(config, jobs, console=console).run()
     if code not in (0, LEFT):
         return code
-    shown = report(argparse.Namespace(directory=Path(config.out), out=None))
+    shown = report(argparse.Namespace(directory=Path(config.out), out=None, claims=[]))
     return code or shown

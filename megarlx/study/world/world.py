@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
-from megarlx.config.objectives import PLACE, WORLD_TEMPLATE
+from megarlx.data.draw import Draw, Split
 from megarlx.data.order import key_of, shuffled
-from megarlx.data.synthetic import behaviours, solutions, stories
-from megarlx.data.synthetic.draw import Draw
-from megarlx.data.synthetic.facts import Facts
-from megarlx.data.synthetic.problems import Problem, Split, Writer, problem_at
-from megarlx.data.synthetic.settings import WorldError, WorldSettings
 from megarlx.data.tokenizer import WordTokenizer
+from megarlx.study.world import behaviours, solutions, stories
+from megarlx.study.world.facts import Facts
+from megarlx.study.world.problems import Problem, Writer, problem_at
+from megarlx.study.world.settings import QUESTION, WorldError, WorldSettings
 
 
 class World:
@@ -83,7 +82,7 @@ class World:
         return problem_at(self.settings, split, index, "questions")
 
     def prompt(self, problem: Problem) -> str:
-        return WORLD_TEMPLATE.user.replace(PLACE, self.writer.question(problem))
+        return QUESTION.format(self.writer.question(problem))
 
     def question(self, split: Split, index: int) -> dict[str, Any]:
         """What RL and evaluation need: a prompt, and what a completion must end with."""

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megarlx.data.synthetic.draw import Draw
-from megarlx.data.synthetic.settings import WorldSettings
+from megarlx.data.draw import Draw
+from megarlx.study.world.settings import WorldSettings
 
 TOPICS = ("lamp", "kite", "drum", "boat", "basket", "map", "river", "market")
 MARKS = ("please", "indeed", "thanks", "maybe")

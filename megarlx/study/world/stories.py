@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from megarlx.data.synthetic.draw import Draw
-from megarlx.data.synthetic.settings import WorldSettings
+from megarlx.data.draw import Draw
+from megarlx.study.world.settings import WorldSettings
 
 PLACES = ("river", "market", "hill", "garden", "harbor", "forest")
 THINGS = ("lamp", "kite", "drum", "boat", "basket", "map")

@@ -3,7 +3,7 @@
 import pytest
 
 from megarlx.objectives.samples import Sample
-from megarlx.objectives.world_rewards import world_behaviour
+from megarlx.study.world.rewards import world_behaviour
 
 
 def test_a_reply_must_do_what_was_asked_and_end_by_itself() -> None:

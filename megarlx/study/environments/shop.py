@@ -14,9 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from megarlx.data.synthetic.draw import Draw
-from megarlx.data.synthetic.problems import Split
+from megarlx.data.draw import Draw, Split
 from megarlx.objectives.environments import interface
+from megarlx.study.environments.splits import drawn_of_split
 
 KINDS = ("shirt", "coat", "hat", "bag", "cup", "lamp")
 COLOURS = ("red", "blue", "green", "black", "white", "brown")
@@ -73,7 +73,7 @@ class Shop:
 
     def task(self, split: Split, index: int) -> interface.Task:
         draw = Draw(self.seed, "wish", split, index)
-        return interface.drawn_of_split(draw, split, self._wish, self._text)
+        return drawn_of_split(draw, split, self._wish, self._text)
 
     def _wish(self, draw: Draw) -> interface.Task:
         product = draw.one(self.catalogue)

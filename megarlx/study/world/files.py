@@ -7,14 +7,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megarlx.data.synthetic.problems import Split
-from megarlx.data.synthetic.settings import WorldError, WorldSettings
-from megarlx.data.synthetic.world import World
+from megarlx.data.draw import Split
 from megarlx.data.token_files import TokenFileWriter, dtype_for, write_atomically
 from megarlx.data.tokenizer import WordTokenizer
+from megarlx.study.world.settings import WorldSettings
+from megarlx.study.world.world import World
 
 HELD_OUT_KINDS = ("problems", "facts", "stories")
-DESCRIPTION = "tokens.json"
 
 
 @dataclass(frozen=True)
@@ -43,24 +42,8 @@ def write_world(settings: WorldSettings, folder: str | Path, sizes: Sizes | None
     demonstrations.jsonl        {"question", "answers"}             SFT, on the same questions
     validation.jsonl            as prompts.jsonl                    to choose settings by
     test.jsonl                  as prompts.jsonl                    to report
-    tokens.json                 the settings; last, so that a folder that has it is complete
-
-    A folder that holds just these is left as it is.
     """
     sizes, folder = sizes or Sizes(), Path(folder)
-    wanted = {
-        "settings": settings.to_json(),
-        "documents": dict(sizes.documents),
-        "held_out": sizes.held_out_documents,
-        "prompts": sizes.prompts,
-        "test_questions": sizes.test_questions,
-    }
-    description = folder / DESCRIPTION
-    if description.exists():
-        if json.loads(description.read_text()) == json.loads(json.dumps(wanted)):
-            return
-        # Another run may be reading it.
-        raise WorldError(f"world: {folder} holds a world of other settings; use another folder")
     folder.mkdir(parents=True, exist_ok=True)
     world = World(settings)
     tokenizer = world.tokenizer()
@@ -76,7 +59,6 @@ def write_world(settings: WorldSettings, folder: str | Path, sizes: Sizes | None
     _write_questions(world, folder / "test.jsonl", "test", sizes.test_questions)
     lines = (json.dumps(world.demonstrations(i)) for i in range(sizes.prompts))
     write_atomically(folder / "demonstrations.jsonl", "\n".join(lines) + "\n")
-    write_atomically(description, json.dumps(wanted, indent=1) + "\n")
 
 
 def _write(prefix: Path, texts: Iterator[str], tokenizer: WordTokenizer) -> None:

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 from fake_sweep import AS_IN_THE_PAPER, SMALL_MODEL, Outcome, Sweep
 
-from megarlx.report.predicates import PREDICATES, Finding, judge_all
+from megarlx import plug
+from megarlx.report.claims import Finding, judge_all
 from megarlx.report.study import Study
 
 FIRST_THIRTEEN = [f"P{n}" for n in range(1, 14)]
@@ -29,7 +30,7 @@ def paper(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finding]:
 
 
 def test_every_claim_of_the_paper_has_a_predicate() -> None:
-    assert list(PREDICATES) == [f"P{n}" for n in range(1, 16)]
+    assert list(plug.ours("claim")) == [f"P{n}" for n in range(1, 16)]
 
 
 def test_data_made_after_the_paper_hold_its_claims(paper: dict[str, Finding]) -> None:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from megarlx.data.draw import Draw
 from megarlx.data.order import key_of, shuffled
-from megarlx.data.synthetic.draw import Draw
-from megarlx.data.synthetic.settings import WorldError, WorldSettings
+from megarlx.study.world.settings import WorldError, WorldSettings
 
 ATTRIBUTES = ("home", "color", "food", "friend", "music", "weather", "metal", "flower")
 # The value comes last in each, so that it can be asked for by leaving it out.

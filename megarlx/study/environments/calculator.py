@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from megarlx.data.synthetic.draw import Draw
-from megarlx.data.synthetic.problems import Problem, Split, Step, Writer, problem_at
-from megarlx.data.synthetic.settings import WorldError, WorldSettings
+from megarlx.data.draw import Draw, Split
 from megarlx.objectives.environments import interface
+from megarlx.study.world.problems import Problem, Step, Writer, problem_at
+from megarlx.study.world.settings import WorldError, WorldSettings
 
 SIGNS = {"add": "+", "subtract": "-", "times": "*", "divide": "/"}
 QUESTION = ("has", "and", "with", "by", ".", "how", "many", "?")
