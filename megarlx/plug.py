@@ -53,8 +53,21 @@ KINDS: dict[str, Kind] = {
     "loss": Kind("module:function", {}),
     "advantage": Kind("module:function", {}),
     "aggregation": Kind("module:function", {}),
-    "update rule": Kind("module:Class", {}),
-    "combination": Kind("module:function", {}),
+    "update rule": Kind(
+        "module:Class",
+        {
+            "adamw": "megarlx.training.update_rules:AdamW",
+            "muon": "megarlx.training.muon:Muon",
+        },
+    ),
+    "combination": Kind(
+        "module:function",
+        {
+            "weighted_sum": "megarlx.training.combine:weighted_sum",
+            "projection": "megarlx.training.combine:projection",
+            "sign_agreement": "megarlx.training.combine:sign_agreement",
+        },
+    ),
     "objective": Kind("module:Class", {}),
     "family": Kind("module:name", {}),
     "data maker": Kind(
