@@ -11,6 +11,7 @@ import importlib.util
 import sys
 from dataclasses import dataclass
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,21 @@ KINDS: dict[str, Kind] = {
     "loss": Kind("module:function", {}),
     "advantage": Kind("module:function", {}),
     "aggregation": Kind("module:function", {}),
-    "update rule": Kind("module:Class", {}),
-    "combination": Kind("module:function", {}),
+    "update rule": Kind(
+        "module:Class",
+        {
+            "adamw": "megarlx.training.update_rules:AdamW",
+            "muon": "megarlx.training.muon:Muon",
+        },
+    ),
+    "combination": Kind(
+        "module:function",
+        {
+            "weighted_sum": "megarlx.training.combine:weighted_sum",
+            "projection": "megarlx.training.combine:projection",
+            "sign_agreement": "megarlx.training.combine:sign_agreement",
+        },
+    ),
     "objective": Kind("module:Class", {}),
     "family": Kind(
         "module:name",
@@ -70,7 +84,7 @@ KINDS: dict[str, Kind] = {
             "agents": "megarlx.study.environments.maker:AgentsMaker",
         },
     ),
-    "generator": Kind("module:Class", {}),
+    "generator": Kind("module:Class", {"engine": "megarlx.generation.engine:Engine.of"}),
     "suite": Kind(
         "module:function",
         {
@@ -126,7 +140,7 @@ def load(name: str) -> Any:
     """What `module:name` or `file.py:name` names."""
     place, _, attribute = name.rpartition(":")
     module = _of_file(place) if place.endswith(".py") else importlib.import_module(place)
-    return getattr(module, attribute)
+    return attrgetter(attribute)(module)
 
 
 @cache

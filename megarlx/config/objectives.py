@@ -10,7 +10,7 @@ from megarlx.config.environment import EnvironmentConfig
 from megarlx.config.optimizer import OptimizerConfig
 from megarlx.config.policy import PolicyConfig
 from megarlx.config.reward import RewardConfig
-from megarlx.config.section import Section
+from megarlx.config.section import Named, Section
 from megarlx.config.timeline import StageTimes
 
 PRETRAINING, SFT, RL = "pretraining", "sft", "rl"
@@ -106,6 +106,9 @@ class RlConfig(Section):
     )
     tokens_per_microbatch: int = Field(
         default=4096, ge=1, description="Tokens a process takes through the model at once"
+    )
+    generator: Annotated[str, Named("generator")] = Field(
+        default="engine", description="What draws the samples"
     )
     slots: int = Field(
         default=256, ge=1, description="Sequences that are generated at once by a process"
@@ -204,7 +207,7 @@ class WeightConfig(Section):
 
 
 class StageObjective(OptimizerConfig):
-    """An objective in a stage: its AdamW, its learning-rate course, its share."""
+    """An objective in a stage: its update rule, its learning-rate course, its share."""
 
     weight: WeightConfig = Field(
         default=WeightConfig(),
@@ -244,6 +247,10 @@ class StageConfig(Section):
     of: Literal["updates", "gradients"] = Field(
         default="updates",
         description="What is averaged: updates, each with its own Adam, or gradients for one Adam",
+    )
+    combination: Annotated[str, Named("combination")] = Field(
+        default="weighted_sum",
+        description="How updates become one, or gradients; see docs/extending.md",
     )
     placement: Literal["colocated", "replicas"] = Field(
         default="colocated",
@@ -286,6 +293,7 @@ class StageConfig(Section):
         if self.combine != "average":
             given = {
                 "of": self.of != "updates",
+                "combination": self.combination != "weighted_sum",
                 "placement": self.placement != "colocated",
                 "sync_every": self.sync_every != 1,
                 "adaptive": self.adaptive is not None,

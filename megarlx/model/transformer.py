@@ -102,14 +102,7 @@ class Stage(nn.Module):
             if not (config.tied_embeddings and self.has_embedding):
                 # rows of the vocabulary, like the embedding; `head_weight` is used, not its forward
                 self.head = self.backend.VocabEmbedding(padded, config.hidden_size, **options)
-        self.layouts: dict[str, ParameterLayout] = parameter_layouts(
-            config,
-            TensorParallel(group.size, group.rank, self.sequence_parallel),
-            first=first,
-            last=last,
-            embedding=self.has_embedding,
-            head=self.has_head,
-        )
+        self.layouts = self.layouts_at(group.rank)
         self.embedding_scale: float | None = None
         if config.scaled_embedding:  # rounded to the type of the weights, as published models are
             self.embedding_scale = torch.tensor(config.hidden_size**0.5, dtype=dtype).item()
@@ -117,6 +110,17 @@ class Stage(nn.Module):
         # by rotary base; not buffers: moving the stage to another dtype must not round them
         bases = {config.rope_theta_of(layer) for layer in range(first, last)}
         self.radians = {base: rope.frequencies(config, base) for base in sorted(bases)}
+
+    def layouts_at(self, tp_rank: int) -> dict[str, ParameterLayout]:
+        """Of the parameters that a tensor-parallel rank holds of this stage."""
+        return parameter_layouts(
+            self.config,
+            TensorParallel(self.group.size, tp_rank, self.sequence_parallel),
+            first=self.first,
+            last=self.last,
+            embedding=self.has_embedding,
+            head=self.has_head,
+        )
 
     @property
     def head_weight(self) -> Tensor:
