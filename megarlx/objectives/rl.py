@@ -272,7 +272,7 @@ class Reinforcement(Objective):
         tokens = max(total["tokens"], 1.0)
         found = {
             "rl/entropy": total["entropy"] / tokens,
-            "rl/clip_fraction": total["clipped"] / tokens,
+            "rl/clip_fraction": total["clip_fraction"] / tokens,
             "rl/ratio_max": float(most[0]),
             "rl/trained_tokens": total["tokens"],
         }

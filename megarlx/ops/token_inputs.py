@@ -21,7 +21,7 @@ def precision_of(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class TokenInputs:
-    """In the order of the native ops. All [tokens], the last two 0-dim; None is left out."""
+    """All [tokens], normaliser and temperature 0-dim; None is left out."""
 
     targets: Tensor  # int64
     mask: Tensor | None  # bool
@@ -31,9 +31,14 @@ class TokenInputs:
     token_weights: Tensor | None
     normalizer: Tensor
     temperature: Tensor
+    # Only functions see these.
+    rollout_logprobs: Tensor | None = None
+    sequence: Tensor | None = None  # int64
+    sequences: int = 0
 
     @property
     def arguments(self) -> tuple[Tensor | None, ...]:
+        """In the order of the native ops."""
         return (
             self.targets,
             self.mask,
@@ -52,11 +57,9 @@ class TokenInputs:
         return replace(self._each(lambda tensor: tensor.index_select(0, index)), mask=None)
 
     def _each(self, change: Any) -> TokenInputs:
-        values = (
-            value if value is None or value.dim() == 0 else change(value)
-            for value in self.arguments
-        )
-        return TokenInputs(*values)  # type: ignore[arg-type]
+        given = ((name, getattr(self, name)) for name in self.__dataclass_fields__)
+        tensors = {k: v for k, v in given if isinstance(v, Tensor) and v.dim()}
+        return replace(self, **{name: change(value) for name, value in tensors.items()})
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -99,6 +102,9 @@ def prepare(
     old_logprobs: Tensor | None,
     ref_logprobs: Tensor | None,
     token_weights: Tensor | None,
+    rollout_logprobs: Tensor | None,
+    sequence: Tensor | None,
+    sequences: int,
     normalizer: Tensor | float,
     temperature: Tensor | float,
 ) -> TokenInputs:
@@ -139,9 +145,18 @@ def prepare(
     if mask is not None:
         check("mask", mask, "torch.bool")
         mask = flat(mask)
+    if sequence is not None:
+        check("sequence", sequence, "torch.int64")
+        sequence = flat(sequence)
     if (advantages is None) != (spec.mode == "nll"):
         given = "missing" if advantages is None else "given"
-        refuse(op, "advantages", given, "one a token for reinforce, ppo_clip, cispo; none for nll")
+        refuse(op, "advantages", given, "one a token for a policy loss; none for nll")
+    if spec.loss.needs_sequence and (sequence is None or sequences < 1):
+        given = "missing" if sequence is None else f"given with sequences = {sequences}"
+        allowed = (
+            f"the number of each token's sequence, and sequences above it, for {spec.loss.name}"
+        )
+        refuse(op, "sequence", given, allowed)
     if ref_logprobs is None and spec.kl != "none":
         refuse(op, "ref_logprobs", "missing", "one a token when kl is k1, k2 or k3")
     if isinstance(temperature, int | float) and not 0 < temperature < float("inf"):
@@ -155,4 +170,7 @@ def prepare(
         floats("token_weights", token_weights),
         number("normalizer", normalizer),
         number("temperature", temperature),
+        floats("rollout_logprobs", rollout_logprobs),
+        sequence,
+        sequences,
     )

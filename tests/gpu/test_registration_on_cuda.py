@@ -56,7 +56,6 @@ def check_losses(card: Any) -> None:
     tokens = (targets, mask, torch.rand(9), -torch.rand(9), -torch.rand(9), torch.rand(9))
     numbers = (number(3), number(0.9))
     whole = (*tokens, *numbers, 31, *SPEC.arguments)
-    of_shard = (*tokens, *numbers, 0, 31, *SPEC.arguments)
     logits, hidden, weight = torch.rand(9, 32), torch.rand(9, 16), torch.rand(32, 16)
     for with_gradient in (True, False):
 
@@ -71,15 +70,12 @@ def check_losses(card: Any) -> None:
         )
     into = torch.zeros(32, 16)
     check(card, ops._linear_token_loss_, hidden, weight, *whole, 4, True, into)
-    place = (targets, mask, number(0.9), 0, 31)
-    check(card, ops.token_loss_partials, logits, *place)
-    partials = ops.token_loss_partials(*card.moved([logits, *place]))
-    results = (torch.empty(9), torch.empty(9), torch.empty(9, 8))
-    for with_gradient in (True, False):
-        check(card, ops.token_loss_finish, logits, partials, *of_shard, with_gradient)
-        gradient = torch.empty(9, 32) if with_gradient else None
-        check(card, ops._token_loss_rows_, logits, partials, *of_shard, gradient, *results)
-    check(card, ops._token_loss_sums, torch.rand(9, 8))
+    place = (number(0.9), 0, 31)
+    check(card, ops.token_loss_sums, logits, targets, mask, *place)
+    partials = ops.token_loss_sums(*card.moved([logits, targets, mask, *place]))
+    slopes = (partials, targets, mask, *torch.rand(3, 9), *place)
+    for gradient in (None, torch.empty(9, 32), torch.empty(9, 32, dtype=torch.bfloat16)):
+        check(card, ops.token_loss_gradient_, logits, *slopes, gradient)
     for factor in (1.0, 0.5):
         check(card, ops._scale_gradient_, torch.rand(9, 32), number(factor))
 
