@@ -29,7 +29,7 @@ from typing import Any
 from timing import Row, add_outputs, machine, write_json
 
 from megarlx.cli import main as megarlx
-from megarlx.metrics import read_metrics
+from megarlx.training.metrics import read_metrics
 
 METHODS = ("grpo", "cispo", "gspo", "gigpo", "sampo")
 # Success in percent, of ALFWorld, WebShop and Sokoban (2602.21534)

@@ -29,8 +29,8 @@ from megarlx.data.loader import BatchLayout, Loader
 from megarlx.data.samples import Sample
 from megarlx.model.build import build_model
 from megarlx.objectives.supervised import Supervised
-from megarlx.optimizer import AdamSettings
-from megarlx.trainer import TrainedObjective, Trainer, TrainingStage
+from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage
+from megarlx.training.update_rules import UpdateSettings
 
 PROMPTS, SAMPLES, PROMPT_TOKENS = 8, 8, 24
 SEQUENCES, LENGTH = 24, 256
@@ -58,7 +58,7 @@ def trainer_of(case: Case, kind: str) -> Trainer:
     mesh = Mesh.build(dp=2) if kind == COLOCATED else Mesh.build(replica=2)
     model = build_model(case.model, mesh, seed=0)
     layout = BatchLayout(SEQUENCES, 4, mesh.dp.rank, mesh.dp.size)
-    adam = AdamSettings(weight_decay=0.0)
+    adam = UpdateSettings(weight_decay=0.0)
     members = [
         TrainedObjective(one, adam, lambda step: 1e-6)
         for one in (

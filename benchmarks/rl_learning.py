@@ -37,8 +37,8 @@ from megarlx.objectives.rewards import Rewards
 from megarlx.objectives.rl import Reinforcement
 from megarlx.objectives.rollout import Sampler
 from megarlx.objectives.supervised import Supervised
-from megarlx.optimizer import AdamSettings
-from megarlx.trainer import TrainedObjective, Trainer, TrainingStage
+from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage
+from megarlx.training.update_rules import UpdateSettings
 
 FORMATS = ("#### {}", "= {}", "is {}", "so {}", "answer {}", "result {}", "{}", "says {} !")
 SAMPLES = 32  # of each held-out question
@@ -102,7 +102,7 @@ def train_start(task: Task, steps: int, seed: int, folder: Path) -> Path:
     def rate(step: int) -> float:
         return peak * min((step + 1) / warmup, (steps - step) / (steps - warmup))
 
-    member = TrainedObjective(Supervised("sft", loader), AdamSettings(weight_decay=0.01), rate)
+    member = TrainedObjective(Supervised("sft", loader), UpdateSettings(weight_decay=0.01), rate)
     trainer = Trainer(model_of(task, seed), [TrainingStage([member], combine="single")])
     for _ in range(steps):
         trainer.step()
@@ -164,7 +164,7 @@ def learn(
 ) -> Outcome:
     model = model_of(task, seed)
     objective = reinforcement(task, model, config, seed)
-    adam = AdamSettings(weight_decay=0.0)
+    adam = UpdateSettings(weight_decay=0.0)
     member = TrainedObjective(objective, adam, lambda step: lr * min(1.0, (step + 1) / 5))
     trainer = Trainer(model, [TrainingStage([member], combine="single")])
     trainer.start_from(start)

@@ -40,8 +40,8 @@ from megarlx.objectives.rewards import Rewards
 from megarlx.objectives.rl import Reinforcement
 from megarlx.objectives.rollout import Sampler
 from megarlx.objectives.samples import Sample
-from megarlx.optimizer import AdamSettings
-from megarlx.trainer import TrainedObjective, Trainer, TrainingStage
+from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage
+from megarlx.training.update_rules import UpdateSettings
 
 PROMPT_TOKENS = 24
 
@@ -110,7 +110,7 @@ def our_step(case: Case, **options: Any) -> tuple[Callable[[], object], Reinforc
     """`options` are those of `build_model`."""
     model = build_model(case.model, Mesh.alone(), seed=0, **options)
     objective = policy(case, model)
-    trained = TrainedObjective(objective, AdamSettings(weight_decay=0.0), lambda step: 1e-6)
+    trained = TrainedObjective(objective, UpdateSettings(weight_decay=0.0), lambda step: 1e-6)
     return Trainer(model, [TrainingStage([trained])]).step, objective
 
 

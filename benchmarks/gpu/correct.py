@@ -21,7 +21,7 @@ from gpu.pieces import (
     python,
     there,
 )
-from megarlx.metrics import read_metrics
+from megarlx.training.metrics import read_metrics
 
 # Where megarlx finds the reward of the RL branches.
 REWARDS = {"PYTHONPATH": os.pathsep.join((str(ROOT / "benchmarks"), environment()["PYTHONPATH"]))}

@@ -9,8 +9,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megarlx import plug
 from megarlx.comm.collectives import gather_values
-from megarlx.config.environment import ENVIRONMENTS, EnvironmentConfig
+from megarlx.config.environment import EnvironmentConfig
 from megarlx.config.evaluation import SuiteConfig
 from megarlx.data.conversations import Template
 from megarlx.data.prompts import PromptKeys, read_prompts
@@ -129,7 +130,7 @@ def at_random(suite: SuiteConfig, seed: int) -> dict[str, float]:
 
 
 def _draws_actions(environment: EnvironmentConfig) -> bool:
-    return environment.function in ENVIRONMENTS and environment.function != "gymnasium"
+    return environment.function in plug.ours("environment") and environment.function != "gymnasium"
 
 
 def summary(items: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], dict[str, float]]:

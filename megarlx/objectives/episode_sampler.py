@@ -46,7 +46,7 @@ class Player:
         tokenizer: Tokenizer,
         mesh: Mesh,
     ) -> None:
-        self.config, self.engine = config.resolved, engine
+        self.config, self.engine = config, engine
         self.template, self.tokenizer, self.mesh = template, tokenizer, mesh
         self.pool = EnvironmentPool(self.config) if mesh.model.rank == 0 else None
         self.seconds = self.waited_seconds = 0.0  # of the last play: playing, then for others

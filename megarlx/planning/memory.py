@@ -110,7 +110,7 @@ def activations(job: Job, n: Widths, pp_rank: int) -> int:
 
 
 def optimizer_bytes(job: Job, numbers: int) -> int:
-    """Of a rank that holds `numbers`, buffer padding included: `AveragingAdamW`'s own tensors."""
+    """Of a rank that holds `numbers`, buffer padding included: `Optimizer`'s own tensors."""
     shard, w, held = numbers // job.dp, job.wide_bytes, job.kept
     masters_are_weights = job.dp == 1 and job.element_bytes == w and not held.locals
     gradients_are_buffer = job.dp == 1 and held.gradients == 1

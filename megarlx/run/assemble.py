@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from megarlx.averaging import Adaptation, Course, Shares
 from megarlx.checkpoint import Retention, Saver
 from megarlx.choices import Choice
 from megarlx.comm import launch
@@ -17,17 +16,18 @@ from megarlx.comm.groups import Layout, Mesh
 from megarlx.config import Config, StageConfig
 from megarlx.config.objectives import PRETRAINING
 from megarlx.data.tokenizer import Tokenizer
-from megarlx.learning_rate import learning_rate
 from megarlx.model.build import build_model
 from megarlx.model.check_layout import check_layout
 from megarlx.model.machine import this_machine
 from megarlx.objectives.supervised import Supervised
-from megarlx.optimizer import AdamSettings
 from megarlx.run.choose import choose
 from megarlx.run.directory import RunDirectory, RunError
 from megarlx.run.objectives import ObjectiveMaker
 from megarlx.run.world import load_tokenizer_of, write_data
-from megarlx.trainer import TrainedObjective, Trainer, TrainingStage
+from megarlx.training.learning_rate import learning_rate
+from megarlx.training.shares import Adaptation, Course, Shares
+from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage
+from megarlx.training.update_rules import UpdateSettings
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -187,7 +187,7 @@ def _check_alike(choices: Mapping[str, Choice], mesh: Mesh) -> None:
 def training_stage(config: StageConfig, objectives: ObjectiveMaker) -> TrainingStage:
     members = []
     for name, one in config.objectives.items():
-        adam = AdamSettings(
+        adam = UpdateSettings(
             betas=one.betas,
             eps=one.eps,
             weight_decay=one.weight_decay,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megarlx.config import Config, ConfigError
-from megarlx.config.arguments import add_overrides
+from megarlx.config.arguments import add_overrides, add_trust
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, required=True, metavar="RUN2", help="the excursion's own folder"
     )
     add_overrides(parser)
+    add_trust(parser)
     parser.add_argument(
         "--replay",
         action="store_true",
@@ -52,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
             if not arguments.replay:
                 raise RunError(f"{error}\n{replay_cost(*earlier(arguments.run))}") from None
             parent, wanted, _ = earlier(arguments.run)
-        config = excursion_config(parent, arguments.recipe, arguments.overrides)
+        config = excursion_config(parent, arguments.recipe, arguments.overrides, arguments.trusted)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
@@ -84,7 +85,7 @@ def _branch(
     directory = RunDirectory(arguments.out)
     replayed = None
     if wanted is not None:
-        replayed = replay(arguments.run, directory, config, started, device)
+        replayed = replay(arguments.run, directory, config, started, device, arguments.trusted)
         reference = RunReference(parent, wanted, replayed)
     else:
         reference = resolve(arguments.run)

@@ -12,7 +12,7 @@ import torch
 from megarlx.config import Config
 from megarlx.config.objectives import PRETRAINING
 from megarlx.planning.hardware import gpu_named
-from megarlx.trainer import Trainer
+from megarlx.training.trainer import Trainer
 
 
 class Costs:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megarlx.config import Config, ConfigError, load_config
-from megarlx.config.arguments import add_overrides
+from megarlx.config.arguments import add_overrides, add_trust
 from megarlx.config.evaluation import (
     SAMPLED,
     EvaluationConfig,
@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, help="samples of each question, in place of theirs")
     parser.add_argument("--temperature", type=float, help="of sampling, in place of theirs")
     add_overrides(parser, "override a key of the run's configuration, as layout.tensor=2")
+    add_trust(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -50,7 +51,13 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         started = launch.read()
         references = list(_references(arguments.run))
-        config = open_config(references[0].run, started.world_size, arguments.overrides)
+        config = open_config(
+            references[0].run,
+            started.world_size,
+            arguments.overrides,
+            uses=() if arguments.config else ("evaluation",),
+            trusted=arguments.trusted,
+        )
         evaluation, template = chosen(config, arguments)
         device = choose_device(config.training.device)
         launch.start(started, device, config.layout.time_limit_seconds)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from megarlx.config.arguments import add_overrides
+from megarlx.config.arguments import add_overrides, add_trust
 
 if TYPE_CHECKING:
     from megarlx.run.opened import OpenedRun
@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--logprobs", action="store_true", help="a token a line, behind its log-probability"
     )
     add_overrides(parser, "override a key of the run's configuration, as layout.tensor=2")
+    add_trust(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -41,7 +42,9 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         started = launch.read()
         reference = resolve(arguments.run)
-        config = open_config(reference.run, started.world_size, arguments.overrides)
+        config = open_config(
+            reference.run, started.world_size, arguments.overrides, trusted=arguments.trusted
+        )
         if config.template is None and not arguments.raw:
             raise RunError(
                 f"{reference.run} has no [template]: how its model is asked is not said. --raw "

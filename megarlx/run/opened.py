@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from megarlx.comm import launch
 from megarlx.comm.groups import Mesh
 from megarlx.config import Config, load_config
 from megarlx.config.objectives import PRETRAINING
+from megarlx.config.trust import check_trust, names_in
 from megarlx.data.conversations import Template
 from megarlx.data.tokenizer import Tokenizer
 from megarlx.model.build import ParallelModel, build_model
@@ -52,17 +53,26 @@ class OpenedRun:
 
 
 def open_config(
-    run: Path, processes: int, overrides: Sequence[str] = (), *, device: str = "auto"
+    run: Path,
+    processes: int,
+    overrides: Sequence[str] = (),
+    *,
+    uses: Collection[str] = (),
+    trusted: Collection[str] = (),
+    device: str = "auto",
 ) -> Config:
     """The run's configuration in a layout for so many processes.
 
-    The run's own tensor and pipeline sizes hold where they divide the processes, else every
-    process holds the whole model; `layout.…` overrides replace both.
+    The run may have been made by somebody else: code that it names in [model], [data] and `uses`
+    has to be `trusted`. The run's own tensor and pipeline sizes hold where they divide the
+    processes, else every process holds the whole model; `layout.…` overrides replace both.
     """
     path = run / "resolved.json"
     if not path.exists():
         raise RunError(f"{run} holds no resolved.json: what its model looks like is not known")
-    own = load_config(path).layout
+    given = load_config(path)
+    check_trust(names_in(given, {"model", "data", *uses}), str(run), trusted)
+    own = given.layout
     model = own.tensor * own.pipeline
     # Whether micro-batches come out even is a question of training only, and torch's layers take
     # the weights of Transformer Engine's. What the model computes in stays.

@@ -15,8 +15,8 @@ from megarlx.data.loader import BatchLayout, Loader
 from megarlx.data.samples import Sample
 from megarlx.model.build import build_model
 from megarlx.objectives.supervised import Supervised
-from megarlx.optimizer import AdamSettings
-from megarlx.trainer import TrainedObjective, Trainer, TrainingStage
+from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage
+from megarlx.training.update_rules import UpdateSettings
 
 SEQUENCES, LENGTH, STEPS, BUCKET = 16, 8, 5, 5000
 
@@ -145,7 +145,7 @@ def train(case: Case) -> dict[str, Any]:
         "pretraining", Loader(RandomSequences(), layout, prefetch_steps=0), device=case.device
     )
     # With tied embeddings, so that both copies have to know that they do not decay.
-    adam = AdamSettings(weight_decay=0.1, clip_norm=0.5, decay_embeddings=not case.tied)
+    adam = UpdateSettings(weight_decay=0.1, clip_norm=0.5, decay_embeddings=not case.tied)
     trainer = Trainer(
         built, [TrainingStage([TrainedObjective(objective, adam, lambda step: 1e-3)])]
     )

@@ -19,7 +19,7 @@ from rl_cases import trainer_of
 
 from megarlx.checkpoint import Saver, latest
 from megarlx.objectives.environment_process import BrokenEnvironment
-from megarlx.trainer import Trainer
+from megarlx.training.trainer import Trainer
 
 LAYOUTS = [{"tp": 2}, {"pp": 2}, {"dp": 2}]
 MOVING: dict[str, Any] = {

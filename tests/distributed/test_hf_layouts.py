@@ -25,8 +25,8 @@ from megarlx.hf.families import family_of, tensor_names
 from megarlx.hf.trunk import find_checkpoint
 from megarlx.model.build import build_model
 from megarlx.objectives.supervised import Supervised
-from megarlx.optimizer import AdamSettings
-from megarlx.trainer import TrainedObjective, Trainer, TrainingStage
+from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage
+from megarlx.training.update_rules import UpdateSettings
 
 transformers = pytest.importorskip("transformers")
 
@@ -56,7 +56,7 @@ def trainer_of(config: ModelConfig, place: Case) -> Trainer:
     layout = BatchLayout(SEQUENCES, per_microbatch, mesh.dp.rank, mesh.dp.size)
     data = Loader(RandomSequences(), layout, prefetch_steps=0)
     objective = Supervised("pretraining", data)
-    member = TrainedObjective(objective, AdamSettings(), lambda step: 1e-2)
+    member = TrainedObjective(objective, UpdateSettings(), lambda step: 1e-2)
     return Trainer(built, [TrainingStage([member], combine="single")])
 
 

@@ -10,7 +10,7 @@ import pytest
 from training_runs import ROOT, train
 
 from megarlx.cli import main
-from megarlx.metrics import read_metrics
+from megarlx.training.metrics import read_metrics
 
 RECIPES = ROOT / "configs" / "recipes"
 

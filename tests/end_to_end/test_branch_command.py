@@ -11,7 +11,7 @@ import pytest
 from training_runs import ROOT, command, run, tensors, train
 
 from megarlx.cli import main
-from megarlx.metrics import read_metrics
+from megarlx.training.metrics import read_metrics
 
 TRUNK = """
 [model]

@@ -12,7 +12,7 @@ from training_runs import ROOT, command, run, tensors, train
 
 from megarlx.checkpoint import read_manifest
 from megarlx.checkpoint.folder import point_latest_at
-from megarlx.metrics import read_metrics
+from megarlx.training.metrics import read_metrics
 
 CONFIG = """
 [model]

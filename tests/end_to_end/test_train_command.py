@@ -16,7 +16,7 @@ from training_runs import (
     unigram_entropy,
 )
 
-from megarlx.metrics import read_metrics
+from megarlx.training.metrics import read_metrics
 
 
 def test_validation_loss_falls_a_nat_below_the_unigram_entropy(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from megarlx.cli import main
 from megarlx.data.token_files import TokenFile
-from megarlx.metrics import read_metrics
+from megarlx.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 

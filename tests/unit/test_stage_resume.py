@@ -11,12 +11,12 @@ import torch
 from stage_cases import ADAMS, RATES, objective, parameters_of, small_model, stage_of
 from torch import Tensor
 
-from megarlx.averaging import Adaptation, Course, Shares
 from megarlx.checkpoint import CheckpointError, Saver
 from megarlx.comm.groups import Group
 from megarlx.objectives.interface import Objective
-from megarlx.optimizer import AdamSettings
-from megarlx.trainer import Trainer, TrainingStage
+from megarlx.training.shares import Adaptation, Course, Shares
+from megarlx.training.trainer import Trainer, TrainingStage
+from megarlx.training.update_rules import UpdateSettings
 
 WORLD = Group.alone("world")
 SAME: dict[str, Any] = {
@@ -90,7 +90,7 @@ def test_what_goes_on_over_a_stage_between_is_as_if_that_had_not_been(
     tmp_path: Path, kind: str, stop: int | None
 ) -> None:
     """Moments, data and learning rate; the stage between has a rate of 0 and moves nothing."""
-    still = AdamSettings(weight_decay=0.0)
+    still = UpdateSettings(weight_decay=0.0)
 
     def made(seed: int = 1) -> Trainer:
         between = {**BETWEEN[kind]}

@@ -22,13 +22,13 @@ from stage_cases import (
 )
 from torch import Tensor
 
-from megarlx.averaging import Adaptation, Course, Shares
 from megarlx.checkpoint import Saver
 from megarlx.comm.groups import Group
 from megarlx.config.objectives import StageConfig
 from megarlx.config.timeline import Timeline
-from megarlx.stages import TrainingStage
-from megarlx.trainer import Trainer
+from megarlx.training.shares import Adaptation, Course, Shares
+from megarlx.training.stages import TrainingStage
+from megarlx.training.trainer import Trainer
 
 WORLD = Group.alone("world")
 SHARES = {"a": Course(1.0, 3.0), "b": Course(2.0, 2.0), "c": Course(1.0, 1.0)}

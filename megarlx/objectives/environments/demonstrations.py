@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megarlx import plug
 from megarlx.config.environment import EnvironmentConfig
 from megarlx.data.conversations import Conversation, Template, Turn
 from megarlx.data.synthetic.draw import Draw
 from megarlx.data.synthetic.problems import Split
 from megarlx.data.token_files import write_atomically
 from megarlx.objectives.environments.interface import BuiltIn, Task
-from megarlx.objectives.worker_program import found
 
 TEMPLATE = Template(user="seen : {content} act :", assistant=" {content}")
 TEMPLATE_WORDS = ("seen", "act", ":")
@@ -36,7 +36,7 @@ class Sizes:
 
 
 def built_in(config: EnvironmentConfig) -> BuiltIn:
-    environment: BuiltIn = found(config.resolved.function)(**config.options)
+    environment: BuiltIn = plug.resolve("environment", config.function)(**config.options)
     for name in ("words", "task", "solution", "random_action"):
         if not hasattr(type(environment), name):
             raise ValueError(

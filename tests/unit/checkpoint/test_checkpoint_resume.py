@@ -10,7 +10,7 @@ import torch
 from checkpoint_cases import WORLD, trainer
 
 from megarlx.checkpoint import CheckpointError, Saver, latest, load, read_manifest, verify
-from megarlx.trainer import Trainer
+from megarlx.training.trainer import Trainer
 
 
 def losses(one: Trainer, steps: int) -> list[dict[str, float]]:

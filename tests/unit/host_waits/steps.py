@@ -32,10 +32,10 @@ from megarlx.generation.requests import Request, SamplingSettings  # noqa: E402
 from megarlx.model import attention  # noqa: E402
 from megarlx.model.build import ParallelModel, build_model  # noqa: E402
 from megarlx.objectives.supervised import Supervised  # noqa: E402
-from megarlx.optimizer import AdamSettings  # noqa: E402
 from megarlx.planning.dry_run import fake_world  # noqa: E402
 from megarlx.run.finite import FoundInf  # noqa: E402
-from megarlx.trainer import TrainedObjective, Trainer, TrainingStage  # noqa: E402
+from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage  # noqa: E402
+from megarlx.training.update_rules import UpdateSettings  # noqa: E402
 
 LENGTH, DOCUMENTS = 24, (17, 7)
 CONFIG = family_config(
@@ -100,7 +100,7 @@ def train(found: watch.Watched, mesh: Mesh, *masked: bool, **options: Any) -> No
         for i, one in enumerate(masked)
     ]
     stage = TrainingStage(
-        [TrainedObjective(one, AdamSettings(), lambda step: 1e-3) for one in objectives]
+        [TrainedObjective(one, UpdateSettings(), lambda step: 1e-3) for one in objectives]
     )
     trainer = Trainer(model(mesh, **options), [stage])
     trainer.step()

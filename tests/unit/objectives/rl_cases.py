@@ -19,8 +19,8 @@ from megarlx.objectives.rewards import Rewards
 from megarlx.objectives.rl import Reinforcement
 from megarlx.objectives.rollout import Sampler
 from megarlx.objectives.samples import Sample
-from megarlx.optimizer import AdamSettings
-from megarlx.trainer import TrainedObjective, Trainer, TrainingStage
+from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage
+from megarlx.training.update_rules import UpdateSettings
 
 WORDS = [*["question", ":", "answer", "####"], *(f"w{i}" for i in range(20))]
 VOCABULARY = 29  # more than the tokenizer's 25: the model can say what no word stands for
@@ -118,7 +118,7 @@ def reinforcement(
 
 
 def trainer_of(
-    one: Reinforcement, *, lr: float = 1e-2, adam: AdamSettings | None = None
+    one: Reinforcement, *, lr: float = 1e-2, adam: UpdateSettings | None = None
 ) -> Trainer:
-    member = TrainedObjective(one, adam or AdamSettings(weight_decay=0.0), lambda step: lr)
+    member = TrainedObjective(one, adam or UpdateSettings(weight_decay=0.0), lambda step: lr)
     return Trainer(one.model, [TrainingStage([member], combine="single")])

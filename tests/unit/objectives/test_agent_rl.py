@@ -24,7 +24,7 @@ from megarlx.objectives.episodes import Episode, EpisodeBatch, Turn
 from megarlx.objectives.policy_loss import loss_spec, policy_fields
 from megarlx.objectives.rl import Reinforcement
 from megarlx.ops import linear_token_loss
-from megarlx.trainer import Trainer
+from megarlx.training.trainer import Trainer
 
 SAMPO = {"preset": "sampo"}
 MOVING: dict[str, Any] = {"steps_per_rollout": 2, "epochs_per_rollout": 2}

@@ -28,7 +28,7 @@ from megarlx.model.build import ParallelModel
 from megarlx.objectives.advantages import ADVANTAGES
 from megarlx.objectives.rewards import RewardError
 from megarlx.objectives.rl import Reinforcement
-from megarlx.trainer import Trainer
+from megarlx.training.trainer import Trainer
 
 GRPO = {"preset": "grpo"}
 MOVING: dict[str, Any] = {"steps_per_rollout": 2, "epochs_per_rollout": 2, "policy": GRPO}

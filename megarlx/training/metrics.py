@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from megarlx.trackers import Trackers
+from megarlx.training.trackers import Trackers
 
 
 class MetricsWriter:

@@ -27,8 +27,8 @@ from megarlx.comm.groups import Group
 from megarlx.config.timeline import Timeline
 from megarlx.model.build import ParallelModel
 from megarlx.objectives.interface import Objective, Work
-from megarlx.optimizer import SHARED, AveragingAdamW, StepReport
-from megarlx.stages import TrainedObjective, TrainingStage
+from megarlx.training.optimizer import SHARED, Optimizer, StepReport
+from megarlx.training.stages import TrainedObjective, TrainingStage
 
 __all__ = ["TrainedObjective", "Trainer", "TrainingStage"]
 
@@ -239,7 +239,7 @@ class Trainer:
         for name in sorted(going_on & set(before.all_owners) & set(self.optimizer.all_owners)):
             self.optimizer.take_moments(before, name)
 
-    def _optimizer_of(self, index: int) -> AveragingAdamW:
+    def _optimizer_of(self, index: int) -> Optimizer:
         stage = self.stages[index]
         self._deal(stage)
         waiting = sorted(self.timeline.waiting(index))
@@ -250,9 +250,9 @@ class Trainer:
             kept = self.objectives[name].begin(data_parallel.shard_of_weights(), continued)
             if kept is not None:
                 frozen[name] = kept
-        return AveragingAdamW(
+        return Optimizer(
             data_parallel,
-            {name: trained.adam for name, trained in stage.members.items()},
+            {name: trained.settings for name, trained in stage.members.items()},
             norm_groups=(self.mesh.tp, self.mesh.pp),
             shared_moments=stage.shared_moments,
             waiting=waiting,

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megarlx.averaging import Shares
 from megarlx.config.timeline import StageTimes
 from megarlx.objectives.interface import Objective
-from megarlx.optimizer import AdamSettings
+from megarlx.training.shares import Shares
+from megarlx.training.update_rules import UpdateSettings
 
 LearningRate = Callable[[int], float]  # steps the objective has taken -> learning rate
 
@@ -19,7 +19,7 @@ class TrainedObjective:
     """An objective with its own optimizer settings and learning-rate course."""
 
     objective: Objective
-    adam: AdamSettings
+    settings: UpdateSettings
     learning_rate: LearningRate
     turns: int = 1  # steps in a row, where objectives alternate
     goes_on: bool = False  # with the moments, data and course it had before

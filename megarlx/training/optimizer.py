@@ -23,9 +23,10 @@ from torch import Tensor
 
 from megarlx.comm.collectives import all_reduce_
 from megarlx.ops.averaging import adamw_update_, average_adamw_, replica_average_
-from megarlx.optimizer_state import EMBEDDING, SHARED, AdamSettings, Kind, OptimizerState
+from megarlx.training.optimizer_state import SHARED, OptimizerState
+from megarlx.training.update_rules import EMBEDDING, Kind
 
-__all__ = ["SHARED", "AdamSettings", "AveragingAdamW", "StepReport"]
+__all__ = ["SHARED", "Optimizer", "StepReport"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class StepReport:
     found_inf: dict[str, Tensor]
 
 
-class AveragingAdamW(OptimizerState):
+class Optimizer(OptimizerState):
     """The optimizer of one rank.
 
     `gradient_shard(objective)` is where that objective's reduced gradients go; `step` then clips,

@@ -1,14 +1,13 @@
 """What one rank holds for AdamW of n objectives: masters, moments, gradients, and their places.
 
 Everything is of this rank's shard. Which objectives' moments are here depends on who trains them:
-all of them, or in a replica one. `AveragingAdamW` is this, and the step.
+all of them, or in a replica one. `Optimizer` is this, and the step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,33 +16,16 @@ from megarlx.checkpoint import FROZEN, OPTIMIZER, CheckpointError, FlatShards
 from megarlx.comm.collectives import all_reduce_, broadcast_
 from megarlx.comm.groups import Group
 from megarlx.parallel.data_parallel import DataParallel
+from megarlx.training.update_rules import UpdateSettings
 
-EMBEDDING = "embedding.weight"
-Kind = Literal["matrices", "embedding", "vectors"]  # of parameters, by their weight decay
 SHARED = "shared"  # whose the moments are where all objectives have the same ones
-
-
-@dataclass(frozen=True)
-class AdamSettings:
-    """What does not change from step to step, for one objective."""
-
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    decay_embeddings: bool = True
-    clip_norm: float | None = 1.0
-
-    def decay_of(self, kind: Kind) -> float:
-        if kind == "vectors" or (kind == "embedding" and not self.decay_embeddings):
-            return 0.0
-        return self.weight_decay
 
 
 class OptimizerState:
     def __init__(
         self,
         data_parallel: DataParallel,
-        settings: Mapping[str, AdamSettings],
+        settings: Mapping[str, UpdateSettings],
         norm_groups: Sequence[Group],
         *,
         shared_moments: bool = False,

@@ -1,0 +1,124 @@
+"""Writes docs/reference/: every key of the configuration, every command, the names of Python.
+
+python tools/reference_pages.py            write the pages
+python tools/reference_pages.py --check    exit status 1 where a page is not what it would be
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megarlx.cli import COMMANDS
+from megarlx.config.describe import FieldLine, field_lines
+from megarlx.config.evaluation import SuitesConfig
+from megarlx.config.section import Section
+from megarlx.config.sections import Config
+from megarlx.config.sweep import SweepConfig
+
+FOLDER = Path(__file__).resolve().parents[1] / "docs" / "reference"
+NOTE = "<!-- Written by tools/reference_pages.py; edit the code that it is read from. -->\n\n"
+FILES: dict[str, tuple[type[Section], str]] = {
+    "A run or a recipe": (Config, "`megarlx train`, `megarlx branch`, `megarlx plan`."),
+    "Suites alone": (SuitesConfig, "`megarlx evaluate --config`."),
+    "A sweep": (SweepConfig, "`megarlx sweep`, `megarlx demo`."),
+}
+
+
+def cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+
+
+def config_page() -> str:
+    parts = ["# Keys of the configuration\n\n", NOTE]
+    for title, (kind, used_by) in FILES.items():
+        parts.append(f"## {title}\n\nRead by {used_by}\n\n")
+        sections: dict[str, list[FieldLine]] = {}
+        for line in field_lines(kind):
+            inside, _, _ = line.name.rpartition(".")
+            sections.setdefault(inside, []).append(line)
+        for inside, lines in sections.items():
+            parts.append(f"### {'[' + inside + ']' if inside else 'Outside of any table'}\n\n")
+            parts.append("| key | default | allowed | what it is |\n|---|---|---|---|\n")
+            parts += [
+                f"| `{line.name.rpartition('.')[2]}` | `{cell(line.default)}` | "
+                f"{cell(line.allowed)} | {cell(line.description)} |\n"
+                for line in lines
+            ]
+            parts.append("\n")
+    return "".join(parts)
+
+
+class Recorder:
+    """Stands for a parser, and keeps what is added to it and to its groups."""
+
+    def __init__(self) -> None:
+        self.added: list[tuple[tuple[str, ...], dict[str, Any]]] = []
+
+    def add_argument(self, *names: str, **options: Any) -> None:
+        self.added.append((names, options))
+
+    def add_mutually_exclusive_group(self, **_: Any) -> Recorder:
+        return self
+
+    def add_argument_group(self, *_: Any, **__: Any) -> Recorder:
+        return self
+
+
+def argument_row(names: tuple[str, ...], options: dict[str, Any]) -> str:
+    value = options.get("metavar")
+    if value is None and "choices" in options:
+        value = "|".join(map(str, options["choices"]))
+    takes_none = str(options.get("action", "")).startswith("store_")
+    if names[0].startswith("-"):
+        said = ", ".join(names)
+        if not takes_none:
+            said += f" {value or names[-1].lstrip('-').replace('-', '_').upper()}"
+    else:
+        said = value or names[0]
+    default = options.get("default")
+    shown = "" if default in (None, [], (), False) else f" (default: {default})"
+    if "(default" in options["help"]:
+        shown = ""
+    return f"| `{cell(str(said))}` | {cell(options['help'])}{cell(shown)} |\n"
+
+
+def commands_page() -> str:
+    parts = ["# Commands\n\n", NOTE]
+    for name, command in COMMANDS.items():
+        recorder = Recorder()
+        importlib.import_module(command.module).add_arguments(recorder)
+        parts.append(f"## `megarlx {name}`\n\n{command.summary[0].upper()}{command.summary[1:]}.\n")
+        if recorder.added:
+            parts.append("\n| argument | what it is |\n|---|---|\n")
+            parts += [argument_row(*one) for one in recorder.added]
+        parts.append("\n")
+    return "".join(parts)
+
+
+PAGES: dict[str, Callable[[], str]] = {"config.md": config_page, "commands.md": commands_page}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Writes docs/reference/.")
+    parser.add_argument("--check", action="store_true", help="write nothing, compare")
+    check = parser.parse_args().check
+    stale = []
+    for name, page in PAGES.items():
+        path, text = FOLDER / name, page().rstrip("\n") + "\n"
+        if check and (not path.exists() or path.read_text(encoding="utf-8") != text):
+            stale.append(name)
+        if not check:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    if stale:
+        print(f"{', '.join(stale)}: run python tools/reference_pages.py", file=sys.stderr)
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
