@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megarlx.objectives.interface import Batch
 from megarlx.objectives.policy_loss import Completions, PolicyFields
+from megarlx.ops import LossSpec
 
 # Widths come in this many steps up to the budget: full micro-batches are not padded by much, and a
 # pipeline (or a CUDA graph) meets few different shapes.
@@ -98,6 +99,7 @@ class Layout:
     source: Tensor  # int64 [M, W], token at this place in [T]; -1: padding
     documents: Tensor  # int32 [M, documents + 1], offsets
     longest: int  # no document has more tokens
+    most_sequences: int  # in a micro-batch, on any rank
     tokens: int  # of this rank, without padding
     total: int  # T
 
@@ -132,6 +134,7 @@ class Layout:
             sent(rows, torch.int64),
             sent(offsets, torch.int32),
             longest,
+            max(len(microbatch) for of_rank in dealt.ranks for microbatch in of_rank),
             sum(held[i] - 1 for i in mine),
             starts[-1],
         )
@@ -139,6 +142,14 @@ class Layout:
     @property
     def real(self) -> Tensor:
         return self.source >= 0
+
+    @property
+    def sequence(self) -> Tensor:
+        """int64 [M, W]: which of its micro-batch's sequences a place is of; padding -1."""
+        places = torch.arange(self.source.shape[1], dtype=torch.int32, device=self.source.device)
+        everywhere = places.expand(self.source.shape).contiguous()
+        found = torch.searchsorted(self.documents, everywhere, right=True) - 1
+        return found.masked_fill(~self.real, -1)
 
     def place(self, values: Tensor) -> Tensor:
         """[T], at the token's own place -> [M, W], where that token is the target; padding 0."""
@@ -162,14 +173,19 @@ class Layout:
         }
 
 
-def policy_batch(completions: Completions, fields: PolicyFields, layout: Layout) -> Batch:
+def policy_batch(
+    completions: Completions, fields: PolicyFields, layout: Layout, spec: LossSpec
+) -> Batch:
     """What one rank trains on; the trainer divides by the sum of the weights of all ranks."""
     inputs = layout.inputs(completions)
     inputs["mask"] = layout.place(fields.mask)
-    for name in ("advantages", "old_logprobs", "ref_logprobs", "token_weights"):
+    names = ["advantages", "old_logprobs", "ref_logprobs", "token_weights"]
+    for name in names if spec.is_native else [*names, "rollout_logprobs"]:
         value = getattr(fields, name)
         if value is not None:
             inputs[name] = layout.place(value)
+    if spec.loss.needs_sequence:
+        inputs["sequence"], inputs["sequences"] = layout.sequence, layout.most_sequences
     return Batch(
         inputs,
         microbatches=len(layout.source),

@@ -21,7 +21,8 @@ from megarlx.generation.episodes import Trajectory
 from megarlx.generation.requests import Request
 from megarlx.objectives.environment_process import BrokenEnvironment, Failure
 from megarlx.objectives.episodes import Episode, EpisodeBatch, Turn
-from megarlx.objectives.policy_loss import loss_spec, policy_fields
+from megarlx.objectives.losses import loss_spec
+from megarlx.objectives.policy_loss import policy_fields
 from megarlx.objectives.rl import Reinforcement
 from megarlx.ops import linear_token_loss
 from megarlx.training.trainer import Trainer
@@ -188,7 +189,6 @@ def test_sampo_is_its_definition() -> None:
         made,
         batch.token_advantages(omega=policy.omega, gamma=policy.gamma),
         max_completion_tokens=9,
-        current_logprobs=now.detach(),
     )
     result = linear_token_loss(
         hidden,
@@ -201,6 +201,8 @@ def test_sampo_is_its_definition() -> None:
         old_logprobs=fields.old_logprobs,
         ref_logprobs=fields.ref_logprobs,
         token_weights=fields.token_weights,
+        sequence=made.sequence_of_token,
+        sequences=len(made.lengths),
     )
     torch.testing.assert_close(result.loss.squeeze(), expected, rtol=1e-10, atol=1e-12)
     found = torch.autograd.grad(result.loss.sum(), (hidden, head))

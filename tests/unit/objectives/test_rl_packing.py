@@ -11,8 +11,9 @@ from torch import Tensor
 from megarlx.config.model import family_config
 from megarlx.config.policy import PolicyConfig
 from megarlx.model.transformer import Stage
+from megarlx.objectives.losses import loss_spec
 from megarlx.objectives.packing import Deal, Layout, deal, policy_batch
-from megarlx.objectives.policy_loss import Completions, loss_spec, policy_fields, sequence_mean
+from megarlx.objectives.policy_loss import Completions, policy_fields
 from megarlx.ops import linear_token_loss
 from megarlx.parallel.microbatches import split_microbatches
 
@@ -93,8 +94,10 @@ def test_packed_ranks_together_equal_each_sequence_alone(config: PolicyConfig, r
     expected, expected_gradients = one_by_one(config, made, advantages)
     fields = policy_fields(config, made, advantages, max_completion_tokens=16)
     dealt = deal(LENGTHS, tokens_per_microbatch=24, ranks=ranks)
+    spec = loss_spec(config)
     batches = [
-        policy_batch(made, fields, Layout.of(made.lengths, dealt, rank)) for rank in range(ranks)
+        policy_batch(made, fields, Layout.of(made.lengths, dealt, rank), spec)
+        for rank in range(ranks)
     ]
     normalizer = torch.stack([batch.weight for batch in batches]).sum()
     assert normalizer == fields.sequence_weights.sum()
@@ -112,26 +115,16 @@ def test_packed_ranks_together_equal_each_sequence_alone(config: PolicyConfig, r
         assert (gradient - other).norm() <= 1e-10 * other.norm(), name
 
 
-def test_gspo_over_two_passes_equals_its_definition_on_whole_sequences() -> None:
-    """Pass one takes log-probs back out of the packing; pass two trains with them."""
+def test_gspo_in_packed_sequences_equals_its_definition_on_whole_ones() -> None:
+    """The model runs once: the loss sees the log-probs of whole sequences."""
     made, advantages = completions()
     config = PolicyConfig(preset="gspo", clip_low=0.3, clip_high=0.4)
     layout = Layout.of(made.lengths, deal(LENGTHS, tokens_per_microbatch=24))
-    model = stage()
-    inputs = layout.inputs(made)
-    with torch.no_grad():
-        found = []
-        for part in split_microbatches(inputs, len(layout.source)):
-            hidden = model(part["tokens"], documents=part["documents"])
-            logp = model.logits(hidden).log_softmax(-1)
-            found.append(logp.gather(1, part["targets"].reshape(-1, 1)).view_as(part["targets"]))
-        current = layout.take_back(torch.cat(found)) * made.written
-    fields = policy_fields(
-        config, made, advantages, max_completion_tokens=16, current_logprobs=current
-    )
-    batch = policy_batch(made, fields, layout)
-    head = partial(linear_token_loss, spec=loss_spec(config))
+    spec, model = loss_spec(config), stage()
+    fields = policy_fields(config, made, advantages, max_completion_tokens=16)
+    batch = policy_batch(made, fields, layout, spec)
     for part in split_microbatches(batch.inputs, batch.microbatches):
+        head = partial(linear_token_loss, spec=spec, rows_per_chunk=7)
         model(part.pop("tokens"), loss=head, normalizer=batch.weight, **part).backward()
 
     other = stage()
@@ -145,7 +138,8 @@ def test_gspo_over_two_passes_equals_its_definition_on_whole_sequences() -> None
         lp = logp.gather(1, made.tokens[a + 1 : b, None])[:, 0][made.written[a + 1 : b]]
         ratio = (lp - made.old_logprobs[a:b][made.written[a:b]]).mean().exp()
         loss = loss - torch.minimum(ratio * advantages[i], ratio.clamp(0.7, 1.4) * advantages[i])
-    (loss / sequence_mean(torch.ones(len(current)), made.written, made).sum()).backward()
+    learned = sum(bool(w.any()) for w in made.written.split(LENGTHS))
+    (loss / learned).backward()
     expected = gradients(other)
     assert max(g.norm() for g in expected.values()) > 0
     for name, gradient in gradients(model).items():

@@ -492,7 +492,7 @@ def test_another_result_is_refused(loss: Any, message: str) -> None:
 def test_what_a_loss_of_sequences_needs_is_named() -> None:
     targets, inputs = tokens_of(23, 31)
     for missing in ({"sequence": None}, {"sequences": 0}):
-        with pytest.raises(ValueError, match=r"sequence is .*; allowed: each token's sequence"):
+        with pytest.raises(ValueError, match=r"sequence is .*; allowed: the number of each"):
             linear_token_loss(
                 normal(23, 5), normal(31, 5), targets, LossSpec(of_sequences),
                 normalizer=1, **{**inputs, **missing},
