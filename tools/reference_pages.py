@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import megarlx
+from megarlx import plug
 from megarlx.cli import COMMANDS
 from megarlx.config.describe import FieldLine, field_lines
 from megarlx.config.evaluation import SuitesConfig
@@ -100,7 +103,46 @@ def commands_page() -> str:
     return "".join(parts)
 
 
-PAGES: dict[str, Callable[[], str]] = {"config.md": config_page, "commands.md": commands_page}
+def python_page() -> str:
+    parts = [f"# Names of Python\n\n{NOTE}{inspect.getdoc(megarlx)}\n\n## `import megarlx`\n\n"]
+    for name in megarlx.PUBLIC:
+        named = getattr(megarlx, name)
+        text = inspect.cleandoc(named.__doc__ or "")
+        parts.append(f"### `megarlx.{name}`\n\n```python\n{name}{signature(named)}\n```\n\n")
+        parts.append(f"```text\n{text}\n```\n\n")
+    parts.append("## What a configuration may name\n\n")
+    parts.append("[extending.md](../extending.md) adds one of each.\n\n")
+    parts.append("| kind | form of yours | ours |\n|---|---|---|\n")
+    for kind, one in plug.KINDS.items():
+        names = ", ".join(f"`{name}`" for name in one.ours) or "none"
+        parts.append(f"| {kind} | {one.form}, or file.py in place of module | {names} |\n")
+    return "".join(parts)
+
+
+def parameter_text(parameter: inspect.Parameter) -> str:
+    text, default = f"{parameter.name}: {parameter.annotation}", parameter.default
+    if default is parameter.empty:
+        return text
+    return f"{text} = {default.__name__ if inspect.isclass(default) else repr(default)}"
+
+
+def signature(named: Any) -> str:
+    """One parameter a line, where they are many."""
+    whole = inspect.signature(named)
+    returns = f" -> {whole.return_annotation}"
+    shown = [parameter_text(parameter) for parameter in whole.parameters.values()]
+    star = next((i for i, p in enumerate(whole.parameters.values()) if p.kind is p.KEYWORD_ONLY), 0)
+    if star:
+        shown.insert(star, "*")
+    inside = "".join(f"    {one},\n" for one in shown)
+    return f"(\n{inside}){returns}"
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "config.md": config_page,
+    "commands.md": commands_page,
+    "python.md": python_page,
+}
 
 
 def main() -> int:
