@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -136,11 +137,18 @@ class PolicyConfig(Section):
                 )
             )
         for name in sorted(self.loss_options):
-            if name in type(self).model_fields or not name.isidentifier():
+            taken = {*type(self).model_fields, "max_completion_tokens"}
+            if name in taken or not name.isidentifier():
                 found.append(("loss_options", f"has {name!r}; it must be a name of its own"))
         if min(self.sapo_temperatures) <= 0:
             found.append(("sapo_temperatures", f"are {self.sapo_temperatures}; both must be > 0"))
         return found
+
+    def settings(self, max_completion_tokens: int = 0) -> SimpleNamespace:
+        """The `c` of losses, advantages and aggregations: these keys and loss_options."""
+        own = {name: getattr(self, name) for name in type(self).model_fields}
+        more = {**self.loss_options, "max_completion_tokens": max_completion_tokens}
+        return SimpleNamespace(**own, **more)
 
     @property
     def needs_reference(self) -> bool:

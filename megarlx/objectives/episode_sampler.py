@@ -25,7 +25,7 @@ from megarlx.data.prompts import Prompt, PromptData
 from megarlx.data.tokenizer import Tokenizer
 from megarlx.generation.engine import Engine
 from megarlx.generation.requests import SamplingSettings
-from megarlx.objectives.advantages import ADVANTAGES, grpo, uninformative
+from megarlx.objectives.advantages import uninformative
 from megarlx.objectives.environment_process import BrokenEnvironment, EnvironmentPool
 from megarlx.objectives.environment_rollout import EnvironmentRollout, Start
 from megarlx.objectives.environments.interface import Task
@@ -107,12 +107,7 @@ class EpisodeSampler:
             config, steps_done, lambda count: self._played(count, sums, examples)
         )
         used = _with_tokens(used, self.environment)
-        gigpo = policy.advantage == "gigpo"
-        advantages = used.token_advantages(
-            grpo if gigpo else ADVANTAGES[policy.advantage],
-            omega=policy.omega if gigpo else 0.0,
-            gamma=policy.gamma,
-        )
+        advantages = used.token_advantages(policy)
         return Rollout(
             used.completions,
             used.rewards,

@@ -14,7 +14,6 @@ Letters: n tokens of a chunk.
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -72,14 +71,6 @@ def without_fallen(loss: PolicyLoss) -> PolicyLoss:
     return PolicyLoss(kept, True, loss.metrics, loss.name)
 
 
-def settings_of(config: PolicyConfig, max_completion_tokens: int = 0) -> SimpleNamespace:
-    """The `c` of losses, advantages and aggregations: the section's keys and its loss_options."""
-    own = {name: getattr(config, name) for name in type(config).model_fields}
-    return SimpleNamespace(
-        **own, **config.loss_options, max_completion_tokens=max_completion_tokens
-    )
-
-
 def loss_spec(config: PolicyConfig) -> LossSpec:
     loss = PolicyLoss.of(plug.resolve("loss", config.loss))
     if config.sequence_mask is not None:
@@ -93,7 +84,7 @@ def loss_spec(config: PolicyConfig) -> LossSpec:
         kl=config.kl_of_loss,
         kl_coefficient=0.0 if config.kl_of_loss == "none" else config.kl_coefficient,
         entropy_coefficient=config.entropy_coefficient,
-        settings=None if native else settings_of(config),
+        settings=None if native else config.settings(),
     )
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from megarlx import plug
 from megarlx.config.policy import PolicyConfig
-from megarlx.objectives.losses import settings_of
 from megarlx.ops.policy_loss import LARGEST_LOG_RATIO, ratio
 
 
@@ -150,9 +149,7 @@ def _aggregated(
 ) -> tuple[Tensor | None, Tensor]:
     aggregation = plug.resolve("aggregation", config.aggregation)
     counts, sequence = sequence_sum(mask.double(), made), made.sequence_of_token
-    of_token, of_sequence = aggregation(
-        counts, sequence, settings_of(config, max_completion_tokens)
-    )
+    of_token, of_sequence = aggregation(counts, sequence, config.settings(max_completion_tokens))
     shapes = [None if x is None else tuple(x.shape) for x in (of_token, of_sequence)]
     if shapes not in ([None, (len(counts),)], [(len(sequence),), (len(counts),)]):
         raise ValueError(

@@ -19,7 +19,7 @@ from megarlx.config.objectives import RL, RlConfig
 from megarlx.config.policy import PolicyConfig
 from megarlx.data.order import key_of, shuffled
 from megarlx.model.build import ParallelModel
-from megarlx.objectives.advantages import ADVANTAGES
+from megarlx.objectives.advantages import compares_turns, sample_advantages
 from megarlx.objectives.interface import Batch, Objective
 from megarlx.objectives.json_tensors import from_json, to_json
 from megarlx.objectives.logprobs import layout_for, training_logprobs
@@ -53,6 +53,11 @@ class Reinforcement(Objective):
         self.name, self.config, self.model, self.sampler = name, config, model, sampler
         self.spec = loss_spec(config.policy)
         try_loss(self.spec, self._precision, model.pipeline.device)
+        if compares_turns(config.policy) and config.environment is None:
+            raise ValueError(
+                f"{name}.policy.advantage is '{config.policy.advantage}', which compares turns; it "
+                "needs an environment"
+            )
         self.keep_samples = keep_samples
         self.reference: Tensor | None = None
         self.rollouts = 0  # made so far
@@ -293,7 +298,7 @@ def _less_divergence(rollout: Rollout, policy: PolicyConfig) -> Rollout:
     tokens = rollout.completions.written.sum()
     return replace(
         rollout,
-        advantages=ADVANTAGES[policy.advantage](rewards).reshape(-1),
+        advantages=sample_advantages(policy, rewards).reshape(-1),
         metrics={**rollout.metrics, "rl/kl": float(away.sum() / tokens)},
     )
 

@@ -24,7 +24,7 @@ from megarlx.data.tokenizer import Tokenizer
 from megarlx.generation.engine import Engine
 from megarlx.generation.requests import Completion, Request, SamplingSettings
 from megarlx.generation.stop import text_of
-from megarlx.objectives.advantages import ADVANTAGES, uninformative
+from megarlx.objectives.advantages import sample_advantages, uninformative
 from megarlx.objectives.exchange import gather_completions, gather_ragged
 from megarlx.objectives.policy_loss import Completions, overlong_penalty, select
 from megarlx.objectives.reward_process import RewardError
@@ -208,7 +208,7 @@ class Sampler:
         return Rollout(
             used.completions,
             used.rewards,
-            ADVANTAGES[config.policy.advantage](used.rewards).reshape(-1),
+            sample_advantages(config.policy, used.rewards).reshape(-1),
             torch.arange(count, device=used.rewards.device).repeat_interleave(n),
             self._metrics(sampled, used, sums, rounds),
             examples,

@@ -187,7 +187,7 @@ def test_sampo_is_its_definition() -> None:
     fields = policy_fields(
         policy,
         made,
-        batch.token_advantages(omega=policy.omega, gamma=policy.gamma),
+        batch.token_advantages(policy),
         max_completion_tokens=9,
     )
     result = linear_token_loss(
@@ -229,7 +229,7 @@ def test_groups_of_a_batch_are_the_same_chosen_and_joined_again() -> None:
     for name in ("kept", "turns", "step_rewards", "observations", "turn", "turn_of_token"):
         assert torch.equal(getattr(again, name), getattr(whole, name)), name
     assert torch.equal(again.completions.tokens, whole.completions.tokens)
-    a, b = (batch.token_advantages(omega=1.0) for batch in (again, whole))
+    a, b = (batch.token_advantages(PolicyConfig(advantage="gigpo")) for batch in (again, whole))
     assert torch.equal(a, b)
     assert whole.groups.tolist() == [0, 0, 1, 1, 2, 3, 3]
 
