@@ -1,4 +1,5 @@
-"""Writes docs/reference/: every key of the configuration, every command, the names of Python.
+"""Writes docs/reference/ (keys of the configuration, commands, names of Python) and the picture of
+the packages, all read from the code.
 
 python tools/reference_pages.py            write the pages
 python tools/reference_pages.py --check    exit status 1 where a page is not what it would be
@@ -14,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import import_order
+
 import megarlx
 from megarlx import plug
 from megarlx.cli import COMMANDS
@@ -23,7 +26,8 @@ from megarlx.config.section import Section
 from megarlx.config.sections import Config
 from megarlx.config.sweep import SweepConfig
 
-FOLDER = Path(__file__).resolve().parents[1] / "docs" / "reference"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+FOLDER = DOCS / "reference"
 NOTE = "<!-- Written by tools/reference_pages.py; edit the code that it is read from. -->\n\n"
 FILES: dict[str, tuple[type[Section], str]] = {
     "A run or a recipe": (Config, "`megarlx train`, `megarlx branch`, `megarlx plan`."),
@@ -139,9 +143,10 @@ def signature(named: Any) -> str:
 
 
 PAGES: dict[str, Callable[[], str]] = {
-    "config.md": config_page,
-    "commands.md": commands_page,
-    "python.md": python_page,
+    "reference/config.md": config_page,
+    "reference/commands.md": commands_page,
+    "reference/python.md": python_page,
+    "pictures/architecture.svg": import_order.picture,
 }
 
 
@@ -151,7 +156,7 @@ def main() -> int:
     check = parser.parse_args().check
     stale = []
     for name, page in PAGES.items():
-        path, text = FOLDER / name, page().rstrip("\n") + "\n"
+        path, text = DOCS / name, page().rstrip("\n") + "\n"
         if check and (not path.exists() or path.read_text(encoding="utf-8") != text):
             stale.append(name)
         if not check:

@@ -20,9 +20,16 @@ from megarlx.ops import LossSpec, TokenLoss, linear_token_loss
 class Supervised(Objective):
     """What a loader deals out, as micro-batches of one shape."""
 
-    def __init__(self, name: str, loader: Loader, *, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        name: str,
+        loader: Loader,
+        *,
+        device: torch.device | str = "cpu",
+        z_loss: float = 0.0,
+    ) -> None:
         self.name, self.loader, self.device = name, loader, torch.device(device)
-        self.spec = LossSpec("nll")
+        self.spec = LossSpec("nll", z_loss=z_loss)
 
     def deal_over(self, trainers: Group, makers: Group) -> None:
         self.loader.deal_to(trainers.rank, trainers.size)
