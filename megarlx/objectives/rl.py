@@ -35,7 +35,7 @@ from megarlx.objectives.policy_loss import (
 )
 from megarlx.objectives.reference import frozen_copy, weights_in_place
 from megarlx.objectives.rollout import Rollout, RolloutSource
-from megarlx.ops import TokenLoss, linear_token_loss
+from megarlx.ops import Head, LossInputs, TokenLoss
 
 KeepSamples = Callable[[int, list[dict[str, Any]]], bool]  # rollout's number, examples: kept?
 
@@ -116,10 +116,9 @@ class Reinforcement(Objective):
         self._first_of_rollout = step == 0
         return policy_batch(minibatch, chosen_fields, self._layout, self.spec)
 
-    def loss(self, hidden: Tensor, weight: Tensor, **given: Any) -> TokenLoss:
-        targets = given.pop("targets")
-        result = linear_token_loss(
-            hidden, weight, targets, self.spec, temperature=self.config.temperature, **given
+    def loss(self, head: Head, inputs: LossInputs, normalizer: Tensor) -> TokenLoss:
+        result = head.token_loss(
+            inputs, self.spec, normalizer=normalizer, temperature=self.config.temperature
         )
         self._seen.append(
             TokenLoss(

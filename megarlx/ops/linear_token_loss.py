@@ -14,6 +14,7 @@ Letters: T tokens, d hidden size, V vocabulary (this rank's slice).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ from megarlx.comm.collectives import all_reduce_
 from megarlx.ops.loss_seam import Derivatives, RowTerms, add_sums, row_terms
 from megarlx.ops.loss_spec import LossSpec, TokenLoss, refuse
 from megarlx.ops.token_inputs import (
+    LossInputs,
     TokenInputs,
     check_floats,
     check_vocab_size,
@@ -96,22 +98,13 @@ def linear_token_loss(
     if weight.shape[0] == 0:
         refuse(op, "weight's shape", tuple(weight.shape), "a vocabulary of at least 1")
     vocab_size = check_vocab_size(op, vocab_size, weight.shape[0] * size)
+    inputs = LossInputs(
+        *(targets, mask, advantages, old_logprobs, ref_logprobs, token_weights),
+        *(rollout_logprobs, sequence, sequences),
+    )
+    shape = hidden.shape[:-1]
     tokens = prepare(
-        op,
-        spec,
-        hidden,
-        hidden.shape[:-1],
-        targets=targets,
-        mask=mask,
-        advantages=advantages,
-        old_logprobs=old_logprobs,
-        ref_logprobs=ref_logprobs,
-        token_weights=token_weights,
-        rollout_logprobs=rollout_logprobs,
-        sequence=sequence,
-        sequences=sequences,
-        normalizer=normalizer,
-        temperature=temperature,
+        op, spec, hidden, shape, inputs, normalizer=normalizer, temperature=temperature
     )
     if rows_per_chunk is None:
         rows_per_chunk = default_rows(hidden, weight)
@@ -149,6 +142,49 @@ def linear_token_loss(
             reduce_hidden_grad,
         )
     return shaped(result, targets.shape)
+
+
+@dataclass(frozen=True)
+class Head:
+    """What the last stage hands to a loss: its hidden states, and what makes logits of them."""
+
+    hidden: Tensor  # [T, d], entered into `group`: its backward sums the gradient over it
+    weight: Tensor  # [V, d]
+    group: Group
+    vocab_size: int
+
+    def token_loss(
+        self,
+        inputs: LossInputs,
+        spec: LossSpec,
+        *,
+        normalizer: Tensor | float,
+        temperature: Tensor | float = 1.0,
+        rows_per_chunk: int | None = None,
+    ) -> TokenLoss:
+        def flat(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.reshape(-1)
+
+        return linear_token_loss(
+            self.hidden,
+            self.weight,
+            inputs.targets.reshape(-1),
+            spec,
+            normalizer=normalizer,
+            mask=flat(inputs.mask),
+            advantages=flat(inputs.advantages),
+            old_logprobs=flat(inputs.old_logprobs),
+            ref_logprobs=flat(inputs.ref_logprobs),
+            token_weights=flat(inputs.token_weights),
+            rollout_logprobs=flat(inputs.rollout_logprobs),
+            sequence=flat(inputs.sequence),
+            sequences=inputs.sequences,
+            temperature=temperature,
+            group=self.group,
+            vocab_size=self.vocab_size,
+            reduce_hidden_grad=False,
+            rows_per_chunk=rows_per_chunk,
+        )
 
 
 def default_rows(hidden: Tensor, weight: Tensor) -> int:

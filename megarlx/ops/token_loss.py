@@ -28,6 +28,7 @@ from megarlx.comm.collectives import all_reduce_
 from megarlx.ops.loss_seam import row_terms
 from megarlx.ops.loss_spec import METRICS, LossSpec, TokenLoss
 from megarlx.ops.token_inputs import (
+    LossInputs,
     TokenInputs,
     check_floats,
     check_vocab_size,
@@ -76,22 +77,13 @@ def token_loss(
     check_floats(op, "logits", logits, 1)
     size = 1 if group is None else group.size
     vocab_size = check_vocab_size(op, vocab_size, logits.shape[-1] * size)
+    inputs = LossInputs(
+        *(targets, mask, advantages, old_logprobs, ref_logprobs, token_weights),
+        *(rollout_logprobs, sequence, sequences),
+    )
+    shape = logits.shape[:-1]
     tokens = prepare(
-        op,
-        spec,
-        logits,
-        logits.shape[:-1],
-        targets=targets,
-        mask=mask,
-        advantages=advantages,
-        old_logprobs=old_logprobs,
-        ref_logprobs=ref_logprobs,
-        token_weights=token_weights,
-        rollout_logprobs=rollout_logprobs,
-        sequence=sequence,
-        sequences=sequences,
-        normalizer=normalizer,
-        temperature=temperature,
+        op, spec, logits, shape, inputs, normalizer=normalizer, temperature=temperature
     )
     rows = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
     with_gradient = torch.is_grad_enabled() and logits.requires_grad

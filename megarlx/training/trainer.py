@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -109,8 +110,8 @@ class Trainer:
         shard = self.optimizer.gradient_shard(objective.name)
         data_parallel.begin(shard)
         results = self.model.pipeline.forward_backward(
-            {**batch.inputs, "normalizer": normalizer, "loss": objective.loss},
             batch.microbatches,
+            partial(objective.loss, normalizer=normalizer),
             on_gradient_ready=data_parallel.ready,
         )
         data_parallel.finish()
@@ -340,7 +341,7 @@ class Trainer:
         batch = objective.next_batch()
         normalizer = all_reduce_(batch.weight, self.mesh.data)
         results = self.model.pipeline.forward_only(
-            {**batch.inputs, "normalizer": normalizer, "loss": objective.loss}, batch.microbatches
+            batch.microbatches, partial(objective.loss, normalizer=normalizer)
         )
         loss = torch.zeros(1, device=normalizer.device)
         if results.losses:

@@ -17,8 +17,9 @@ from megarlx.config.model import family_config
 from megarlx.model.documents import Documents
 from megarlx.model.transformer import Stage
 from megarlx.ops import sample
-from megarlx.ops.linear_token_loss import linear_token_loss
-from megarlx.ops.loss_spec import LossSpec
+from megarlx.ops.linear_token_loss import Head
+from megarlx.ops.loss_spec import LossSpec, TokenLoss
+from megarlx.ops.token_inputs import LossInputs
 from megarlx.parallel.data_parallel import DataParallel
 
 pytestmark = pytest.mark.gpu
@@ -156,12 +157,13 @@ def test_gradients_of_bf16_parameters_are_summed_in_preset_fp32_views() -> None:
     tokens = torch.randint(0, 203, (64,), device="cuda")
     documents = Documents.of([40, 24], "cuda")
 
-    def loss(*given: Any, **more: Any) -> Any:
-        return linear_token_loss(*given, spec=LossSpec(), normalizer=64.0, **more)
+    def loss(head: Head, inputs: LossInputs) -> TokenLoss:
+        return head.token_loss(inputs, LossSpec(), normalizer=64.0)
 
     once: dict[str, torch.Tensor] = {}
     for number_done in (1, 2):
-        stage(tokens, documents=documents, loss=loss, targets=tokens.roll(-1)).backward()
+        learned = LossInputs(tokens.roll(-1))
+        stage(tokens, documents=documents, loss=loss, loss_inputs=learned).backward()
         for name, parameter in parameters.items():
             gradient = parameter.grad
             assert gradient is views[name]

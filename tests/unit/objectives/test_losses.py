@@ -171,9 +171,11 @@ def test_sequence_losses_need_whole_sequences() -> None:
     for rank in range(2):
         layout = Layout.of(made.lengths, deal(lengths, tokens_per_microbatch=14, ranks=2), rank)
         batch = policy_batch(made, fields, layout, loss_spec(config))
-        sequence, most = batch.inputs["sequence"], batch.inputs["sequences"]
-        assert most == layout.most_sequences >= int(sequence.max()) + 1
-        for numbers, source in zip(sequence, layout.source, strict=True):
+        parts = [part.inputs for part in batch.microbatches]
+        for inputs, source in zip(parts, layout.source, strict=True):
+            numbers = inputs.sequence
+            assert numbers is not None
+            assert inputs.sequences == layout.most_sequences >= int(numbers.max()) + 1
             assert torch.equal(numbers < 0, source < 0)
             for number in numbers[numbers >= 0].unique().tolist():
                 held = made.sequence_of_token[source[numbers == number]]
@@ -181,7 +183,7 @@ def test_sequence_losses_need_whole_sequences() -> None:
                 assert (held == held[0]).all()
                 seen.append(int(held[0]))
         plain = policy_batch(made, fields, layout, loss_spec(PolicyConfig()))
-        assert "sequence" not in plain.inputs
+        assert all(part.inputs.sequence is None for part in plain.microbatches)
     assert sorted(seen) == list(range(6))
     with pytest.raises(ValueError, match=r"sequence is missing; allowed: the number of each"):
         linear_token_loss(

@@ -1,6 +1,6 @@
 """Packing changes no number: only where it is computed. Letters: T tokens, N sequences."""
 
-from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +14,8 @@ from megarlx.model.transformer import Stage
 from megarlx.objectives.losses import loss_spec
 from megarlx.objectives.packing import Deal, Layout, deal, policy_batch
 from megarlx.objectives.policy_loss import Completions, policy_fields
-from megarlx.ops import linear_token_loss
-from megarlx.parallel.microbatches import split_microbatches
+from megarlx.ops import LossSpec, linear_token_loss
+from megarlx.parallel.microbatches import Loss, call_stage
 
 MODEL = family_config(
     "olmo2", vocab_size=23, hidden_size=20, layers=2, heads=2, kv_heads=1, head_dim=8,
@@ -44,6 +44,10 @@ def completions(seed: int = 0) -> tuple[Completions, Tensor]:
         lengths, written, logprobs(), logprobs(), logprobs(),
     )  # fmt: skip
     return made, torch.randn(len(lengths), generator=generator, dtype=torch.float64)
+
+
+def head_loss(spec: LossSpec, normalizer: Tensor, **more: Any) -> Loss:
+    return lambda head, inputs: head.token_loss(inputs, spec, normalizer=normalizer, **more)
 
 
 def gradients(model: Stage) -> dict[str, Tensor]:
@@ -102,11 +106,10 @@ def test_packed_ranks_together_equal_each_sequence_alone(config: PolicyConfig, r
     normalizer = torch.stack([batch.weight for batch in batches]).sum()
     assert normalizer == fields.sequence_weights.sum()
     model, total = stage(), 0.0
-    head = partial(linear_token_loss, spec=loss_spec(config))
     for batch in batches:
-        assert batch.microbatches == dealt.microbatches > 1 or ranks > 1
-        for part in split_microbatches(batch.inputs, batch.microbatches):
-            loss = model(part.pop("tokens"), loss=head, normalizer=normalizer, **part)
+        assert len(batch.microbatches) == dealt.microbatches > 1 or ranks > 1
+        for part in batch.microbatches:
+            loss = call_stage(model, None, part, head_loss(spec, normalizer))
             loss.backward()
             total += loss.item()
     assert total == pytest.approx(expected, rel=1e-11)
@@ -123,9 +126,8 @@ def test_gspo_in_packed_sequences_equals_its_definition_on_whole_ones() -> None:
     spec, model = loss_spec(config), stage()
     fields = policy_fields(config, made, advantages, max_completion_tokens=16)
     batch = policy_batch(made, fields, layout, spec)
-    for part in split_microbatches(batch.inputs, batch.microbatches):
-        head = partial(linear_token_loss, spec=spec, rows_per_chunk=7)
-        model(part.pop("tokens"), loss=head, normalizer=batch.weight, **part).backward()
+    for part in batch.microbatches:
+        call_stage(model, None, part, head_loss(spec, batch.weight, rows_per_chunk=7)).backward()
 
     other = stage()
     loss = torch.zeros((), dtype=torch.float64)
