@@ -24,7 +24,7 @@ def test_every_python_block_runs_in_order(tmp_path: Path, monkeypatch: pytest.Mo
     # Rewards and environments are imported by processes of their own.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), str(ROOT))))
     blocks = fenced(DOCUMENT, "python")
-    assert len(blocks) == 9
+    assert len(blocks) == 15
     files = []
     shared: dict[str, object] = {"__name__": "documentation"}
     for block in blocks:
