@@ -106,7 +106,7 @@ class Engine:
     def generate(
         self, requests: Sequence[Request], sampling: SamplingSettings, seed: int
     ) -> list[Completion]:
-        return [one.completion for one in self.episodes(requests, sampling, seed)]
+        return Run(self, requests, sampling, seed).to_the_end().completions()
 
     def stream(
         self, requests: Sequence[Request], sampling: SamplingSettings, seed: int
@@ -131,9 +131,7 @@ class Engine:
                      elsewhere
         """
         run = Run(self, requests, sampling, seed, on_turns_end, max_tokens, feed_up_to)
-        for _ in run.finished():
-            pass
-        return run.trajectories()
+        return run.to_the_end().trajectories()
 
     def _rows_agree(self, widths: Sequence[int]) -> bool:
         weights = [p.detach() for stage in self.stages for p in stage.parameters()]

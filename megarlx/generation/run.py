@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from megarlx.comm.collectives import broadcast_
+from megarlx.generation import rows as decoding
 from megarlx.generation.prefill import Chunk, chunks_of, copy_prompts_, prefill
 from megarlx.generation.requests import (
     NOT_WRITTEN,
+    Completion,
     NewToken,
     OnTurnsEnd,
     Request,
@@ -29,7 +31,7 @@ from megarlx.generation.requests import (
 )
 from megarlx.generation.ring import Item, Ring
 from megarlx.generation.rows import Rows
-from megarlx.generation.scheduler import Admission, Finished, Scheduler
+from megarlx.generation.scheduler import Admission, Finished, Scheduler, Turns
 from megarlx.generation.stop import StopStrings
 from megarlx.generation.widths import narrowest
 from megarlx.ops import sample
@@ -49,6 +51,46 @@ class Counts:
     tokens_decoded: int = 0
     rows_padded: int = 0  # of decode steps
     tokens_observed: int = 0  # of observations, prefilled or fed in decode steps
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A finished sequence of n tokens, as its slot held it: only what was drawn or observed."""
+
+    sequence: decoding.Sequence
+    turns: Turns
+    tokens: np.ndarray  # [n]
+    logprobs: Tensor  # [2, n], under the model and under what was drawn from
+
+    def trajectory(self) -> Trajectory:
+        request, n = self.sequence.request, len(self.tokens)
+        turn, logprobs = torch.full((n,), NOT_WRITTEN), torch.zeros(2, n)
+        for number, (begin, end) in enumerate(self.turns.spans):
+            turn[begin:end] = number
+            logprobs[:, begin:end] = self.logprobs[:, begin:end]
+        self.tokens[: len(request.prompt)] = request.prompt
+        return Trajectory(
+            request,
+            self.sequence.sequence_id,
+            torch.from_numpy(self.tokens),
+            turn,
+            logprobs[0],
+            logprobs[1],
+            tuple(self.turns.reasons),
+            self.turns.full,
+        )
+
+    def completion(self) -> Completion:
+        """The first turn, which is all of a sequence that nobody answered."""
+        begin, end = self.turns.spans[0]
+        return Completion(
+            self.sequence.request,
+            self.sequence.sequence_id,
+            torch.from_numpy(self.tokens[begin:end]),
+            self.logprobs[0, begin:end],
+            self.logprobs[1, begin:end],
+            self.turns.reasons[0],
+        )
 
 
 class Run:
@@ -98,7 +140,7 @@ class Run:
         self.chunks: list[list[Chunk]] = [[] for _ in range(groups)]
         self.over = [False] * groups
         self.prefilled: list[Tensor] = []
-        self.found: dict[int, Trajectory] = {}
+        self.kept: dict[int, Kept] = {}
         self.ended: list[Finished] = []
         engine.counts = Counts()
         for decoder in engine.decoders:
@@ -124,28 +166,29 @@ class Run:
                 self.ring.flush()
                 return
 
-    def trajectories(self) -> list[Trajectory]:
-        found = [self.found[index] for index in range(len(self.found))]
-        return self._with_logprobs(found) if self.ranks > 1 and found else found
+    def to_the_end(self) -> Run:
+        for _ in self.finished():
+            pass
+        return self
 
-    def _with_logprobs(self, found: list[Trajectory]) -> list[Trajectory]:
-        """On all pipeline stages those that the last one has seen."""
-        written = torch.cat([one.written for one in found])
-        both = [
-            torch.cat([one.logprobs for one in found]),
-            torch.cat([one.sampled_logprobs for one in found]),
-        ]
-        sent = torch.stack([values[written] for values in both])
-        broadcast_(sent, self.engine.mesh.decode, source=self.ranks - 1)
-        sizes = [len(one.tokens) for one in found]
-        logprobs, sampled = (
-            values.masked_scatter(written, of_last).split(sizes)
-            for values, of_last in zip(both, sent, strict=True)
-        )
-        return [
-            replace(one, logprobs=a.clone(), sampled_logprobs=b.clone())
-            for one, a, b in zip(found, logprobs, sampled, strict=True)
-        ]
+    def trajectories(self) -> list[Trajectory]:
+        return [one.trajectory() for one in self._found()]
+
+    def completions(self) -> list[Completion]:
+        return [one.completion() for one in self._found()]
+
+    def _found(self) -> list[Kept]:
+        """In the order of the requests. Log-probs are known on the last pipeline stage, which sends
+        them to the others."""
+        found = [self.kept[index] for index in range(len(self.kept))]
+        if self.ranks > 1 and found:
+            drawn = [one.logprobs[:, begin:end] for one in found for begin, end in one.turns.spans]
+            sent = torch.cat(drawn, dim=1)
+            broadcast_(sent, self.engine.mesh.decode, source=self.ranks - 1)
+            sizes = [part.shape[1] for part in drawn]
+            for part, of_last in zip(drawn, sent.split(sizes, dim=1), strict=True):
+                part.copy_(of_last)
+        return found
 
     def new_tokens(self) -> Iterator[NewToken]:
         """Whether a token was the last is known with the next step, so tokens come one late."""
@@ -277,29 +320,16 @@ class Run:
         copy_prompts_(cache, admission.copies, admission.lengths)
 
     def _keep(self, finished: list[Finished]) -> None:
-        """Trajectories of finished sequences, before their slots are used again."""
+        """What the slots of finished sequences hold, before they are used again."""
         engine = self.engine
         self.ended += finished
         with torch.inference_mode(False):  # so that their tensors may be trained on
             for done in finished:
-                progress = self.scheduler.progress.pop(done.sequence.index)
-                turn = torch.full((done.length,), NOT_WRITTEN)
-                for number, (begin, end) in enumerate(progress.spans):
-                    turn[begin:end] = number
-                logprobs = engine.drawn_logprobs[:, done.slot, : done.length].cpu()
-                logprobs = logprobs.where(turn != NOT_WRITTEN, 0)
-                prompt = done.sequence.request.prompt
-                tokens = engine.drawn_tokens[done.slot, : done.length].copy()
-                tokens[: len(prompt)] = prompt
-                self.found[done.sequence.index] = Trajectory(
-                    done.sequence.request,
-                    done.sequence.sequence_id,
-                    torch.from_numpy(tokens),
-                    turn,
-                    logprobs[0],
-                    logprobs[1],
-                    tuple(progress.reasons),
-                    progress.full,
+                self.kept[done.sequence.index] = Kept(
+                    done.sequence,
+                    self.scheduler.turns.pop(done.sequence.index),
+                    engine.drawn_tokens[done.slot, : done.length].copy(),
+                    engine.drawn_logprobs[:, done.slot, : done.length].cpu().clone(),
                 )
 
     def _width(self, group: int) -> int:

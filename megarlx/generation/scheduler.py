@@ -59,11 +59,11 @@ class Finished:
 
 
 @dataclass
-class Progress:
-    """A sequence between its first and its last turn."""
+class Turns:
+    """Of a sequence."""
 
     begin: int  # of the turn under way
-    spans: list[tuple[int, int]] = field(default_factory=list)  # of the turns that are over
+    spans: list[tuple[int, int]] = field(default_factory=list)  # of those that are over
     reasons: list[FinishReason] = field(default_factory=list)
     full: bool = False  # the next observation left no place for an answer
 
@@ -97,7 +97,7 @@ class Scheduler:
             table.clear()
         self._prefix: tuple[int, int] | None = None  # (request, slot that holds its prompt)
         # By the sequence's index:
-        self.progress: dict[int, Progress] = {}
+        self.turns: dict[int, Turns] = {}
         self._text: dict[int, list[int]] = {}  # of the turn under way, for stop strings
         self._pending: dict[int, list[int]] = {}  # of an observation, to be fed from the back
         self.tokens_observed = 0
@@ -115,13 +115,11 @@ class Scheduler:
         """Takes in the drawn tokens. A row whose turn is over goes on behind an observation, or to
         the next sample, or disappears; the sequences of the latter two are finished."""
         rows = self.rows[group]
-        tokens, given = self._with_observations(rows, drawn[: rows.live])
-        self.tokens[rows.host_slots[: rows.live], rows.host_keys[: rows.live, 1]] = tokens
+        n = rows.live
+        tokens, given = self._with_observations(rows, drawn[:n])
+        self.tokens[rows.host_slots[:n], rows.host_keys[:n, 1]] = tokens
         ended = self._ended(rows, tokens, given)
-        turns = [self._turn_end(done) for _, done in ended]
-        answers: ListLike[ListLike[int] | None] = [None] * len(ended)
-        if turns and self.observe is not None:
-            answers = self.observe(turns)
+        answers = self._answers([done for _, done in ended])
         finished, admission = [], Admission()
         for (row, done), answer in zip(ended, answers, strict=True):
             if answer is not None and self._go_on(rows, row, done, answer, admission):
@@ -131,15 +129,24 @@ class Scheduler:
         rows.upload()
         return finished, admission
 
+    def _answers(self, ended: list[Finished]) -> ListLike[ListLike[int] | None]:
+        for done in ended:
+            turns = self.turns[done.sequence.index]
+            turns.spans.append((turns.begin, done.length))
+            turns.reasons.append(done.reason)
+            self._text.pop(done.sequence.index, None)  # a stop string lies within one turn
+        if self.observe is None or not ended:
+            return [None] * len(ended)
+        return self.observe([self._turn_end(done) for done in ended])
+
     def _with_observations(
         self, rows: decoding.Rows, drawn: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         """(tokens, given): where a row is being fed an observation, its token and not the drawn
-        one; `given` says which rows those are."""
-        given = np.zeros(rows.live, dtype=bool)
+        one; `given` says which rows those are, if there are any."""
         if not self._pending:
-            return drawn, given
-        tokens = drawn.copy()
+            return drawn, None
+        tokens, given = drawn.copy(), np.zeros(rows.live, dtype=bool)
         for row, sequence in enumerate(rows.sequences):
             pending = self._pending.get(sequence.index)
             if pending is None:
@@ -150,7 +157,7 @@ class Scheduler:
         return tokens, given
 
     def _ended(
-        self, rows: decoding.Rows, tokens: np.ndarray, given: np.ndarray
+        self, rows: decoding.Rows, tokens: np.ndarray, given: np.ndarray | None
     ) -> list[tuple[int, Finished]]:
         """Moves every row on and finds those whose turn is over, from the back: so a row that moves
         forward into a gap was already looked at."""
@@ -158,12 +165,14 @@ class Scheduler:
         if n and tokens.min() < 0:
             self._refuse(rows, int(tokens.argmin()))
         rows.advance(tokens)
-        stopped = (tokens[:, None] == self.stop_tokens).any(1) & ~given
+        stopped = (tokens[:, None] == self.stop_tokens).any(1)
+        if given is not None:
+            stopped &= ~given
         full = rows.host_positions[:n] >= rows.last_positions[:n]
         over = stopped | full
         in_text = np.zeros(n, dtype=bool)
         if self.stop_strings:
-            for row in np.flatnonzero(~given).tolist():
+            for row in range(n) if given is None else np.flatnonzero(~given).tolist():
                 sequence = rows.sequences[row]
                 in_text[row] = self._in_text(sequence, int(tokens[row]), stopped[row])
             over |= in_text
@@ -180,14 +189,11 @@ class Scheduler:
         return ended
 
     def _turn_end(self, done: Finished) -> TurnEnd:
-        progress = self.progress[done.sequence.index]
-        progress.spans.append((progress.begin, done.length))
-        progress.reasons.append(done.reason)
-        self._text.pop(done.sequence.index, None)  # a stop string lies within one turn
+        turns = self.turns[done.sequence.index]
         return TurnEnd(
             done.sequence.sequence_id,
-            len(progress.spans) - 1,
-            self.tokens[done.slot, progress.begin : done.length].tolist(),
+            len(turns.spans) - 1,
+            self.tokens[done.slot, turns.begin : done.length].tolist(),
             done.reason,
             max(self.max_tokens - done.length - 1, 0),
         )
@@ -202,11 +208,11 @@ class Scheduler:
     ) -> bool:
         """The turn's last token has not been through the model yet, and the observation's last is
         the next step's input: as many tokens are prefilled as the observation has."""
-        progress, count = self.progress[done.sequence.index], len(observation)
+        turns, count = self.turns[done.sequence.index], len(observation)
         if done.length + count >= self.max_tokens:
-            progress.full = True
+            turns.full = True
             return False
-        progress.begin = done.length + count
+        turns.begin = done.length + count
         self.tokens_observed += count
         held, places = done.length - 1, self.tokens.shape[1] - 1
         if count <= self.feed_up_to or held + padded_length(count) > places:
@@ -214,7 +220,7 @@ class Scheduler:
         else:
             last = int(rows.host_tokens[row])
             admission.continued[done.slot] = (held, [last, *observation[:-1]])
-            self.tokens[done.slot, done.length : progress.begin] = observation
+            self.tokens[done.slot, done.length : turns.begin] = observation
             rows.host_tokens[row] = observation[-1]
             rows.host_positions[row] += count
             rows.host_keys[row, 1] += count
@@ -224,7 +230,7 @@ class Scheduler:
     def _limit(self, rows: decoding.Rows, row: int) -> None:
         """Where the turn under way ends at the latest."""
         sequence = rows.sequences[row]
-        end = self.progress[sequence.index].begin + sequence.request.max_new_tokens
+        end = self.turns[sequence.index].begin + sequence.request.max_new_tokens
         rows.last_positions[row] = min(end, self.max_tokens) - 1
 
     def _replace(self, rows: decoding.Rows, row: int, slot: int, admission: Admission) -> None:
@@ -238,7 +244,7 @@ class Scheduler:
         sequence = self.queue.popleft()
         rows.put(row, sequence, slot)
         prompt = sequence.request.prompt
-        self.progress[sequence.index] = Progress(len(prompt))
+        self.turns[sequence.index] = Turns(len(prompt))
         self._limit(rows, row)
         before_last = prompt[:-1]  # the last one is the first step's input
         if not before_last:

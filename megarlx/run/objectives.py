@@ -33,7 +33,8 @@ from megarlx.objectives.rl import KeepSamples, Reinforcement
 from megarlx.objectives.rollout import Sampler
 from megarlx.objectives.supervised import Supervised
 from megarlx.run.directory import RunError
-from megarlx.run.world import data_of, path_of, template_of
+from megarlx.run.made import data_of, path_of
+from megarlx.run.tokenizer import template_of
 
 
 class ObjectiveMaker:

@@ -41,7 +41,7 @@ def test_the_probe_draws_as_training_will() -> None:
 
 
 def test_an_agents_probe_plays_its_environment() -> None:
-    place = {"function": "megarlx.objectives.environments.sokoban:Sokoban"}
+    place = {"function": "megarlx.study.environments.sokoban:Sokoban"}
     rl = RlConfig.model_validate({"samples_per_prompt": 4, "environment": place})
     probe = readiness_suite("rl", rl, prompts=5, path="tasks.jsonl")
     assert (probe.kind, probe.samples, probe.group_size, probe.questions) == ("agent", 4, 4, 5)

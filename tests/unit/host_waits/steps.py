@@ -35,8 +35,8 @@ from megarlx.model.build import ParallelModel, build_model  # noqa: E402
 from megarlx.objectives.supervised import Supervised  # noqa: E402
 from megarlx.planning.dry_run import fake_world  # noqa: E402
 from megarlx.run.finite import FoundInf  # noqa: E402
+from megarlx.training.parts import UpdateSettings  # noqa: E402
 from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage  # noqa: E402
-from megarlx.training.update_rules import UpdateSettings  # noqa: E402
 
 LENGTH, DOCUMENTS = 24, (17, 7)
 CONFIG = family_config(

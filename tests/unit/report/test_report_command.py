@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from fake_sweep import Sweep
 
+from megarlx import plug
 from megarlx.cli import main
-from megarlx.report.predicates import PREDICATES
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_two_seeds_give_numbers_verdicts_and_the_agreed_summary(
     assert said.splitlines()[-1] == str(root / "report" / "index.html")
     found = json.loads((root / "report" / "summary.json").read_text())
     assert list(found) == ["predicates", "results", "settings_hash"]
-    assert list(found["predicates"]) == list(PREDICATES)
+    assert list(found["predicates"]) == list(plug.ours("claim"))
     for judged in found["predicates"].values():
         assert list(judged) == ["verdict", "held", "evidence"]
         assert judged["verdict"] in ("held", "not held", "undetermined")
