@@ -7,12 +7,9 @@ imported only where it is asked for.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
-import signal
 import socket
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megarlx import processes
 from megarlx.comm import meeting
 from megarlx.comm.groups import backend_for
 
@@ -276,7 +274,7 @@ def start(
             )
         torch.cuda.set_device(launch.local_rank)
     if launch.launcher == "torchrun":
-        die_with_parent()
+        processes.die_with_parent()  # also where a program of one's own calls this
     if launch.world_size == 1:
         return
     limit = timedelta(seconds=timeout_seconds)
@@ -306,14 +304,6 @@ def start_fake(rank: int, world_size: int) -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-
-
-def die_with_parent() -> None:
-    """torchrun's workers outlive a torchrun that is killed (kill -9, no memory left), and would
-    train on beside those of the job's next start, in the same folder."""
-    if sys.platform == "linux":
-        set_parent_death_signal = 1
-        ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def _meeting_place(launch: Launch, limit: timedelta) -> dict[str, Any]:

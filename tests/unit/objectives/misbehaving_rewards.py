@@ -56,3 +56,32 @@ def refuses(samples: list[Sample], never_given: int) -> list[float]:
 
 def process_id(samples: list[Sample]) -> list[float]:
     return [float(os.getpid())] * len(samples)
+
+
+def forks(samples: list[Sample], how: str) -> list[float]:
+    """Leaves a second process behind, which would answer too."""
+    child = os.fork()
+    if not child and how == "raises":
+        raise RuntimeError("in the child")
+    if not child and how == "exits":
+        sys.exit(0)
+    return [float(len(sample.completion)) for sample in samples]
+
+
+def writes_to_pipe(samples: list[Sample], text: str) -> list[float]:
+    """Finds the pipe of answers among its descriptors and writes to it when asked to."""
+    if "write" in {sample.completion for sample in samples}:
+        for file in range(3, 20):
+            try:
+                os.write(file, text.encode("latin-1"))
+            except OSError:
+                continue
+    return [float(len(sample.completion)) for sample in samples]
+
+
+class ForksWhileMade:
+    def __init__(self) -> None:
+        os.fork()
+
+    def __call__(self, samples: list[Sample]) -> list[float]:
+        return [float(len(sample.completion)) for sample in samples]

@@ -224,3 +224,30 @@ def test_math_equal_hangs_and_hoards_in_its_process_only() -> None:
         )
     assert scored.totals[1] == 1
     assert scored.totals[0] == 0 or scored.failures[0].kind in ("timeout", "error", "crash")
+
+
+@pytest.mark.parametrize("how", ["returns", "raises", "exits"])
+def test_a_reward_that_forks_gives_each_sample_its_own_value(how: str) -> None:
+    with rewards(config("forks", options={"how": how})) as made:
+        for texts in (["a", "bb"], ["ccc"], ["dddd", "e", "ff"], ["ggggg"]):
+            assert made.score(samples(*texts)).totals == [len(text) for text in texts]
+
+
+def test_a_reward_that_forks_while_it_is_made_answers_once() -> None:
+    with rewards(config("ForksWhileMade")) as made:
+        for text in ("a", "bb", "ccc"):
+            assert made.score(samples(text)).totals == [len(text)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["nonsense\n", "no end", '{"rewards": [9], "number": 1}\n', "[]\n", "[" * 5000 + "\n", "\xff\n"],
+)
+def test_what_is_no_answer_is_named_and_never_taken_for_one(text: str) -> None:
+    with rewards(config("writes_to_pipe", options={"text": text}, samples_per_call=1)) as made:
+        scored = made.score(samples("a", "write", "bb"))
+    assert scored.totals == pytest.approx([1, math.nan, 2], nan_ok=True)
+    (failure,) = scored.failures
+    assert failure.kind == "crash"
+    assert failure.detail.startswith("wrote ")
+    assert failure.detail.endswith("where its answer 3 should be")
