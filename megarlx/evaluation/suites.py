@@ -42,6 +42,7 @@ from megarlx.evaluation.results import (
 from megarlx.evaluation.sampling import Progress, ScoredQuestion, sample_and_score
 from megarlx.model.build import ParallelModel
 from megarlx.objectives.answers import final_answer
+from megarlx.redact import redacted
 
 Say = Callable[[str], None]
 
@@ -147,7 +148,7 @@ def settings_of(subject: Subject, config: EvaluationConfig, suite: SuiteConfig) 
     """All that a result depends on."""
     template = subject.template if suite.uses_template else None
     return {
-        "suite": suite.model_dump(mode="json"),
+        "suite": redacted(suite.model_dump(mode="json")),
         "seed": config.seed,
         "kept_samples": config.kept_samples,
         "checkpoint": subject.digest,

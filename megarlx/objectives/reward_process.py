@@ -21,6 +21,7 @@ from megarlx.objectives.worker_process import (
     WorkerProcess,
 )
 from megarlx.objectives.worker_program import describe
+from megarlx.redact import check_kept
 
 
 class RewardError(RuntimeError):
@@ -119,6 +120,10 @@ class RewardPool:
     def __init__(self, config: RewardConfig) -> None:
         self.config = config
         self._function: Any = None
+        try:
+            check_kept(config.options, f"reward {config.function}: options")
+        except ValueError as error:
+            raise RewardError(str(error)) from None
         if config.workers == 0:
             try:
                 self._function = reward_worker.load(config.function, config.options)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from megarlx import processes
 from megarlx.objectives import worker_program
+from megarlx.printable import printable
 
 Kind = Literal["timeout", "crash", "error", "wrong_shape", "not_finite", "not_asked"]
 
@@ -29,8 +30,8 @@ class CallFailed(Exception):
     """One call went wrong; which of its parts did it is found out by calling again."""
 
     def __init__(self, kind: Kind, detail: str) -> None:
-        super().__init__(detail)
-        self.kind, self.detail = kind, detail
+        self.kind, self.detail = kind, printable(detail)  # a user's code, or a judge, said it
+        super().__init__(self.detail)
 
 
 class CannotStart(RuntimeError):
@@ -105,7 +106,7 @@ class WorkerProcess:
             reply = {"error": failed.detail}
         if "error" in reply:
             self.close()
-            raise CannotStart(reply["error"])
+            raise CannotStart(printable(reply["error"]))
         return process
 
     def _exchange(

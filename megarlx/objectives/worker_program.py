@@ -79,9 +79,9 @@ def answer_of(serve: Callable[[Any], dict[str, Any]], request: Any) -> dict[str,
 
 def main() -> None:
     guard(requests=0)
-    with suppress(OSError):  # not every system has it, and it is no more than advice
-        with open("/proc/self/oom_score_adj", "w") as score:
-            score.write("1000")  # when memory runs out, this process goes before the trainer
+    # When memory runs out, this process goes before the trainer; not every system has that.
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
+        score.write("1000")
     # What a user's function prints must not be read as its answer.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     requests = os.fdopen(os.dup(0), encoding="utf-8")

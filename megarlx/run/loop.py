@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from megarlx.checkpoint import latest
 from megarlx.comm import launch
 from megarlx.comm.collectives import gather_values
+from megarlx.redact import from_environment, redacted, secrets_in
 from megarlx.run.assemble import Run, steps_at_tokens
 from megarlx.run.costs import Costs
 from megarlx.run.directory import RunError
@@ -23,7 +24,9 @@ from megarlx.training.trackers import Trackers, check_installed
 def train(run: Run) -> int:
     """Trains to the end of the last stage; returns the exit code."""
     place = run.directory.path
-    with run_lock(place, run.mesh.world), rank_log(place, run.mesh.rank) as log:
+    config = run.config.model_dump(mode="json")
+    secrets = {*secrets_in(config), *from_environment(config)}
+    with run_lock(place, run.mesh.world), rank_log(place, run.mesh.rank, secrets) as log:
         return _train(run, log)
 
 
@@ -57,7 +60,7 @@ def _train(run: Run, log: RankLog) -> int:
 def _metrics_writer(run: Run, trunk_tokens: int) -> MetricsWriter:
     done = run.trainer.steps_done
     logging, place = run.config.logging, run.directory.path
-    config = run.config.model_dump(mode="json")
+    config = redacted(run.config.model_dump(mode="json"))
     trackers = Trackers(logging.trackers, logging.tracker_project, place, config)
     return MetricsWriter(
         place, resume_at=done + 1 if done else 0, trunk_tokens=trunk_tokens, trackers=trackers

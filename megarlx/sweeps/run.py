@@ -19,6 +19,7 @@ from rich.table import Table
 
 from megarlx import processes
 from megarlx.config.sweep import SweepConfig
+from megarlx.printable import printable
 from megarlx.sweeps.plan import Job
 from megarlx.training.metrics import read_metrics
 
@@ -156,7 +157,8 @@ class SweepRunner:
         log = self.logs / f"{job.name}.log"
         last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
         self.console.print(
-            f"{job.name}: failed with code {code}; {log} ends with\n  " + "\n  ".join(last),
+            f"{job.name}: failed with code {code}; {log} ends with\n  "
+            + "\n  ".join(map(printable, last)),
             highlight=False,
             markup=False,
         )

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "megarlx"
 
 # Each line may import from itself and from the lines above it.
 LAYERS = [
-    ["plug", "processes"],
+    ["plug", "processes", "printable", "redact"],
     ["choices", "config"],
     ["comm"],
     ["ops"],

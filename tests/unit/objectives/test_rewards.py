@@ -241,7 +241,14 @@ def test_a_reward_that_forks_while_it_is_made_answers_once() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["nonsense\n", "no end", '{"rewards": [9], "number": 1}\n', "[]\n", "[" * 5000 + "\n", "\xff\n"],
+    [
+        "nonsense\n",
+        "no end",
+        '{"rewards": [9], "number": 1}\n',
+        "[]\n",
+        "[" * 5000 + "\n",
+        "\xff\n",
+    ],
 )
 def test_what_is_no_answer_is_named_and_never_taken_for_one(text: str) -> None:
     with rewards(config("writes_to_pipe", options={"text": text}, samples_per_call=1)) as made:
