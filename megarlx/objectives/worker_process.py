@@ -18,7 +18,7 @@ from megarlx import processes
 from megarlx.objectives import worker_program
 from megarlx.printable import printable
 
-Kind = Literal["timeout", "crash", "error", "wrong_shape", "not_finite", "not_asked"]
+Kind = Literal["timeout", "crash", "error", "wrong_shape", "not_finite", "too_large", "not_asked"]
 
 # With as many failures, and most answers among them, what runs there is broken: waiting for the
 # time limit of each of the others would only delay the news.
