@@ -1,4 +1,5 @@
-"""Writes docs/reference/: every key of the configuration, every command, the names of Python.
+"""Writes docs/reference/ (keys of the configuration, commands, names of Python) and the picture of
+the packages, all read from the code.
 
 python tools/reference_pages.py            write the pages
 python tools/reference_pages.py --check    exit status 1 where a page is not what it would be
@@ -8,11 +9,16 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import import_order
+
+import megarlx
+from megarlx import plug
 from megarlx.cli import COMMANDS
 from megarlx.config.describe import FieldLine, field_lines
 from megarlx.config.evaluation import SuitesConfig
@@ -20,7 +26,8 @@ from megarlx.config.section import Section
 from megarlx.config.sections import Config
 from megarlx.config.sweep import SweepConfig
 
-FOLDER = Path(__file__).resolve().parents[1] / "docs" / "reference"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+FOLDER = DOCS / "reference"
 NOTE = "<!-- Written by tools/reference_pages.py; edit the code that it is read from. -->\n\n"
 FILES: dict[str, tuple[type[Section], str]] = {
     "A run or a recipe": (Config, "`megarlx train`, `megarlx branch`, `megarlx plan`."),
@@ -100,7 +107,47 @@ def commands_page() -> str:
     return "".join(parts)
 
 
-PAGES: dict[str, Callable[[], str]] = {"config.md": config_page, "commands.md": commands_page}
+def python_page() -> str:
+    parts = [f"# Names of Python\n\n{NOTE}{inspect.getdoc(megarlx)}\n\n## `import megarlx`\n\n"]
+    for name in megarlx.PUBLIC:
+        named = getattr(megarlx, name)
+        text = inspect.cleandoc(named.__doc__ or "")
+        parts.append(f"### `megarlx.{name}`\n\n```python\n{name}{signature(named)}\n```\n\n")
+        parts.append(f"```text\n{text}\n```\n\n")
+    parts.append("## What a configuration may name\n\n")
+    parts.append("[extending.md](../extending.md) adds one of each.\n\n")
+    parts.append("| kind | form of yours | ours |\n|---|---|---|\n")
+    for kind, one in plug.KINDS.items():
+        names = ", ".join(f"`{name}`" for name in one.ours) or "none"
+        parts.append(f"| {kind} | {one.form}, or file.py in place of module | {names} |\n")
+    return "".join(parts)
+
+
+def parameter_text(parameter: inspect.Parameter) -> str:
+    text, default = f"{parameter.name}: {parameter.annotation}", parameter.default
+    if default is parameter.empty:
+        return text
+    return f"{text} = {default.__name__ if inspect.isclass(default) else repr(default)}"
+
+
+def signature(named: Any) -> str:
+    """One parameter a line, where they are many."""
+    whole = inspect.signature(named)
+    returns = f" -> {whole.return_annotation}"
+    shown = [parameter_text(parameter) for parameter in whole.parameters.values()]
+    star = next((i for i, p in enumerate(whole.parameters.values()) if p.kind is p.KEYWORD_ONLY), 0)
+    if star:
+        shown.insert(star, "*")
+    inside = "".join(f"    {one},\n" for one in shown)
+    return f"(\n{inside}){returns}"
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "reference/config.md": config_page,
+    "reference/commands.md": commands_page,
+    "reference/python.md": python_page,
+    "pictures/architecture.svg": import_order.picture,
+}
 
 
 def main() -> int:
@@ -109,7 +156,7 @@ def main() -> int:
     check = parser.parse_args().check
     stale = []
     for name, page in PAGES.items():
-        path, text = FOLDER / name, page().rstrip("\n") + "\n"
+        path, text = DOCS / name, page().rstrip("\n") + "\n"
         if check and (not path.exists() or path.read_text(encoding="utf-8") != text):
             stale.append(name)
         if not check:

@@ -12,9 +12,9 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
-from megarlx.comm.collectives import gather_values
 from megarlx.data.tokenizer import Tokenizer
 from megarlx.evaluation.capability import score_texts, windows
+from megarlx.evaluation.sampled import gathered
 from megarlx.generation.engine import Engine
 from megarlx.generation.requests import Request, SamplingSettings
 from megarlx.generation.stop import text_of
@@ -138,5 +138,4 @@ class MegarlxLM(TemplateLM):
         texts = [
             text_of(c.tokens.tolist(), sampling, self.words.decode_sampled) for c in completions
         ]
-        every = gather_values(texts, dp)
-        return [every[i % dp.size][i // dp.size] for i in range(len(prompts))]
+        return gathered(texts, len(prompts), dp)

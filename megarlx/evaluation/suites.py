@@ -19,7 +19,7 @@ from megarlx.data.conversations import Template
 from megarlx.data.synthetic.problems import guesses
 from megarlx.data.synthetic.world import World
 from megarlx.data.tokenizer import Tokenizer
-from megarlx.evaluation import agents, behaviour, capability
+from megarlx.evaluation import behaviour, capability, sampled
 from megarlx.evaluation.pass_at_k import Pool, guessing_pass_at_k
 from megarlx.evaluation.questions import (
     Question,
@@ -39,7 +39,7 @@ from megarlx.evaluation.results import (
     write_result,
     write_samples,
 )
-from megarlx.evaluation.sampling import Progress, ScoredQuestion, sample_and_score
+from megarlx.evaluation.sampled import Played, Progress
 from megarlx.model.build import ParallelModel
 from megarlx.objectives.answers import final_answer
 from megarlx.redact import redacted
@@ -126,7 +126,7 @@ def _suite(
     }
     lines: list[dict[str, Any]] = []
     if suite.kind == "agent":
-        found, lines = _played(subject, config, suite)
+        found, lines = _acted(subject, config, suite, say)
     elif suite.kind in SAMPLED:
         found, lines = _sampled(subject, config, suite, say)
     else:
@@ -195,12 +195,51 @@ def _read(subject: Subject, config: EvaluationConfig, suite: SuiteConfig) -> Res
 def _sampled(
     subject: Subject, config: EvaluationConfig, suite: SuiteConfig, say: Say | None
 ) -> tuple[Result, list[dict[str, Any]]]:
+    limit = suite.violation_below if suite.kind == "behaviour" else suite.correct_from
+    item = behaviour.item if suite.kind == "behaviour" else _item
+    questions, items, lines = _played(subject, config, suite, say, lambda one: item(one, limit))
+    if suite.kind == "behaviour":
+        metrics, errors = behaviour.summary(items)
+        return {"metrics": metrics, "standard_errors": errors, "items": items}, lines
+    return {**_pass_at_k(suite, subject.world, questions, items), "items": items}, lines
+
+
+def _acted(
+    subject: Subject, config: EvaluationConfig, suite: SuiteConfig, say: Say | None
+) -> tuple[Result, list[dict[str, Any]]]:
+    assert suite.environment is not None
+    penalty = suite.environment.invalid_action_penalty
+    _, items, lines = _played(
+        subject, config, suite, say, lambda one: sampled.agent_item(one, penalty)
+    )
+    metrics, errors = sampled.agent_summary(items)
+    group = suite.group_size or 0
+    whole = [i for i in items if 0 < group <= i["samples"]]  # no episode of the group was lost
+    if whole:
+        pool = _pool_of(whole)
+        for k in (k for k in suite.ks if k <= group):
+            metrics[f"pass_at_{k}"] = pool.estimate(k).mean
+            errors[f"pass_at_{k}"] = pool.estimate(k).standard_error
+        _add_informative(group, pool, metrics, errors)
+    guessing = sampled.at_random(suite, config.seed)
+    made = {"metrics": metrics, "standard_errors": errors, "guessing": guessing, "items": items}
+    return made, lines
+
+
+def _played(
+    subject: Subject,
+    config: EvaluationConfig,
+    suite: SuiteConfig,
+    say: Say | None,
+    item: Callable[[Played], dict[str, Any]],
+) -> tuple[list[Question], list[dict[str, Any]], list[dict[str, Any]]]:
+    """(questions, an item for each, samples to read), the same on every rank."""
     mesh, template = subject.model.mesh, _template_of(subject, suite)
     few_shot = few_shot_of(suite, subject.world, config.seed, is_base=subject.is_base)
     questions = short_enough(
         suite, questions_of(suite, subject.world), few_shot, template, subject.tokenizer
     )
-    scored = sample_and_score(
+    played = sampled.play(
         subject.model,
         subject.tokenizer,
         template,
@@ -210,76 +249,23 @@ def _sampled(
         seed=config.seed,
         slots=config.slots,
         prefill_tokens=config.prefill_tokens,
+        kept_samples=config.kept_samples,
         progress=_progress(suite) if mesh.rank == 0 and say is not None else None,
     )
-    item = behaviour.item if suite.kind == "behaviour" else _item
-    limit = suite.violation_below if suite.kind == "behaviour" else suite.correct_from
-    mine = [
-        (
-            item(one, limit),
-            [_line(one, at) for at in range(min(config.kept_samples, suite.samples))],
-        )
-        for one in scored
-    ]
-    every = gather_values(mine, mesh.dp)
-    # Rank r took questions r, r + size, …
-    ordered = [every[i % mesh.dp.size][i // mesh.dp.size] for i in range(len(questions))]
-    items, lines = [entry for entry, _ in ordered], [line for _, held in ordered for line in held]
-    if suite.kind == "behaviour":
-        metrics, errors = behaviour.summary(items)
-        return {"metrics": metrics, "standard_errors": errors, "items": items}, lines
-    return {**_pass_at_k(suite, subject.world, questions, items), "items": items}, lines
+    every = sampled.gathered([(item(one), one.lines) for one in played], len(questions), mesh.dp)
+    return questions, [made for made, _ in every], [line for _, lines in every for line in lines]
 
 
-def _played(
-    subject: Subject, config: EvaluationConfig, suite: SuiteConfig
-) -> tuple[Result, list[dict[str, Any]]]:
-    items, lines = agents.play(
-        subject.model,
-        subject.tokenizer,
-        _template_of(subject, suite),
-        suite,
-        seed=config.seed,
-        slots=config.slots,
-        prefill_tokens=config.prefill_tokens,
-        kept_samples=config.kept_samples,
-    )
-    metrics, errors = agents.summary(items)
-    group = suite.group_size or 0
-    whole = [i for i in items if 0 < group <= i["samples"]]  # no episode of the group was lost
-    if whole:
-        pool = _pool_of(whole)
-        for k in (k for k in suite.ks if k <= group):
-            metrics[f"pass_at_{k}"] = pool.estimate(k).mean
-            errors[f"pass_at_{k}"] = pool.estimate(k).standard_error
-        _add_informative(group, pool, metrics, errors)
-    guessing = agents.at_random(suite, config.seed)
-    made = {"metrics": metrics, "standard_errors": errors, "guessing": guessing, "items": items}
-    return made, lines
-
-
-def _item(scored: ScoredQuestion, correct_from: float) -> dict[str, Any]:
+def _item(played: Played, correct_from: float) -> dict[str, Any]:
     """A sample whose reward is not known is not correct."""
-    question = scored.question
+    question = played.question
     found = {
         "id": question.id,
-        "samples": len(scored.samples),
-        "correct": sum(reward >= correct_from for reward in scored.rewards),
-        "truncated": scored.truncated,
+        "samples": len(played.episodes),
+        "correct": sum(reward >= correct_from for reward in played.rewards),
+        "truncated": played.truncated,
     }
     return found if question.group is None else {**found, "group": question.group}
-
-
-def _line(scored: ScoredQuestion, at: int) -> dict[str, Any]:
-    sample, reward = scored.samples[at], scored.rewards[at]
-    return {
-        "prompt": sample.prompt,
-        "completion": sample.completion,
-        "reference": sample.reference,
-        "reward": None if math.isnan(reward) else reward,
-        "finish_reason": sample.finish_reason,
-        "id": scored.question.id,
-    }
 
 
 def _pass_at_k(

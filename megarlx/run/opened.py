@@ -16,8 +16,11 @@ from megarlx.comm.groups import Mesh
 from megarlx.config import Config, load_config
 from megarlx.config.objectives import PRETRAINING
 from megarlx.config.trust import check_trust, names_in
-from megarlx.data.conversations import Template
+from megarlx.data.conversations import Template, Turn
 from megarlx.data.tokenizer import Tokenizer
+from megarlx.generation.engine import Engine
+from megarlx.generation.requests import Request, SamplingSettings
+from megarlx.generation.stop import text_of
 from megarlx.model.build import ParallelModel, build_model
 from megarlx.model.machine import this_machine
 from megarlx.run.assemble import DTYPES, choose_layout, use_tf32
@@ -50,6 +53,38 @@ class OpenedRun:
     def is_base(self) -> bool:
         """Whether the weights have seen pre-training only: such a model is shown examples."""
         return not any(count for name, count in self.tokens.items() if name != PRETRAINING)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        samples: int = 1,
+        temperature: float = 1.0,
+        max_new_tokens: int = 128,
+        seed: int = 0,
+    ) -> list[list[str]]:
+        """Samples of each prompt, asked in the run's template, or as it stands where there is none.
+
+        All ranks call this together, and all get the same.
+        """
+        sampling = SamplingSettings(temperature, stop_tokens=(self.tokenizer.eos_id,))
+        requests = [
+            Request(self._ids(prompt), range(at * samples, (at + 1) * samples), max_new_tokens)
+            for at, prompt in enumerate(prompts)
+        ]
+        longest = max((len(one.prompt) for one in requests), default=0) + max_new_tokens
+        engine = Engine.of(
+            self.model, slots=max(1, min(64, len(prompts) * samples)), longest=longest
+        )
+        made = engine.generate(requests, sampling, seed)
+        decode = self.tokenizer.decode_sampled
+        texts = [text_of(one.tokens.tolist(), sampling, decode) for one in made]
+        return [texts[at * samples : (at + 1) * samples] for at in range(len(prompts))]
+
+    def _ids(self, prompt: str) -> Sequence[int]:
+        if self.template is None:
+            return self.tokenizer.encode(prompt)
+        return self.template.prompt_ids((Turn("user", prompt),), self.tokenizer)
 
 
 def open_config(

@@ -20,7 +20,7 @@ Work = Callable[[launch.Launch, torch.device], int]
 
 
 @contextmanager
-def processes(config: Config) -> Iterator[tuple[launch.Launch, torch.device]]:
+def launched(config: Config) -> Iterator[tuple[launch.Launch, torch.device]]:
     """This process's part of a launch; a layout that cannot be is refused before it begins."""
     device = choose_device(config.training.device)
     started = launch.read()
@@ -33,9 +33,9 @@ def processes(config: Config) -> Iterator[tuple[launch.Launch, torch.device]]:
 
 
 def session(command: str, config: Config, work: Work) -> int:
-    """Works inside of `processes`; returns the exit code."""
+    """Works inside of `launched`; returns the exit code."""
     try:
-        with processes(config) as (started, device):
+        with launched(config) as (started, device):
             return work(started, device)
     # What the user can mend is told in one line each; anything else keeps its traceback.
     except (

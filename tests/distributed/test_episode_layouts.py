@@ -11,8 +11,7 @@ from small_generation import requests, small
 
 from megarlx.comm.groups import Mesh
 from megarlx.generation.engine import Engine
-from megarlx.generation.episodes import TurnEnd, generate_episodes
-from megarlx.generation.requests import SamplingSettings
+from megarlx.generation.requests import SamplingSettings, TurnEnd
 from megarlx.model.build import build_model
 
 STOPS = SamplingSettings(stop_tokens=(11, 60, 130))
@@ -37,7 +36,7 @@ def generated(layout: dict[str, int], options: dict[str, Any], feed_up_to: int) 
         return [None if t.turn == 3 else observed(t) for t in turns]
 
     mine = requests(9, 3, shortest=5)[mesh.dp.rank :: mesh.dp.size]
-    found = generate_episodes(engine, mine, STOPS, 5, on_turns_end, feed_up_to=feed_up_to)
+    found = engine.episodes(mine, STOPS, 5, on_turns_end, feed_up_to=feed_up_to)
     episodes = {
         t.sequence_id: (t.tokens.tolist(), t.turn.tolist(), t.reasons, t.logprobs.tolist())
         for t in found

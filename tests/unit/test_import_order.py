@@ -1,29 +1,13 @@
 """Imports inside megarlx go one way, and optional packages stay where they belong."""
 
-import ast
+import sys
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[2] / "megarlx"
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+from import_order import LAYERS, PACKAGE, imports_of_source
 
-# Each line may import from itself and from the lines above it.
-LAYERS = [
-    ["plug", "processes", "printable", "redact"],
-    ["choices", "config"],
-    ["comm"],
-    ["ops"],
-    ["parallel"],
-    ["model"],
-    ["data", "generation", "checkpoint", "hf"],
-    ["objectives"],
-    ["training"],
-    ["evaluation"],
-    ["planning", "run"],
-    ["report", "doctor"],
-    ["sweeps"],
-    ["cli", "__main__"],
-]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # package -> the only files that may import it
@@ -35,27 +19,6 @@ CONFINED = {
     "mpi4py": {"comm/launch.py"},
     "megarlx._C": {"ops/native.py"},
 }
-
-
-def imports_of_source(text: str, path: Path) -> list[str]:
-    """Every module that a file imports, inside functions too; relative imports made absolute."""
-    found = []
-    parts = ["megarlx", *path.relative_to(PACKAGE).parts]
-    for node in ast.walk(ast.parse(text, str(path))):
-        if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = ".".join(parts[: len(parts) - node.level]) if node.level else ""
-            module = ".".join(x for x in (base, node.module or "") if x)
-            found += [f"{module}.{alias.name}" for alias in node.names]
-        elif (
-            isinstance(node, ast.Call)
-            and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module"
-            and node.args
-            and isinstance(node.args[0], ast.Constant)
-        ):
-            found.append(str(node.args[0].value))
-    return found
 
 
 def imports_of(path: Path) -> list[str]:

@@ -12,7 +12,7 @@ from evaluated_models import subject
 from pydantic import ValidationError
 
 from megarlx.config.evaluation import EvaluationConfig, SuiteConfig
-from megarlx.evaluation.agents import at_random
+from megarlx.evaluation.sampled import at_random
 from megarlx.evaluation.suites import evaluate
 from megarlx.objectives.environment_process import BrokenEnvironment
 

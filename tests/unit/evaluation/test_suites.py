@@ -17,7 +17,7 @@ from megarlx.data.prompts import FewShot
 from megarlx.data.synthetic import guessing_pass_at_k
 from megarlx.evaluation.questions import SuiteError, few_shot_of, questions_of
 from megarlx.evaluation.results import ResultError, finished, read_result, result_path, results_of
-from megarlx.evaluation.sampling import sample_and_score
+from megarlx.evaluation.sampled import play
 from megarlx.evaluation.suites import Parent, described, evaluate, metrics_of
 from megarlx.objectives.reward_process import RewardError
 
@@ -73,14 +73,14 @@ def test_greedy_samples_are_what_one_pass_a_token_says() -> None:
     model = small_model()
     chosen = suite(samples=1, ks=(1,), temperature=0.0, questions=2)
     questions = questions_of(chosen, WORLD)
-    scored = sample_and_score(model, TOKENIZER, TEMPLATE, chosen, questions, FewShot(), seed=1)
-    for one in scored:
+    played = play(model, TOKENIZER, TEMPLATE, chosen, questions, FewShot(), seed=1)
+    for one in played:
         ids = TEMPLATE.prompt_ids((Turn("user", one.question.text),), TOKENIZER)
         begin = len(ids)
         while len(ids) < begin + 6 and ids[-1] != TOKENIZER.eos_id:
             ids.append(int(logits_behind(model, ids).argmax()))
         text = TOKENIZER.decode_sampled([i for i in ids[begin:] if i != TOKENIZER.eos_id])
-        assert one.samples[0].completion == text
+        assert one.episodes[0].turns[0].action == text
 
 
 def test_base_models_see_examples_and_trained_ones_do_not() -> None:
@@ -161,8 +161,9 @@ def test_stop_strings_end_a_completion_and_are_cut_off() -> None:
     questions = questions_of(chosen, WORLD)
 
     def completions(which: SuiteConfig) -> list[tuple[str, str]]:
-        scored = sample_and_score(model, TOKENIZER, TEMPLATE, which, questions, FewShot(), seed=1)
-        return [(s.completion, s.finish_reason) for one in scored for s in one.samples]
+        played = play(model, TOKENIZER, TEMPLATE, which, questions, FewShot(), seed=1)
+        made = [episode for one in played for episode in one.episodes]
+        return [(e.turns[0].action, e.trajectory.reasons[0]) for e in made if e.trajectory]
 
     free = completions(chosen)
     stop = max((w for text, _ in free for w in text.split()), key=lambda w: len(w))

@@ -27,6 +27,7 @@ from megarlx.comm.groups import Mesh  # noqa: E402
 from megarlx.config.model import family_config  # noqa: E402
 from megarlx.data.loader import BatchLayout, Loader, Sample  # noqa: E402
 from megarlx.generation import engine as engines  # noqa: E402
+from megarlx.generation import run as runs  # noqa: E402
 from megarlx.generation import stage_decode  # noqa: E402
 from megarlx.generation.requests import Request, SamplingSettings  # noqa: E402
 from megarlx.model import attention  # noqa: E402
@@ -152,7 +153,7 @@ def generating(found: watch.Watched, steps_before: int) -> None:
         Request(tuple(range(20)), (3, 4, 5, 6), 6),
         Request(tuple(range(30)), (7,), 6),
     ]
-    run = engines._Run(engine, requests, SamplingSettings(temperature=0.7), seed=3)
+    run = runs.Run(engine, requests, SamplingSettings(temperature=0.7), seed=3)
     steps = run.finished()
     for _ in range(steps_before):
         next(steps)

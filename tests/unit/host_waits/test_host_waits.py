@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 Told = dict[str, dict[str, Any]]
-TOKENS = ("generation/engine.py: _Run._work", "copy to the host")
+TOKENS = ("generation/run.py: Run._work", "copy to the host")
 # Where the host has to wait, and why.
 ALLOWED: dict[str, dict[tuple[str, str], str]] = {
     "training": {},
@@ -38,7 +38,7 @@ ALLOWED: dict[str, dict[tuple[str, str], str]] = {
     "admission": {
         TOKENS: "as in a prefill",
         (
-            "generation/engine.py: _Run._keep",
+            "generation/run.py: Run._keep",
             "copy to the host",
         ): "log-probs of a finished sequence; its last token was waited for just before",
     },

@@ -15,6 +15,8 @@ from megarlx.data.prompts import Prompt, PromptData
 from megarlx.data.tokenizer import WordTokenizer
 from megarlx.generation.engine import Engine
 from megarlx.model.build import ParallelModel, build_model
+from megarlx.objectives.player import Player
+from megarlx.objectives.question_game import QuestionGame
 from megarlx.objectives.rewards import Rewards
 from megarlx.objectives.rl import Reinforcement
 from megarlx.objectives.rollout import Sampler
@@ -105,15 +107,9 @@ def reinforcement(
     tokenizer = WordTokenizer(WORDS)
     engine = Engine.of(policy, slots=given.slots, longest=32, detokenize=tokenizer.decode_sampled)
     data = PromptData(questions or prompts(), TEMPLATE, tokenizer, seed, name=name)
-    sampler = Sampler(
-        given,
-        lambda: engine,
-        data,
-        tokenizer,
-        Rewards(given.rewards, given.reward_failures_allowed),
-        policy.mesh,
-        seed,
-    )
+    rewards = Rewards(given.rewards, given.reward_failures_allowed)
+    game = QuestionGame(rewards, given.max_completion_tokens, policy.mesh)
+    sampler = Sampler(given, Player(lambda: engine, game, tokenizer), data, policy.mesh.dp, seed)
     return Reinforcement(name, given, policy, sampler)
 
 

@@ -17,8 +17,7 @@ from megarlx.checkpoint import Saver
 from megarlx.comm.groups import Group
 from megarlx.config.objectives import RlConfig
 from megarlx.config.policy import PolicyConfig
-from megarlx.generation.episodes import Trajectory
-from megarlx.generation.requests import Request
+from megarlx.generation.requests import Request, Trajectory
 from megarlx.objectives.environment_process import BrokenEnvironment, Failure
 from megarlx.objectives.episodes import Episode, EpisodeBatch, Turn
 from megarlx.objectives.policy_loss import loss_spec, policy_fields

@@ -416,7 +416,7 @@ def test_a_prompt_is_never_learned_and_what_was_said_always_is() -> None:
 def test_ids_without_a_word_are_shown_as_unknown() -> None:
     one = reinforcement(config(), model())
     rollout = one.sampler.rollout()
-    without = rollout.completions.tokens >= one.sampler.tokenizer.vocab_size
+    without = rollout.completions.tokens >= one.sampler.player.tokenizer.vocab_size
     assert bool(without.any())
     texts = [example["completion"] for example in rollout.examples]
     assert any("\ufffd" in text for text in texts)
