@@ -54,8 +54,8 @@ void decode_attention_(const Tensor& qkv, Tensor keys, Tensor values, const Tens
   const auto kv_heads = keys.size(2), dim = keys.size(3);
   MEGARLX_CHECK(op, kv_heads > 0 && dim > 0, "keys", c10::str("of shape ", keys.sizes()),
                 "at least one head of at least one element");
-  MEGARLX_CHECK(op, out.dim() == 2 && out.size(1) > 0 && out.size(1) % (kv_heads * dim) == 0,
-                "out", c10::str("of shape ", out.sizes()),
+  MEGARLX_CHECK(op, out.dim() == 2 && out.size(1) > 0 && out.size(1) % (kv_heads * dim) == 0, "out",
+                c10::str("of shape ", out.sizes()),
                 c10::str("[rows, a multiple of ", kv_heads * dim, "]"));
   const auto batch = out.size(0), heads = out.size(1) / dim;
   MEGARLX_CHECK(op, rows >= 0 && rows <= batch, "rows", rows, c10::str("0 to ", batch));

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, model_validator
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, field_validator, model_validator
 from pydantic_core import PydanticCustomError, core_schema
 
 from megarlx import plug
+
+LARGEST = 2**63 - 1  # of all integers: what 64 bits hold
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,23 @@ class Named:
         return name
 
 
+def _each(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
 class Section(BaseModel):
     """A frozen table of the configuration: every key is known, typed and described."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
     )
+
+    @field_validator("*")
+    @classmethod
+    def _within_limits(cls, value: Any) -> Any:
+        if any(isinstance(one, int) and abs(one) > LARGEST for one in _each(value)):
+            raise ValueError(f"integers are at most {LARGEST}")
+        return value
 
     def problems(self) -> list[tuple[str, str]]:
         """(field, what is wrong) where fields that are each valid do not go together."""

@@ -62,11 +62,11 @@ def model_config(content: Mapping[str, Any], source: str) -> ModelConfig:
             raise ConversionError(
                 f"{source}: {key} is {content[key]!r}; allowed is {json.dumps(allowed[0])}"
             )
-    kinds = set(content.get("layer_types") or ()) - {"full_attention"}
-    if kinds:
+    types = content.get("layer_types") or ()
+    kinds = set(map(str, types if isinstance(types, list) else (types,))) - {"full_attention"}
+    if types and kinds:
         raise ConversionError(
-            f"{source}: layer_types has {', '.join(sorted(map(str, kinds)))}; allowed is "
-            "full_attention"
+            f"{source}: layer_types has {', '.join(sorted(kinds))}; allowed is full_attention"
         )
     values: dict[str, Any] = {"family": family.family}
     for ours, theirs in CONFIG_KEYS.items():

@@ -10,7 +10,7 @@ from typing import Any
 
 from megarlx.config.objectives import PLACE, TemplateConfig
 from megarlx.data.tokenizer import EOS, ByteTokenizer, Tokenizer, WordTokenizer, load_tokenizer
-from megarlx.hf.errors import ConversionError
+from megarlx.hf.config_map import read_json
 
 CHAT_TEMPLATE = "chat_template.jinja"
 # What comes with a model besides its tensors, and goes back with it.
@@ -73,7 +73,7 @@ def has_chat_template(folder: Path) -> bool:
     config = folder / "tokenizer_config.json"
     if (folder / CHAT_TEMPLATE).is_file() or not config.is_file():
         return (folder / CHAT_TEMPLATE).is_file()
-    return bool(json.loads(config.read_text(encoding="utf-8")).get("chat_template"))
+    return bool(read_json(config).get("chat_template"))
 
 
 def _definition(**parts: Any) -> dict[str, Any]:
@@ -133,10 +133,7 @@ def tokenizer_of_run(run: Path) -> Tokenizer | None:
     """The one kept with the run, or the one that its configuration names."""
     if (run / "tokenizer.json").is_file():
         return load_tokenizer(run / "tokenizer.json")
-    try:
-        data = json.loads((run / "resolved.json").read_text(encoding="utf-8")).get("data") or {}
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{run / 'resolved.json'} cannot be read: {error}") from error
+    data = read_json(run / "resolved.json").get("data") or {}
     if data.get("world"):
         return load_tokenizer(Path(data["world"]["folder"]) / "tokenizer.json")
     return load_tokenizer(data["tokenizer"]) if data.get("tokenizer") else None
@@ -153,6 +150,6 @@ def kept_files(run: Path) -> Path | None:
         lineage = here / "lineage.json"
         parent = None
         if lineage.is_file():
-            parent = json.loads(lineage.read_text(encoding="utf-8")).get("parent")
-        here = Path(parent["run"]) if parent else None
+            parent = read_json(lineage).get("parent")
+        here = Path(str(parent["run"])) if isinstance(parent, dict) and "run" in parent else None
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 
-from megarlx.checkpoint import latest
+from megarlx.checkpoint import check_run_state, latest, read_manifest, reading_state
 from megarlx.comm import launch
 from megarlx.comm.collectives import gather_values
 from megarlx.redact import from_environment, redacted, secrets_in
@@ -73,11 +73,14 @@ def _start(run: Run) -> Costs:
     costs = Costs(run.config, trainer, parent.tokens if parent is not None else {})
     checkpoint = latest(run.directory.checkpoints, run.mesh.world)
     if checkpoint is not None:
-        loaded = trainer.resume(checkpoint)
-        costs.load_state(loaded.state["run"]["cost"])
+        check_run_state(checkpoint, read_manifest(checkpoint))
+        with reading_state(checkpoint):
+            loaded = trainer.resume(checkpoint)
+            costs.load_state(loaded.state["run"]["cost"])
         text = f"going on from {checkpoint}, step {trainer.steps_done}"
     elif parent is not None:
-        trainer.start_from(parent.checkpoint)
+        with reading_state(parent.checkpoint):
+            trainer.start_from(parent.checkpoint)
         text = f"starting from {parent.checkpoint}"
     else:
         _check_nothing_goes_on(run)
