@@ -35,7 +35,7 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 
 # tokens, vocabulary, hidden, heads, key/value heads, head size, slots, places, layers, MLP width,
 # elements of an optimizer shard, objectives
-T, V, D, H, K, E, S, M, L, F, N, O = 5, 130, 12, 4, 2, 6, 3, 8, 2, 7, 40, 2
+T, V, D, H, K, E, S, M, L, F, N, J = 5, 130, 12, 4, 2, 6, 3, 8, 2, 7, 40, 2
 FUSED, PANEL = (H + 2 * K) * E, 32
 
 
@@ -92,14 +92,14 @@ FITTING: dict[str, Callable[[], Any]] = {
     "key": lambda: below(2**31, 2),
     "bits": lambda: below(2**31, 9),
     "master": lambda: floats(N),
-    "grads": lambda: [floats(N) for _ in range(O)],
-    **dict.fromkeys(("exp_avgs", "exp_avg_sqs"), lambda: [floats(N).abs() for _ in range(O)]),
-    "lrs": lambda: doubles(O),
-    **dict.fromkeys(("beta1s", "beta2s", "eps"), lambda: [0.9] * O),
-    "weight_decays": lambda: doubles(O),
-    "steps": lambda: below(9, O) + 1,
-    **dict.fromkeys(("clips", "weights"), lambda: doubles(O)),
-    "found_inf": lambda: torch.zeros(O, dtype=torch.bool),
+    "grads": lambda: [floats(N) for _ in range(J)],
+    **dict.fromkeys(("exp_avgs", "exp_avg_sqs"), lambda: [floats(N).abs() for _ in range(J)]),
+    "lrs": lambda: doubles(J),
+    **dict.fromkeys(("beta1s", "beta2s", "eps"), lambda: [0.9] * J),
+    "weight_decays": lambda: doubles(J),
+    "steps": lambda: below(9, J) + 1,
+    **dict.fromkeys(("clips", "weights"), lambda: doubles(J)),
+    "found_inf": lambda: torch.zeros(J, dtype=torch.bool),
     "param_out": lambda: None,
     "grad": lambda: floats(N),
     **dict.fromkeys(("exp_avg", "exp_avg_sq", "delta"), lambda: floats(N).abs()),
@@ -135,10 +135,10 @@ NORM = {"weight": lambda: floats(D), "eps": lambda: 1e-6}
 OWN: dict[str, dict[str, Callable[[], Any]]] = {
     "adamw_update_": {**OPTIMIZER, "found_inf": lambda: torch.zeros(1, dtype=torch.bool)},
     "sample_combine": {"partials": lambda: None},  # made by sample_partials, see below
-    **dict.fromkeys(
-        ("replica_average_pack",),
-        {"weight": lambda: doubles(1), "found_inf": lambda: torch.zeros(1, dtype=torch.bool)},
-    ),
+    "replica_average_pack": {
+        "weight": lambda: doubles(1),
+        "found_inf": lambda: torch.zeros(1, dtype=torch.bool),
+    },
     "replica_average_skip_": {"found_inf": lambda: torch.zeros(1, dtype=torch.bool)},
     "rms_norm": NORM,
     "rms_norm_backward": {**NORM, "grad": lambda: floats(T, D), "inverse": lambda: floats(T)},
