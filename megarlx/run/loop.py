@@ -6,7 +6,8 @@ from contextlib import nullcontext
 
 from megarlx.checkpoint import check_run_state, latest, read_manifest, reading_state
 from megarlx.comm import launch
-from megarlx.comm.collectives import gather_values
+from megarlx.comm.collectives import CollectiveError, gather_values
+from megarlx.printable import complain
 from megarlx.redact import from_environment, redacted, secrets_in
 from megarlx.run.assemble import Run, steps_at_tokens
 from megarlx.run.costs import Costs
@@ -27,7 +28,11 @@ def train(run: Run) -> int:
     config = run.config.model_dump(mode="json")
     secrets = {*secrets_in(config), *from_environment(config)}
     with run_lock(place, run.mesh.world), rank_log(place, run.mesh.rank, secrets) as log:
-        return _train(run, log)
+        try:
+            return _train(run, log)
+        except CollectiveError as error:
+            complain(launch.silent_ranks(launch.read(), str(error)))
+            raise
 
 
 def _train(run: Run, log: RankLog) -> int:
