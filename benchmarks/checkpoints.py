@@ -24,7 +24,7 @@ from megarlx.checkpoint import FlatShards, Retention, Saver, load
 from megarlx.comm.groups import Mesh
 from megarlx.model.build import build_model
 from megarlx.training.optimizer import Optimizer
-from megarlx.training.update_rules import UpdateSettings
+from megarlx.training.parts import UpdateSettings
 
 
 def shards_of(size: str) -> FlatShards:

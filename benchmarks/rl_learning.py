@@ -39,8 +39,8 @@ from megarlx.objectives.rewards import Rewards
 from megarlx.objectives.rl import Reinforcement
 from megarlx.objectives.rollout import Sampler
 from megarlx.objectives.supervised import Supervised
+from megarlx.training.parts import UpdateSettings
 from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage
-from megarlx.training.update_rules import UpdateSettings
 
 FORMATS = ("#### {}", "= {}", "is {}", "so {}", "answer {}", "result {}", "{}", "says {} !")
 SAMPLES = 32  # of each held-out question

@@ -42,8 +42,8 @@ from megarlx.objectives.rewards import Rewards
 from megarlx.objectives.rl import Reinforcement
 from megarlx.objectives.rollout import Sampler
 from megarlx.objectives.samples import Sample
+from megarlx.training.parts import UpdateSettings
 from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage
-from megarlx.training.update_rules import UpdateSettings
 
 PROMPT_TOKENS = 24
 

@@ -28,8 +28,8 @@ from megarlx.data.loader import BatchLayout, Loader
 from megarlx.data.samples import Sample
 from megarlx.model.build import build_model
 from megarlx.objectives.supervised import Supervised
+from megarlx.training.parts import UpdateSettings
 from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage
-from megarlx.training.update_rules import UpdateSettings
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import importlib.util
 import sys
 from dataclasses import dataclass
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ KINDS: dict[str, Kind] = {
             "answer_format": "megarlx.objectives.answers:answer_format",
             "length_penalty": "megarlx.objectives.answers:length_penalty",
             "math_equal": "megarlx.objectives.answers:math_equal",
-            "world_behaviour": "megarlx.objectives.world_rewards:world_behaviour",
+            "world_behaviour": "megarlx.study.world.rewards:world_behaviour",
             "model": "megarlx.objectives.reward_model:RewardModel",
             "judge": "megarlx.objectives.reward_http:Judge",
         },
@@ -44,23 +45,54 @@ KINDS: dict[str, Kind] = {
     "environment": Kind(
         "module:Class",
         {
-            "calculator": "megarlx.objectives.environments.calculator:Calculator",
-            "sokoban": "megarlx.objectives.environments.sokoban:Sokoban",
-            "shop": "megarlx.objectives.environments.shop:Shop",
+            "calculator": "megarlx.study.environments.calculator:Calculator",
+            "sokoban": "megarlx.study.environments.sokoban:Sokoban",
+            "shop": "megarlx.study.environments.shop:Shop",
             "gymnasium": "megarlx.objectives.environments.gymnasium:TextGym",
         },
     ),
     "loss": Kind("module:function", {}),
     "advantage": Kind("module:function", {}),
     "aggregation": Kind("module:function", {}),
-    "update rule": Kind("module:Class", {}),
-    "combination": Kind("module:function", {}),
+    "update rule": Kind(
+        "module:Class",
+        {
+            "adamw": "megarlx.training.update_rules:AdamW",
+            "muon": "megarlx.training.muon:Muon",
+        },
+    ),
+    "combination": Kind(
+        "module:function",
+        {
+            "weighted_sum": "megarlx.training.combine:weighted_sum",
+            "projection": "megarlx.training.combine:projection",
+            "sign_agreement": "megarlx.training.combine:sign_agreement",
+        },
+    ),
     "objective": Kind("module:Class", {}),
     "family": Kind("module:name", {}),
-    "data maker": Kind("module:Class", {}),
-    "generator": Kind("module:Class", {}),
-    "suite": Kind("module:Class", {}),
-    "claim": Kind("module:function", {}),
+    "data maker": Kind(
+        "module:Class",
+        {
+            "world": "megarlx.study.world.maker:WorldMaker",
+            "agents": "megarlx.study.environments.maker:AgentsMaker",
+        },
+    ),
+    "generator": Kind("module:Class", {"engine": "megarlx.generation.engine:Engine.of"}),
+    "suite": Kind(
+        "module:function",
+        {
+            "pass_at_k": "megarlx.evaluation.kinds:pass_at_k",
+            "choice": "megarlx.evaluation.kinds:choice",
+            "cloze": "megarlx.evaluation.kinds:cloze",
+            "perplexity": "megarlx.evaluation.kinds:perplexity",
+            "behaviour": "megarlx.evaluation.kinds:behaviour",
+            "agent": "megarlx.evaluation.kinds:agent",
+        },
+    ),
+    "claim": Kind(
+        "module:function", {f"P{n}": f"megarlx.study.claims.paper:P{n}" for n in range(1, 16)}
+    ),
 }
 
 
@@ -102,7 +134,7 @@ def load(name: str) -> Any:
     """What `module:name` or `file.py:name` names."""
     place, _, attribute = name.rpartition(":")
     module = _of_file(place) if place.endswith(".py") else importlib.import_module(place)
-    return getattr(module, attribute)
+    return attrgetter(attribute)(module)
 
 
 @cache

@@ -24,6 +24,7 @@ LAYERS = [
     ["planning", "run"],
     ["report", "doctor"],
     ["sweeps"],
+    ["study"],
     ["cli", "__main__"],
 ]
 

@@ -13,7 +13,7 @@ from megarlx import plug
 from megarlx.config.allowed import without_none
 from megarlx.config.load import ConfigError
 from megarlx.config.objectives import RL, SFT
-from megarlx.config.section import Named, Section
+from megarlx.config.section import Named, OptionsOf, Section
 from megarlx.config.sections import Config
 
 # Names of ours that do what their options say: run code, or send what is in the environment.
@@ -26,7 +26,19 @@ def names_in(
     """(dotted key, kind, name) of everything that a section, or `keys` of it, names."""
     for key, field in type(section).model_fields.items():
         if keys is None or key in keys:
-            yield from _named(getattr(section, key), field.annotation, field.metadata, before + key)
+            value, where = getattr(section, key), before + key
+            yield from _named(value, field.annotation, field.metadata, where)
+            for options in field.metadata:
+                if isinstance(options, OptionsOf):
+                    yield from _in_options(options, getattr(section, options.name), value, where)
+
+
+def _in_options(
+    options: OptionsOf, named: str | None, value: Mapping[str, Any], where: str
+) -> Iterator[tuple[str, str, str]]:
+    """Of what is ours; what is not is itself refused, or trusted with all that it is told."""
+    if named in plug.ours(options.kind):
+        yield from names_in(options.section(named).model_validate(value), None, f"{where}.")
 
 
 def _named(
@@ -43,7 +55,7 @@ def _named(
     elif isinstance(value, tuple) and get_args(annotation):
         for at, element in enumerate(value):
             yield from _named(element, get_args(annotation)[0], (), f"{where}[{at}]")
-    elif isinstance(value, Mapping):
+    elif isinstance(value, Mapping) and get_args(annotation):
         for key, element in value.items():
             yield from _named(element, get_args(annotation)[1], (), f"{where}.{key}")
 

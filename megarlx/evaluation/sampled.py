@@ -8,7 +8,7 @@ fault) counts nowhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,18 +17,18 @@ from megarlx.comm.collectives import gather_values
 from megarlx.comm.groups import Group, Mesh
 from megarlx.config.environment import EnvironmentConfig
 from megarlx.config.evaluation import SuiteConfig
-from megarlx.config.reward import RewardConfig
 from megarlx.data.conversations import Template
+from megarlx.data.draw import Draw
 from megarlx.data.prompts import FewShot, Prompt
-from megarlx.data.synthetic.draw import Draw
 from megarlx.data.tokenizer import Tokenizer
+from megarlx.evaluation.interface import Progress
 from megarlx.evaluation.pass_at_k import mean_and_error
-from megarlx.evaluation.questions import Question, SuiteError, questions_of
-from megarlx.generation.engine import Engine
+from megarlx.evaluation.questions import Question, SuiteError
+from megarlx.generation.interface import generator_of
 from megarlx.generation.requests import SamplingSettings
 from megarlx.model.build import ParallelModel
 from megarlx.objectives.environment_game import EnvironmentGame, task_of
-from megarlx.objectives.environments.demonstrations import built_in, success_rate
+from megarlx.objectives.environments.interface import built_in, success_rate
 from megarlx.objectives.episodes import Episode
 from megarlx.objectives.player import Game, Player, Start
 from megarlx.objectives.question_game import QuestionGame
@@ -36,7 +36,6 @@ from megarlx.objectives.rewards import Rewards
 
 ROUNDS = 8  # a round fills the engine's slots so often: its end, with empty slots, is short
 PARTS = ("success", "valid_actions", "turns", "reward")  # of an agent's episodes
-Progress = Callable[[int, int], None]  # questions done, of all
 T = TypeVar("T")
 
 
@@ -54,14 +53,6 @@ class Played:
     @property
     def truncated(self) -> int:
         return sum(episode.truncated for episode in self.episodes)
-
-
-def default_rewards(suite: SuiteConfig) -> tuple[RewardConfig, ...]:
-    if suite.rewards:
-        return suite.rewards
-    name = {"problems": "marked_answer", "behaviours": "world_behaviour"}.get(suite.world or "")
-    # These only look at text, in time that its length bounds: no process of their own.
-    return (RewardConfig(function=name or "final_number", workers=0),)
 
 
 def settings_of(suite: SuiteConfig, tokenizer: Tokenizer) -> SamplingSettings:
@@ -92,14 +83,15 @@ def play(
     n, group = suite.samples, model.mesh.dp
     mine = range(group.rank, len(questions), group.size)
     most = -(-len(questions) // group.size)  # of any rank
-    engine = Engine.of(
+    generator = generator_of(
+        suite.generator,
         model,
         slots=min(slots, most * n),
         longest=_longest(model, suite, prompts),
         detokenize=tokenizer.decode_sampled,
         prefill_tokens=prefill_tokens,
     )
-    player = Player(lambda: engine, _game(suite, template, tokenizer, model.mesh), tokenizer)
+    player = Player(lambda: generator, _game(suite, template, tokenizer, model.mesh), tokenizer)
     settings = settings_of(suite, tokenizer)
     # Every data-parallel rank plays as often as the others: they stop together.
     per_round = max(1, ROUNDS * slots // n)
@@ -169,7 +161,7 @@ def _longest(model: ParallelModel, suite: SuiteConfig, prompts: list[list[int]])
 def _game(suite: SuiteConfig, template: Template, tokenizer: Tokenizer, mesh: Mesh) -> Game:
     if suite.environment is not None:
         return EnvironmentGame(suite.environment, template, tokenizer, mesh)
-    rewards = Rewards(default_rewards(suite)) if mesh.model.is_first else None
+    rewards = Rewards(suite.rewards) if mesh.model.is_first else None
     return QuestionGame(rewards, suite.max_new_tokens, mesh)
 
 
@@ -201,14 +193,14 @@ def agent_item(played: Played, invalid_action_penalty: float) -> dict[str, Any]:
     return found if question.group is None else {**found, "group": question.group}
 
 
-def at_random(suite: SuiteConfig, seed: int) -> dict[str, float]:
+def at_random(suite: SuiteConfig, questions: Sequence[Question], seed: int) -> dict[str, float]:
     """What a policy reaches that draws its actions at random, as often and for as many turns; of
     the environments that come with megarlx and can say what such an action is."""
     environment = suite.environment
     assert environment is not None
     if not _draws_actions(environment):
         return {}
-    tasks = [task_of(_prompt(one)) for one in questions_of(suite, None)]
+    tasks = [task_of(_prompt(one)) for one in questions]
     draw = Draw(seed, "random")
     often = tasks * suite.samples
     made = built_in(environment)

@@ -8,7 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megarlx import plug
 from megarlx.config.objectives import PLACE, TemplateConfig
+from megarlx.config.run_sections import DataConfig
+from megarlx.data.making import made
 from megarlx.data.tokenizer import EOS, ByteTokenizer, Tokenizer, WordTokenizer, load_tokenizer
 from megarlx.hf.config_map import read_json
 
@@ -134,8 +137,9 @@ def tokenizer_of_run(run: Path) -> Tokenizer | None:
     if (run / "tokenizer.json").is_file():
         return load_tokenizer(run / "tokenizer.json")
     data = read_json(run / "resolved.json").get("data") or {}
-    if data.get("world"):
-        return load_tokenizer(Path(data["world"]["folder"]) / "tokenizer.json")
+    if data.get("maker") in plug.ours("data maker"):  # another's code is not run unasked
+        read = DataConfig.model_validate(data)
+        return load_tokenizer(made(data["maker"], read.place, read.options).tokenizer)
     return load_tokenizer(data["tokenizer"]) if data.get("tokenizer") else None
 
 

@@ -101,16 +101,20 @@ class Stage(nn.Module):
             if not (config.tied_embeddings and self.has_embedding):
                 # rows of the vocabulary, like the embedding; `head_weight` is used, not its forward
                 self.head = self.backend.VocabEmbedding(padded, config.hidden_size, **options)
-        self.layouts: dict[str, ParameterLayout] = parameter_layouts(
-            config,
-            TensorParallel(group.size, group.rank, self.sequence_parallel),
-            first=first,
-            last=last,
+        self.layouts = self.layouts_at(group.rank)
+        # not a buffer: moving the stage to another dtype must not round it
+        self.radians = rope.frequencies(config)
+
+    def layouts_at(self, tp_rank: int) -> dict[str, ParameterLayout]:
+        """Of the parameters that a tensor-parallel rank holds of this stage."""
+        return parameter_layouts(
+            self.config,
+            TensorParallel(self.group.size, tp_rank, self.sequence_parallel),
+            first=self.first,
+            last=self.last,
             embedding=self.has_embedding,
             head=self.has_head,
         )
-        # not a buffer: moving the stage to another dtype must not round it
-        self.radians = rope.frequencies(config)
 
     @property
     def head_weight(self) -> Tensor:

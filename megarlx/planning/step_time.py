@@ -185,7 +185,8 @@ def _update_links(job: Job, gpu: Gpu, rank: int) -> float:
     if job.dp > 1:
         seconds += sent["dp", "all_gather"] / gpu.link_bandwidth(job.tp, job.dp)
     if job.in_replicas:
-        seconds += sent["replica", "all_reduce"] / _between_replicas(job, gpu)
+        between = sent["replica", "all_reduce"] + sent["replica", "all_gather"]
+        seconds += between / _between_replicas(job, gpu)
     return seconds
 
 

@@ -46,16 +46,16 @@ def read_config(run: Path) -> Config:
     path = run / "resolved.json"
     if not path.exists():
         raise RunError(f"{run} holds no resolved.json: what its model looks like is not known")
-    return load_config(path)
+    return load_config(path, trusted=())
 
 
 def excursion_config(
     parent: Path, recipe: Path, overrides: Sequence[str] = (), trusted: Collection[str] = ()
 ) -> Config:
     """The recipe, over what it takes from its parent: of code, only what is trusted."""
-    own: set[str] = set()
+    own = set(trusted)
     config = recipe_config(read_config(parent), recipe, overrides, str(parent), own)
-    check_trust(names_in(used(config)), str(parent), own | set(trusted))
+    check_trust(names_in(used(config)), str(parent), own)
     return config
 
 
@@ -68,7 +68,8 @@ def recipe_config(
 ) -> Config:
     """The recipe over the configuration that a run of it would start from.
 
-    `own` gets every text that the recipe and the overrides hold.
+    `own` is what of the parent's is trusted, and gets every text that the recipe and the overrides
+    hold; None: the parent is the user's own.
     """
     whole = before.model_dump(mode="json")
     base = {key: whole[key] for key in INHERITED}
@@ -79,7 +80,7 @@ def recipe_config(
             own.update(_texts(given))
         return _completed(given, base, before)
 
-    config = load_config(recipe, overrides, prepare=prepare)
+    config = load_config(recipe, overrides, prepare=prepare, trusted=own)
     if config.model != before.model:
         raise RunError(f"{recipe}: [model] is another one than that of {parent}; leave it out")
     if not config.stages:
@@ -225,9 +226,9 @@ def replay_cost(run: Path, wanted: int, nearest: int) -> str:
     return f"--replay would take {wanted - nearest} steps from iteration {nearest}{time_text}"
 
 
-def replay_config(run: Path, layout: Mapping[str, Any]) -> Config:
+def replay_config(before: Config, layout: Mapping[str, Any]) -> Config:
     """The parent's own configuration, saving nothing on the way."""
-    whole = read_config(run).model_dump(mode="json")
+    whole = before.model_dump(mode="json")
     return Config.model_validate(
         whole | {"layout": dict(layout), "evaluation": {}, "checkpoints": {}}
     )
@@ -250,8 +251,9 @@ def replay(
     there = directory.checkpoints / checkpoint_name(wanted)
     if (there / "manifest.json").exists():
         return there
-    config = replay_config(run, excursion.layout.model_dump(mode="json"))
-    check_trust(names_in(used(config)), str(run), trusted)
+    before = read_config(run)
+    check_trust(names_in(used(before), {*Config.model_fields} - {"evaluation"}), str(run), trusted)
+    config = replay_config(before, excursion.layout.model_dump(mode="json"))
     made = assemble(config, directory.path, started, device, tokenizer_from=run)
     try:
         checkpoint = run / "checkpoints" / checkpoint_name(nearest)
@@ -262,7 +264,7 @@ def replay(
             print(f"replaying {run} from iteration {nearest} to {wanted}")
         while made.trainer.steps_done < wanted:
             made.trainer.step()
-        made.trainer.share_counts()
+        made.trainer.replicas.share_counts()
         tokens = made.trainer.tokens
         state = {"tokens": {name: int(count) for name, count in tokens.items()}, "cost": {}}
         inherited = RunDirectory(run).parent

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megarlx import plug
 from megarlx.config import Config, ConfigError, load_config
 from megarlx.config.arguments import add_overrides, add_trust
 from megarlx.config.evaluation import (
@@ -15,7 +16,6 @@ from megarlx.config.evaluation import (
     EvaluationConfig,
     SuiteConfig,
     SuitesConfig,
-    world_suites,
 )
 from megarlx.config.objectives import WRITE_TEMPLATE, TemplateConfig
 from megarlx.printable import complain
@@ -102,8 +102,9 @@ def chosen(
     if arguments.config is not None:
         evaluation = file = load_config(arguments.config, (), SuitesConfig)
         template = file.template or template
-    elif not evaluation.suites and config.data is not None and config.data.world is not None:
-        evaluation = world_suites()
+    elif not evaluation.suites and config.data is not None and config.data.maker is not None:
+        suites = plug.resolve("data maker", config.data.maker).evaluated
+        evaluation = EvaluationConfig(suites=suites)
     names = [suite.name for suite in evaluation.suites]
     if not names:
         raise ConfigError(["no suites: the run's configuration has none; give --config FILE.toml"])
@@ -151,12 +152,19 @@ def _evaluate(
     started: Any,
     device: Any,
 ) -> None:
-    from megarlx.evaluation.suites import Parent, Subject, evaluate
+    from megarlx.comm.collectives import barrier
+    from megarlx.evaluation.interface import Subject
+    from megarlx.evaluation.suites import Parent, evaluate
+    from megarlx.run.made import made_for, write_data
     from megarlx.run.opened import load_weights, open_run, read_lineage
-    from megarlx.run.world import template_of, world_of
+    from megarlx.run.tokenizer import template_of
 
     opened = open_run(references[0], config, started, device)
-    world = world_of(config)
+    if any(suite.made is not None for suite in evaluation.suites):
+        if started.local_rank == 0:
+            write_data(config)
+        barrier(opened.model.mesh.world)
+    made = made_for(evaluation.suites, config)
     lineage = read_lineage(references[0].run).get("parent")
     parent = None if lineage is None else Parent(Path(lineage["run"]), lineage["iteration"])
     say = print if started.rank == 0 else None
@@ -175,6 +183,6 @@ def _evaluate(
             reference.iteration,
             opened.trunk_tokens,
             opened.loaded.digest,
-            world,
+            made,
         )
         evaluate(subject, evaluation, run=reference.run, parent=parent, say=say)

@@ -15,16 +15,18 @@ from torch import Tensor
 from megarlx.comm.collectives import gather_values
 from megarlx.config.evaluation import EvaluationConfig
 from megarlx.config.objectives import PRETRAINING
+from megarlx.evaluation.interface import Subject
 from megarlx.evaluation.results import samples_path
 from megarlx.evaluation.suites import Parent as EvaluatedParent
-from megarlx.evaluation.suites import Subject, evaluate, metrics_of
+from megarlx.evaluation.suites import evaluate, metrics_of
 from megarlx.objectives.supervised import Supervised
 from megarlx.run.assemble import Run
 from megarlx.run.costs import Costs, peak_flop_per_second
 from megarlx.run.directory import RunError
 from megarlx.run.finite import Flags, FoundInf
+from megarlx.run.made import made_for
 from megarlx.run.screen import SHOWN_SAMPLES, Screen
-from megarlx.run.world import template_of, world_of
+from megarlx.run.tokenizer import template_of
 
 
 class TrainingError(RuntimeError):
@@ -114,8 +116,8 @@ class StepLog:
         values |= {f"lr/{n}": one.learning_rate for n, one in recent.items()}
         values |= {f"share/{n}": share for n, share in (trainer.last_shares or {}).items()}
         values |= self._performance()
-        values |= trainer.metrics(losses)
-        for name, examples in trainer.new_examples(losses).items():
+        values |= trainer.replicas.metrics(losses)
+        for name, examples in trainer.replicas.new_examples(losses).items():
             self.screen.show(trainer.steps_done, f"samples/{name}", examples)
         self.screen.say(
             trainer.steps_done, self._headline(losses, values), values, self.costs.trunk_tokens
@@ -133,7 +135,7 @@ class StepLog:
             "perf/mfu": spent["flop"] / seconds / self._peak,
             "perf/skipped_updates": float(self.guard.skipped),
             **self.costs.metrics(),
-            **trainer.idle_share(seconds),
+            **trainer.replicas.idle_share(seconds),
         }
 
     def _headline(self, losses: Mapping[str, Tensor], values: Mapping[str, float]) -> str:
@@ -169,7 +171,7 @@ class Evaluation:
         run, done = self.run, self.run.trainer.steps_done
         begun = time.perf_counter()
         results = evaluate(
-            self._subject(),
+            self._subject(evaluation),
             evaluation,
             run=run.directory.path,
             parent=self._parent(),
@@ -182,7 +184,7 @@ class Evaluation:
         self.screen.say(done, headline, values, self.costs.trunk_tokens)
         self.steps.leave_out(time.perf_counter() - begun)
 
-    def _subject(self) -> Subject:
+    def _subject(self, evaluation: EvaluationConfig) -> Subject:
         run, tokens = self.run, self.costs.tokens()
         if run.tokenizer is None:
             raise RunError("[evaluation] needs a tokenizer: data.tokenizer names none")
@@ -193,7 +195,7 @@ class Evaluation:
             is_base=not any(n for name, n in tokens.items() if name != PRETRAINING),
             iteration=run.trainer.steps_done,
             trunk_tokens=tokens.get(PRETRAINING, 0),
-            world=world_of(run.config),
+            made=made_for(evaluation.suites, run.config),
         )
 
     def _show_samples(self, done: int, suite: str) -> None:

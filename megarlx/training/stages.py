@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from megarlx.config.timeline import StageTimes
 from megarlx.objectives.interface import Objective
+from megarlx.training.combine import Combination, weighted_sum
+from megarlx.training.parts import UpdateSettings
 from megarlx.training.shares import Shares
-from megarlx.training.update_rules import UpdateSettings
 
 LearningRate = Callable[[int], float]  # steps the objective has taken -> learning rate
 
@@ -33,6 +35,7 @@ class TrainingStage:
         steps: int | None = None,  # None: without end
         combine: Literal["single", "alternate", "average"] = "average",
         shared_moments: bool = False,
+        combination: Combination = weighted_sum,
         shares: Shares | None = None,
         placement: Literal["colocated", "replicas"] = "colocated",
         sync_every: int = 1,
@@ -53,6 +56,7 @@ class TrainingStage:
             frozenset(name for name, trained in self.members.items() if trained.goes_on),
         )
         self.combine, self.shared_moments = combine, shared_moments
+        self.combination = combination
         self.shares = shares
         self.in_replicas = placement == "replicas"
         self.helps = self.in_replicas and generate_together and sync_every == 1
@@ -62,9 +66,15 @@ class TrainingStage:
                 f"stage: placement is '{placement}' with sync_every {sync_every}; that is for "
                 f"combine = 'average', not '{combine}'"
             )
+        if combination is not weighted_sum and combine != "average":
+            raise ValueError(
+                f"stage: its combination is not weighted_sum, and combine is '{combine}'; it is "
+                "for 'average'"
+            )
         if sync_every > 1 and shared_moments:
             raise ValueError(
-                f"stage: sync_every is {sync_every}; objectives with one Adam for all can take no "
+                f"stage: sync_every is {sync_every}; objectives with one state for all can take "
+                "no "
                 "steps of their own: allowed is 1"
             )
         self._first_losses: dict[str, float] = {}
@@ -78,12 +88,17 @@ class TrainingStage:
         return self.shares is not None and self.shares.adaptation is not None
 
     def observe(self, signals: Mapping[str, float | None], losses: Mapping[str, float]) -> None:
-        """Signals of the step that was just made, for adaptive shares; None: the loss tells."""
+        """Signals of the step that was just made, for adaptive shares; None: the loss tells.
+
+        A loss that is not finite was of a step that was skipped, and tells nothing.
+        """
         assert self.shares is not None
         found = {}
         for name in self.members:
             signal = signals[name]
             if signal is None:
+                if not math.isfinite(losses[name]):
+                    continue
                 first = self._first_losses.setdefault(name, losses[name])
                 signal = losses[name] / first if first > 0 else 0.0
             found[name] = signal
@@ -101,3 +116,32 @@ class TrainingStage:
         assert self.shares is not None
         self.shares.load_state(state)
         self._first_losses = {str(k): float(v) for k, v in state["first_losses"].items()}
+
+
+def check_stages(stages: Sequence[TrainingStage]) -> dict[str, Objective]:
+    """All objectives by name; one that goes on must do so by the rule that it had."""
+    objectives: dict[str, Objective] = {}
+    rules: dict[str, str] = {}
+    shared: str | None = None  # rule of the state that all objectives of a stage had last
+    for stage in stages:
+        for name, trained in stage.members.items():
+            if objectives.setdefault(name, trained.objective) is not trained.objective:
+                raise ValueError(f"two objectives have the name '{name}'")
+            before = shared if stage.shared_moments else rules.get(name)
+            rule = trained.settings.whole_rule
+            if trained.goes_on and before not in (None, rule):
+                raise ValueError(
+                    f"objective '{name}' goes on by the update rule '{trained.settings.rule}'; its "
+                    f"state was made by '{before}': give it the same rule, or no goes_on"
+                )
+        made = {name: one.settings.whole_rule for name, one in stage.members.items()}
+        if stage.shared_moments:
+            shared = next(iter(made.values()))
+        else:
+            rules |= made
+    return objectives
+
+
+def settings_of_waiting(stages: Sequence[TrainingStage], index: int, name: str) -> UpdateSettings:
+    """Of an objective that the stage `index` does not train: those by which it goes on."""
+    return next(one.members[name].settings for one in stages[index + 1 :] if name in one.members)

@@ -40,8 +40,8 @@ from megarlx.model.build import build_model
 from megarlx.objectives.supervised import Supervised
 from megarlx.parallel.data_parallel import FlatLayout
 from megarlx.parallel.metadata import ParameterLayout, Piece
+from megarlx.training.parts import UpdateSettings
 from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage
-from megarlx.training.update_rules import UpdateSettings
 
 SEQUENCES = 24
 

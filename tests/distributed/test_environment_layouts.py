@@ -17,8 +17,9 @@ from megarlx.generation.requests import SamplingSettings
 from megarlx.model.build import build_model
 from megarlx.objectives.environment_game import EnvironmentGame
 from megarlx.objectives.environment_process import BrokenEnvironment
-from megarlx.objectives.environments.demonstrations import TEMPLATE, TEMPLATE_WORDS, built_in
+from megarlx.objectives.environments.interface import built_in
 from megarlx.objectives.player import Player, Start
+from megarlx.study.environments.demonstrations import TEMPLATE, TEMPLATE_WORDS
 
 
 def episodes(layout: dict[str, int], function: str, options: dict[str, Any]) -> Any:

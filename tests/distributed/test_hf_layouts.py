@@ -25,8 +25,8 @@ from megarlx.hf.families import family_of, tensor_names
 from megarlx.hf.trunk import find_checkpoint
 from megarlx.model.build import build_model
 from megarlx.objectives.supervised import Supervised
+from megarlx.training.parts import UpdateSettings
 from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage
-from megarlx.training.update_rules import UpdateSettings
 
 transformers = pytest.importorskip("transformers")
 

@@ -48,7 +48,11 @@ def config(world: str = "nowhere", replica: int = 2, **stage: Any) -> Config:
         {
             "model": SMALL,
             "training": {**TOKENS, "precision": "fp64"},
-            "data": {"world": {"folder": world, "documents": 60, "held_out_documents": 6}},
+            "data": {
+                "maker": "world",
+                "folder": world,
+                "options": {"documents": 60, "held_out_documents": 6},
+            },
             "sft": {},
             "rl": RL,
             "stages": [{"steps": 1, "objectives": {"pretraining": {}}}, average | stage],

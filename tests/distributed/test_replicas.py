@@ -30,10 +30,10 @@ from megarlx.data.samples import Sample
 from megarlx.model.build import build_model
 from megarlx.objectives.rl import Reinforcement
 from megarlx.objectives.supervised import Supervised
+from megarlx.training.parts import UpdateSettings
 from megarlx.training.shares import Adaptation, Course, Shares
 from megarlx.training.stages import TrainedObjective, TrainingStage
 from megarlx.training.trainer import Trainer
-from megarlx.training.update_rules import UpdateSettings
 
 Axes = dict[str, int]
 COURSES = {"a": Course(1.0, 3.0), "b": Course(2.0, 2.0), "c": Course(1.0, 1.0)}
@@ -112,7 +112,7 @@ def go_on(trainer: Trainer, steps: int) -> dict[str, Any]:
         norms += [float(norm) for norm in report.gradient_norms.values()]
         flags += [int(flag) for flag in report.found_inf.values()]
         shares += (trainer.last_shares or {}).values()
-    trainer.share_counts()
+    trainer.replicas.share_counts()
     return {
         "losses": losses,
         "norms": norms,
@@ -120,8 +120,10 @@ def go_on(trainer: Trainer, steps: int) -> dict[str, Any]:
         "shares": shares,
         "tokens": {name: float(count) for name, count in trainer.tokens.items()},
         "steps": trainer.optimizer.state(),
-        "metrics": trainer.metrics(trainer.stage.members),
-        "moments": {n: chunks(trainer, m) for n, m in trainer.optimizer.exp_avg_sqs.items()},
+        "metrics": trainer.replicas.metrics(trainer.stage.members),
+        "moments": {
+            n: chunks(trainer, m["exp_avg_sq"]) for n, m in trainer.optimizer.kept.shards.items()
+        },
         "weights": chunks(trainer, trainer.optimizer.master),
         "model": trainer.model.data_parallel.weights.clone(),
         "replica": trainer.mesh.replica.rank,

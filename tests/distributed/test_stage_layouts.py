@@ -15,9 +15,9 @@ from megarlx.data.loader import BatchLayout, Loader
 from megarlx.data.samples import Sample
 from megarlx.model.build import build_model
 from megarlx.objectives.supervised import Supervised
+from megarlx.training.parts import UpdateSettings
 from megarlx.training.shares import Adaptation, Course, Shares
 from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage
-from megarlx.training.update_rules import UpdateSettings
 
 SEQUENCES = 8
 LAYOUTS = [{"tp": 2}, {"pp": 2}, {"dp": 2}, {"tp": 2, "dp": 2}]

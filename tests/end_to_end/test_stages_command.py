@@ -32,8 +32,10 @@ sequence_length = 64
 [optimizer]
 lr = 2e-3
 
-[data.world]
+[data]
+maker = "world"
 folder = "{world}"
+[data.options]
 documents = 300
 held_out_documents = 20
 prompts = 40

@@ -37,8 +37,10 @@ sequence_length = 32
 lr = 3e-3
 schedule = "constant"
 
-[data.world]
+[data]
+maker = "world"
 folder = "{world}"
+[data.options]
 documents = 400
 held_out_documents = 20
 

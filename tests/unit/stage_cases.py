@@ -17,9 +17,9 @@ from megarlx.data.samples import Sample
 from megarlx.model.build import ParallelModel, build_model
 from megarlx.objectives.supervised import Supervised
 from megarlx.ops import TokenLoss
+from megarlx.training.parts import UpdateSettings
 from megarlx.training.shares import Shares
 from megarlx.training.stages import TrainedObjective, TrainingStage
-from megarlx.training.update_rules import UpdateSettings
 
 VOCABULARY, LENGTH, SEQUENCES = 61, 8, 4
 ADAMS = {

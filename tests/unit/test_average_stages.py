@@ -21,9 +21,9 @@ from stage_cases import (
 from torch import Tensor
 
 from megarlx.training import optimizer
+from megarlx.training.parts import UpdateSettings
 from megarlx.training.shares import Adaptation, Course, Shares
 from megarlx.training.trainer import Trainer
-from megarlx.training.update_rules import UpdateSettings
 
 PLAIN = UpdateSettings(weight_decay=0.0, clip_norm=None)
 

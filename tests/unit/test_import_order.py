@@ -47,6 +47,14 @@ def test_imports_never_step_backwards(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_the_study_is_a_user_like_any_other(path: Path) -> None:
+    """plug.py and cli.py name parts of it in strings."""
+    if unit_of(path) != "study":
+        found = [name for name in imports_of(path) if f"{name}.".startswith("megarlx.study.")]
+        assert not found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_optional_packages_are_imported_only_where_they_belong(path: Path) -> None:
     here = str(path.relative_to(PACKAGE))
     for name in imports_of(path):

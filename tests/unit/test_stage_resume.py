@@ -14,9 +14,9 @@ from torch import Tensor
 from megarlx.checkpoint import CheckpointError, Saver
 from megarlx.comm.groups import Group
 from megarlx.objectives.interface import Objective
+from megarlx.training.parts import UpdateSettings
 from megarlx.training.shares import Adaptation, Course, Shares
 from megarlx.training.trainer import Trainer, TrainingStage
-from megarlx.training.update_rules import UpdateSettings
 
 WORLD = Group.alone("world")
 SAME: dict[str, Any] = {
@@ -177,8 +177,11 @@ def test_an_excursion_goes_on_with_what_it_is_told_and_with_nothing_else(tmp_pat
         "a": 3,
     }
     for name in "ab":
-        assert torch.equal(child.optimizer.exp_avgs[name], parent.optimizer.exp_avgs[name])
-    assert not child.optimizer.exp_avgs["c"].any()
+        assert torch.equal(
+            child.optimizer.kept.shards[name]["exp_avg"],
+            parent.optimizer.kept.shards[name]["exp_avg"],
+        )
+    assert not child.optimizer.kept.shards["c"]["exp_avg"].any()
     assert child.positions == {"a": 3, "b": 3, "c": 0}
     assert a.state()["consumed_sequences"] == b.state()["consumed_sequences"] == 12
     assert c.state()["consumed_sequences"] == 0
@@ -260,7 +263,7 @@ def test_objectives_of_one_name_must_be_one_objective() -> None:
 
 
 def test_one_adam_for_different_settings_is_refused() -> None:
-    with pytest.raises(ValueError, match="one Adam cannot have the settings"):
+    with pytest.raises(ValueError, match="one state cannot have the settings"):
         Trainer(small_model(), [stage_of("ab", of_gradients=True)])
 
 

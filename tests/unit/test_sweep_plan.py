@@ -215,4 +215,4 @@ def test_both_worlds_are_asked_the_same_question_of_placement() -> None:
     )
     differing = {key for key in one if one[key] != other[key]}
     assert differing == {"out", "trunks", "set"}  # its trunks are not the study's
-    assert {key.split(".")[1] for key in other["set"]} == {"world"}
+    assert {key.split(".")[0] for key in other["set"]} == {"data"}

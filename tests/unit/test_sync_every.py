@@ -174,5 +174,5 @@ def test_one_adam_for_all_takes_no_local_steps() -> None:
     StageConfig.model_validate(stage)
     with pytest.raises(ValidationError, match="sync_every: is 3; with of = 'gradients' it is 1"):
         StageConfig.model_validate(stage | {"of": "gradients"})
-    with pytest.raises(ValueError, match="sync_every is 3; objectives with one Adam"):
+    with pytest.raises(ValueError, match="sync_every is 3; objectives with one state"):
         TrainingStage([], shared_moments=True, sync_every=3)

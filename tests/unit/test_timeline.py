@@ -45,7 +45,7 @@ def recipe(seed: int) -> dict[str, Any]:
         },
         "training": {"sequence_length": 32, "sequences_per_step": 4},
         "optimizer": {"lr": 5e-3},
-        "data": {"world": {"folder": "world"}},
+        "data": {"maker": "world", "folder": "world"},
         "rl": {},
         "sft": {},
         "objectives": {"warm": {"sft": {}}},

@@ -21,8 +21,8 @@ from megarlx.objectives.rewards import Rewards
 from megarlx.objectives.rl import Reinforcement
 from megarlx.objectives.rollout import Sampler
 from megarlx.objectives.samples import Sample
+from megarlx.training.parts import UpdateSettings
 from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage
-from megarlx.training.update_rules import UpdateSettings
 
 WORDS = [*["question", ":", "answer", "####"], *(f"w{i}" for i in range(20))]
 VOCABULARY = 29  # more than the tokenizer's 25: the model can say what no word stands for

@@ -373,7 +373,7 @@ def test_a_step_whose_samples_are_all_masked_moves_nothing() -> None:
     trainer = trainer_of(one)
     while True:  # until no sample stops at its first token
         before = one.model.data_parallel.weights.clone()
-        trainer.optimizer.exp_avgs["rl"].zero_()
+        trainer.optimizer.kept.shards["rl"]["exp_avg"].zero_()
         _, report = trainer.step()
         assert one.current is not None
         assert one.current.completions.truncated is not None

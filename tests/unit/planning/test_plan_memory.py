@@ -87,10 +87,9 @@ def test_persistent_memory_is_that_of_the_tensors_the_optimizer_holds(
             parallel.weights,
             parallel.gradients,
             optimizer.master,
-            optimizer.weights_out,
+            optimizer.masters.out,
             *optimizer.gradients.values(),
-            *optimizer.exp_avgs.values(),
-            *optimizer.exp_avg_sqs.values(),
+            *(shard for shards in optimizer.kept.shards.values() for shard in shards.values()),
         )
         if tensor is not None
     }
