@@ -87,12 +87,15 @@ class WorkerProcess:
 
     def _started(self) -> subprocess.Popen[str]:
         # -P: the folder of the file must not come before other modules
-        self._process = process = processes.start(
-            [sys.executable, "-P", str(Path(worker_program.__file__))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            encoding="utf-8",
-        )
+        try:
+            self._process = process = processes.start(
+                [sys.executable, "-P", str(Path(worker_program.__file__))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                encoding="utf-8",
+            )
+        except OSError as error:  # too many open files, processes, or too little memory
+            raise CannotStart(f"no process: {error}") from error
         self.starts += 1
         hello = {
             "path": [path or os.getcwd() for path in sys.path],

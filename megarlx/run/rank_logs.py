@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from megarlx.naming import naming
 from megarlx.printable import printable
 from megarlx.redact import hidden
 
@@ -39,6 +40,7 @@ class StampedLines:
 
     def __init__(self, path: Path, secrets: Collection[str] = ()) -> None:
         self._secrets = secrets
+        self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         # In one write a line: nothing waits in a buffer when the process is killed.
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115  closed in close()
@@ -54,7 +56,8 @@ class StampedLines:
                 lines = (line.rstrip("\r").rpartition("\r")[2] for line in whole)
                 lines = (printable(hidden(line, self._secrets)) for line in lines)
                 text = "".join(f"{stamp} {line}\n" for line in lines)
-                self._file.write(text.encode())
+                with naming(self._path):
+                    self._file.write(text.encode())
 
     def write_apart(self, text: str) -> None:
         """On lines of its own, whatever the last line was."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from megarlx.naming import naming
 from megarlx.training.trackers import Trackers
 
 
@@ -55,8 +56,9 @@ class MetricsWriter:
                 self._over_tokens.add_scalar(key, value, trunk_tokens)
         line = {"step": step, **{key: _finite(value) for key, value in values.items()}}
         self._reopen_if_gone()
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
         if self._trackers is not None:
             self._trackers.scalars(step, values)
 
