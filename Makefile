@@ -2,6 +2,7 @@
 #   PYTHON        the interpreter to start from (3.11 or newer)
 #   TORCH         torch's pin; TORCH_INDEX the package index to take it from (say, that of CPU builds)
 #   VENV          where the environment lives; EXTRAS which extras of megarlx come along
+#   PINNED        how other versions than torch's are pinned
 #   PYTEST        further arguments for pytest
 #   OLDEST_TESTS     what test-oldest runs; OLDEST_PYTEST further arguments, say --share 0.2
 #   PREBUILT_PYTHON  for cuda-prebuilt: the Python of the machine that the native code is for
@@ -12,9 +13,19 @@ TORCH_INDEX ?=
 # With an NVIDIA driver: the torch that the tested pins of .[cuda] go with.
 TORCH ?= $(if $(shell command -v nvidia-smi),torch==2.11.0,torch==2.13.0)
 PYTEST ?=
+# The versions that the tests ran with; empty: the newest that setup.py allows.
+PINNED ?= --constraint tools/constraints.txt
+# Where there is such a file for this Python and machine, only wheels of its hashes are installed.
+LOCK ?= $(wildcard tools/locked-$(shell $(PYTHON) -c "import platform as p, sys; \
+  print('cp%d%d-%s-%s' % (*sys.version_info[:2], p.system().lower(), p.machine()))").txt)
 PREBUILT_PYTHON ?= python3.12
 OLDEST_TESTS ?= tests/distributed $(addprefix tests/unit/,ops parallel planning model generation)
 OLDEST_PYTEST ?=
+# The versions that the tests ran with; empty: the newest that setup.py allows.
+PINNED ?= --constraint tools/constraints.txt
+# Where there is such a file for this Python and machine, only wheels of its hashes are installed.
+LOCK ?= $(wildcard tools/locked-$(shell $(PYTHON) -c "import platform as p, sys; \
+  print('cp%d%d-%s-%s' % (*sys.version_info[:2], p.system().lower(), p.machine()))").txt)
 OLDEST := build/oldest
 
 BIN := $(VENV)/bin
@@ -28,11 +39,12 @@ help:
 	@echo "make demo | study | test | test-all | test-instruction-sets | test-oldest | check | format | bench | cuda-check | cuda-emulate | cuda-prebuilt | clean"
 
 # torch first: megarlx is compiled against the one that will run.
-$(INSTALLED): setup.py pyproject.toml
+$(INSTALLED): setup.py pyproject.toml tools/constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(if $(LOCK),$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r $(LOCK))
 	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
-	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel pybind11 ninja packaging
-	$(BIN)/python -m pip install --no-build-isolation --editable ".[$(EXTRAS)]"
+	$(BIN)/python -m pip install --quiet $(PINNED) setuptools wheel pybind11 ninja packaging
+	$(BIN)/python -m pip install $(PINNED) --no-build-isolation --editable ".[$(EXTRAS)]"
 	@touch $(INSTALLED) $(BUILT)
 
 # The installation has just built all of it: then there is nothing to do.

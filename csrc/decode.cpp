@@ -11,6 +11,7 @@ namespace megarlx {
 namespace {
 using at::Tensor;
 
+constexpr std::int64_t kMost = 1 << 28;  // heads, elements of a row: their products do not overflow
 constexpr std::int64_t kGrain =
     1 << 15;  // multiplications for which another thread is worth waking
 
@@ -51,8 +52,10 @@ void decode_attention_(const Tensor& qkv, Tensor keys, Tensor values, const Tens
   MEGARLX_CHECK(op, keys.dim() == 4, "keys", c10::str("of shape ", keys.sizes()),
                 "[slots, places, kv_heads, head_dim]");
   const auto kv_heads = keys.size(2), dim = keys.size(3);
-  MEGARLX_CHECK(op, out.dim() == 2 && out.size(1) % dim == 0 && out.size(1) / dim % kv_heads == 0,
-                "out", c10::str("of shape ", out.sizes()),
+  MEGARLX_CHECK(op, kv_heads > 0 && dim > 0, "keys", c10::str("of shape ", keys.sizes()),
+                "at least one head of at least one element");
+  MEGARLX_CHECK(op, out.dim() == 2 && out.size(1) > 0 && out.size(1) % (kv_heads * dim) == 0, "out",
+                c10::str("of shape ", out.sizes()),
                 c10::str("[rows, a multiple of ", kv_heads * dim, "]"));
   const auto batch = out.size(0), heads = out.size(1) / dim;
   MEGARLX_CHECK(op, rows >= 0 && rows <= batch, "rows", rows, c10::str("0 to ", batch));
@@ -111,6 +114,7 @@ void decode_norm_(Tensor x, const std::optional<Tensor>& y, const Tensor& weight
   args.dtype = checked_dtype(op, x);
   check(op, "x", x, x, x.sizes());
   check(op, "weight", weight, x, {x.size(1)});
+  MEGARLX_CHECK(op, x.size(1) > 0, "x", c10::str("of shape ", x.sizes()), "a width above 0");
   if (y) check(op, "y", *y, x, x.sizes());
   if (out) check(op, "out", *out, x, x.sizes());
   MEGARLX_CHECK(op, y || out, "y", "missing", "a tensor where out is not given");
@@ -131,6 +135,7 @@ void decode_swiglu_(const Tensor& gate_up, Tensor out) {
   DecodeSwigluArgs args = {};
   args.dtype = checked_dtype(op, gate_up);
   check(op, "out", out, gate_up, out.sizes());
+  MEGARLX_CHECK(op, out.size(1) > 0, "out", c10::str("of shape ", out.sizes()), "a width above 0");
   check(op, "gate_up", gate_up, gate_up, {out.size(0), 2 * out.size(1)});
   args.gate_up = gate_up.const_data_ptr();
   args.out = out.mutable_data_ptr();
@@ -223,12 +228,15 @@ void decode_step_(Tensor x, const std::optional<Tensor>& tokens,
                 "[layers, slots, places, kv_heads, head_dim]");
   const auto batch = x.size(0), d = x.size(1), layers = keys.size(0), places = keys.size(2);
   const auto kv_heads = keys.size(3), dim = keys.size(4), attended = heads * dim;
+  MEGARLX_CHECK(op, kv_heads > 0 && dim > 0 && d > 0, "keys", c10::str("of shape ", keys.sizes()),
+                "at least one head of at least one element, and a hidden size above 0");
   const auto fused = attended + 2 * kv_heads * dim;
   const std::int64_t panel = args.dtype == Dtype::kFloat64 ? 16 : 32;
   const auto panels = [&](std::int64_t columns) { return (columns + panel - 1) / panel; };
-  MEGARLX_CHECK(op, heads > 0 && heads % kv_heads == 0, "heads", heads,
+  MEGARLX_CHECK(op, heads > 0 && heads <= kMost && heads % kv_heads == 0, "heads", heads,
                 c10::str("a multiple of ", kv_heads));
-  MEGARLX_CHECK(op, intermediate > 0, "intermediate", intermediate, "1 or more");
+  MEGARLX_CHECK(op, intermediate > 0 && intermediate <= kMost, "intermediate", intermediate,
+                c10::str("1 to ", kMost));
   MEGARLX_CHECK(op, rows >= 0 && rows <= batch, "rows", rows, c10::str("0 to ", batch));
   check(op, "x", x, x, x.sizes());
   check(op, "qkv", qkv, x, {layers, panels(fused), d, panel});

@@ -18,6 +18,8 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+constexpr std::int64_t kMostHeads = 1 << 20;  // so that no product with them overflows
+constexpr const char* kHeads = "1 to 1048576";
 constexpr std::int64_t kGrain = 1 << 14;  // elements for which another thread is worth waking
 
 Dtype read_dtype(const char* op, const char* name, const Tensor& tensor) {
@@ -44,6 +46,7 @@ Tensor rows_of(const Tensor& matrix) {
 
 void over_rows(std::int64_t rows, std::int64_t width,
                const std::function<void(std::int64_t, std::int64_t)>& kernel) {
+  if (width == 0) return;  // rows without elements may be more than can ever be walked
   at::parallel_for(0, rows, std::max<std::int64_t>(kGrain / std::max<std::int64_t>(width, 1), 1),
                    kernel);
 }
@@ -169,8 +172,8 @@ HeadsInputs read_heads(const char* op, const Tensor& qkv, const OptionalTensor& 
   HeadsInputs in;
   HeadsArgs& args = in.args;
   args.dtype = read_dtype(op, "qkv", qkv);
-  MEGARLX_CHECK(op, heads > 0, "heads", heads, "an integer > 0");
-  MEGARLX_CHECK(op, kv_heads > 0, "kv_heads", kv_heads, "an integer > 0");
+  MEGARLX_CHECK(op, heads > 0 && heads <= kMostHeads, "heads", heads, kHeads);
+  MEGARLX_CHECK(op, kv_heads > 0 && kv_heads <= kMostHeads, "kv_heads", kv_heads, kHeads);
   const std::int64_t all = heads + 2 * kv_heads;
   MEGARLX_CHECK(op, qkv.dim() == 2 && qkv.size(1) > 0 && qkv.size(1) % (2 * all) == 0,
                 "qkv's shape", qkv.sizes(),

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "megarlx"
 
 # Each line may import from itself and from the lines above it.
 LAYERS = [
-    ["plug"],
+    ["plug", "processes", "printable", "redact", "naming"],
     ["choices", "config"],
     ["comm"],
     ["ops"],

@@ -15,6 +15,7 @@ from megarlx.checkpoint.manifest import Manifest, read_manifest
 from megarlx.checkpoint.retention import Retention, refer, referenced, release
 from megarlx.checkpoint.saving import Pause, Saved, Saver
 from megarlx.checkpoint.shards import FlatShards
+from megarlx.checkpoint.state import check_run_state, reading_state
 from megarlx.checkpoint.storage import FROZEN, OPTIMIZER
 from megarlx.checkpoint.verify import verify
 
@@ -30,12 +31,14 @@ __all__ = [
     "Retention",
     "Saved",
     "Saver",
+    "check_run_state",
     "checkpoint_name",
     "complete",
     "iterations",
     "latest",
     "load",
     "read_manifest",
+    "reading_state",
     "refer",
     "referenced",
     "release",

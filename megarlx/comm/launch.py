@@ -7,24 +7,24 @@ imported only where it is asked for.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
-import signal
 import socket
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megarlx import processes
 from megarlx.comm import meeting
 from megarlx.comm.groups import backend_for
 
 DEFAULT_PORT = 29500
+ROLL_CALL_SECONDS = 5.0
+# Where the processes met: the process has one such place, as torch has one default group.
+_place: list[dist.Store] = []
 
 
 class LaunchError(RuntimeError):
@@ -276,7 +276,7 @@ def start(
             )
         torch.cuda.set_device(launch.local_rank)
     if launch.launcher == "torchrun":
-        die_with_parent()
+        processes.die_with_parent()  # also where a program of one's own calls this
     if launch.world_size == 1:
         return
     limit = timedelta(seconds=timeout_seconds)
@@ -285,9 +285,10 @@ def start(
         start_fake(launch.rank, launch.world_size)
         return
     try:
+        _place[:] = [_meeting_place(launch, limit)]
         dist.init_process_group(
             backend,
-            **_meeting_place(launch, limit),
+            store=_place[0],
             rank=launch.rank,
             world_size=launch.world_size,
             timeout=limit,
@@ -308,23 +309,36 @@ def start_fake(rank: int, world_size: int) -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
 
 
-def die_with_parent() -> None:
-    """torchrun's workers outlive a torchrun that is killed (kill -9, no memory left), and would
-    train on beside those of the job's next start, in the same folder."""
-    if sys.platform == "linux":
-        set_parent_death_signal = 1
-        ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
-
-
-def _meeting_place(launch: Launch, limit: timedelta) -> dict[str, Any]:
-    """Where to meet, as `init_process_group` takes it."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return {"init_method": f"tcp://{launch.master_address}:{launch.master_port}"}
+def _meeting_place(launch: Launch, limit: timedelta) -> dist.Store:
     place = launch.master_address, launch.master_port
-    return {"store": meeting.connect(*place, launch.rank, launch.world_size, limit)}
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return meeting.connect(*place, launch.rank, launch.world_size, limit)
+    is_host = launch.rank == 0
+    return dist.TCPStore(*place, launch.world_size, is_host, timeout=limit, multi_tenant=True)
+
+
+def silent_ranks(launch: Launch, said: str) -> str:
+    """After a failure among the processes: who does not say that it failed too, in a sentence."""
+    if not _place or launch.world_size == 1:
+        return ""
+    _place[0].set_timeout(timedelta(seconds=ROLL_CALL_SECONDS))
+    try:
+        silent = meeting.roll_call(
+            _place[0], launch.rank, launch.world_size, said, ROLL_CALL_SECONDS
+        )
+    except RuntimeError as error:  # the store is gone, and with it the process that held it
+        return f"who else failed cannot be asked: {error}"
+    if not silent:
+        return f"all {launch.world_size} ranks failed in the same seconds"
+    names = ", ".join(map(str, silent[:8])) + (", …" if len(silent) > 8 else "")
+    return (
+        f"of {launch.world_size} ranks, {names} did not say within {ROLL_CALL_SECONDS:g} s that "
+        "they failed: look there first, they hang or have ended"
+    )
 
 
 def stop() -> None:
     """Ends the communication of this process; harmless where there is none."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    _place.clear()

@@ -39,6 +39,22 @@ def agree(store: dist.Store, rank: int, size: int, seconds: float) -> str:
     return _offer(store, size, limit) if rank == 0 else _answer(store, rank, word, limit)
 
 
+def roll_call(store: dist.Store, rank: int, size: int, said: str, seconds: float) -> list[int]:
+    """The ranks that do not say within `seconds` that they failed too, by one that did.
+
+    A rank that waits for another one fails at its time limit and says so. The one that all wait
+    for says nothing: it hangs, or has ended.
+    """
+    store.set(f"failed/{rank}", said)
+    limit = time.monotonic() + seconds
+    silent = [other for other in range(size) if other != rank]
+    while silent and time.monotonic() < limit:
+        silent = [other for other in silent if not store.check([f"failed/{other}"])]
+        if silent:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+    return silent
+
+
 def _offer(store: dist.Store, size: int, limit: float) -> str:
     keys = [f"word/{rank}" for rank in range(size)]
     offered = name = ""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 
 from megarlx.config.arguments import add_overrides
 from megarlx.config.describe import describe
 from megarlx.config.load import ConfigError, load_config
 from megarlx.config.sections import Config
+from megarlx.printable import complain
+from megarlx.redact import redacted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +28,9 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         config = load_config(arguments.config, arguments.overrides)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return 2
-    sys.stdout.write(config.to_json())
+    sys.stdout.write(
+        json.dumps(redacted(config.model_dump(mode="json")), indent=2, ensure_ascii=False) + "\n"
+    )
     return 0

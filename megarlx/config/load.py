@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from megarlx.config.allowed import allowed, section_of, without_none
 from megarlx.config.lines import Path as KeyPath
 from megarlx.config.lines import line_numbers
-from megarlx.config.section import TRUSTED, Section
+from megarlx.config.section import LARGEST, TRUSTED, Section
 from megarlx.config.sections import Config
 
 S = TypeVar("S", bound=Section)
@@ -132,7 +132,7 @@ def as_asked(resolved: dict[str, Any]) -> dict[str, Any]:
 
 def _override(values: dict[str, Any], places: dict[KeyPath, str], override: str) -> str | None:
     """Puts `a.b=c` into values, or returns what is wrong with it."""
-    source = f"--set {override}"
+    source = f"--set {override if len(override) <= 200 else override[:200] + '…'}"
     dotted, equals, text = override.partition("=")
     keys = [key.strip() for key in dotted.split(".")]
     if not equals or not all(keys):
@@ -142,7 +142,7 @@ def _override(values: dict[str, Any], places: dict[KeyPath, str], override: str)
     except (ValueError, RecursionError):
         parsed = {"value": text.strip()} if BARE_WORD.fullmatch(text.strip()) else {}
     if list(parsed) != ["value"]:
-        return f"{source}: {text!r} is neither a TOML value nor a bare word"
+        return f"{source}: {text[:80]!r} is neither a TOML value nor a bare word"
     here: Any = values
     path: KeyPath = ()
     for i, key in enumerate(keys):
@@ -210,6 +210,8 @@ def _message(detail: Any, kind: type[Section], before: KeyPath) -> str:
         return f"{name}: unknown key; {_nearest(location, kind, before)}"
     annotation, metadata, field = _declared(kind, location)
     expected = allowed(annotation, metadata)
+    if detail["type"] == "value_error" and isinstance(detail["input"], int):
+        return f"{name} is {_shown(detail['input'])}; integers are at most {LARGEST}"
     if detail["type"] != "missing":
         return f"{name or 'the file'} is {_shown(detail['input'])}; expected {expected}"
     if field is None:

@@ -15,7 +15,9 @@ class RewardConfig(Section):
     function: Annotated[str, Named("reward")] = Field(
         description="What scores samples; a class is made once, with the options; see docs/rl.md"
     )
-    weight: float = Field(default=1.0, description="Factor of this reward in the sum of all")
+    weight: float = Field(
+        default=1.0, ge=-1e9, le=1e9, description="Factor of this reward in the sum of all"
+    )
     name: str | None = Field(
         default=None, min_length=1, description="Name in the metrics; absent: the function's"
     )

@@ -13,12 +13,14 @@ from pydantic import (
     GetCoreSchemaHandler,
     ValidationError,
     ValidationInfo,
+    field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError, core_schema
 
 from megarlx import plug
 
+LARGEST = 2**63 - 1  # of all integers: what 64 bits hold
 # Names of code that may be imported to check a configuration, beside ours; None: all. It is a set
 # where another run's configuration is read, before trust.py has had its say.
 TRUSTED: ContextVar[Collection[str] | None] = ContextVar("TRUSTED", default=None)
@@ -85,12 +87,23 @@ class OptionsOf:
             raise PydanticCustomError("options", "{text}", context) from None
 
 
+def _each(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
 class Section(BaseModel):
     """A frozen table of the configuration: every key is known, typed and described."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
     )
+
+    @field_validator("*")
+    @classmethod
+    def _within_limits(cls, value: Any) -> Any:
+        if any(isinstance(one, int) and abs(one) > LARGEST for one in _each(value)):
+            raise ValueError(f"integers are at most {LARGEST}")
+        return value
 
     def problems(self) -> list[tuple[str, str]]:
         """(field, what is wrong) where fields that are each valid do not go together."""

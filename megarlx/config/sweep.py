@@ -68,6 +68,11 @@ class SweepConfig(Section):
     launcher: Texts = Field(
         default=(), description="Words before each command, as torchrun's with its options"
     )
+    trust: Texts = Field(
+        default=(),
+        description="Code of yours that a trunk which is there may name; that of a trunk that is "
+        "trained here is trusted",
+    )
     budget_minutes: float | None = Field(
         default=None, gt=0, description="No run is begun after so long; a later sweep goes on"
     )

@@ -16,8 +16,8 @@ from megarlx.config.objectives import RL, SFT
 from megarlx.config.section import Named, OptionsOf, Section
 from megarlx.config.sections import Config
 
-# Names of ours whose options name code in turn.
-OPEN_ENDED = {("environment", "gymnasium")}
+# Names of ours that do what their options say: run code, or send what is in the environment.
+OPEN_ENDED = {("environment", "gymnasium"), ("reward", "judge")}
 
 
 def names_in(
@@ -60,6 +60,10 @@ def _named(
             yield from _named(element, get_args(annotation)[1], (), f"{where}.{key}")
 
 
+def needs_trust(kind: str, name: str) -> bool:
+    return name not in plug.ours(kind) or (kind, name) in OPEN_ENDED
+
+
 def used(config: Config) -> Config:
     """Without the objectives that no stage trains."""
     trained = {name for stage in config.all_stages for name in stage.objectives}
@@ -77,7 +81,7 @@ def check_trust(
         f"{run}: {where} is {name!r}: code that another configuration names is not run unasked; "
         f"if you know what it does, allow it with --trust {name}"
         for where, kind, name in names
-        if name not in trusted and (name not in plug.ours(kind) or (kind, name) in OPEN_ENDED)
+        if name not in trusted and needs_trust(kind, name)
     ]
     if problems:
         raise ConfigError(problems)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megarlx.data.documents import BadLineError, open_input
+from megarlx.data.documents import BadLineError, lines
 from megarlx.data.order import key_of
 from megarlx.data.tokenizer import Tokenizer
 
@@ -119,21 +119,20 @@ def read_conversations(
     """The conversations of a JSONL file (also .gz, .zst) in order; several answers to a question
     are several conversations. Bad lines stop, or are appended to `skipped`."""
     keys = keys or Keys()
-    with open_input(str(path)) as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                found = list(_conversations(json.loads(line), keys))
-            except (ValueError, RecursionError) as error:
-                reason = str(error) if isinstance(error, _Reason) else f"not JSON: {error}"
-                bad = BadLineError(str(path), number, reason)
-                if on_bad_line == "stop":
-                    raise bad from None
-                if skipped is not None:
-                    skipped.append(bad)
-                continue
-            yield from found
+    for number, line in enumerate(lines(str(path)), start=1):
+        if not line.strip():
+            continue
+        try:
+            found = list(_conversations(json.loads(line), keys))
+        except (ValueError, RecursionError) as error:
+            reason = str(error) if isinstance(error, _Reason) else f"not JSON: {error}"
+            bad = BadLineError(str(path), number, reason)
+            if on_bad_line == "stop":
+                raise bad from None
+            if skipped is not None:
+                skipped.append(bad)
+            continue
+        yield from found
 
 
 class _Reason(ValueError):

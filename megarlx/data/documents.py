@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import json
 import zlib
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ SUFFIXES: dict[str, Format] = {
     ".parquet": "parquet",
 }
 COMPRESSIONS = (".gz", ".zst")
+LONGEST = 1 << 27  # bytes of a document: a small compressed file may hold one that fills the memory
+FED = 1 << 12  # compressed bytes at a time: zstd makes at most 32,768 times as many out of them
 
 
 class InputError(ValueError):
@@ -112,9 +115,10 @@ def documents(piece: Piece, reading: Reading) -> Iterator[str | BadLineError]:
     with open_input(piece.path) as stream:
         try:
             if piece.format == "text" and reading.text_unit == "file":
-                yield _text(stream.read(), piece.path, 1)
+                yield _text(_within(stream.read(LONGEST + 1), piece.path, 1), piece.path, 1)
                 return
             for start, line in _lines(stream, piece, compressed):
+                _within(line, piece.path, number + 1)
                 number += 1
                 found = _document(line, piece, number, reading.key)
                 if isinstance(found, BadLineError) and piece.begin:
@@ -127,16 +131,33 @@ def documents(piece: Piece, reading: Reading) -> Iterator[str | BadLineError]:
 
 def _lines(stream: BinaryIO, piece: Piece, compressed: bool) -> Iterator[tuple[int, bytes]]:
     if compressed:
-        for line in stream:
+        while line := stream.readline(LONGEST + 1):
             yield 0, line
         return
     if piece.begin:
         stream.seek(piece.begin - 1)
-        stream.readline()  # the rest of a line that began in an earlier piece
+        # the rest of a line that began in an earlier piece
+        while (rest := stream.readline(LONGEST)) and not rest.endswith(b"\n"):
+            pass
     start = stream.tell()
-    while start < piece.end and (line := stream.readline()):
+    while start < piece.end and (line := stream.readline(LONGEST + 1)):
         yield start, line
         start += len(line)
+
+
+def lines(path: str) -> Iterator[bytes]:
+    """The lines of a file, plain or compressed."""
+    with open_input(path) as stream:
+        for number in itertools.count(1):
+            if not (line := stream.readline(LONGEST + 1)):
+                return
+            yield _within(line, path, number)
+
+
+def _within(text: bytes, path: str, number: int) -> bytes:
+    if len(text) > LONGEST:
+        raise InputError(f"{path}, line {number}: is longer than {LONGEST:,} bytes")
+    return text
 
 
 def _document(line: bytes, piece: Piece, number: int, key: str) -> str | BadLineError:
@@ -244,7 +265,7 @@ class _ZstdStream(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         while not self._ready:
-            block = self._waiting or self._file.read(1 << 17)
+            block = self._waiting or self._file.read(FED)
             self._waiting = b""
             if not block:
                 if self._inside:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megarlx.data.conversations import Conversation, Template, Turn
-from megarlx.data.documents import BadLineError, open_input
+from megarlx.data.documents import BadLineError, lines
 from megarlx.data.order import key_of, shuffled
 from megarlx.data.tokenizer import Tokenizer
 
@@ -79,19 +79,18 @@ def read_prompts(
     `skipped`."""
     keys = keys or PromptKeys()
     prompts = []
-    with open_input(str(path)) as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            found = _prompt(line, keys)
-            if isinstance(found, Prompt):
-                prompts.append(found)
-                continue
-            bad = BadLineError(str(path), number, found)
-            if on_bad_line == "stop":
-                raise bad
-            if skipped is not None:
-                skipped.append(bad)
+    for number, line in enumerate(lines(str(path)), start=1):
+        if not line.strip():
+            continue
+        found = _prompt(line, keys)
+        if isinstance(found, Prompt):
+            prompts.append(found)
+            continue
+        bad = BadLineError(str(path), number, found)
+        if on_bad_line == "stop":
+            raise bad
+        if skipped is not None:
+            skipped.append(bad)
     return prompts
 
 

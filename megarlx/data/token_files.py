@@ -23,6 +23,8 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from megarlx.naming import naming
+
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
@@ -385,7 +387,7 @@ def write_atomically(path: Path, text: str, sync: bool = True) -> None:
     """A small text file that is either there whole or not at all (without `sync`: to other
     processes, not after a power cut)."""
     temporary = temporary_beside(path)
-    with open(temporary, "w", encoding="utf-8") as stream:
+    with naming(path), open(temporary, "w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         if sync:

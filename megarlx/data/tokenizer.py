@@ -196,7 +196,7 @@ class FileTokenizer(Tokenizer):
         for token in USUAL_EOS:
             if token in vocabulary:
                 return token
-        added = [t["content"] for t in self._definition.get("added_tokens") or []]
+        added = [str(t["content"]) for t in self._definition.get("added_tokens") or []]
         raise TokenizerError(
             f"tokenizer {self.name}: which token ends a document is not said, and none of "
             f"{', '.join(USUAL_EOS)} is there; name one (its special tokens: {', '.join(added)})"
@@ -234,7 +234,7 @@ def load_tokenizer(source: str | Path, eos: str | None = None) -> Tokenizer:
         return WordTokenizer(path.read_text(encoding="utf-8").split("\n")[:-1], path.stem)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TokenizerError(f"tokenizer {path}: not JSON: {error}") from error
     if not isinstance(found, dict):
         raise TokenizerError(f"tokenizer {path}: holds a {type(found).__name__}, not an object")
@@ -253,9 +253,12 @@ def tokenizer_from_json(saved: dict[str, Any], where: str = "saved tokenizer") -
     if kind == "bytes":
         tokenizer = ByteTokenizer()
     elif kind == "words":
-        tokenizer = WordTokenizer(definition["words"], name)
+        tokenizer = WordTokenizer(_words_of(definition, where), name)
     elif kind == "tokenizers":
-        tokenizer = FileTokenizer(definition["tokenizer"], definition["eos"], name)
+        held, eos = definition.get("tokenizer"), definition.get("eos")
+        if not isinstance(held, dict) or not isinstance(eos, str):
+            raise TokenizerError(f"{where}: its definition has no tokenizer and eos")
+        tokenizer = FileTokenizer(held, eos, name)
     else:
         raise TokenizerError(f"{where}: kind is {kind!r}; allowed are bytes, words, tokenizers")
     if saved.get("fingerprint") != tokenizer.fingerprint:
@@ -266,10 +269,24 @@ def tokenizer_from_json(saved: dict[str, Any], where: str = "saved tokenizer") -
     return tokenizer
 
 
+def _words_of(definition: dict[str, Any], where: str) -> list[str]:
+    words = definition.get("words")
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise TokenizerError(f"{where}: its words are {words!r:.80}; expected a list of texts")
+    return words
+
+
 def _eos_beside(path: Path) -> str | None:
     """What the tokenizer_config.json in the same folder calls eos_token, if it is there."""
     config = path.with_name("tokenizer_config.json")
     if not config.is_file():
         return None
-    eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
-    return eos["content"] if isinstance(eos, dict) else eos
+    try:
+        found = json.loads(config.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"tokenizer {config}: not JSON: {error}") from error
+    eos = found.get("eos_token") if isinstance(found, dict) else found
+    eos = eos.get("content") if isinstance(eos, dict) else eos
+    if eos is not None and not isinstance(eos, str):
+        raise TokenizerError(f"tokenizer {config}: eos_token is {eos!r:.80}; expected a text")
+    return eos

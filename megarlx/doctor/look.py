@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from megarlx import processes
+
 CHILD = Path(__file__).with_name("child.py")
 
 
@@ -84,7 +86,7 @@ def run(
 ) -> Ended:
     """Runs a program; at the time limit it is killed with all that it started."""
     try:
-        process = subprocess.Popen(
+        process = processes.start(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -92,7 +94,6 @@ def run(
             text=True,
             errors="replace",
             env=env,
-            start_new_session=True,
         )
     except OSError as error:
         return Ended(127, "", str(error), hung=False)
@@ -100,7 +101,7 @@ def run(
         out, err = process.communicate(timeout=time_limit_seconds)
         hung = False
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        processes.signal_group(process)
         out, err = process.communicate()
         hung = True
     return Ended(process.returncode, out, err, hung)

@@ -27,6 +27,7 @@ from megarlx.evaluation.results import (
     write_result,
     write_samples,
 )
+from megarlx.redact import redacted
 
 Say = Callable[[str], None]
 
@@ -118,7 +119,7 @@ def settings_of(subject: Subject, config: EvaluationConfig, suite: SuiteConfig) 
     """All that a result depends on."""
     template = subject.template if suite.uses_template or not suite.is_ours else None
     return {
-        "suite": suite.model_dump(mode="json"),
+        "suite": redacted(suite.model_dump(mode="json")),
         "seed": config.seed,
         "kept_samples": config.kept_samples,
         "checkpoint": subject.digest,

@@ -118,7 +118,7 @@ def model_config(content: Mapping[str, Any], source: str) -> ModelConfig:
     values |= _rotary(given)
     if "window" in published.keys:
         values["full_attention_every"] = _full_attention_every(given, values["layers"])
-    elif set(content.get("layer_types") or ()) - {FULL}:
+    elif set(_kinds(given)) - {FULL}:
         raise _wrong_layer_types(given, FULL)
     try:
         return ModelConfig.model_validate(values)
@@ -163,10 +163,16 @@ def _layer_types(layers: int, every: int) -> list[str]:
     return [SLIDING if (layer + 1) % every else FULL for layer in range(layers)]
 
 
+def _kinds(given: _Given) -> list[str]:
+    """Of every layer, as texts whatever they are."""
+    kinds = given.content.get("layer_types") or []
+    return [str(kind) for kind in (kinds if isinstance(kinds, list) else [kinds])]
+
+
 def _full_attention_every(given: _Given, layers: int) -> int:
     """From the list of the layers' kinds or, in older files, from the pattern's length."""
-    kinds, pattern = given.content.get("layer_types"), int(given("sliding_window_pattern"))
-    if kinds is None or kinds == _layer_types(layers, pattern):
+    kinds, pattern = _kinds(given), int(given("sliding_window_pattern"))
+    if not kinds or kinds == _layer_types(layers, pattern):
         return pattern
     every = kinds.index(FULL) + 1 if FULL in kinds else len(kinds) + 1
     if kinds != _layer_types(layers, every):
@@ -175,7 +181,7 @@ def _full_attention_every(given: _Given, layers: int) -> int:
 
 
 def _wrong_layer_types(given: _Given, allowed: str) -> ConversionError:
-    has = ", ".join(sorted(set(map(str, given.content["layer_types"]))))
+    has = ", ".join(sorted(set(_kinds(given))))
     return ConversionError(f"{given.source}: layer_types has {has}; allowed is {allowed}")
 
 

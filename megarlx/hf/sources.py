@@ -51,6 +51,11 @@ class HuggingFaceFolder:
         held = sum(len(file.tensors) for file in files.values())
         if held != len(place):
             raise ConversionError(f"{folder}: {held - len(place)} tensors are in two files")
+        if self.config.layers > held:  # so many that to list their tensors would never end
+            raise ConversionError(
+                f"{folder}: config.json says num_hidden_layers {self.config.layers}; the files "
+                f"hold {held} tensors"
+            )
         names = published_names(self.config)
         self._check_index(place)
         self._check_names(place, names)
@@ -74,7 +79,7 @@ class HuggingFaceFolder:
         path = self.folder / INDEX
         if not path.exists():
             return
-        listed = read_json(path).get("weight_map", {})
+        listed = read_json(path)["weight_map"]  # an object of texts: `_files` saw to it
         wrong = [
             f"{name} in {file}"
             for name, file in listed.items()

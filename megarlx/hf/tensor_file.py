@@ -69,12 +69,12 @@ class TensorFile:
             kind, shape, (low, high) = entry["dtype"], entry["shape"], entry["data_offsets"]
             whole = [*shape, low, high]
         except (TypeError, KeyError, ValueError):
-            raise ConversionError(f"{self.path}: the entry of {name!r} is {entry!r}") from None
+            raise ConversionError(f"{self.path}: the entry of {name!r} is {entry!r:.200}") from None
         if not all(type(n) is int and n >= 0 for n in whole):
-            raise ConversionError(f"{self.path}: the entry of {name!r} is {entry!r}")
-        if kind not in DTYPES:
+            raise ConversionError(f"{self.path}: the entry of {name!r} is {entry!r:.200}")
+        if not isinstance(kind, str) or kind not in DTYPES:
             raise ConversionError(
-                f"{self.path}: {name!r} is of type {kind!r}; allowed are {', '.join(DTYPES)}"
+                f"{self.path}: {name!r} is of type {kind!r:.80}; allowed are {', '.join(DTYPES)}"
             )
         if high - low != prod(shape) * DTYPES[kind].itemsize:
             raise ConversionError(

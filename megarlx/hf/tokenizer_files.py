@@ -13,7 +13,7 @@ from megarlx.config.objectives import PLACE, TemplateConfig
 from megarlx.config.run_sections import DataConfig
 from megarlx.data.making import made
 from megarlx.data.tokenizer import EOS, ByteTokenizer, Tokenizer, WordTokenizer, load_tokenizer
-from megarlx.hf.errors import ConversionError
+from megarlx.hf.config_map import read_json
 
 CHAT_TEMPLATE = "chat_template.jinja"
 # What comes with a model besides its tensors, and goes back with it.
@@ -76,7 +76,7 @@ def has_chat_template(folder: Path) -> bool:
     config = folder / "tokenizer_config.json"
     if (folder / CHAT_TEMPLATE).is_file() or not config.is_file():
         return (folder / CHAT_TEMPLATE).is_file()
-    return bool(json.loads(config.read_text(encoding="utf-8")).get("chat_template"))
+    return bool(read_json(config).get("chat_template"))
 
 
 def _definition(**parts: Any) -> dict[str, Any]:
@@ -136,10 +136,7 @@ def tokenizer_of_run(run: Path) -> Tokenizer | None:
     """The one kept with the run, or the one that its configuration names."""
     if (run / "tokenizer.json").is_file():
         return load_tokenizer(run / "tokenizer.json")
-    try:
-        data = json.loads((run / "resolved.json").read_text(encoding="utf-8")).get("data") or {}
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{run / 'resolved.json'} cannot be read: {error}") from error
+    data = read_json(run / "resolved.json").get("data") or {}
     if data.get("maker") in plug.ours("data maker"):  # another's code is not run unasked
         read = DataConfig.model_validate(data)
         return load_tokenizer(made(data["maker"], read.place, read.options).tokenizer)
@@ -157,6 +154,6 @@ def kept_files(run: Path) -> Path | None:
         lineage = here / "lineage.json"
         parent = None
         if lineage.is_file():
-            parent = json.loads(lineage.read_text(encoding="utf-8")).get("parent")
-        here = Path(parent["run"]) if parent else None
+            parent = read_json(lineage).get("parent")
+        here = Path(str(parent["run"])) if isinstance(parent, dict) and "run" in parent else None
     return None

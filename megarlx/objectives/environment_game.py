@@ -205,10 +205,14 @@ class EnvironmentGame:
     def _ids(self, observation: str, sequence_ids: list[int]) -> list[int] | None:
         """As the template writes it, up to where the policy goes on."""
         try:
-            return self.template.prompt_ids([Said("user", observation)], self.tokenizer)
+            ids = self.template.prompt_ids([Said("user", observation)], self.tokenizer)
         except (TokenizerError, UnicodeEncodeError) as error:
             self._lose(sequence_ids, "not_encodable", str(error))
             return None
+        if not ids:
+            self._lose(sequence_ids, "not_encodable", f"{observation!r:.80} has no tokens")
+            return None
+        return ids
 
     def _lose(self, sequence_ids: Sequence[int], kind: str, detail: str) -> None:
         for sequence_id in sequence_ids:

@@ -22,6 +22,8 @@ from megarlx.objectives.worker_process import (
     WorkerProcess,
 )
 from megarlx.objectives.worker_program import describe
+from megarlx.printable import printable
+from megarlx.redact import check_kept
 
 
 class BrokenEnvironment(RuntimeError):
@@ -112,6 +114,10 @@ class EnvironmentPool:
 
     def __init__(self, config: EnvironmentConfig) -> None:
         self.config = config
+        try:
+            check_kept(config.options, f"environment {config.function}: options")
+        except ValueError as error:
+            raise BrokenEnvironment(str(error)) from None
         self._histories: dict[int, _History] = {}
         self._servers = [_Server(self.config) for _ in range(max(config.workers, 1))]
         self._threads = ThreadPoolExecutor(len(self._servers), thread_name_prefix="environment")
@@ -221,7 +227,7 @@ class EnvironmentPool:
         history = self._histories[episode]
         for answer in answers:
             if "failed" in answer:
-                return Failure(answer["failed"], answer["detail"])
+                return Failure(answer["failed"], printable(answer["detail"]))
         if len(answers) == 2 and answers[0]["observation"] != history.observation:
             return Failure(
                 "not_repeatable",

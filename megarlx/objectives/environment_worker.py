@@ -18,6 +18,7 @@ from typing import Any
 
 from megarlx import plug
 from megarlx.objectives.environments.interface import Environment
+from megarlx.objectives.reward_values import described, number, wrong
 from megarlx.objectives.worker_program import describe
 
 
@@ -84,11 +85,15 @@ class EnvironmentServer:
                 f"step returned {_shown(out)}; expected (observation, reward, done, info)",
             )
         observation, reward, done, info = out
-        if isinstance(reward, str) or not hasattr(reward, "__float__"):
-            raise Misbehaved("wrong_shape", f"step's reward is {_shown(reward)}, not a number")
-        reward = float(reward)
-        if not math.isfinite(reward):
-            raise Misbehaved("not_finite", f"step's reward is {reward}")
+        return {
+            "observation": self._text(observation, "step"),
+            "reward": _reward(reward),
+            "done": bool(done),
+            "info": self._kept(info),
+        }
+
+    def _kept(self, info: Any) -> dict[str, Any]:
+        """What JSON can carry, within the size of an observation."""
         if not isinstance(info, dict):
             raise Misbehaved("wrong_shape", f"step's info is {_shown(info)}, not a dict")
         kept = {
@@ -97,12 +102,14 @@ class EnvironmentServer:
             if isinstance(value, bool | int | str)
             or (isinstance(value, float) and math.isfinite(value))
         }
-        return {
-            "observation": self._text(observation, "step"),
-            "reward": reward,
-            "done": bool(done),
-            "info": kept,
-        }
+        size = sum(len(key) + len(str(value)) for key, value in kept.items())
+        if size > self.most_characters:
+            raise Misbehaved(
+                "too_long",
+                f"step's info has {size} characters; max_observation_characters is "
+                f"{self.most_characters}",
+            )
+        return kept
 
     def _text(self, observation: Any, where: str) -> str:
         if not isinstance(observation, str):
@@ -114,6 +121,16 @@ class EnvironmentServer:
                 f"max_observation_characters is {self.most_characters}",
             )
         return observation
+
+
+def _reward(value: Any) -> float:
+    try:
+        reward = number(value)
+    except (TypeError, ValueError):
+        raise Misbehaved("wrong_shape", f"step's reward is {_shown(value)}, not a number") from None
+    if kind := wrong(reward):
+        raise Misbehaved(kind, f"step's reward: {described(reward)}")
+    return reward
 
 
 def _shown(value: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import queue
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +10,7 @@ from typing import Any
 
 from megarlx.config.reward import RewardConfig
 from megarlx.objectives import reward_worker
+from megarlx.objectives.reward_values import described, numbers, wrong
 from megarlx.objectives.samples import Sample
 from megarlx.objectives.worker_process import (
     CallFailed,
@@ -21,6 +21,7 @@ from megarlx.objectives.worker_process import (
     WorkerProcess,
 )
 from megarlx.objectives.worker_program import describe
+from megarlx.redact import check_kept
 
 
 class RewardError(RuntimeError):
@@ -71,10 +72,10 @@ def score(label: str, ask: Ask, samples: list[Sample], tally: Tally) -> Outcome:
     kept: list[float | None] = []
     failures: dict[int, Failure] = {}
     for at, value in enumerate(values):
-        good = value is None or math.isfinite(value)
-        kept.append(value if good else None)
-        if not good:
-            failures[at] = Failure(label, "not_finite", f"returned {value}", samples[at])
+        kind = None if value is None else wrong(value)
+        kept.append(value if kind is None else None)
+        if kind is not None:
+            failures[at] = Failure(label, kind, described(value), samples[at])
     tally.add(len(kept), len(failures))
     return Outcome(kept, failures)
 
@@ -119,6 +120,10 @@ class RewardPool:
     def __init__(self, config: RewardConfig) -> None:
         self.config = config
         self._function: Any = None
+        try:
+            check_kept(config.options, f"reward {config.function}: options")
+        except ValueError as error:
+            raise RewardError(str(error)) from None
         if config.workers == 0:
             try:
                 self._function = reward_worker.load(config.function, config.options)
@@ -152,7 +157,7 @@ class RewardPool:
         except Exception as error:
             raise CallFailed("error", describe(error)) from error
         try:
-            return reward_worker.numbers(values)
+            return numbers(values)
         except (TypeError, ValueError) as error:
             raise CallFailed("wrong_shape", describe(error)) from error
 

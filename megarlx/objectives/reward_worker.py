@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from megarlx import plug
+from megarlx.objectives.reward_values import numbers
 from megarlx.objectives.samples import Sample
 from megarlx.objectives.worker_program import describe
 
@@ -16,10 +17,6 @@ def load(name: str, options: dict[str, Any]) -> Any:
     """A function with the options, or an instance of a class that was made with them."""
     named = plug.resolve("reward", name)
     return named(**options) if inspect.isclass(named) else partial(named, **options)
-
-
-def numbers(values: Any) -> list[float | None]:
-    return [None if value is None else float(value) for value in values]
 
 
 def server(function: str, options: dict[str, Any]) -> Callable[[Any], dict[str, Any]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from megarlx.comm.collectives import all_reduce_, gather_values
 from megarlx.comm.groups import Group
 from megarlx.config.reward import RewardConfig
-from megarlx.objectives.reward_process import Failure, RewardError, RewardPool
+from megarlx.objectives.reward_process import Failure, Outcome, RewardError, RewardPool
 from megarlx.objectives.samples import Sample
 
 SHOWN = 300  # characters of a sample in an error
@@ -68,6 +69,13 @@ class Rewards:
         _stop_together(problem, group)
         failures = [f for outcome in outcomes.values() for f in outcome.failures.values()]
         self._stop_if_too_many(failures, len(samples), group)
+        if samples and not failures and _nothing_said(outcomes):
+            names = ", ".join(config.function for config in self.configs.values())
+            warnings.warn(
+                f"reward {names}: None for each of {len(samples)} samples: there is nothing to "
+                "learn from them",
+                stacklevel=2,
+            )
         totals = []
         for at in range(len(samples)):
             known = [
@@ -105,6 +113,10 @@ class Rewards:
     def close(self) -> None:
         for pool in self._pools.values():
             pool.close()
+
+
+def _nothing_said(outcomes: Mapping[str, Outcome]) -> bool:
+    return all(value is None for outcome in outcomes.values() for value in outcome.values)
 
 
 def _stop_together(problem: str, group: Group | None) -> None:

@@ -14,21 +14,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megarlx import processes
 from megarlx.objectives import worker_program
+from megarlx.printable import printable
 
-Kind = Literal["timeout", "crash", "error", "wrong_shape", "not_finite", "not_asked"]
+Kind = Literal["timeout", "crash", "error", "wrong_shape", "not_finite", "too_large", "not_asked"]
 
 # With as many failures, and most answers among them, what runs there is broken: waiting for the
 # time limit of each of the others would only delay the news.
 GIVE_UP = 8
+LONGEST_ANSWER = 1 << 27  # characters
 
 
 class CallFailed(Exception):
     """One call went wrong; which of its parts did it is found out by calling again."""
 
     def __init__(self, kind: Kind, detail: str) -> None:
-        super().__init__(detail)
-        self.kind, self.detail = kind, detail
+        self.kind, self.detail = kind, printable(detail)  # a user's code, or a judge, said it
+        super().__init__(self.detail)
 
 
 class CannotStart(RuntimeError):
@@ -68,6 +71,7 @@ class WorkerProcess:
     def __init__(self, server: str, arguments: dict[str, Any], limits: Limits) -> None:
         self.server, self.arguments, self.limits = server, arguments, limits
         self.starts = 0  # state of a server is lost with each
+        self._asked = 0
         self._process: subprocess.Popen[str] | None = None
 
     @property
@@ -76,20 +80,22 @@ class WorkerProcess:
 
     def ask(self, request: Any) -> dict[str, Any]:
         process = self._process or self._started()
-        reply = self._exchange(process, json.dumps(request), self.limits.call_seconds)
+        reply = self._exchange(process, request, self.limits.call_seconds)
         if "error" in reply:
             raise CallFailed("error", reply["error"])
         return reply
 
     def _started(self) -> subprocess.Popen[str]:
         # -P: the folder of the file must not come before other modules
-        self._process = process = subprocess.Popen(
-            [sys.executable, "-P", str(Path(worker_program.__file__))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            encoding="utf-8",
-            start_new_session=True,  # killed with all that it started; deaf to Ctrl-C
-        )
+        try:
+            self._process = process = processes.start(
+                [sys.executable, "-P", str(Path(worker_program.__file__))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                encoding="utf-8",
+            )
+        except OSError as error:  # too many open files, processes, or too little memory
+            raise CannotStart(f"no process: {error}") from error
         self.starts += 1
         hello = {
             "path": [path or os.getcwd() for path in sys.path],
@@ -98,16 +104,16 @@ class WorkerProcess:
             "memory_limit_mb": self.limits.memory_mb,
         }
         try:
-            reply = self._exchange(process, json.dumps(hello), self.limits.start_seconds)
+            reply = self._exchange(process, hello, self.limits.start_seconds)
         except CallFailed as failed:
             reply = {"error": failed.detail}
         if "error" in reply:
             self.close()
-            raise CannotStart(reply["error"])
+            raise CannotStart(printable(reply["error"]))
         return process
 
     def _exchange(
-        self, process: subprocess.Popen[str], request: str, limit_seconds: float
+        self, process: subprocess.Popen[str], request: Any, limit_seconds: float
     ) -> dict[str, Any]:
         """Both pipes break when the process is killed, which is what the timer does."""
         assert process.stdin is not None
@@ -116,23 +122,32 @@ class WorkerProcess:
 
         def kill() -> None:
             late.set()
-            _kill(process)
+            processes.signal_group(process)
 
+        self._asked += 1
+        line = json.dumps({"number": self._asked, "request": request}) + "\n"
         timer = threading.Timer(limit_seconds, kill)
         timer.daemon = True
         timer.start()
         try:
-            process.stdin.write(request + "\n")
+            process.stdin.write(line)
             process.stdin.flush()
-            line = process.stdout.readline()
+            line = process.stdout.readline(LONGEST_ANSWER)
         except (BrokenPipeError, ConnectionResetError):
             line = ""
+        except UnicodeDecodeError as error:
+            line = f"{error}\n"
         finally:
             timer.cancel()
             timer.join()
-        if line.endswith("\n") and not late.is_set():
-            reply: dict[str, Any] = json.loads(line)
-            return reply
+        if line and not late.is_set():
+            reply = _answer(line, self._asked)
+            if reply is not None:
+                return reply
+            self.close()
+            raise CallFailed(
+                "crash", f"wrote {line[:80]!r} where its answer {self._asked} should be"
+            )
         if not late.is_set():
             _let_end(process)
         code = self.close()
@@ -147,7 +162,7 @@ class WorkerProcess:
             return 0
         assert process.stdout is not None
         assert process.stdin is not None
-        _kill(process)
+        processes.signal_group(process)
         code = process.wait()
         process.stdout.close()
         with contextlib.suppress(BrokenPipeError):  # of what is still in the buffer
@@ -155,10 +170,14 @@ class WorkerProcess:
         return code
 
 
-def _kill(process: subprocess.Popen[str]) -> None:
-    # Not waited for yet, so the number is still its own. A crashed one keeps its exit status.
-    if process.returncode is None:
-        os.killpg(process.pid, signal.SIGKILL)
+def _answer(line: str, number: int) -> dict[str, Any] | None:
+    """None where the line is no answer to this request: an earlier one's, or not the program's."""
+    try:
+        reply = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    right = line.endswith("\n") and isinstance(reply, dict) and reply.pop("number", 0) == number
+    return reply if right else None
 
 
 def _let_end(process: subprocess.Popen[str]) -> None:

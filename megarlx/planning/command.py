@@ -12,6 +12,7 @@ from rich.console import Console
 
 from megarlx.config import Config, ConfigError, load_config
 from megarlx.config.arguments import add_overrides
+from megarlx.printable import complain
 
 if TYPE_CHECKING:
     from megarlx.planning.job import Job, Rollouts
@@ -76,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         config = planned_config(arguments)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return 2
     try:
         if launch.read().rank != 0:
@@ -84,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _plan(config, arguments)
     # What the user can mend is told in one line; anything else keeps its traceback.
     except (ValueError, launch.LaunchError) as error:
-        print(f"megarlx plan: {error}", file=sys.stderr)
+        complain(f"megarlx plan: {error}")
         return 2
 
 

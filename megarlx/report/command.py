@@ -15,6 +15,7 @@ from rich.table import Table
 
 from megarlx import plug
 from megarlx.data.token_files import write_atomically
+from megarlx.printable import complain, printable
 from megarlx.report.claims import SEEDS_NEEDED, Finding
 from megarlx.report.runs import Evaluation, ReportError
 from megarlx.report.settings import quantity
@@ -45,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         study = Study.of(arguments.directory)
         findings = write_report(study, out, arguments.claims)
     except (ReportError, plug.PlugError, OSError) as error:
-        print(f"megarlx report: {error}", file=sys.stderr)
+        complain(f"megarlx report: {error}")
         return 1
     _print(study, findings, out)
     return 0
@@ -116,7 +117,7 @@ def _print(study: Study, findings: dict[str, Finding], out: Path) -> None:
         console.print(table)
     missing = study.missing()
     for line in missing[:SHOWN_MISSING]:
-        console.print(f"missing: {line}", markup=False)
+        console.print(f"missing: {printable(line)}", markup=False)
     if len(missing) > SHOWN_MISSING:
         console.print(f"missing: {len(missing) - SHOWN_MISSING} more; the page names all")
     console.print(str(out / "index.html"), markup=False, soft_wrap=True)
@@ -133,7 +134,7 @@ def _results(study: Study) -> Table:
     table.add_column("recipe")
     ks = KS if study.headline or not study.agent_suites else ()
     answers = [f"pass@{k} (guessing)" for k in ks]
-    solved = [f"{escape(suite)} (at random)" for suite in study.agent_suites]
+    solved = [f"{_shown(suite)} (at random)" for suite in study.agent_suites]
     for name in (*answers, *solved, "capability", "seconds"):
         table.add_column(name, justify="right")
     rows: dict[tuple[str, int, str], list[Cell]] = {}
@@ -150,14 +151,18 @@ def _results(study: Study) -> Table:
         capability = _mean([c.capability for c in cells])
         seconds = _mean([c.cost.get("seconds") for c in cells])
         table.add_row(
-            *([escape(variant)] if several else []),
+            *([_shown(variant)] if several else []),
             quantity(tokens),
-            escape(name_of(label)),
+            _shown(name_of(label)),
             *shown,
             "–" if capability is None else f"{100 * capability:.1f}",
             "–" if seconds is None else f"{seconds:,.0f}",
         )
     return table
+
+
+def _shown(text: str) -> str:
+    return escape(printable(text))
 
 
 def _with_guessing(evaluations: Sequence[Evaluation | None], metric: str) -> str:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import html
 import math
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from megarlx.printable import printable
 from megarlx.report.claims import SEEDS_NEEDED, Finding
 from megarlx.report.drawing import Figure, Table
 from megarlx.report.samples import Example
@@ -19,7 +19,6 @@ from megarlx.report.settings import quantity
 from megarlx.report.study import BASE, Study
 from megarlx.report.tree import described
 
-NOT_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 SIGNS = {"held": "✓", "not held": "✗", "undetermined": "?"}
 
 STYLE = """
@@ -71,7 +70,7 @@ li { overflow-wrap: anywhere; }
 
 def text(value: Any) -> str:
     """As it may stand in HTML, in an attribute too."""
-    return html.escape(NOT_TEXT.sub("\ufffd", str(value)), quote=True)
+    return html.escape(printable(str(value)), quote=True)
 
 
 def page(

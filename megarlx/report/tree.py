@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
+from megarlx.printable import complain, printable
 from megarlx.report.runs import Evaluation, ReportError, Run
 from megarlx.report.settings import quantity
 from megarlx.report.study import KS, Study
@@ -24,31 +25,31 @@ def run(arguments: argparse.Namespace) -> int:
         study = Study.of(arguments.directory)
         drawn = lineage(study)
     except ReportError as error:
-        print(f"megarlx tree: {error}", file=sys.stderr)
+        complain(f"megarlx tree: {error}")
         return 1
     # Where no terminal is, a line is as long as it needs to be.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 400)
     console.print(drawn)
     for problem in study.problems:
-        print(problem, file=sys.stderr)
+        complain(problem)
     return 0
 
 
 def lineage(study: Study) -> Tree:
-    root = Tree(Text(str(study.root)))
+    root = Tree(Text(printable(str(study.root))))
     for run in study.runs:
         if run.parent is None:
             _add(study, root, run)
     for run in study.runs:
         if study.parent_of(run) is None and run.parent is not None:
-            far = Text(f"{run.parent.run} (not found)", style="dim")
+            far = Text(printable(f"{run.parent.run} (not found)"), style="dim")
             _add(study, root.add(far), run)
     return root
 
 
 def _add(study: Study, above: Tree, run: Run) -> None:
     study.line_of(run)  # refuses a circle
-    node = above.add(Text("  ".join(filter(None, described(study, run)))))
+    node = above.add(Text(printable("  ".join(filter(None, described(study, run))))))
     below = [other for other in study.runs if study.parent_of(other) is run]
     for other in sorted(below, key=lambda r: (r.trunk_tokens, r.recipe or "", r.seed, r.name)):
         _add(study, node, other)

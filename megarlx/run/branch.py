@@ -16,7 +16,15 @@ from typing import Any
 
 import torch
 
-from megarlx.checkpoint import CheckpointError, checkpoint_name, iterations, read_manifest, refer
+from megarlx.checkpoint import (
+    CheckpointError,
+    check_run_state,
+    checkpoint_name,
+    iterations,
+    read_manifest,
+    reading_state,
+    refer,
+)
 from megarlx.comm import launch
 from megarlx.config import Config, load_config
 from megarlx.config.load import over
@@ -248,7 +256,10 @@ def replay(
     config = replay_config(before, excursion.layout.model_dump(mode="json"))
     made = assemble(config, directory.path, started, device, tokenizer_from=run)
     try:
-        made.trainer.resume(run / "checkpoints" / checkpoint_name(nearest))
+        checkpoint = run / "checkpoints" / checkpoint_name(nearest)
+        check_run_state(checkpoint, read_manifest(checkpoint))
+        with reading_state(checkpoint):
+            made.trainer.resume(checkpoint)
         if started.rank == 0:
             print(f"replaying {run} from iteration {nearest} to {wanted}")
         while made.trainer.steps_done < wanted:

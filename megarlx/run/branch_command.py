@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megarlx.config import Config, ConfigError
 from megarlx.config.arguments import add_overrides, add_trust
+from megarlx.printable import complain
 
 if TYPE_CHECKING:
     import torch
@@ -55,10 +55,10 @@ def run(arguments: argparse.Namespace) -> int:
             parent, wanted, _ = earlier(arguments.run)
         config = excursion_config(parent, arguments.recipe, arguments.overrides, arguments.trusted)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return 2
     except (ValueError, OSError) as error:
-        print(f"megarlx branch: {error}", file=sys.stderr)
+        complain(f"megarlx branch: {error}")
         return 1
 
     def work(started: Launch, device: torch.device) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from megarlx.config import Config, ConfigError, describe, load_config
 from megarlx.config.arguments import add_overrides
+from megarlx.printable import complain
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         config = load_config(arguments.config, arguments.overrides)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return 2
     source = Path(arguments.config)
     out = arguments.out or Path("runs") / source.stem

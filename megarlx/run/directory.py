@@ -6,7 +6,6 @@ RUN/  config.toml resolved.json lineage.json metrics.jsonl tensorboard/ checkpoi
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -22,6 +21,7 @@ from megarlx.checkpoint import checkpoint_name, iterations
 from megarlx.config import CHOSEN, Config
 from megarlx.data.token_files import write_atomically
 from megarlx.data.tokenizer import Tokenizer
+from megarlx.redact import hidden_toml, redacted
 
 # What a resumed run may be told anew. Everything else makes it another run.
 MAY_CHANGE = (
@@ -100,7 +100,7 @@ class RunDirectory:
         saved.pop(CHOSEN, None)
         differences = [
             f"  {key}: was {json.dumps(was)}, is {json.dumps(now)}"
-            for key, was, now in _differences(saved, json.loads(config.to_json()))
+            for key, was, now in _differences(saved, redacted(config.model_dump(mode="json")))
             if not any(fnmatch(key, free) or fnmatch(key, f"{free}.*") for free in MAY_CHANGE)
         ]
         if differences:
@@ -144,8 +144,9 @@ class RunDirectory:
         """What the run was told and where it comes from; by one process, before the first step."""
         self.path.mkdir(parents=True, exist_ok=True)
         if source.suffix == ".toml" and source.resolve() != (self.path / "config.toml").resolve():
-            shutil.copyfile(source, self.path / "config.toml")
-        resolved = {**config.model_dump(mode="json"), CHOSEN: dict(chosen or {})}
+            text = hidden_toml(source.read_text(encoding="utf-8"))
+            write_atomically(self.path / "config.toml", text)
+        resolved = {**redacted(config.model_dump(mode="json")), CHOSEN: dict(chosen or {})}
         text = json.dumps(resolved, indent=2, ensure_ascii=False)
         write_atomically(self.path / "resolved.json", text + "\n")
         if tokenizer is not None and not self.tokenizer.exists():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from megarlx.config.evaluation import (
     SuitesConfig,
 )
 from megarlx.config.objectives import WRITE_TEMPLATE, TemplateConfig
+from megarlx.printable import complain
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,14 +66,14 @@ def run(arguments: argparse.Namespace) -> int:
         finally:
             launch.stop()
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return 2
     # What the user can mend is told in one line each; anything else keeps its traceback.
     except (
         *(ValueError, OSError, CheckpointError, RewardError),
         *(BrokenEnvironment, launch.LaunchError),
     ) as error:
-        print(f"megarlx evaluate: {error}", file=sys.stderr)
+        complain(f"megarlx evaluate: {error}")
         return 1
     return 0
 

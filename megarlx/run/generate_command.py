@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING
 
 from megarlx import plug
 from megarlx.config.arguments import add_overrides, add_trust
+from megarlx.printable import complain, printable
 
 if TYPE_CHECKING:
     from megarlx.run.opened import OpenedRun
@@ -65,10 +65,10 @@ def run(arguments: argparse.Namespace) -> int:
         finally:
             launch.stop()
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return 2
     except (ValueError, OSError, CheckpointError, launch.LaunchError) as error:
-        print(f"megarlx generate: {error}", file=sys.stderr)
+        complain(f"megarlx generate: {error}")
         return 1
     return 0
 
@@ -113,7 +113,7 @@ def _generate(arguments: argparse.Namespace, opened: OpenedRun) -> None:
         )
         for piece in pieces:
             # The token that ends a document has a name, but is no text.
-            text = "" if piece.finish_reason == "stop" else piece.text
+            text = "" if piece.finish_reason == "stop" else printable(piece.text)
             if prints and arguments.logprobs:
                 shown = tokenizer.decode_sampled([piece.token])
                 print(f"{piece.logprob:9.4f}  {shown!r}", flush=True)

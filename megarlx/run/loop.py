@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 
-from megarlx.checkpoint import latest
+from megarlx.checkpoint import check_run_state, latest, read_manifest, reading_state
 from megarlx.comm import launch
-from megarlx.comm.collectives import gather_values
+from megarlx.comm.collectives import CollectiveError, gather_values
+from megarlx.printable import complain
+from megarlx.redact import from_environment, redacted, secrets_in
 from megarlx.run.assemble import Run, steps_at_tokens
 from megarlx.run.costs import Costs
 from megarlx.run.directory import RunError
@@ -23,8 +25,14 @@ from megarlx.training.trackers import Trackers, check_installed
 def train(run: Run) -> int:
     """Trains to the end of the last stage; returns the exit code."""
     place = run.directory.path
-    with run_lock(place, run.mesh.world), rank_log(place, run.mesh.rank) as log:
-        return _train(run, log)
+    config = run.config.model_dump(mode="json")
+    secrets = {*secrets_in(config), *from_environment(config)}
+    with run_lock(place, run.mesh.world), rank_log(place, run.mesh.rank, secrets) as log:
+        try:
+            return _train(run, log)
+        except CollectiveError as error:
+            complain(launch.silent_ranks(launch.read(), str(error)))
+            raise
 
 
 def _train(run: Run, log: RankLog) -> int:
@@ -57,7 +65,7 @@ def _train(run: Run, log: RankLog) -> int:
 def _metrics_writer(run: Run, trunk_tokens: int) -> MetricsWriter:
     done = run.trainer.steps_done
     logging, place = run.config.logging, run.directory.path
-    config = run.config.model_dump(mode="json")
+    config = redacted(run.config.model_dump(mode="json"))
     trackers = Trackers(logging.trackers, logging.tracker_project, place, config)
     return MetricsWriter(
         place, resume_at=done + 1 if done else 0, trunk_tokens=trunk_tokens, trackers=trackers
@@ -70,11 +78,14 @@ def _start(run: Run) -> Costs:
     costs = Costs(run.config, trainer, parent.tokens if parent is not None else {})
     checkpoint = latest(run.directory.checkpoints, run.mesh.world)
     if checkpoint is not None:
-        loaded = trainer.resume(checkpoint)
-        costs.load_state(loaded.state["run"]["cost"])
+        check_run_state(checkpoint, read_manifest(checkpoint))
+        with reading_state(checkpoint):
+            loaded = trainer.resume(checkpoint)
+            costs.load_state(loaded.state["run"]["cost"])
         text = f"going on from {checkpoint}, step {trainer.steps_done}"
     elif parent is not None:
-        trainer.start_from(parent.checkpoint)
+        with reading_state(parent.checkpoint):
+            trainer.start_from(parent.checkpoint)
         text = f"starting from {parent.checkpoint}"
     else:
         _check_nothing_goes_on(run)

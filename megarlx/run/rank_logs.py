@@ -18,11 +18,15 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
+
+from megarlx.naming import naming
+from megarlx.printable import printable
+from megarlx.redact import hidden
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # colours and cursor movements
 
@@ -34,7 +38,9 @@ def log_path(run: Path, rank: int) -> Path:
 class StampedLines:
     """A file of lines, each with the time at which it began."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, secrets: Collection[str] = ()) -> None:
+        self._secrets = secrets
+        self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         # In one write a line: nothing waits in a buffer when the process is killed.
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115  closed in close()
@@ -48,8 +54,10 @@ class StampedLines:
                 stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
                 # What a carriage return wrote over was never meant to be kept.
                 lines = (line.rstrip("\r").rpartition("\r")[2] for line in whole)
+                lines = (printable(hidden(line, self._secrets)) for line in lines)
                 text = "".join(f"{stamp} {line}\n" for line in lines)
-                self._file.write(text.encode(errors="backslashreplace"))
+                with naming(self._path):
+                    self._file.write(text.encode())
 
     def write_apart(self, text: str) -> None:
         """On lines of its own, whatever the last line was."""
@@ -93,10 +101,10 @@ class RankLog:
 
 
 @contextmanager
-def rank_log(run: Path, rank: int) -> Iterator[RankLog]:
-    """Appends to the rank's log for the time of the block."""
+def rank_log(run: Path, rank: int, secrets: Collection[str] = ()) -> Iterator[RankLog]:
+    """Appends to the rank's log for the time of the block; `secrets` never stand in it."""
     path, terminal = log_path(run, rank), sys.stdout
-    lines = StampedLines(path)
+    lines = StampedLines(path, secrets)
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     where = f"{socket.gethostname()}, process {os.getpid()}"
     lines.write(f"--- rank {rank} on {where}, restart {restart}: {' '.join(sys.argv)}\n")

@@ -63,8 +63,15 @@ def tokens_of(state: Mapping[str, Any]) -> dict[str, int]:
 
     `state` is a manifest's.
     """
-    tokens = state.get("run", {}).get("tokens", 0)
-    return {"pretraining": tokens} if isinstance(tokens, int) else dict(tokens)
+    run = state.get("run", {})
+    tokens = run.get("tokens", 0) if isinstance(run, dict) else None
+    counts = {"pretraining": tokens} if isinstance(tokens, int) else tokens
+    if not isinstance(counts, dict) or not all(type(n) is int and n >= 0 for n in counts.values()):
+        raise RunError(
+            f"the checkpoint's state counts tokens as {counts!r:.80}; expected whole numbers of "
+            "at least 0 by objective"
+        )
+    return dict(counts)
 
 
 def trunk_tokens(state: Mapping[str, Any]) -> int:

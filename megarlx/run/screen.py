@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megarlx.printable import indented
 from megarlx.run.rank_logs import RankLog
 from megarlx.training.metrics import MetricsWriter
 
@@ -66,9 +67,9 @@ class Screen:
         if self.writer is None or not samples:
             return
         parts = [
-            f"    {'prompt':<14}{sample['prompt']}\n    {'completion':<14}{sample['completion']}\n"
-            f"    {'reference':<14}{sample['reference']}\n    {'reward':<14}{sample['reward']} "
+            f"{'prompt':<14}{sample['prompt']}\n{'completion':<14}{sample['completion']}\n"
+            f"{'reference':<14}{sample['reference']}\n{'reward':<14}{sample['reward']} "
             f"({sample['finish_reason']})\n"
             for sample in samples[:SHOWN_SAMPLES]
         ]
-        self.writer.text(step, key, "\n".join(parts))
+        self.writer.text(step, key, indented("\n".join(parts)))

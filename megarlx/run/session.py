@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -13,6 +12,7 @@ from megarlx.comm import launch
 from megarlx.config import Config
 from megarlx.objectives.environment_process import BrokenEnvironment
 from megarlx.objectives.reward_process import RewardError
+from megarlx.printable import complain
 from megarlx.run.assemble import choose_device, choose_layout
 from megarlx.run.hooks import TrainingError
 
@@ -42,5 +42,5 @@ def session(command: str, config: Config, work: Work) -> int:
         *(ValueError, OSError, CheckpointError, TrainingError, RewardError),
         *(BrokenEnvironment, launch.LaunchError),
     ) as error:
-        print(f"megarlx {command}: {error}", file=sys.stderr)
+        complain(f"megarlx {command}: {error}")
         return 1

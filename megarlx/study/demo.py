@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from megarlx.config import ConfigError, load_config
 from megarlx.config.arguments import add_overrides
 from megarlx.config.sweep import SweepConfig
+from megarlx.printable import complain
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,13 +36,13 @@ def run(arguments: argparse.Namespace) -> int:
             overrides.append(f"{key}={getattr(arguments, key)!r}")
     path = Path("configs/study.toml" if arguments.study else "configs/demo.toml")
     if not path.exists():
-        print(f"megarlx demo: {path} is not here; run it in megarlx's own folder", file=sys.stderr)
+        complain(f"megarlx demo: {path} is not here; run it in megarlx's own folder")
         return 1
     try:
         config = load_config(path, overrides, SweepConfig)
         jobs = jobs_of(config)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return 2
     console = Console()
     console.print(f"{len(jobs)} runs in {config.out}; stop whenever you like, they are resumed")

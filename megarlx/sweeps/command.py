@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from megarlx.config import ConfigError, load_config
 from megarlx.config.arguments import add_overrides
 from megarlx.config.sweep import SweepConfig
+from megarlx.printable import complain
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
         config = load_config(arguments.sweep, overrides, SweepConfig)
         jobs = jobs_of(config)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return 2
     if arguments.list:
         for job in jobs:

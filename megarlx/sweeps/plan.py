@@ -6,13 +6,14 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megarlx.config import ConfigError, load_config
 from megarlx.config.sweep import ExcursionConfig, SweepConfig
+from megarlx.config.trust import names_in, needs_trust
 
 
 @dataclass(frozen=True)
@@ -44,29 +45,38 @@ def _of_seed(sweep: SweepConfig, seed: int) -> Iterator[Job]:
         settings = {**sweep.set, **dict.fromkeys(sweep.seed_keys, seed), **values}
         trunk = Path(sweep.trunks or out) / _named("trunk", values, seed)
         overrides = _overrides(settings)
-        steps = load_config(sweep.trunk, [f"{k}={_toml(v)}" for k, v in settings.items()]).steps
-        yield Job(trunk.name, ("train", sweep.trunk, "--out", str(trunk), *overrides), trunk, steps)
-        yield from _evaluations(sweep, trunk, trunk.name)
+        config = load_config(sweep.trunk, [f"{k}={_toml(v)}" for k, v in settings.items()])
+        words = ("train", sweep.trunk, "--out", str(trunk), *overrides)
+        yield Job(trunk.name, words, trunk, config.steps)
+        # The trunk is the user's own, as the sweep is.
+        trust = _trust({name for _, kind, name in names_in(config) if needs_trust(kind, name)})
+        yield from _evaluations(sweep, trunk, trust, trunk.name)
         for excursions in sweep.excursions:
-            yield from _excursions(excursions, out, trunk, values, seed, trunk.name)
+            yield from _excursions(excursions, out, trunk, values, seed, trust, trunk.name)
 
 
 def _from_run(sweep: SweepConfig, seed: int) -> Iterator[Job]:
     """Excursions from a trunk that is there: the seed is theirs, and it is measured once."""
-    trunk = Path(sweep.trunk)
+    trunk, trust = Path(sweep.trunk), _trust(sweep.trust)
     if seed == sweep.seeds[0]:
-        yield from _evaluations(sweep, trunk, None)
+        yield from _evaluations(sweep, trunk, trust, None)
     for excursions in sweep.excursions:
         seeded = {**dict.fromkeys(sweep.seed_keys, seed), **excursions.set}
         own = excursions.model_copy(update={"set": seeded})
-        yield from _excursions(own, Path(sweep.out), trunk, {}, seed, None)
+        yield from _excursions(own, Path(sweep.out), trunk, {}, seed, trust, None)
 
 
-def _evaluations(sweep: SweepConfig, trunk: Path, needs: str | None) -> Iterator[Job]:
+def _trust(names: Collection[str]) -> tuple[str, ...]:
+    return tuple(word for name in sorted(names) for word in ("--trust", name))
+
+
+def _evaluations(
+    sweep: SweepConfig, trunk: Path, trust: tuple[str, ...], needs: str | None
+) -> Iterator[Job]:
     suites = () if sweep.suites is None else ("--config", sweep.suites)
     for where in sweep.evaluate:
         name = f"{trunk.name}-evaluate-{_plain(where)}"
-        yield Job(name, ("evaluate", f"{trunk}@{where}", *suites), None, None, needs)
+        yield Job(name, ("evaluate", f"{trunk}@{where}", *suites, *trust), None, None, needs)
 
 
 def _excursions(
@@ -75,6 +85,7 @@ def _excursions(
     trunk: Path,
     trunk_values: Mapping[str, Any],
     seed: int,
+    trust: tuple[str, ...],
     needs: str | None,
 ) -> Iterator[Job]:
     for recipe, where, values in itertools.product(
@@ -86,7 +97,7 @@ def _excursions(
         overrides = _overrides({**config.set, **values})
         yield Job(
             run.name,
-            ("branch", f"{trunk}@{where}", recipe, "--out", str(run), *overrides),
+            ("branch", f"{trunk}@{where}", recipe, "--out", str(run), *overrides, *trust),
             run,
             None,
             needs,

@@ -17,7 +17,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from megarlx import processes
 from megarlx.config.sweep import SweepConfig
+from megarlx.printable import printable
 from megarlx.sweeps.plan import Job
 from megarlx.training.metrics import read_metrics
 
@@ -124,13 +126,12 @@ class SweepRunner:
         threads = self.config.threads_per_job or self._threads()
         command = [*(self.config.launcher or (sys.executable,)), "-m", "megarlx", *job.arguments]
         with (self.logs / f"{job.name}.log").open("ab") as log:
-            progress.process = subprocess.Popen(
+            progress.process = processes.start(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-                start_new_session=True,
             )
         progress.state, progress.begun = "running", time.monotonic()
 
@@ -156,7 +157,8 @@ class SweepRunner:
         log = self.logs / f"{job.name}.log"
         last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
         self.console.print(
-            f"{job.name}: failed with code {code}; {log} ends with\n  " + "\n  ".join(last),
+            f"{job.name}: failed with code {code}; {log} ends with\n  "
+            + "\n  ".join(map(printable, last)),
             highlight=False,
             markup=False,
         )
@@ -179,13 +181,13 @@ class SweepRunner:
         running = self._in("running")
         for progress in running:
             assert progress.process is not None
-            os.killpg(progress.process.pid, signal.SIGTERM)
+            processes.signal_group(progress.process, signal.SIGTERM)
         for progress in running:
             assert progress.process is not None
             try:
                 progress.process.wait(timeout=30)
             except subprocess.TimeoutExpired:
-                os.killpg(progress.process.pid, signal.SIGKILL)
+                processes.signal_group(progress.process)
 
     def table(self) -> Table:
         table = Table(box=None)

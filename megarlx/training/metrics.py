@@ -11,11 +11,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from megarlx.naming import naming
 from megarlx.training.trackers import Trackers
 
 
@@ -53,10 +55,18 @@ class MetricsWriter:
             if trunk_tokens and (grown or key.startswith("eval/")):
                 self._over_tokens.add_scalar(key, value, trunk_tokens)
         line = {"step": step, **{key: _finite(value) for key, value in values.items()}}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self._reopen_if_gone()
+        with naming(self.path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
         if self._trackers is not None:
             self._trackers.scalars(step, values)
+
+    def _reopen_if_gone(self) -> None:
+        if os.fstat(self._file.fileno()).st_nlink == 0:
+            warnings.warn(f"{self.path} was removed; what it held is lost", stacklevel=3)
+            self._file.close()
+            self._file = self.path.open("a", encoding="utf-8")
 
     def text(self, step: int, key: str, text: str) -> None:
         self._board.add_text(key, text, step)
@@ -93,9 +103,12 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
             if not line.endswith("\n"):
                 return
             try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
+                found = json.loads(line)
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}:{number}: not a line of metrics: {error}") from None
+            if not isinstance(found, dict) or type(found.get("step")) is not int:
+                raise ValueError(f"{path}:{number}: not a line of metrics: it has no step")
+            yield found
 
 
 def _drop_from(path: Path, step: int) -> None:

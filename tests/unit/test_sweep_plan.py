@@ -50,6 +50,24 @@ def test_runs_are_trunks_times_checkpoints_times_recipes_times_seeds(tmp_path: P
     assert "training.seed=5" in wide.arguments
 
 
+def test_code_of_the_users_own_trunk_is_trusted_and_a_strangers_as_the_sweep_says(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "trunk.toml").write_text(
+        (ROOT / "configs" / "demo_trunk.toml").read_text()
+        + '[objectives.mine.rl]\nprompts = "p"\nrewards = [{ function = "mine:reward" }]\n'
+    )
+    text = 'evaluate = ["1000"]\n'
+    own = sweep(tmp_path, text).model_copy(update={"trunk": str(tmp_path / "trunk.toml")})
+    (tmp_path / "run").mkdir()
+    there = sweep(tmp_path, text + 'trust = ["theirs:reward"]\n')
+    there = there.model_copy(update={"trunk": str(tmp_path / "run")})
+    for config, name in ((own, "mine:reward"), (there, "theirs:reward")):
+        words = [job.arguments for job in jobs_of(config) if job.arguments[0] != "train"]
+        assert words
+        assert all(word[-2:] == ("--trust", name) for word in words)
+
+
 def test_a_run_that_is_there_is_measured_once_and_branched_with_every_seed(tmp_path: Path) -> None:
     run = tmp_path / "public"
     run.mkdir()

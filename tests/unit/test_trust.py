@@ -96,10 +96,13 @@ def test_an_excursion_runs_no_code_that_only_its_parent_names(
 
 
 def test_a_name_of_ours_that_runs_what_its_options_name_needs_trust_too() -> None:
+    """A judge sends variables of the environment to whom its options name."""
     names = [("a", "environment", "gymnasium"), ("b", "environment", "shop")]
-    with pytest.raises(ConfigError, match=r"^run: a is 'gymnasium'"):
+    names += [("c", "reward", "judge"), ("d", "reward", "final_number")]
+    with pytest.raises(ConfigError, match=r"^run: a is 'gymnasium'.*\nrun: c is 'judge'") as caught:
         check_trust(names, "run")
-    check_trust(names, "run", ["gymnasium"])
+    assert len(caught.value.problems) == 2
+    check_trust(names, "run", ["gymnasium", "judge"])
 
 
 def test_what_ships_is_trusted(stranger: Path) -> None:

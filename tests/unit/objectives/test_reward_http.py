@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -39,13 +40,18 @@ class Handler(BaseHTTPRequestHandler):
         if how == "silent":
             time.sleep(5)
             return
-        self.send_response({"busy": 503, "refuse": 403}.get(how, 200))
+        status, _, target = how.partition(" to ")
+        codes = {"busy": 503, "refuse": 403}
+        self.send_response(int(status) if target else codes.get(how, 200))
+        if target:
+            self.send_header("Location", target)
         self.end_headers()
         replies = {
             "good": json.dumps({"rewards": [len(s["completion"]) for s in body["samples"]]}),
             "garbage": "<html>",
             "shapeless": "[1, 2]",
             "short": '{"rewards": []}',
+            "echo": json.dumps({"you": self.headers["Authorization"]}),
         }
         if how == "trickle":
             for _ in range(100):
@@ -55,12 +61,15 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.wfile.write(replies.get(how, "").encode())
 
+    def do_GET(self) -> None:
+        self.server.requests.append((dict(self.headers), None))
+
     def log_message(self, *_: Any) -> None:
         """Says nothing."""
 
 
-@pytest.fixture
-def server() -> Iterator[Server]:
+@contextmanager
+def serving() -> Iterator[Server]:
     made = Server(("127.0.0.1", 0), Handler)
     made.behaviour, made.requests = ["good"], []
     thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})
@@ -69,6 +78,12 @@ def server() -> Iterator[Server]:
     made.shutdown()
     thread.join()
     made.server_close()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with serving() as made:
+        yield made
 
 
 SAMPLES = [Sample("q", "four", "#### 4", {"level": 2}), Sample("q", "sixsix")]
@@ -87,7 +102,7 @@ def test_judge_sends_whole_samples_and_takes_rewards(server: Server) -> None:
 
 def test_busy_and_silent_servers_are_asked_again_but_not_one_that_refuses(server: Server) -> None:
     server.behaviour = ["busy", "silent", "good"]
-    judge = Judge(server.url, timeout_seconds=0.3, retries=2, pause_seconds=0.01)
+    judge = Judge(server.url, timeout_seconds=1.0, retries=2, pause_seconds=0.01)
     assert judge(SAMPLES) == [4, 6]
     assert len(server.requests) == 3
     server.behaviour = ["busy"]
@@ -130,3 +145,42 @@ def test_as_a_reward_a_bad_judge_loses_samples_within_its_time_limit(server: Ser
             rewards.score(SAMPLES)
     finally:
         rewards.close()
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_a_redirect_is_refused_and_its_target_named_and_sent_nothing(
+    server: Server, code: int
+) -> None:
+    with serving() as other:
+        server.behaviour = [f"{code} to {other.url}"]
+        judge = Judge(server.url, headers={"Authorization": "Bearer secret"})
+        with pytest.raises(ValueError, match=rf"answered {code}, a redirect to '{other.url}'"):
+            judge(SAMPLES)
+        assert len(server.requests) == 1
+        assert other.requests == []
+
+
+def test_headers_may_be_read_from_the_environment_where_the_judge_runs(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUDGE_TOKEN", "Bearer a-long-secret")
+    judge = Judge(server.url, headers_from_env={"Authorization": "JUDGE_TOKEN"})
+    assert judge(SAMPLES) == [4, 6]
+    assert server.requests[0][0]["Authorization"] == "Bearer a-long-secret"
+    server.behaviour = ["echo"]
+    with pytest.raises(ValueError, match="no list 'rewards'") as caught:
+        judge(SAMPLES)
+    assert "a-long-secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "wrong"), [(None, "is not set"), ("a\nHost: b", "is not one line of ASCII")]
+)
+def test_a_variable_that_cannot_be_a_header_is_named_without_its_value(
+    monkeypatch: pytest.MonkeyPatch, value: str | None, wrong: str
+) -> None:
+    monkeypatch.delenv("JUDGE_TOKEN", raising=False)
+    if value is not None:
+        monkeypatch.setenv("JUDGE_TOKEN", value)
+    with pytest.raises(ValueError, match=rf"Authorization is in \$JUDGE_TOKEN, which {wrong}$"):
+        Judge("http://127.0.0.1:1", headers_from_env={"Authorization": "JUDGE_TOKEN"})

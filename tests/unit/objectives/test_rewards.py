@@ -11,12 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from misbehaving_rewards import ODD
 from pydantic import ValidationError
 
 from megarlx.comm.groups import Group
 from megarlx.config.load import ConfigError, load_config
 from megarlx.config.reward import RewardConfig
+from megarlx.objectives import reward_values
 from megarlx.objectives.reward_process import RewardError
 from megarlx.objectives.rewards import Rewards, Scored
 from megarlx.objectives.samples import Sample
@@ -224,3 +228,72 @@ def test_math_equal_hangs_and_hoards_in_its_process_only() -> None:
         )
     assert scored.totals[1] == 1
     assert scored.totals[0] == 0 or scored.failures[0].kind in ("timeout", "error", "crash")
+
+
+@pytest.mark.parametrize("how", ["returns", "raises", "exits"])
+def test_a_reward_that_forks_gives_each_sample_its_own_value(how: str) -> None:
+    with rewards(config("forks", options={"how": how})) as made:
+        for texts in (["a", "bb"], ["ccc"], ["dddd", "e", "ff"], ["ggggg"]):
+            assert made.score(samples(*texts)).totals == [len(text) for text in texts]
+
+
+def test_a_reward_that_forks_while_it_is_made_answers_once() -> None:
+    with rewards(config("ForksWhileMade")) as made:
+        for text in ("a", "bb", "ccc"):
+            assert made.score(samples(text)).totals == [len(text)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "nonsense\n",
+        "no end",
+        '{"rewards": [9], "number": 1}\n',
+        "[]\n",
+        "[" * 5000 + "\n",
+        "\xff\n",
+    ],
+)
+def test_what_is_no_answer_is_named_and_never_taken_for_one(text: str) -> None:
+    with rewards(config("writes_to_pipe", options={"text": text}, samples_per_call=1)) as made:
+        scored = made.score(samples("a", "write", "bb"))
+    assert scored.totals == pytest.approx([1, math.nan, 2], nan_ok=True)
+    (failure,) = scored.failures
+    assert failure.kind == "crash"
+    assert failure.detail.startswith("wrote ")
+    assert failure.detail.endswith("where its answer 3 should be")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_is_no_number_or_too_large_a_one_is_no_reward(workers: int) -> None:
+    large = {"huge": "too_large", "least": "too_large", "beyond": "not_finite"}
+    kinds = {**dict.fromkeys(ODD, "wrong_shape"), **large}
+    with rewards(config(workers=workers, samples_per_call=1)) as made:
+        for text, kind in kinds.items():
+            scored = made.score(samples("ab", text))
+            assert scored.totals == pytest.approx([2, math.nan], nan_ok=True), text
+            assert [f.kind for f in scored.failures] == [kind], text
+
+
+@pytest.mark.parametrize("value", [True, 3, 2.5, np.float32(2.5), np.int64(3), torch.tensor(1.5)])
+def test_numbers_of_any_library_are_rewards(value: Any) -> None:
+    assert reward_values.number(value) == float(value)
+
+
+@pytest.mark.parametrize("weight", [1e9, -1e9])
+def test_the_largest_reward_under_the_largest_weight_has_a_sum(weight: float) -> None:
+    parts = [config("largest", name=name, weight=weight, workers=0) for name in "abc"]
+    with rewards(*parts) as made:
+        total = made.score(samples("a")).totals[0]
+    assert total == 3 * weight * reward_values.LARGEST
+    assert math.isfinite(float(torch.tensor([total, -total]).std()))
+    with pytest.raises(ValidationError):
+        RewardConfig(**config(weight=2 * weight))
+
+
+def test_rewards_that_all_say_nothing_are_told_of() -> None:
+    with (
+        rewards(config()) as made,
+        pytest.warns(UserWarning, match="obedient: None for each of 2 samples: there is nothing"),
+    ):
+        made.score(samples("none", "none"))
