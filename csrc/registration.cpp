@@ -90,8 +90,8 @@ TORCH_LIBRARY(megarlx, m) {
       "Tensor shared_lengths, Tensor cosines, Tensor sines, float eps, float scale, int heads, "
       "int intermediate, bool post, int rows, Tensor(d!) scratch, Tensor(e!)? logits) -> ()");
 
-  // elementwise: CPU only. "inverse" is 1 / rms of each norm, for backward; gradients of weights
-  // are empty where none was asked for.
+  // elementwise. "inverse" is 1 / rms of each norm, for backward; gradients of weights are empty
+  // where none was asked for. Both are in fp32 for bfloat16.
   m.def(
       "rms_norm(Tensor x, Tensor weight, float eps, Tensor? residual=None) -> "
       "(Tensor y, Tensor inverse)");
@@ -100,14 +100,21 @@ TORCH_LIBRARY(megarlx, m) {
       "-> (Tensor grad_x, Tensor grad_weight)");
   m.def("swiglu(Tensor gate_up) -> Tensor");
   m.def("swiglu_backward(Tensor grad, Tensor gate_up) -> Tensor");
-  // Private: without autograd; the values go past it.
+  // Private: without autograd; the values go past it. Where a norm spans the heads of several
+  // ranks, "sums" [tokens, 2] are those that the ops of that name return, added over the ranks.
   m.def(
       "_heads(Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, int heads, "
-      "int kv_heads, float eps) -> (Tensor q, Tensor k, Tensor inverse)");
+      "int kv_heads, float eps, Tensor? sums=None, int ranks=1) -> "
+      "(Tensor q, Tensor k, Tensor inverse)");
+  m.def("_heads_sums(Tensor qkv, int heads, int kv_heads) -> Tensor");
   m.def(
       "_heads_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor qkv, Tensor? q_weight, "
-      "Tensor? k_weight, Tensor cos, Tensor sin, Tensor inverse, bool with_weights) -> "
+      "Tensor? k_weight, Tensor cos, Tensor sin, Tensor inverse, bool with_weights, "
+      "Tensor? sums=None, int ranks=1) -> "
       "(Tensor grad_qkv, Tensor grad_q_weight, Tensor grad_k_weight)");
+  m.def(
+      "_heads_backward_sums(Tensor grad_q, Tensor grad_k, Tensor qkv, Tensor q_weight, "
+      "Tensor k_weight, Tensor cos, Tensor sin) -> Tensor sums");
 }
 
 namespace megarlx {
