@@ -168,8 +168,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Of a block: tokens of one kind. Blocks of queries and keys of the same tokens are neighbours.
-template <typename Stored, bool whole>
-__global__ void __launch_bounds__(kThreads, 2)
+template <typename Stored, bool whole, bool kept>
+__global__ void __launch_bounds__(kThreads, kept ? 2 : 1)
     heads_backward_kernel(const __grid_constant__ HeadsArgs args, int q_team, int k_team) {
   using T = Precision<Stored>;
   using P = Pair<Stored>;
@@ -178,25 +178,29 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Rows<Stored> rows(args, of_queries ? queries(args) : keys(args));
   const int team = of_queries ? q_team : k_team, place = threadIdx.x % team;
   const int round = team * kPairs, half = rows.half;
-  const bool kept = rows.pairs <= round;
   const std::int64_t blocks = gridDim.x / 2, block = blockIdx.x / 2;
   const BlockRows tokens = rows_of_block(args.tokens, block, blocks);
   const std::int64_t end = tokens.end * rows.rows_of_token;
   const std::int64_t values = args.kv_heads * args.head_dim;
   const std::int64_t whole_row = args.heads * args.head_dim + 2 * values;
   const Stored* weight = static_cast<const Stored*>(rows.kind.weight);
-  T* sums = static_cast<T*>(args.weight_sums);
-  if (sums != nullptr) {
+  using Sums = WeightSums<Stored, kept>;
+  using Group = typename Sums::Group;
+  __shared__ Group shared_sums[Sums::kSlots];
+  Sums sums{shared_sums, static_cast<T*>(args.weight_sums)};
+  const bool summing = args.weight_sums != nullptr;
+  const auto place_of_pack = [&](int u, int thread) {
+    const Place at = rows.place(u / 2 * team + thread);
+    return Place{at.column + u % 2 * half, at.count};
+  };
+  if (summing) {
+    const T zeros[kLanes] = {};
     const std::int64_t q_width = norm_width(args, args.heads);
-    sums += block * (q_width + norm_width(args, args.kv_heads)) + (of_queries ? 0 : q_width);
+    sums.memory +=
+        block * (q_width + norm_width(args, args.kv_heads)) + (of_queries ? 0 : q_width);
+    for (int u = 0; u < (kept ? kPacks : 2 * rows.pairs); ++u)
+      sums.write_pack(u, place_of_pack(u, place), zeros);
   }
-  WeightSums<Stored, kPacks> own;
-  own.clear();
-  if (sums != nullptr && !kept)
-    for (int i = place; i < rows.pairs; i += team) {
-      const Place at = rows.place(i);
-      for (int k = at.column; k < at.column + at.count; ++k) sums[k] = sums[k + half] = T(0);
-    }
   int turn_of_sum = 0;
   for (std::int64_t begun = tokens.begin * rows.rows_of_token; begun < end;
        begun += kThreads / team, turn_of_sum ^= 1) {
@@ -240,6 +244,12 @@ __global__ void __launch_bounds__(kThreads, 2)
           const WidePack<Stored> s = read<whole>(sin + angle, at.count);
           P w;
           w.template read_from<whole>(weight + at.column, half, at.count);
+          const Place second{at.column + half, at.count};
+          T sum_a[kLanes] = {}, sum_b[kLanes] = {};
+          if (summing) {
+            sums.read_pack(2 * u, at, sum_a);
+            sums.read_pack(2 * u + 1, second, sum_b);
+          }
 #pragma unroll
           for (int k = 0; k < kLanes; ++k) {
             T a, b;
@@ -248,13 +258,12 @@ __global__ void __launch_bounds__(kThreads, 2)
             const T x_a = widened(own_x[u].first.lane[k]), x_b = widened(own_x[u].second.lane[k]);
             add_products(a, x_a, widened(w.first.lane[k]), products);
             add_products(b, x_b, widened(w.second.lane[k]), products);
-            if (kept) {
-              add_to_weight(a, x_a, inverse, own.sum[2 * u][k]);
-              add_to_weight(b, x_b, inverse, own.sum[2 * u + 1][k]);
-            } else if (sums != nullptr && k < at.count) {
-              add_to_weight(a, x_a, inverse, sums[at.column + k]);
-              add_to_weight(b, x_b, inverse, sums[at.column + half + k]);
-            }
+            add_to_weight(a, x_a, inverse, sum_a[k]);
+            add_to_weight(b, x_b, inverse, sum_b[k]);
+          }
+          if (summing) {
+            sums.write_pack(2 * u, at, sum_a);
+            sums.write_pack(2 * u + 1, second, sum_b);
           }
         }
       }
@@ -268,7 +277,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       slope = norm_slope(products / static_cast<T>(rows.width * args.ranks), inverse);
     }
     for (int begin = 0; begin < mine; begin += round) {
-      if (rows.pairs > round) fetch(begin);
+      if (!kept) fetch(begin);
 #pragma unroll
       for (int u = 0; u < kPairs; ++u) {
         const int i = begin + u * team + place;
@@ -302,11 +311,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
     }
   }
-  if (sums != nullptr && kept)
-    own.write_block(team, sums, [&](int u, int thread) {
-      const Place at = rows.place(u / 2 * team + thread);
-      return Place{at.column + u % 2 * half, at.count};
-    });
+  if constexpr (kept)
+    if (summing) sums.add_teams(team, place_of_pack);
 }
 
 template <typename Stored>
@@ -338,13 +344,18 @@ __host__ void heads_as(const HeadsArgs& args, cudaStream_t stream) {
 
 template <typename Stored>
 __host__ void heads_backward_as(const HeadsArgs& args, cudaStream_t stream) {
-  const int q_team = Rows<Stored>(args, queries(args)).team();
-  const int k_team = Rows<Stored>(args, keys(args)).team();
+  const Rows<Stored> q(args, queries(args)), k(args, keys(args));
+  const int q_team = q.team(), k_team = k.team();
   const unsigned blocks = 2 * static_cast<unsigned>(norm_blocks(args.tokens));
-  if (whole_rows<Stored>(args))
-    heads_backward_kernel<Stored, true><<<blocks, kThreads, 0, stream>>>(args, q_team, k_team);
+  if (q.pairs > q_team * kPairs || k.pairs > k_team * kPairs)
+    heads_backward_kernel<Stored, false, false>
+        <<<blocks, kThreads, 0, stream>>>(args, kThreads, kThreads);
+  else if (whole_rows<Stored>(args))
+    heads_backward_kernel<Stored, true, true>
+        <<<blocks, kThreads, 0, stream>>>(args, q_team, k_team);
   else
-    heads_backward_kernel<Stored, false><<<blocks, kThreads, 0, stream>>>(args, q_team, k_team);
+    heads_backward_kernel<Stored, false, true>
+        <<<blocks, kThreads, 0, stream>>>(args, q_team, k_team);
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ constexpr std::int64_t kLeastRowsOfBlock = 8;
 constexpr int kSumColumns = 32, kSumRows = kThreads / kSumColumns;
 
 template <typename Stored, bool whole>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     rms_norm_kernel(const __grid_constant__ RmsNormArgs args, int team) {
   using T = Precision<Stored>;
   const int width = static_cast<int>(args.width), packs = packs_of<Stored>(width);
@@ -65,23 +65,26 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <typename Stored, bool whole>
+template <typename Stored, bool whole, bool kept>
 __global__ void __launch_bounds__(kThreads, 2)
     rms_norm_backward_kernel(const __grid_constant__ RmsNormArgs args, int team) {
   using T = Precision<Stored>;
   constexpr int kLanes = kWidth<Stored>;
   const int width = static_cast<int>(args.width), packs = packs_of<Stored>(width);
   const int round = team * kPacks, teams = kThreads / team, place = threadIdx.x % team;
-  const bool kept = packs <= round;
   const BlockRows rows = rows_of_block(args.rows, blockIdx.x, gridDim.x);
   const Stored* weight = static_cast<const Stored*>(args.weight);
-  T* sums = static_cast<T*>(args.weight_sums);
-  if (sums != nullptr) sums += static_cast<std::int64_t>(blockIdx.x) * width;
-  WeightSums<Stored, kPacks> own;
-  own.clear();
-  if (sums != nullptr && !kept)
-    for (int i = place * kLanes; i < width; i += team * kLanes)
-      for (int k = i; k < i + kLanes && k < width; ++k) sums[k] = T(0);
+  using Sums = WeightSums<Stored, kept>;
+  using Group = typename Sums::Group;
+  __shared__ Group shared_sums[Sums::kSlots];
+  Sums sums{shared_sums, static_cast<T*>(args.weight_sums)};
+  const bool summing = args.weight_sums != nullptr;
+  if (summing) {
+    const T zeros[kLanes] = {};
+    sums.memory += static_cast<std::int64_t>(blockIdx.x) * width;
+    for (int u = 0; u < (kept ? kPacks : packs); ++u)
+      sums.write_pack(u, place_of<Stored>(u * team + place, width), zeros);
+  }
   int turn = 0;
   for (std::int64_t first = rows.begin; first < rows.end; first += teams, turn ^= 1) {
     const std::int64_t row = first + threadIdx.x / team;
@@ -109,15 +112,15 @@ __global__ void __launch_bounds__(kThreads, 2)
         if (begin + u * team + place >= mine) continue;
         const Place at = place_of<Stored>(begin + u * team + place, width);
         const WidePack<Stored> w = read<whole>(weight + at.column, at.count);
+        T sum[kLanes] = {};
+        if (summing) sums.read_pack(u, at, sum);
 #pragma unroll
         for (int k = 0; k < kLanes; ++k) {
           const T g = widened(grad[u].lane[k]), value = widened(x[u].lane[k]);
           add_products(g, value, widened(w.lane[k]), products);
-          if (kept)
-            add_to_weight(g, value, inverse, own.sum[u][k]);
-          else if (sums != nullptr && k < at.count)
-            add_to_weight(g, value, inverse, sums[at.column + k]);
+          add_to_weight(g, value, inverse, sum[k]);
         }
+        if (summing) sums.write_pack(u, at, sum);
       }
     }
     const T slope =
@@ -139,10 +142,11 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
     }
   }
-  if (sums != nullptr && kept)
-    own.write_block(team, sums, [&](int u, int thread) {
-      return place_of<Stored>(u * team + thread, width);
-    });
+  if constexpr (kept)
+    if (summing)
+      sums.add_teams(team, [&](int u, int thread) {
+        return place_of<Stored>(u * team + thread, width);
+      });
 }
 
 // [blocks, width] to [width], in an order that never changes.
@@ -195,10 +199,12 @@ void rms_norm_backward(const RmsNormArgs& args, cudaStream_t stream) {
     using Stored = decltype(stored);
     const int team = team_for(packs_of<Stored>(args.width), kPacks);
     const unsigned blocks = static_cast<unsigned>(norm_blocks(args.rows));
-    if (whole_rows<Stored>(args))
-      rms_norm_backward_kernel<Stored, true><<<blocks, kThreads, 0, stream>>>(args, team);
+    if (packs_of<Stored>(args.width) > team * kPacks)
+      rms_norm_backward_kernel<Stored, false, false><<<blocks, kThreads, 0, stream>>>(args, team);
+    else if (whole_rows<Stored>(args))
+      rms_norm_backward_kernel<Stored, true, true><<<blocks, kThreads, 0, stream>>>(args, team);
     else
-      rms_norm_backward_kernel<Stored, false><<<blocks, kThreads, 0, stream>>>(args, team);
+      rms_norm_backward_kernel<Stored, false, true><<<blocks, kThreads, 0, stream>>>(args, team);
   });
 }
 
@@ -207,10 +213,10 @@ void sum_blocks(Dtype precision, const void* sums, std::int64_t blocks, std::int
   if (width == 0) return;
   const unsigned grid = static_cast<unsigned>((width + kSumColumns - 1) / kSumColumns);
   if (precision == Dtype::kFloat64)
-    sum_blocks_kernel<<<grid, kThreads, 0, stream>>>(static_cast<const double*>(sums), blocks,
+    sum_blocks_kernel<double><<<grid, kThreads, 0, stream>>>(static_cast<const double*>(sums), blocks,
                                                      width, static_cast<double*>(out));
   else
-    sum_blocks_kernel<<<grid, kThreads, 0, stream>>>(static_cast<const float*>(sums), blocks,
+    sum_blocks_kernel<float><<<grid, kThreads, 0, stream>>>(static_cast<const float*>(sums), blocks,
                                                      width, static_cast<float*>(out));
 }
 

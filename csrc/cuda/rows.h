@@ -107,40 +107,61 @@ __device__ __forceinline__ T team_sum(T value, int team, int turn) {
   return sum;
 }
 
-// A thread's share of the gradient of a norm's weight, one number for each of its columns, where the
-// team holds a row whole. (Wider rows add to the block's row in memory.)
-template <typename Stored, int packs>
+// A thread's sums for the gradient of a norm's weight, one for each of its columns. Where the team
+// holds a row whole they stand in shared memory (registers are scarcer), and the teams of the block
+// are added up at the end; else in the block's row of `memory`, where one team is the block.
+template <typename Stored, bool kept>
 struct WeightSums {
   using T = Precision<Stored>;
-  static constexpr int kLanes = kWidth<Stored>;
-  static constexpr int kStride = kThreads + 32 / kLanes;  // no two threads of a warp on one bank
+  static constexpr int kLanes = kWidth<Stored>, kGroup = kWidth<T>, kGroups = kLanes / kGroup;
+  using Group = Pack<T, kGroup>;
+  static constexpr int kSlots = kept ? kPacks * kGroups * kThreads : 1;
 
-  T sum[packs][kLanes];
+  Group* shared;  // [kSlots]: a thread's beside its neighbour's
+  T* memory;
 
-  __device__ __forceinline__ void clear() {
+  __device__ __forceinline__ Group& group(int u, int g, int thread) const {
+    return shared[(u * kGroups + g) * kThreads + thread];
+  }
+
+  __device__ __forceinline__ void read_pack(int u, Place at, T (&sum)[kLanes]) const {
 #pragma unroll
-    for (int u = 0; u < packs; ++u)
+    for (int k = 0; k < kLanes; ++k) {
+      if constexpr (kept)
+        sum[k] = group(u, k / kGroup, threadIdx.x).lane[k % kGroup];
+      else
+        sum[k] = k < at.count ? memory[at.column + k] : T(0);
+    }
+  }
+
+  __device__ __forceinline__ void write_pack(int u, Place at, const T (&sum)[kLanes]) const {
+    if constexpr (kept) {
 #pragma unroll
-      for (int k = 0; k < kLanes; ++k) sum[u][k] = T(0);
+      for (int g = 0; g < kGroups; ++g) {
+        Group numbers;
+#pragma unroll
+        for (int k = 0; k < kGroup; ++k) numbers.lane[k] = sum[g * kGroup + k];
+        group(u, g, threadIdx.x) = numbers;
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < kLanes; ++k)
+        if (k < at.count) memory[at.column + k] = sum[k];
+    }
   }
 
   // Adds the teams of the block in their order; `place(u, thread)` is that of pack u of a thread.
   template <typename PlaceOf>
-  __device__ __forceinline__ void write_block(int team, T* to, const PlaceOf& place) {
-    __shared__ T all[packs * kLanes * kStride];
-#pragma unroll
-    for (int u = 0; u < packs; ++u)
-#pragma unroll
-      for (int k = 0; k < kLanes; ++k) all[(u * kLanes + k) * kStride + threadIdx.x] = sum[u][k];
+  __device__ __forceinline__ void add_teams(int team, const PlaceOf& place) const {
     __syncthreads();
-    for (int item = threadIdx.x; item < packs * kLanes * team; item += kThreads) {
+    for (int item = threadIdx.x; item < kPacks * kLanes * team; item += kThreads) {
       const int k = item % kLanes, thread = item / kLanes % team, u = item / kLanes / team;
       const Place at = place(u, thread);
       if (k >= at.count) continue;
-      const T* from = all + (u * kLanes + k) * kStride + thread;
-      T total = from[0];
-      for (int other = team; other < kThreads; other += team) total += from[other];
-      to[at.column + k] = total;
+      T total = T(0);
+      for (int other = thread; other < kThreads; other += team)
+        total += group(u, k / kGroup, other).lane[k % kGroup];
+      memory[at.column + k] = total;
     }
   }
 };

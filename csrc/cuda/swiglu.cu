@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename Stored, bool whole>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     swiglu_backward_kernel(const __grid_constant__ SwiGluArgs args, int team) {
   using T = Precision<Stored>;
   const std::int64_t row =

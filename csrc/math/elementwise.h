@@ -10,11 +10,11 @@
 namespace megarlx {
 
 // V is a number or, on a CPU, a vector of them, which brings its own fmadd and
-// fmsub (a · b - c).
+// fnmadd (c - a · b).
 MEGARLX_HD float fmadd(float a, float b, float c) { return ::fmaf(a, b, c); }
 MEGARLX_HD double fmadd(double a, double b, double c) { return ::fma(a, b, c); }
-MEGARLX_HD float fmsub(float a, float b, float c) { return ::fmaf(a, b, -c); }
-MEGARLX_HD double fmsub(double a, double b, double c) { return ::fma(a, b, -c); }
+MEGARLX_HD float fnmadd(float a, float b, float c) { return ::fmaf(-a, b, c); }
+MEGARLX_HD double fnmadd(double a, double b, double c) { return ::fma(-a, b, c); }
 MEGARLX_HD float root(float a) { return ::sqrtf(a); }
 MEGARLX_HD double root(double a) { return ::sqrt(a); }
 
@@ -72,13 +72,13 @@ MEGARLX_HD void swiglu_gradient(V grad, V gate, V up, V e, V one, V& grad_gate, 
 // A pair turned by its angle, and turned back.
 template <typename V>
 MEGARLX_HD void turn(V first, V second, V cos, V sin, V& out_first, V& out_second) {
-  out_first = fmsub(first, cos, second * sin);
-  out_second = fmadd(second, cos, first * sin);
+  out_first = fnmadd(second, sin, first * cos);
+  out_second = fmadd(first, sin, second * cos);
 }
 template <typename V>
 MEGARLX_HD void turn_back(V first, V second, V cos, V sin, V& out_first, V& out_second) {
-  out_first = fmadd(first, cos, second * sin);
-  out_second = fmsub(second, cos, first * sin);
+  out_first = fmadd(second, sin, first * cos);
+  out_second = fnmadd(first, sin, second * cos);
 }
 
 // Gradients of norm weights are summed over blocks of so many rows, then over blocks in order: the

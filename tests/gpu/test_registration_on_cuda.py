@@ -109,7 +109,33 @@ def check_updates(card: Any) -> None:
         check(card, ops.replica_average_apply_, master, wire, True, None)
 
 
-CHECKS = (check_sampling, check_losses, check_updates)
+def check_elementwise(card: Any) -> None:
+    ops = torch.ops.megarlx
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        x, weight, turn = (torch.rand(*shape).to(dtype) for shape in ((6, 8), (8,), (6, 1, 2)))
+        inverse = card.moved(ops.rms_norm(x.double(), weight.double(), 1e-5)[1])
+        inverse = inverse.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        for residual in (None, x):
+            check(card, ops.rms_norm, x, weight, 1e-5, residual)
+        for with_weight in (True, False):
+            check(card, ops.rms_norm_backward, x, x, weight, inverse, with_weight)
+        check(card, ops.swiglu, x)
+        check(card, ops.swiglu_backward, x[:, :4], x)
+        qkv = torch.rand(6, 16).to(dtype)
+        for sizes in ((), (8, 4), (4, 4)):
+            weights = [torch.rand(size).to(dtype) for size in sizes] or [None, None]
+            norms = inverse.new_ones(6, {(): 0, (8, 4): 2, (4, 4): 3}[sizes])
+            sums = inverse.new_ones(6, 2) if sizes == (8, 4) else None
+            check(card, ops._heads, qkv, *weights, turn, turn, 2, 1, 1e-5, sums, 2)
+            grads = (qkv[:, :8].view(6, 2, 4), qkv[:, None, :4], qkv[:, None, 4:8])
+            given = (*grads, qkv, *weights, turn, turn, norms)
+            check(card, ops._heads_backward, *given, bool(sizes), sums, 2)
+        check(card, ops._heads_sums, qkv, 2, 1)
+        weights = [torch.rand(size).to(dtype) for size in (8, 4)]
+        check(card, ops._heads_backward_sums, *grads[:2], qkv, *weights, turn, turn)
+
+
+CHECKS = (check_sampling, check_losses, check_updates, check_elementwise)
 
 
 @pytest.mark.parametrize("of", CHECKS)

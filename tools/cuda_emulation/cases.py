@@ -24,7 +24,7 @@ from megarlx.ops.loss_spec import LossSpec
 from .library import LARGE, SMALL, Library, PretendedCard, load
 
 CPU: Any = torch.ops.megarlx
-DOUBLE = torch.float64
+BFLOAT16, DOUBLE = torch.bfloat16, torch.float64
 Check = Callable[[Library], None]
 SPEC = LossSpec("ppo_clip", 0.2, 0.3, 0.0, "k3", 0.3, 0.1).arguments
 
@@ -176,7 +176,87 @@ def skips(library: Library) -> None:
         assert x.eq(0).all() if flag else x.isnan().all()
 
 
+def of_cpu(op: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """The CPU's results, in fp32 where the arguments are bf16."""
+    wide = (a.float() if isinstance(a, Tensor) and a.dtype == BFLOAT16 else a for a in arguments)
+    found = getattr(CPU, op)(*wide)
+    return found if isinstance(found, tuple) else (found,)
+
+
+def elementwise(library: Library, op: str, *arguments: Any) -> tuple[Tensor, ...]:
+    """The results of an op, compared with the CPU's to their own rounding."""
+    found = getattr(library.ops, op)(*arguments)
+    found = found if isinstance(found, tuple) else (found,)
+    for i, (a, b) in enumerate(zip(found, of_cpu(op, arguments), strict=True)):
+        bound = {DOUBLE: 1e-13, BFLOAT16: 4e-3}.get(a.dtype, 1e-6)
+        gap, length = (a.to(b.dtype) - b).norm(), b.norm()
+        assert gap <= bound * length, f"{op} {arguments[0].shape}, result {i}: {gap} of {length}"
+    return found
+
+
+# Rows of a part of a warp, of several warps, and too wide for a block's registers; aligned or not.
+WIDTHS = {
+    BFLOAT16: (24, 130, 2056, 8200),
+    torch.float32: (24, 130, 1032, 4100),
+    DOUBLE: (24, 131, 520, 2050),
+}
+
+
+def norms(library: Library) -> None:
+    for dtype, widths in WIDTHS.items():
+        for width in widths:
+            x, weight = normal(19, width, dtype=dtype), normal(width, dtype=dtype, scale=2)
+            for residual in (None, normal(19, width, dtype=dtype, scale=3)):
+                _, inverse = elementwise(library, "rms_norm", x, weight, 1e-5, residual)
+            for with_weight in (True, False):
+                grad = normal(19, width, dtype=dtype, scale=0.5)
+                given = (grad, x, weight, inverse, with_weight)
+                elementwise(library, "rms_norm_backward", *given)
+
+
+def swiglus(library: Library) -> None:
+    for dtype, widths in WIDTHS.items():
+        for width in widths:
+            gate_up = normal(5, 2 * width + 1, dtype=dtype, scale=3)[:, : 2 * width]
+            for rows in (gate_up, gate_up.contiguous()):
+                elementwise(library, "swiglu", rows)
+                elementwise(library, "swiglu_backward", normal(5, width, dtype=dtype), rows)
+
+
+def heads_of(library: Library, dtype: torch.dtype, h: int, k: int, dim: int) -> None:
+    turn = normal(19, 1, dim // 2, dtype=DOUBLE)
+    cos, sin = turn.cos().to(dtype), turn.sin().to(dtype)
+    qkv = normal(19, (h + 2 * k) * dim, dtype=dtype)
+    for sizes in ((), (h * dim, k * dim), (dim, dim)):
+        weights = [normal(size, dtype=dtype) for size in sizes] or [None, None]
+        given = (qkv, *weights, cos, sin)
+        q, keys, inverse = elementwise(library, "_heads", *given, h, k, 1e-5)
+        grads = (q, keys, keys.flip(0).contiguous())
+        for with_weights in {False, bool(sizes)}:
+            elementwise(library, "_heads_backward", *grads, *given, inverse, with_weights)
+        if len(sizes) == 2 and sizes[0] == h * dim:
+            (sums,) = elementwise(library, "_heads_sums", qkv, h, k)
+            elementwise(library, "_heads", *given, h, k, 1e-5, 3 * sums, 2)
+            (sums,) = elementwise(library, "_heads_backward_sums", *grads[:2], *given)
+            elementwise(library, "_heads_backward", *grads, *given, inverse, True, sums / 3, 2)
+
+
+def heads(library: Library) -> None:
+    for dtype in (BFLOAT16, torch.float32, DOUBLE):
+        for h, k, dim in ((2, 1, 32), (4, 2, 22), (1, 1, 2)):
+            heads_of(library, dtype, h, k, dim)
+    heads_of(library, BFLOAT16, 17, 3, 128)  # 136 pairs of packs: two warps
+    heads_of(library, DOUBLE, 17, 1, 128)  # too wide
+
+
 CASES: dict[str, Check] = {
+    "rms_norm_kernel": norms,
+    "rms_norm_backward_kernel": norms,
+    "sum_blocks_kernel": norms,
+    "swiglu_kernel": swiglus,
+    "swiglu_backward_kernel": swiglus,
+    "heads_kernel": heads,
+    "heads_backward_kernel": heads,
     "tile_kernel": draws,
     "finish_kernel": draws,
     "threshold_kernel": filtered_draws,
