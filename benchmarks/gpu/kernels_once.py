@@ -108,7 +108,31 @@ def once_averaging(device: torch.device) -> None:
         assert bool(out.isfinite().all())
 
 
+def once_elementwise(device: torch.device) -> None:
+    ops = torch.ops.megarlx
+    narrow = [torch.bfloat16] if device.type == "cuda" else []
+    for dtype in (torch.float32, torch.float64, *narrow):
+        for width in (37, 192, 8200):  # the last: more of a row than a block's registers hold
+            x, weight = (torch.randn(*s, device=device).to(dtype) for s in ((70, width), (width,)))
+            y, inverse = ops.rms_norm(x, weight, 1e-5, x)
+            for found in ops.rms_norm_backward(y, x, weight, inverse, True):
+                assert bool(found.isfinite().all())
+            gate_up = torch.cat((x, y), 1)
+            ops.swiglu_backward(ops.swiglu(gate_up), gate_up)
+        for h, k, dim in ((3, 1, 22), (16, 4, 64), (80, 1, 128)):
+            qkv = torch.randn(70, (h + 2 * k) * dim, device=device).to(dtype)
+            turn = torch.rand(70, 1, dim // 2, device=device).to(dtype)
+            for sizes in ((h * dim, k * dim), (dim, dim)):
+                given = (qkv, *(torch.ones(n, device=device).to(dtype) for n in sizes), turn, turn)
+                q, keys, inverse = ops._heads(*given, h, k, 1e-5)
+                ops._heads_backward(q, keys, keys, *given, inverse, True)
+            sums = ops._heads_sums(qkv, h, k)
+            ops._heads(qkv, None, None, turn, turn, h, k, 0.0)
+            assert bool(sums.isfinite().all())
+
+
 ONCE = {
+    "elementwise": once_elementwise,
     "sample": once_sampling,
     "token_loss": once_token_loss,
     "linear_token_loss": once_linear_token_loss,

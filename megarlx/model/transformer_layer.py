@@ -82,9 +82,10 @@ class Attention(nn.Module):
         dim = self.config.head_dim
         qk_heads = self.heads + self.kv_heads
         spans_ranks = self.config.qk_norm == "full" and self.group.size > 1
-        if is_native(qkv) and not spans_ranks:
+        if is_native(qkv) and (qkv.is_cuda or not spans_ranks):
+            over = self.group if spans_ranks else None
             q, k, v = attention_heads(
-                qkv, *rotation, self.heads, self.kv_heads, **self._norm_weights()
+                qkv, *rotation, self.heads, self.kv_heads, **self._norm_weights(), group=over
             )
         elif self.config.qk_norm == "none":
             qk, v = qkv.view(len(qkv), -1, dim).split((qk_heads, self.kv_heads), dim=1)
