@@ -74,13 +74,26 @@ TORCH_LIBRARY(megarlx, m) {
       "replica_average_apply_(Tensor(a!) target, Tensor summed, bool add, Tensor(b!)? param_out) "
       "-> ()");
 
-  // decode: one step of cached generation between its matrix products, CPU only
+  // decode: one step of cached generation between its matrix products; its attention on CPUs only
   m.def(
       "decode_attention_(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor slots, "
       "Tensor positions, Tensor cosines, Tensor sines, Tensor? q_weight, Tensor? k_weight, "
       "Tensor? inverse, float eps, float scale, int rows, Tensor(c!) out) -> ()");
   m.def("decode_norm_(Tensor(a!) x, Tensor? y, Tensor weight, float eps, Tensor(b!)? out) -> ()");
   m.def("decode_swiglu_(Tensor gate_up, Tensor(a!) out) -> ()");
+  // on both: heads into q and the cache, whose pages a table may name; the halves of attention over
+  // a shared and an own part; the end of a step
+  m.def(
+      "decode_heads_(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor? table, Tensor slots, "
+      "Tensor positions, Tensor cosines, Tensor sines, Tensor? q_weight, Tensor? k_weight, "
+      "Tensor? sums, int ranks, float eps, Tensor(c!) q) -> ()");
+  m.def(
+      "merge_attention(Tensor a, Tensor a_lse, Tensor b, Tensor b_lse) -> (Tensor out, Tensor lse)");
+  m.def(
+      "decode_advance_(Tensor drawn, Tensor logprob, Tensor sampled_logprob, Tensor ends, "
+      "Tensor last_positions, int idle_slot, Tensor(a!) tokens, Tensor(b!) positions, "
+      "Tensor(c!) slots, Tensor(d!) keys, Tensor(e!) frozen, Tensor(f!) step, Tensor(g!) history, "
+      "Tensor(h!) logprobs) -> ()");
   // the whole step where a rank holds all heads; matrices in panels, see cpu/packed_product.h
   m.def(
       "decode_step_(Tensor(a!) x, Tensor? tokens, Tensor? embedding, Tensor qkv, Tensor? qkv_bias, "

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
+#include <vector>
 
 #include "math/elementwise.h"
 
@@ -205,14 +206,14 @@ inline void turn_head_back(const T* grad, const T* cos, const T* sin, std::int64
 }
 
 template <typename T>
-inline void rotate_heads(const HeadsArgs& args, const HeadsKind& kind, std::int64_t token, T* out) {
+inline void rotate_heads(const HeadsArgs& args, const HeadsKind& kind, std::int64_t token,
+                         T* inverses, T* out) {
   const std::int64_t dim = args.head_dim, half = dim / 2;
+  const std::int64_t turned_by = args.positions == nullptr ? token : args.positions[token];
   const T* x = static_cast<const T*>(args.qkv) + token * args.qkv_stride + kind.offset;
-  const T* cos = static_cast<const T*>(args.cos) + token * half;
-  const T* sin = static_cast<const T*>(args.sin) + token * half;
+  const T* cos = static_cast<const T*>(args.cos) + turned_by * half;
+  const T* sin = static_cast<const T*>(args.sin) + turned_by * half;
   const T* weight = static_cast<const T*>(kind.weight);
-  T* inverses = static_cast<T*>(args.inverse) + token * norms_of_token(args) + kind.first_norm;
-  out += token * kind.heads * dim;
   const std::int64_t width = norm_width(args, kind.heads);
   if (args.norm == HeadNorm::kFull && args.sums == nullptr) {
     inverses[0] = inverse_rms_of(x, width, args.eps);
@@ -287,8 +288,29 @@ inline T products_of_heads(const HeadsArgs& args, const HeadsKind& kind, std::in
 template <typename T>
 void heads_tokens(const HeadsArgs& args, std::int64_t begin, std::int64_t end) {
   for (std::int64_t token = begin; token < end; ++token) {
-    rotate_heads(args, queries(args), token, static_cast<T*>(args.q));
-    rotate_heads(args, keys(args), token, static_cast<T*>(args.k));
+    T* inverses = static_cast<T*>(args.inverse) + token * norms_of_token(args);
+    for (const bool of_keys : {false, true}) {
+      const HeadsKind kind = of_keys ? keys(args) : queries(args);
+      T* out = static_cast<T*>(of_keys ? args.k : args.q) + token * kind.heads * args.head_dim;
+      rotate_heads(args, kind, token, inverses + kind.first_norm, out);
+    }
+  }
+}
+
+// One new token of each sequence: keys and values go to their places in the cache.
+template <typename T>
+void cached_heads_tokens(const HeadsArgs& args, std::int64_t begin, std::int64_t end) {
+  const HeadsKind q = queries(args), k = keys(args);
+  const std::int64_t q_width = q.heads * args.head_dim, values = k.heads * args.head_dim;
+  std::vector<T> inverses(std::max<std::int64_t>(norms_of_token(args), 1));
+  for (std::int64_t token = begin; token < end; ++token) {
+    rotate_heads(args, q, token, inverses.data(), static_cast<T*>(args.q) + token * q_width);
+    const std::int64_t place = place_in_cache(args, token);
+    if (place < 0) continue;
+    rotate_heads(args, k, token, inverses.data() + k.first_norm,
+                 static_cast<T*>(args.keys) + place * values);
+    const T* row = static_cast<const T*>(args.qkv) + token * args.qkv_stride;
+    std::copy_n(row + q_width + values, values, static_cast<T*>(args.values) + place * values);
   }
 }
 
@@ -369,6 +391,10 @@ void swiglu_backward(const SwiGluArgs& args, std::int64_t begin_row, std::int64_
 }
 
 void heads(const HeadsArgs& args, std::int64_t begin_token, std::int64_t end_token) {
+  if (args.positions != nullptr)
+    return args.dtype == Dtype::kFloat64
+               ? elementwise::cached_heads_tokens<double>(args, begin_token, end_token)
+               : elementwise::cached_heads_tokens<float>(args, begin_token, end_token);
   if (args.dtype == Dtype::kFloat64)
     return elementwise::heads_tokens<double>(args, begin_token, end_token);
   elementwise::heads_tokens<float>(args, begin_token, end_token);

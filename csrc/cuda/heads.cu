@@ -133,18 +133,32 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (normed && mine > 0) {
     inverse = inverse_of_row(args, rows, row, squares);
-    if (place == 0) static_cast<T*>(args.inverse)[row.in_inverses] = inverse;
+    if (place == 0 && args.inverse != nullptr)
+      static_cast<T*>(args.inverse)[row.in_inverses] = inverse;
   }
+  const bool cached = args.positions != nullptr && mine > 0;
+  const std::int64_t turned_by = cached ? args.positions[row.token] : row.token;
   const Stored* weight = static_cast<const Stored*>(rows.kind.weight);
-  const Stored* cos = static_cast<const Stored*>(args.cos) + row.token * half;
-  const Stored* sin = static_cast<const Stored*>(args.sin) + row.token * half;
+  const Stored* cos = static_cast<const Stored*>(args.cos) + turned_by * half;
+  const Stored* sin = static_cast<const Stored*>(args.sin) + turned_by * half;
   Stored* out = static_cast<Stored*>(of_queries ? args.q : args.k) + row.in_heads;
-  for (int begin = 0; begin < mine; begin += round) {
+  const bool to_cache = cached && !of_queries;
+  const std::int64_t values = args.kv_heads * args.head_dim;
+  Stored* value_out = nullptr;
+  int writing = mine;
+  if (to_cache) {
+    const std::int64_t cache_place = place_in_cache(args, row.token);
+    const std::int64_t to = (cache_place - row.token) * values + row.in_heads;
+    out = static_cast<Stored*>(args.keys) + to;
+    value_out = static_cast<Stored*>(args.values) + to;
+    if (cache_place < 0) writing = 0;
+  }
+  for (int begin = 0; begin < writing; begin += round) {
     if (rows.pairs > round) fetch(begin);
 #pragma unroll
     for (int u = 0; u < kPairs; ++u) {
       const int i = begin + u * team + place;
-      if (i >= mine) continue;
+      if (i >= writing) continue;
       const Place at = rows.place(i);
       const int angle = rows.angle(at);
       const WidePack<Stored> c = read<whole>(cos + angle, at.count);
@@ -163,6 +177,10 @@ __global__ void __launch_bounds__(kThreads)
         pair[u].second.lane[k] = narrowed<Stored>(b);
       }
       pair[u].template write_to<whole>(out + at.column, half, at.count);
+      if (!to_cache) continue;
+      P value;  // stands behind the keys as the keys stand among themselves
+      value.template read_from<whole>(x + values + at.column, half, at.count);
+      value.template write_to<whole>(value_out + at.column, half, at.count);
     }
   }
 }
@@ -304,7 +322,7 @@ __global__ void __launch_bounds__(kThreads, kept ? 2 : 1)
         }
         upstream[u].template write_to<whole>(out + at.column, half, at.count);
         if (of_queries) continue;
-        P value;  // stands behind the keys as the keys stand among themselves
+        P value;
         value.template read_from<whole>(
             static_cast<const Stored*>(args.grad_v) + row.in_heads + at.column, half, at.count);
         value.template write_to<whole>(out + values + at.column, half, at.count);
@@ -320,7 +338,8 @@ __host__ bool whole_rows(const HeadsArgs& args) {
   const int lanes = kWidth<Stored>;
   return args.head_dim / 2 % lanes == 0 && args.qkv_stride % lanes == 0 && aligned(args.qkv) &&
          aligned(args.q_weight) && aligned(args.k_weight) && aligned(args.cos) &&
-         aligned(args.sin) && aligned(args.q) && aligned(args.k) && aligned(args.grad_q) &&
+         aligned(args.sin) && aligned(args.q) && aligned(args.k) && aligned(args.keys) &&
+         aligned(args.values) && aligned(args.grad_q) &&
          aligned(args.grad_k) && aligned(args.grad_v) && aligned(args.grad_qkv);
 }
 

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include "math/adamw.h"
+#include "math/decode.h"
 #include "math/elementwise.h"
 #include "math/replica_average.h"
 #include "math/sample.h"
@@ -43,5 +44,9 @@ void heads_sums(const HeadsArgs& args, cudaStream_t stream);
 void heads_backward(const HeadsArgs& args, cudaStream_t stream);
 void sum_blocks(Dtype precision, const void* sums, std::int64_t blocks, std::int64_t width,
                 void* out, cudaStream_t stream);
+
+// decode
+void merge_attention(const MergeArgs& args, cudaStream_t stream);
+void decode_advance(const AdvanceArgs& args, cudaStream_t stream);
 
 }  // namespace megarlx::cuda

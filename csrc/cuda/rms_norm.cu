@@ -21,22 +21,32 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int mine = row < args.rows ? packs : 0;
   const Stored* x_row = static_cast<const Stored*>(args.x) + row * width;
   const Stored* residual_row = static_cast<const Stored*>(args.residual) + row * width;
+  const Stored* addend_row = static_cast<const Stored*>(args.addend) + row * width;
   const Stored* weight = static_cast<const Stored*>(args.weight);
+  Stored* sum_row = static_cast<Stored*>(args.sum) + row * width;
   Stored* y_row = static_cast<Stored*>(args.y) + row * width;
   WidePack<Stored> x[kPacks], added[kPacks];
-  const auto fetch = [&](int begin) {
+  const auto fetch = [&](int begin, bool last) {
 #pragma unroll
     for (int u = 0; u < kPacks; ++u) {
       const Place at = place_of<Stored>(begin + u * team + place, width);
       x[u] = added[u] = {};
       if (begin + u * team + place >= mine) continue;
       x[u] = read<whole>(x_row + at.column, at.count);
+      if (args.addend != nullptr) {
+        const WidePack<Stored> more = read<whole>(addend_row + at.column, at.count);
+#pragma unroll
+        for (int k = 0; k < kWidth<Stored>; ++k)
+          x[u].lane[k] = narrowed<Stored>(widened(x[u].lane[k]) + widened(more.lane[k]));
+        // A row that is read a second time is written after that: x may be the sum.
+        if (last) write<whole>(x[u], sum_row + at.column, at.count);
+      }
       if (args.residual != nullptr) added[u] = read<whole>(residual_row + at.column, at.count);
     }
   };
   T squares = T(0);
   for (int begin = 0; begin < packs; begin += round) {
-    fetch(begin);
+    fetch(begin, packs <= round);
 #pragma unroll
     for (int u = 0; u < kPacks; ++u)
 #pragma unroll
@@ -47,9 +57,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   const T inverse = inverse_root_mean(team_sum(squares, team, 0), static_cast<T>(width),
                                       static_cast<T>(args.eps));
-  if (place == 0 && mine > 0) static_cast<T*>(args.inverse)[row] = inverse;
+  if (place == 0 && mine > 0 && args.inverse != nullptr)
+    static_cast<T*>(args.inverse)[row] = inverse;
   for (int begin = 0; begin < mine; begin += round) {
-    if (packs > round) fetch(begin);
+    if (packs > round) fetch(begin, true);
 #pragma unroll
     for (int u = 0; u < kPacks; ++u) {
       if (begin + u * team + place >= mine) continue;
@@ -170,7 +181,7 @@ __global__ void __launch_bounds__(kThreads)
 template <typename Stored>
 __host__ bool whole_rows(const RmsNormArgs& args) {
   return args.width % kWidth<Stored> == 0 && aligned(args.x) && aligned(args.weight) &&
-         aligned(args.residual) && aligned(args.y) && aligned(args.grad) && aligned(args.grad_x);
+         aligned(args.residual) && aligned(args.addend) && aligned(args.sum) && aligned(args.y) && aligned(args.grad) && aligned(args.grad_x);
 }
 
 }  // namespace

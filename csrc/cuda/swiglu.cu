@@ -1,13 +1,11 @@
 // SwiGLU on the GPU: a team of threads takes a row, each thread two packs of it at a time.
 #include "cuda/rows.h"
+#include "math/decode.h"
 
 namespace megarlx::cuda {
 namespace {
 
 constexpr int kTogether = 2;  // packs of each operand in flight
-
-__device__ __forceinline__ float exp_of(float x) { return expf(x); }
-__device__ __forceinline__ double exp_of(double x) { return exp(x); }
 
 template <typename Stored, bool whole>
 __global__ void __launch_bounds__(kThreads)

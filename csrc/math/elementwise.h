@@ -89,7 +89,9 @@ constexpr std::int64_t blocks_of(std::int64_t rows) {
   return (rows + kRowsPerBlock - 1) / kRowsPerBlock;
 }
 
-// y = weight · x · inverse (+ residual), inverse = 1 / sqrt(mean(x²) + eps) of each row.
+// y = weight · x · inverse (+ residual), inverse = 1 / sqrt(mean(x²) + eps) of each row. With an
+// addend (CUDA alone) x stands for x + addend, rounded to `dtype` and written to `sum`. y may be
+// residual, and sum x.
 struct RmsNormArgs {
   Dtype dtype;
   std::int64_t rows, width;
@@ -97,8 +99,10 @@ struct RmsNormArgs {
   const void* x;  // [rows, width], as are residual, y, grad and grad_x
   const void* weight;
   const void* residual;  // null: none
+  const void* addend;    // null: none
+  void* sum;
   void* y;
-  void* inverse;  // [rows] in precision; backward reads it
+  void* inverse;  // [rows] in precision; backward reads it; null: not wanted
   // backward
   const void* grad;
   void* grad_x;
@@ -137,6 +141,13 @@ struct HeadsArgs {
   std::int64_t ranks;
   const void* sums;
   void* own_sums;  // what a rank has to add to them, for the kernels that compute nothing else
+  // One new token each of cached sequences; null positions: none of this. cos and sin are those of
+  // every position, keys and values [pages, page_size, kv_heads, head_dim] are written in place of
+  // k, and nothing is kept for backward.
+  const std::int64_t *positions, *slots;  // [tokens]; a slot below 0: its token is not written
+  const std::int32_t* table;              // [·, pages_of_slot] pages of a slot; null: a slot is one
+  std::int64_t pages, pages_of_slot, page_size;
+  void *keys, *values;
   // backward
   const void *grad_q, *grad_k, *grad_v;
   void* grad_qkv;
@@ -159,6 +170,16 @@ MEGARLX_HD constexpr std::int64_t norms_of_token(const HeadsArgs& args) {
 MEGARLX_HD constexpr std::int64_t norm_width(const HeadsArgs& args, std::int64_t heads) {
   if (args.norm == HeadNorm::kNone) return 0;
   return args.norm == HeadNorm::kFull ? heads * args.head_dim : args.head_dim;
+}
+
+// Which of the cache's places a new token takes, page after page; -1 where it has none.
+MEGARLX_HD std::int64_t place_in_cache(const HeadsArgs& args, std::int64_t token) {
+  const std::int64_t slot = args.slots[token], position = args.positions[token];
+  if (slot < 0 || position < 0 || position >= args.pages_of_slot * args.page_size) return -1;
+  const std::int64_t page =
+      args.table == nullptr ? slot
+                            : args.table[slot * args.pages_of_slot + position / args.page_size];
+  return page < 0 || page >= args.pages ? -1 : page * args.page_size + position % args.page_size;
 }
 
 // The query heads of a token, or its key heads: how many, and where their things are.
