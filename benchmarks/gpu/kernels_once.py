@@ -20,6 +20,7 @@ if __name__ == "__main__":
 from megarlx.comm.groups import Group
 from megarlx.ops import sample
 from megarlx.ops.averaging import adamw_update_, average_adamw_, replica_average_
+from megarlx.ops.decode_parts import StepState, decode_advance_
 from megarlx.ops.linear_token_loss import linear_token_loss
 from megarlx.ops.loss_spec import LossSpec
 from megarlx.ops.token_loss import token_loss
@@ -131,7 +132,33 @@ def once_elementwise(device: torch.device) -> None:
             assert bool(sums.isfinite().all())
 
 
+def once_decode_parts(device: torch.device) -> None:
+    ops = torch.ops.megarlx
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
+    x, out, inner = drawn(5, 192), drawn(5, 192), drawn(5, 96)
+    ops.decode_norm_(x, drawn(5, 192), drawn(192), 1e-5, out)
+    ops.decode_norm_(x, out, drawn(192), 1e-5, None)
+    ops.decode_swiglu_(x, inner)
+    table = torch.arange(6, device=device, dtype=torch.int32).view(2, 3)
+    slots, positions = (torch.tensor(v, device=device) for v in ([0, 1, -1], [0, 23, 0]))
+    cache, turn, q = drawn(6, 8, 2, 32), drawn(24, 16), drawn(3, 4, 32)
+    given = (drawn(3, 256), cache, cache.clone(), table, slots, positions, turn, turn)
+    ops.decode_heads_(*given, None, None, None, 1, 0.0, q)
+    lse = torch.rand(3, 4, device=device)
+    out, _ = ops.merge_attention(q, lse, q, lse)
+    assert bool(out.isfinite().all())
+    state = StepState.empty(3, 2, device)
+    ends = torch.zeros(1, dtype=torch.int64, device=device)
+    decode_advance_(state, slots, lse[:, 0].clone(), lse[:, 1].clone(), ends=ends, idle_slot=1)
+    assert state.step.item() == 1
+
+
 ONCE = {
+    "decode_parts": once_decode_parts,
     "elementwise": once_elementwise,
     "sample": once_sampling,
     "token_loss": once_token_loss,

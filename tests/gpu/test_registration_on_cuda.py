@@ -135,7 +135,28 @@ def check_elementwise(card: Any) -> None:
         check(card, ops._heads_backward_sums, *grads[:2], qkv, *weights, turn, turn)
 
 
-CHECKS = (check_sampling, check_losses, check_updates, check_elementwise)
+def check_decode_parts(card: Any) -> None:
+    ops = torch.ops.megarlx
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        x, y, weight, turn = (torch.rand(*s).to(dtype) for s in ((3, 8), (3, 8), (8,), (8, 2)))
+        check(card, ops.decode_norm_, x, y, weight, 1e-5, None)
+        check(card, ops.decode_norm_, x, y, weight, 1e-5, torch.empty_like(x))
+        check(card, ops.decode_swiglu_, x, torch.empty(3, 4, dtype=dtype))
+        qkv, cache = torch.rand(3, 16).to(dtype), torch.zeros(2, 4, 1, 4, dtype=dtype)
+        table, places = torch.tensor([[0, 1]], dtype=torch.int32), torch.arange(3)
+        given = (qkv, cache, cache.clone(), table, 0 * places, places, turn, turn)
+        q = torch.empty(3, 2, 4, dtype=dtype)
+        check(card, ops.decode_heads_, *given, weight[:4], weight[:4], None, 1, 1e-5, q)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        check(card, ops.merge_attention, *(q, torch.rand(3, 2, dtype=wide)) * 2)
+    whole, flags = torch.arange(3), torch.zeros(3, dtype=torch.bool)
+    rows = (whole, whole.clone(), whole.clone(), torch.zeros(3, 2, dtype=torch.int64))
+    ring = (torch.zeros(1, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64))
+    given = (whole, torch.rand(3), torch.rand(3), whole, whole, 5)
+    check(card, ops.decode_advance_, *given, *rows, flags, *ring, torch.zeros(2, 2, 3))
+
+
+CHECKS = (check_sampling, check_losses, check_updates, check_elementwise, check_decode_parts)
 
 
 @pytest.mark.parametrize("of", CHECKS)

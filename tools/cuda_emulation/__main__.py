@@ -19,7 +19,7 @@ TESTS = [
     "tests/gpu/test_elementwise_cuda.py",
     "tests/gpu/test_registration_on_cuda.py",
     *(f"tests/unit/ops/test_{name}.py" for name in ("averaging", "replica_average_halves")),
-    "tests/unit/ops/test_elementwise.py",
+    *(f"tests/unit/ops/test_{name}.py" for name in ("elementwise", "decode_parts")),
     *(f"tests/unit/ops/test_{name}.py" for name in ("sample", "token_loss", "linear_token_loss")),
 ]
 

@@ -189,6 +189,7 @@ def elementwise(library: Library, op: str, *arguments: Any) -> tuple[Tensor, ...
     found = found if isinstance(found, tuple) else (found,)
     for i, (a, b) in enumerate(zip(found, of_cpu(op, arguments), strict=True)):
         bound = {DOUBLE: 1e-13, BFLOAT16: 4e-3}.get(a.dtype, 1e-6)
+        a, b = (x.nan_to_num(neginf=-9) for x in (a, b))
         gap, length = (a.to(b.dtype) - b).norm(), b.norm()
         assert gap <= bound * length, f"{op} {arguments[0].shape}, result {i}: {gap} of {length}"
     return found
@@ -249,7 +250,75 @@ def heads(library: Library) -> None:
     heads_of(library, DOUBLE, 17, 1, 128)  # too wide
 
 
+def in_place(library: Library, op: str, *arguments: Any) -> None:
+    """An op that writes its arguments, compared with the CPU's."""
+    wide = [
+        a.float() if isinstance(a, Tensor) and a.dtype == BFLOAT16 else copied(a) for a in arguments
+    ]
+    getattr(CPU, op)(*wide)
+    getattr(library.ops, op)(*arguments)
+    for i, (a, b) in enumerate(zip(arguments, wide, strict=True)):
+        if isinstance(a, Tensor):
+            bound = {DOUBLE: 1e-13, BFLOAT16: 6e-3}.get(a.dtype, 1e-6)
+            a, b = a.double(), b.double()
+            gap = (a - b).norm()
+            assert gap <= bound * b.norm(), f"{op} {a.shape}, argument {i}: {gap} of {b.norm()}"
+
+
+def copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def decode_parts(library: Library) -> None:
+    for dtype, widths in WIDTHS.items():
+        for width in widths:
+            x, y, out = (normal(3, width, dtype=dtype, scale=s) for s in (1, 2, 3))
+            weight = normal(width, dtype=dtype)
+            in_place(library, "decode_norm_", x.clone(), y, weight, 1e-5, None)
+            in_place(library, "decode_norm_", x.clone(), None, weight, 1e-5, out.clone())
+            in_place(library, "decode_norm_", x, y, weight, 1e-5, out)
+            in_place(library, "decode_swiglu_", torch.cat((x, y), 1), out)
+        h, k, dim = 4, 2, 32
+        turn = normal(12, dim // 2, dtype=DOUBLE)
+        qkv, caches = normal(4, 8 * dim, dtype=dtype), normal(2, 6, 4, k, dim, dtype=dtype)
+        table = torch.tensor([[5, 0, 2], [1, 4, 9]], dtype=torch.int32)  # there is no page 9
+        places = (torch.tensor([1, 0, -1, 0]), torch.tensor([5, 11, 0, 0]))
+        for sizes in ((), (h * dim, k * dim), (dim, dim)):
+            weights = [normal(size, dtype=dtype) for size in sizes] or [None, None]
+            in_place(
+                library, "decode_heads_", qkv, caches[0].clone(), caches[1].clone(), table, *places,
+                turn.cos().to(dtype), turn.sin().to(dtype), *weights, None, 1, 1e-5,
+                normal(4, h, dim, dtype=dtype),
+            )  # fmt: skip
+
+
+def merges(library: Library) -> None:
+    for dtype in (BFLOAT16, torch.float32, DOUBLE):
+        for width in (24, 130):
+            a, b = (normal(7, 3, width, dtype=dtype, scale=s) for s in (1, 2))
+            wide = DOUBLE if dtype == DOUBLE else torch.float32
+            lse = [normal(7, 3, dtype=wide, scale=s) for s in (3, 1)]
+            lse[0][2] = -math.inf
+            elementwise(library, "merge_attention", a, lse[0], b, lse[1])
+
+
+def advances(library: Library) -> None:
+    rows, ring = 300, 3
+    whole = torch.arange(rows)
+    state = (
+        *(whole.clone(), whole.clone(), whole.clone(), torch.stack((whole, whole % 5), 1)),
+        *(whole % 7 == 0, torch.tensor([4]), torch.zeros(ring, rows, dtype=torch.int64)),
+        torch.zeros(2, ring, rows),
+    )
+    drawn, ends = whole % 11 - 1, torch.tensor([3, 5])
+    for _ in range(2):
+        given = (drawn, normal(rows), normal(rows, scale=2), ends, whole % 4 + 1, 77)
+        in_place(library, "decode_advance_", *given, *state)
+
+
 CASES: dict[str, Check] = {
+    "merge_attention_kernel": merges,
+    "advance_kernel": advances,
     "rms_norm_kernel": norms,
     "rms_norm_backward_kernel": norms,
     "sum_blocks_kernel": norms,
