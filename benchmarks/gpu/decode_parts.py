@@ -19,7 +19,9 @@ from megarlx.ops.decode_parts import StepState, decode_advance_, decode_heads_, 
 def calls(context: Context, rows: int) -> dict[str, tuple[Call, int]]:
     """By name: a call, and the bytes that it must read and write."""
     c = load_config(ROOT / "configs" / "olmo2_1b.toml").model
-    hidden, inner, heads = context.either((c.hidden_size, c.intermediate_size, c.heads), (24, 40, 3))
+    hidden, inner, heads = context.either(
+        (c.hidden_size, c.intermediate_size, c.heads), (24, 40, 3)
+    )
     device, dim, places = context.device, hidden // heads, context.either(1024, 16)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 

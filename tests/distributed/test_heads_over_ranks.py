@@ -16,7 +16,7 @@ TOKENS, H, K, D, EPS = 7, 2, 1, 6, 1e-5
 
 
 def parts(n: int) -> dict[str, list[Tensor]]:
-    """What each rank holds: heads of queries, keys and values, their weights, upstream gradients."""
+    """What each rank holds: heads of each kind, their weights, upstream gradients."""
     generator = torch.Generator().manual_seed(4)
 
     def drawn(*shape: int) -> list[Tensor]:

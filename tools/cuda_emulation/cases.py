@@ -229,7 +229,7 @@ def heads_of(library: Library, dtype: torch.dtype, h: int, k: int, dim: int) -> 
     cos, sin = turn.cos().to(dtype), turn.sin().to(dtype)
     qkv = normal(19, (h + 2 * k) * dim, dtype=dtype)
     for sizes in ((), (h * dim, k * dim), (dim, dim)):
-        weights = [normal(size, dtype=dtype) for size in sizes] or [None, None]
+        weights: list[Any] = [normal(size, dtype=dtype) for size in sizes] or [None, None]
         given = (qkv, *weights, cos, sin)
         q, keys, inverse = elementwise(library, "_heads", *given, h, k, 1e-5)
         grads = (q, keys, keys.flip(0).contiguous())
@@ -284,7 +284,7 @@ def decode_parts(library: Library) -> None:
         table = torch.tensor([[5, 0, 2], [1, 4, 9]], dtype=torch.int32)  # there is no page 9
         places = (torch.tensor([1, 0, -1, 0]), torch.tensor([5, 11, 0, 0]))
         for sizes in ((), (h * dim, k * dim), (dim, dim)):
-            weights = [normal(size, dtype=dtype) for size in sizes] or [None, None]
+            weights: list[Any] = [normal(size, dtype=dtype) for size in sizes] or [None, None]
             in_place(
                 library, "decode_heads_", qkv, caches[0].clone(), caches[1].clone(), table, *places,
                 turn.cos().to(dtype), turn.sin().to(dtype), *weights, None, 1, 1e-5,

@@ -84,7 +84,9 @@ def test_heads_of_a_norm_over_ranks_take_its_sums() -> None:
         keys, q = torch.zeros(3, 4, k, dim).double(), torch.empty(3, h, dim).double()
         decode_heads_(
             *(qkv, keys, keys.clone(), *places, q),
-            **{"q_weight": weights[0], "k_weight": weights[1], "eps": EPS},
+            q_weight=weights[0],
+            k_weight=weights[1],
+            eps=EPS,
             sums=given,
             ranks=ranks,
         )
@@ -114,7 +116,9 @@ def test_a_part_that_holds_nothing_counts_for_nothing() -> None:
     out, lse = normal(2, 3, 8), normal(2, 3)
     nothing = (torch.full_like(out, math.nan), torch.full_like(lse, -math.inf))
     for given in ((out, lse, *nothing), (*nothing, out, lse)):
-        assert all(torch.equal(a, b) for a, b in zip(merge_attention(*given), (out, lse), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(merge_attention(*given), (out, lse), strict=True)
+        )
     merged, of_none = merge_attention(*nothing, *nothing)
     assert not merged.any()
     assert bool((of_none == -math.inf).all())
@@ -194,9 +198,11 @@ def test_opcheck() -> None:
     whole = torch.arange(2)
     check(
         ops.decode_advance_,
-        (whole, torch.ones(2), torch.ones(2), whole, state.last_positions, 5)
-        + (state.tokens, state.positions, state.slots, state.keys)
-        + (state.frozen, state.step, state.history, state.logprobs),
+        (
+            *(whole, torch.ones(2), torch.ones(2), whole, state.last_positions, 5),
+            *(state.tokens, state.positions, state.slots, state.keys),
+            *(state.frozen, state.step, state.history, state.logprobs),
+        ),
     )
 
 
