@@ -24,8 +24,7 @@ from training import SIZES
 
 from megarlx.config.model import ModelConfig
 from megarlx.generation.engine import Engine
-from megarlx.generation.episodes import TurnEnd, generate_episodes
-from megarlx.generation.requests import Request, SamplingSettings
+from megarlx.generation.requests import Request, SamplingSettings, TurnEnd
 from megarlx.model.transformer import Stage
 
 FIRST_TOKENS, OBSERVATION_TOKENS, TURN_TOKENS, GROUP = 32, 24, 16, 8
@@ -56,7 +55,7 @@ class Bench:
         return [None if e.turn + 1 == self.turns else self.observations[e.turn] for e in ends]
 
     def ours(self) -> list[list[int]]:
-        found = generate_episodes(self.engine, self.requests, self.settings, 0, self.on_turns_end)
+        found = self.engine.episodes(self.requests, self.settings, 0, self.on_turns_end)
         return [t.tokens.tolist() for t in found]
 
     def naive(self) -> list[list[int]]:

@@ -29,7 +29,7 @@ from typing import Any
 from timing import Row, add_outputs, machine, write_json
 
 from megarlx.cli import main as megarlx
-from megarlx.metrics import read_metrics
+from megarlx.training.metrics import read_metrics
 
 METHODS = ("grpo", "cispo", "gspo", "gigpo", "sampo")
 # Success in percent, of ALFWorld, WebShop and Sokoban (2602.21534)
@@ -67,9 +67,10 @@ sequence_length = 256
 [template]
 user = "seen : {{content}} act :"
 assistant = " {{content}}"
-[data.agents]
+[data]
+maker = "agents"
 folder = "{world}"
-[[data.agents.environments]]
+[[data.options.environments]]
 function = "{environment}"
 tasks = 2048
 demonstrations = 2000
@@ -93,7 +94,7 @@ environment = {{ function = "{environment}", workers = 0, {limits} }}
 
 RECIPE = """
 [rl]
-prompts = "{{world}}/{environment}/tasks_train.jsonl"
+prompts = "{{made}}/{environment}/tasks_train.jsonl"
 prompts_per_step = {tasks}
 samples_per_prompt = 8
 steps_per_rollout = 2

@@ -23,12 +23,13 @@ from training import SIZES
 from megarlx.checkpoint import FlatShards, Retention, Saver, load
 from megarlx.comm.groups import Mesh
 from megarlx.model.build import build_model
-from megarlx.optimizer import AdamSettings, AveragingAdamW
+from megarlx.training.optimizer import Optimizer
+from megarlx.training.parts import UpdateSettings
 
 
 def shards_of(size: str) -> FlatShards:
     model = build_model(SIZES[size].model, Mesh.alone(), seed=0)
-    optimizer = AveragingAdamW(model.data_parallel, {"pretraining": AdamSettings()}, [])
+    optimizer = Optimizer(model.data_parallel, {"pretraining": UpdateSettings()}, [])
     for shard in optimizer.shards.shards.values():
         shard.normal_()
     return optimizer.shards

@@ -29,8 +29,8 @@ from megarlx.data.loader import BatchLayout, Loader
 from megarlx.data.samples import Sample
 from megarlx.model.build import build_model
 from megarlx.objectives.supervised import Supervised
-from megarlx.optimizer import AdamSettings
-from megarlx.trainer import TrainedObjective, Trainer, TrainingStage
+from megarlx.training.parts import UpdateSettings
+from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage
 
 PROMPTS, SAMPLES, PROMPT_TOKENS = 8, 8, 24
 SEQUENCES, LENGTH = 24, 256
@@ -58,7 +58,7 @@ def trainer_of(case: Case, kind: str) -> Trainer:
     mesh = Mesh.build(dp=2) if kind == COLOCATED else Mesh.build(replica=2)
     model = build_model(case.model, mesh, seed=0)
     layout = BatchLayout(SEQUENCES, 4, mesh.dp.rank, mesh.dp.size)
-    adam = AdamSettings(weight_decay=0.0)
+    adam = UpdateSettings(weight_decay=0.0)
     members = [
         TrainedObjective(one, adam, lambda step: 1e-6)
         for one in (
@@ -81,7 +81,7 @@ def measure(rank: int, case: Case, rounds: int, folder: str) -> None:
     trainers = {kind: trainer_of(case, kind) for kind in (TOGETHER, ALONE, COLOCATED)}
     for trainer in trainers.values():  # caches, threads, allocator
         trainer.step()
-        trainer.take_waited_seconds()
+        trainer.replicas.take_waited_seconds()
     seconds: dict[str, list[float]] = {kind: [] for kind in trainers}
     waited: dict[str, list[list[float]]] = {kind: [] for kind in trainers}
     for _ in range(rounds):
@@ -91,7 +91,7 @@ def measure(rank: int, case: Case, rounds: int, folder: str) -> None:
             trainer.step()
             barrier(trainer.mesh.world)
             seconds[kind].append(time.perf_counter() - begun)
-            mine = trainer.take_waited_seconds() / seconds[kind][-1]
+            mine = trainer.replicas.take_waited_seconds() / seconds[kind][-1]
             waited[kind].append(gather_values(mine, trainer.mesh.world))
     for trainer in trainers.values():
         for objective in trainer.objectives.values():

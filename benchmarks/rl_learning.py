@@ -31,14 +31,16 @@ from megarlx.data.packing import ConversationData
 from megarlx.data.prompts import Prompt, PromptData
 from megarlx.data.tokenizer import WordTokenizer
 from megarlx.generation.engine import Engine
-from megarlx.generation.requests import Request, SamplingSettings
+from megarlx.generation.requests import SamplingSettings
 from megarlx.model.build import ParallelModel, build_model
+from megarlx.objectives.player import Player, Start
+from megarlx.objectives.question_game import QuestionGame
 from megarlx.objectives.rewards import Rewards
 from megarlx.objectives.rl import Reinforcement
 from megarlx.objectives.rollout import Sampler
 from megarlx.objectives.supervised import Supervised
-from megarlx.optimizer import AdamSettings
-from megarlx.trainer import TrainedObjective, Trainer, TrainingStage
+from megarlx.training.parts import UpdateSettings
+from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage
 
 FORMATS = ("#### {}", "= {}", "is {}", "so {}", "answer {}", "result {}", "{}", "says {} !")
 SAMPLES = 32  # of each held-out question
@@ -102,7 +104,7 @@ def train_start(task: Task, steps: int, seed: int, folder: Path) -> Path:
     def rate(step: int) -> float:
         return peak * min((step + 1) / warmup, (steps - step) / (steps - warmup))
 
-    member = TrainedObjective(Supervised("sft", loader), AdamSettings(weight_decay=0.01), rate)
+    member = TrainedObjective(Supervised("sft", loader), UpdateSettings(weight_decay=0.01), rate)
     trainer = Trainer(model_of(task, seed), [TrainingStage([member], combine="single")])
     for _ in range(steps):
         trainer.step()
@@ -116,9 +118,9 @@ def reinforcement(task: Task, model: ParallelModel, config: RlConfig, seed: int)
     tokenizer = task.tokenizer
     engine = Engine.of(model, slots=config.slots, longest=32)
     prompts = PromptData(task.prompts(held_out=False), TEMPLATE, tokenizer, seed)
-    sampler = Sampler(
-        config, lambda: engine, prompts, tokenizer, Rewards(config.rewards), model.mesh, seed
-    )
+    game = QuestionGame(Rewards(config.rewards), config.max_completion_tokens, model.mesh)
+    player = Player(lambda: engine, game, tokenizer)
+    sampler = Sampler(config, player, prompts, model.mesh.dp, seed)
     return Reinforcement("rl", config, model, sampler)
 
 
@@ -128,14 +130,18 @@ def pass_at_1(task: Task, objective: Reinforcement, seed: int) -> float:
     assert isinstance(sampler, Sampler)
     questions = PromptData(task.prompts(held_out=True), TEMPLATE, tokenizer, seed)
     drawn = questions.take(len(questions.prompts))
-    requests = [
-        Request(one.ids, range(one.number * SAMPLES, (one.number + 1) * SAMPLES), 8)
+    starts = [
+        Start(
+            one.number,
+            tuple(range(one.number * SAMPLES, (one.number + 1) * SAMPLES)),
+            one.prompt,
+            one.ids,
+        )
         for one in drawn
     ]
     settings = SamplingSettings(stop_tokens=(tokenizer.eos_id,))
-    found = sampler.engine().generate(requests, settings, seed=1_000_003 + seed)
-    samples = [sampler.sample_of(drawn[i // SAMPLES], one) for i, one in enumerate(found)]
-    return sum(sampler.rewards.score(samples).totals) / len(samples)
+    found = sampler.player.play(starts, settings, 1_000_003 + seed, sampler.group)
+    return sum(one.reward() for one in found) / len(found)
 
 
 def rl_config(prompts: int, samples: int) -> RlConfig:
@@ -164,7 +170,7 @@ def learn(
 ) -> Outcome:
     model = model_of(task, seed)
     objective = reinforcement(task, model, config, seed)
-    adam = AdamSettings(weight_decay=0.0)
+    adam = UpdateSettings(weight_decay=0.0)
     member = TrainedObjective(objective, adam, lambda step: lr * min(1.0, (step + 1) / 5))
     trainer = Trainer(model, [TrainingStage([member], combine="single")])
     trainer.start_from(start)

@@ -36,12 +36,14 @@ from megarlx.data.prompts import Prompt, PromptData
 from megarlx.data.tokenizer import WordTokenizer
 from megarlx.generation.engine import Engine
 from megarlx.model.build import ParallelModel, build_model
+from megarlx.objectives.player import Player
+from megarlx.objectives.question_game import QuestionGame
 from megarlx.objectives.rewards import Rewards
 from megarlx.objectives.rl import Reinforcement
 from megarlx.objectives.rollout import Sampler
 from megarlx.objectives.samples import Sample
-from megarlx.optimizer import AdamSettings
-from megarlx.trainer import TrainedObjective, Trainer, TrainingStage
+from megarlx.training.parts import UpdateSettings
+from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage
 
 PROMPT_TOKENS = 24
 
@@ -100,8 +102,9 @@ def policy(case: Case, model: ParallelModel) -> Reinforcement:
     engine = Engine.of(
         model, slots=case.prompts * case.samples, longest=PROMPT_TOKENS + case.new_tokens
     )
-    rewards = Rewards(config.rewards)
-    sampler = Sampler(config, lambda: engine, prompts, tokenizer, rewards, model.mesh, seed=0)
+    game = QuestionGame(Rewards(config.rewards), config.max_completion_tokens, model.mesh)
+    player = Player(lambda: engine, game, tokenizer)
+    sampler = Sampler(config, player, prompts, model.mesh.dp, seed=0)
     sampler.sampling = dataclasses.replace(sampler.sampling, stop_tokens=())
     return Reinforcement("rl", config, model, sampler)
 
@@ -110,7 +113,7 @@ def our_step(case: Case, **options: Any) -> tuple[Callable[[], object], Reinforc
     """`options` are those of `build_model`."""
     model = build_model(case.model, Mesh.alone(), seed=0, **options)
     objective = policy(case, model)
-    trained = TrainedObjective(objective, AdamSettings(weight_decay=0.0), lambda step: 1e-6)
+    trained = TrainedObjective(objective, UpdateSettings(weight_decay=0.0), lambda step: 1e-6)
     return Trainer(model, [TrainingStage([trained])]).step, objective
 
 

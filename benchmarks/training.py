@@ -28,8 +28,8 @@ from megarlx.data.loader import BatchLayout, Loader
 from megarlx.data.samples import Sample
 from megarlx.model.build import build_model
 from megarlx.objectives.supervised import Supervised
-from megarlx.optimizer import AdamSettings
-from megarlx.trainer import TrainedObjective, Trainer, TrainingStage
+from megarlx.training.parts import UpdateSettings
+from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def our_step(
     layout = BatchLayout(size.sequences, sequences_per_microbatch or size.sequences)
     loader = Loader(SameBatch(samples), layout, prefetch_steps=0)
     objective = Supervised("pretraining", loader, device=device)
-    trained = TrainedObjective(objective, AdamSettings(), lambda step: 1e-3)
+    trained = TrainedObjective(objective, UpdateSettings(), lambda step: 1e-3)
     model = build_model(size.model, Mesh.alone(), seed=0, device=device, **options)
     return Trainer(model, [TrainingStage([trained])]).step
 

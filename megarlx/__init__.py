@@ -1,3 +1,27 @@
-"""megarlx: a trainer for language models, with reinforcement learning anywhere in training."""
+"""megarlx: a trainer for language models, with reinforcement learning anywhere in training.
 
-__version__ = "0.1.0"
+The names of PUBLIC are imported when they are first used: `import megarlx` imports nothing else.
+"""
+
+from typing import Any
+
+__version__ = "0.2.0"
+
+PUBLIC = {
+    "load_config": "megarlx.config:load_config",
+    "train": "megarlx.run.api:train",
+    "branch": "megarlx.run.api:branch",
+    "open": "megarlx.run.api:open",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PUBLIC:
+        raise AttributeError(f"megarlx has no '{name}'; it has {', '.join(PUBLIC)}")
+    from megarlx.plug import load
+
+    return load(PUBLIC[name])
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *PUBLIC]

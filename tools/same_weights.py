@@ -47,8 +47,7 @@ sequence_length = 48
 [optimizer]
 lr = 2e-3
 
-[data.world]
-folder = "{world}"
+{data}
 documents = 300
 held_out_documents = 20
 prompts = 40
@@ -68,6 +67,8 @@ function = "length_penalty"
 options = {{ max_tokens = 8, buffer = 4.0 }}
 workers = 0
 """
+WORLD = '[data]\nmaker = "world"\nfolder = "{folder}"\n[data.options]'
+WORLD_BEFORE_MAKERS = '[data.world]\nfolder = "{folder}"'
 ONE = "[[stages]]\nsteps = 6\n[stages.objectives.pretraining]\n"
 POLICY = "[[stages]]\nsteps = 6\n[stages.objectives.rl]\nlr = 1e-3\n"
 BOTH = """
@@ -156,7 +157,9 @@ def train(tree: Path, folder: Path, recipe: Recipe) -> None:
     """One run of the code in `tree`."""
     folder.mkdir(parents=True)
     config = folder / "run.toml"
-    config.write_text(MODEL.format(world=folder.parent / "world") + recipe.stages)
+    data = WORLD if (tree / "megarlx" / "study").exists() else WORLD_BEFORE_MAKERS
+    data = data.format(folder=folder.parent / "world")
+    config.write_text(MODEL.format(data=data) + recipe.stages)
     words = [sys.executable]
     if recipe.processes > 1:
         words += ["-m", "torch.distributed.run", "--nproc-per-node", str(recipe.processes)]

@@ -21,7 +21,7 @@ from gpu.pieces import (
     python,
     there,
 )
-from megarlx.metrics import read_metrics
+from megarlx.training.metrics import read_metrics
 
 # Where megarlx finds the reward of the RL branches.
 REWARDS = {"PYTHONPATH": os.pathsep.join((str(ROOT / "benchmarks"), environment()["PYTHONPATH"]))}
@@ -55,8 +55,10 @@ lr = 3e-3
 schedule = "constant"
 warmup_steps = 2
 
-[data.world]
+[data]
+maker = "world"
 folder = "{world}"
+[data.options]
 documents = {documents}
 held_out_documents = 40
 prompts = 128
@@ -72,7 +74,7 @@ validation_sequences = 16
 [[evaluation.suites]]
 name = "math"
 kind = "pass_at_k"
-world = "problems"
+made = "problems"
 samples = 8
 max_new_tokens = 40
 group_size = 8

@@ -32,7 +32,7 @@ _reduce_scatter_single: Callable = getattr(
 
 
 @contextmanager
-def _named(group: Group, operation: str) -> Iterator[None]:
+def named(group: Group, operation: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # every c10d error is one
@@ -50,7 +50,7 @@ class Pending:
 
     def wait(self) -> None:
         if self._work is not None:
-            with _named(self._group, self._operation):
+            with named(self._group, self._operation):
                 self._work.wait()
         self._work = None
         self._kept = ()
@@ -61,14 +61,14 @@ def _count(group: Group, operation: str, whole: Tensor) -> None:
     group.traffic.add(group.axis, operation, sent)
 
 
-def _through_host(device: torch.device, group: Group) -> bool:
+def through_host(device: torch.device, group: Group) -> bool:
     """gloo lacks several operations on CUDA tensors; such a tensor travels through a host copy."""
     return device.type == "cuda" and dist.get_backend(group.process_group) == "gloo"
 
 
 def _as_contiguous(tensor: Tensor, group: Group) -> Tensor:
     """What the backend can work on in place; the tensor itself wherever that is possible."""
-    return tensor.cpu().contiguous() if _through_host(tensor.device, group) else tensor.contiguous()
+    return tensor.cpu().contiguous() if through_host(tensor.device, group) else tensor.contiguous()
 
 
 def all_reduce_(tensor: Tensor, group: Group, op: str = "sum") -> Tensor:
@@ -79,7 +79,7 @@ def all_reduce_(tensor: Tensor, group: Group, op: str = "sum") -> Tensor:
         return tensor
     _count(group, "all_reduce", tensor)
     buffer = _as_contiguous(tensor.detach(), group)
-    with _named(group, "all_reduce"):
+    with named(group, "all_reduce"):
         dist.all_reduce(buffer, _REDUCTIONS[op], group=group.process_group)
     return _write_back(tensor, buffer)
 
@@ -123,13 +123,13 @@ def all_gather_flat_(
         _write_back(output, shard)
         return Pending(group, "all_gather", None)
     _count(group, "all_gather", output)
-    if _through_host(output.device, group):
+    if through_host(output.device, group):
         host = output.cpu()
-        with _named(group, "all_gather"):
+        with named(group, "all_gather"):
             _all_gather_single(host, shard.cpu(), group=group.process_group)
         output.copy_(host)
         return Pending(group, "all_gather", None)
-    with _named(group, "all_gather"):
+    with named(group, "all_gather"):
         work = _all_gather_single(output, shard, group=group.process_group, async_op=async_op)
     return Pending(group, "all_gather", work, output, shard)
 
@@ -146,13 +146,13 @@ def reduce_scatter_flat_(
         _write_back(shard, input)
         return Pending(group, "reduce_scatter", None)
     _count(group, "reduce_scatter", input)
-    if _through_host(input.device, group):
+    if through_host(input.device, group):
         host = shard.cpu()
-        with _named(group, "reduce_scatter"):
+        with named(group, "reduce_scatter"):
             _reduce_scatter_single(host, input.cpu(), group=group.process_group)
         shard.copy_(host)
         return Pending(group, "reduce_scatter", None)
-    with _named(group, "reduce_scatter"):
+    with named(group, "reduce_scatter"):
         work = _reduce_scatter_single(shard, input, group=group.process_group, async_op=async_op)
     return Pending(group, "reduce_scatter", work, shard, input)
 
@@ -164,7 +164,7 @@ def broadcast_(tensor: Tensor, group: Group, source: int = 0) -> Tensor:
         return tensor
     _count(group, "broadcast", tensor)
     buffer = _as_contiguous(tensor.detach(), group)
-    with _named(group, "broadcast"):
+    with named(group, "broadcast"):
         dist.broadcast(buffer, group=group.process_group, group_src=source)
     return _write_back(tensor, buffer)
 
@@ -174,7 +174,7 @@ def send(tensor: Tensor, group: Group, to: int) -> None:
     _check_position("send", "to", to, group, other=True)
     _count(group, "send", tensor)
     buffer = _as_contiguous(tensor.detach(), group)
-    with _named(group, "send"):
+    with named(group, "send"):
         dist.send(buffer, group=group.process_group, group_dst=to)
 
 
@@ -183,7 +183,7 @@ def receive_(tensor: Tensor, group: Group, source: int) -> Tensor:
     _check_position("receive_", "source", source, group, other=True)
     _count(group, "receive", tensor)
     buffer = _as_contiguous(tensor.detach(), group)
-    with _named(group, "receive"):
+    with named(group, "receive"):
         dist.recv(buffer, group=group.process_group, group_src=source)
     return _write_back(tensor, buffer)
 
@@ -193,7 +193,7 @@ def start_send(tensor: Tensor, group: Group, to: int, operation: str, where: str
     _check_position("start_send", "to", to, group, other=True)
     group.traffic.add(group.axis, operation, tensor.nbytes)
     buffer = _as_contiguous(tensor.detach(), group)
-    with _named(group, where):
+    with named(group, where):
         work = dist.isend(buffer, group=group.process_group, group_dst=to)
     return Pending(group, where, work, buffer)
 
@@ -208,9 +208,9 @@ def start_receive(
 ) -> tuple[Tensor, Pending]:
     """A buffer that is filled when `Pending.wait` returns; on the host where gloo needs that."""
     _check_position("start_receive", "source", source, group, other=True)
-    place = "cpu" if _through_host(device, group) else device
+    place = "cpu" if through_host(device, group) else device
     buffer = torch.empty(shape, dtype=dtype, device=place)
-    with _named(group, where):
+    with named(group, where):
         work = dist.irecv(buffer, group=group.process_group, group_src=source)
     return buffer, Pending(group, where, work)
 

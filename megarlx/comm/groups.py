@@ -242,6 +242,7 @@ class Mesh:
     model: Group  # pp+tp: one copy of the model's weights
     data: Group  # replica+dp: the same weights, other data
     objective: Group  # pp+dp+tp: all ranks of this replica, which run one objective
+    shards: Group  # dp+tp: together one copy of the optimizer state of a pipeline rank
     decode: Group  # the ranks of pp, on a group of its own for the point-to-point of generation
     embedding: Group  # first and last pipeline stage (tied weights); alone in a stage between
 
@@ -249,7 +250,7 @@ class Mesh:
     def groups(self) -> tuple[Group, ...]:
         return (
             *(self.pp, self.replica, self.dp, self.tp, self.world),
-            *(self.model, self.data, self.objective, self.decode, self.embedding),
+            *(self.model, self.data, self.objective, self.shards, self.decode, self.embedding),
         )
 
     @staticmethod
@@ -297,6 +298,7 @@ class Mesh:
             model=along("pp", "tp"),
             data=along("replica", "dp", name=None if replica > 1 else "dp"),
             objective=along("pp", "dp", "tp"),
+            shards=along("dp", "tp"),
             decode=along("pp", name="decode", shared=False),
             embedding=maker.make_embedding(layout),
         )
@@ -305,8 +307,8 @@ class Mesh:
 class _GroupMaker:
     """Makes process groups so that every rank makes the same ones in the same order.
 
-    Only a group's members take part in making it, so a job of a thousand ranks makes ten groups a
-    rank and not thousands. torch then names a group by its ranks and the number of groups made
+    Only a group's members take part in making it, so a job of a thousand ranks makes eleven groups
+    a rank and not thousands. torch then names a group by its ranks and the number of groups made
     before it: that number must agree between the members, so nothing here may depend on a rank's
     place but the ranks themselves. No cycle of waiting can arise: a group is waited for only by
     ranks that have finished all groups before it.

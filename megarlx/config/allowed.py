@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from megarlx.config.section import Section
+from megarlx import plug
+from megarlx.config.section import Named, Section
 
 WORDS = {
     int: "an integer",
@@ -54,11 +55,16 @@ def allowed(annotation: Any, metadata: Iterable[Any] = ()) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return allowed(arguments[0], [*arguments[1:], *metadata])
+    for named in metadata:
+        if isinstance(named, Named):
+            return plug.allowed(named.kind)
     if origin is Literal:
         return "one of " + ", ".join(f'"{a}"' for a in arguments)
     if origin is tuple:
         number = "values" if arguments[-1] is Ellipsis else f"{len(arguments)} values"
         return f"a list of {number}, each {allowed(arguments[0])}"
+    if origin is list:
+        return "a list"
     if origin is dict:
         return f"a table of names, each with {allowed(arguments[1])}"
     if section := section_of(annotation):

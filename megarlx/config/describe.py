@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from pydantic.fields import FieldInfo
 
+from megarlx import plug
 from megarlx.config.allowed import allowed, element_section, is_table_of_names, section_of
-from megarlx.config.section import Section
+from megarlx.config.section import OptionsOf, Section
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ def field_lines(kind: type[Section], before: str = "") -> list[FieldLine]:
                 field.description or "",
             )
         )
+        for options in field.metadata:
+            if isinstance(options, OptionsOf):
+                for named in plug.ours(options.kind):
+                    of_it = f"{before}{name}({options.name}={named})."
+                    lines += field_lines(options.section(named), of_it)
         if section := element_section(field.annotation):
             inside = ".NAME." if is_table_of_names(field.annotation) else "[]."
             lines += field_lines(section, f"{before}{name}{inside}")

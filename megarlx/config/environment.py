@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
-from megarlx.config.section import Section
-
-# Short names of what comes with megarlx
-ENVIRONMENTS = {
-    "calculator": "megarlx.objectives.environments.calculator:Calculator",
-    "sokoban": "megarlx.objectives.environments.sokoban:Sokoban",
-    "shop": "megarlx.objectives.environments.shop:Shop",
-    "gymnasium": "megarlx.objectives.environments.gymnasium:TextGym",
-}
+from megarlx.config.section import Named, Section
 
 
 class EnvironmentConfig(Section):
     """A class with reset(task, seed) and step(action), and what an episode in it may cost."""
 
-    function: str = Field(description="module:Class, or a short name: " + ", ".join(ENVIRONMENTS))
+    function: Annotated[str, Named("environment")] = Field(
+        description="What episodes are played in; see docs/agents.md"
+    )
     name: str | None = Field(
         default=None, min_length=1, description="Name in the metrics; absent: the class's"
     )
@@ -55,12 +49,6 @@ class EnvironmentConfig(Section):
 
     def problems(self) -> list[tuple[str, str]]:
         found = []
-        module, colon, attribute = self.function.partition(":")
-        if self.function not in ENVIRONMENTS and not (
-            module and colon and attribute.isidentifier()
-        ):
-            allowed = "module:Class, " + ", ".join(ENVIRONMENTS)
-            found.append(("function", f"is '{self.function}'; allowed are {allowed}"))
         if self.max_turn_tokens >= self.max_episode_tokens:
             wrong = f"is {self.max_turn_tokens}; it must be below max_episode_tokens = "
             found.append(("max_turn_tokens", wrong + str(self.max_episode_tokens)))
@@ -69,11 +57,3 @@ class EnvironmentConfig(Section):
     @property
     def label(self) -> str:
         return self.name or self.function.rpartition(":")[2]
-
-    @property
-    def resolved(self) -> EnvironmentConfig:
-        """With the whole name of a built-in class."""
-        if self.function not in ENVIRONMENTS:
-            return self
-        changes = {"function": ENVIRONMENTS[self.function], "name": self.label}
-        return self.model_copy(update=changes)

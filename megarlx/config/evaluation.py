@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from megarlx import plug
 from megarlx.config.environment import EnvironmentConfig
 from megarlx.config.objectives import TemplateConfig
 from megarlx.config.reward import RewardConfig
-from megarlx.config.section import Section
+from megarlx.config.section import Named, Section
 
-Kind = Literal["pass_at_k", "choice", "cloze", "perplexity", "behaviour", "agent"]
-WorldTests = Literal["problems", "facts", "held_out_facts", "stories", "behaviours"]
 Count = Annotated[int, Field(ge=1)]
 
-# What of a synthetic world each kind of suite can be made of
-OF_THE_WORLD: dict[str, tuple[str, ...]] = {
-    "pass_at_k": ("problems",),
-    "choice": ("facts", "held_out_facts"),
-    "cloze": ("facts", "held_out_facts"),
-    "perplexity": ("problems", "facts", "stories"),
-    "behaviour": ("behaviours",),
-    "agent": (),
-}
 SAMPLED = ("pass_at_k", "behaviour", "agent")
 SCORED = ("pass_at_k", "behaviour")  # by rewards
 
@@ -33,10 +23,15 @@ class SuiteConfig(Section):
     """One suite: what is asked, how often, and what counts."""
 
     name: str = Field(min_length=1, description="Name of the suite in files, metrics and figures")
-    kind: Kind = Field(description="How it is measured: by scored samples, or by likelihoods")
+    kind: Annotated[str, Named("suite")] = Field(
+        description="How it is measured: by scored samples, by likelihoods, or your own way"
+    )
     path: str | None = Field(default=None, description="JSONL file of its questions")
-    world: WorldTests | None = Field(
-        default=None, description="In place of a path: tests of the run's own synthetic world"
+    made: str | None = Field(
+        default=None, description="In place of a path: the suite of that name of data.maker"
+    )
+    options: dict[str, Any] = Field(
+        default={}, description="What a made suite, or a kind of your own, is told besides"
     )
     question_key: str = Field(default="question", description="Field of a line with the question")
     answer_key: str = Field(default="answer", description="Field of a line with the reference")
@@ -47,7 +42,7 @@ class SuiteConfig(Section):
         default=None, ge=1, description="At most so many questions, the first; absent: all"
     )
     split: Literal["validation", "test"] = Field(
-        default="test", description="Split of the world's problems: choose on one, report the other"
+        default="test", description="Split of what is made: choose on one, report the other"
     )
 
     max_prompt_tokens: int | None = Field(
@@ -57,6 +52,9 @@ class SuiteConfig(Section):
     samples: int = Field(default=64, ge=1, description="Samples of each question")
     ks: Annotated[tuple[Count, ...], Field(strict=False)] = Field(
         default=(1, 8, 32), description="The k of pass@k; those above `samples` are left out"
+    )
+    generator: Annotated[str, Named("generator")] = Field(
+        default="engine", description="What draws the samples"
     )
     temperature: float = Field(default=0.6, ge=0, description="Temperature of sampling; 0: greedy")
     top_p: float = Field(default=1.0, gt=0, le=1, description="Share of the probability kept")
@@ -72,20 +70,17 @@ class SuiteConfig(Section):
         default=0, ge=0, description="Solved examples shown to a model after SFT or RL"
     )
     few_shot_path: str | None = Field(
-        default=None, description="JSONL of question and answer, or messages; not for worlds"
+        default=None, description="JSONL of question and answer, or messages; not for made ones"
     )
     few_shot_separator: str | None = Field(
         default=None, description="Text behind each example; absent: the token ending a document"
-    )
-    few_shot_style: str | None = Field(
-        default=None, description="Style of a world's examples; absent: the demonstrations' style"
     )
 
     environment: EnvironmentConfig | None = Field(
         default=None, description="What the tasks of an agent suite are played in"
     )
     rewards: Annotated[tuple[RewardConfig, ...], Field(strict=False)] = Field(
-        default=(), description="What scores a sample; absent: final_number, or the world's own"
+        default=(), description="What scores a sample; absent: final_number, or the made suite's"
     )
     correct_from: float = Field(
         default=1.0, description="Least total reward of a correct sample, for pass_at_k"
@@ -97,38 +92,38 @@ class SuiteConfig(Section):
         default=None, ge=2, description="Also the share of groups so large that RL can learn from"
     )
 
-    choices: int | None = Field(
-        default=None, ge=2, description="Answers to choose among in a world's choice; absent: its"
-    )
     normalise: Literal["none", "bytes", "tokens"] = Field(
         default="none", description="What an answer's log-likelihood is divided by in a choice"
     )
 
     @property
+    def is_ours(self) -> bool:
+        return self.kind in plug.ours("suite")
+
+    @property
     def uses_template(self) -> bool:
-        """Whether anything that the model is shown is written in the template."""
+        """Whether anything that the model is shown is written in the template; a kind of a user's
+        own may do without one."""
         if self.kind not in SCORED:
             return self.kind == "agent"
-        shots = max(self.few_shot, self.few_shot_trained)
-        return self.world != "behaviours" and (self.templated or shots > 0)
+        return self.templated or max(self.few_shot, self.few_shot_trained) > 0
 
     def problems(self) -> list[tuple[str, str]]:
         found = []
         if re.fullmatch(r"[\w-]+", self.name, re.ASCII) is None:
             found.append(("name", f"is '{self.name}'; allowed are letters, digits, _ and -"))
+        if self.path is not None and self.made is not None:
+            found.append(("path", "and made cannot be given together"))
+        return found + (self._problems_of_ours() if self.is_ours else [])
+
+    def _problems_of_ours(self) -> list[tuple[str, str]]:
+        found = []
         if (self.environment is not None) != (self.kind == "agent"):
             found.append(("environment", "is needed for kind = 'agent', and for that only"))
-        if (self.path is None) == (self.world is None):
-            found.append(("path", "or world is needed, and not both of them"))
-        allowed = OF_THE_WORLD[self.kind]
-        if self.world is not None and self.world not in allowed:
-            found.append(
-                (
-                    "world",
-                    f"is '{self.world}'; a {self.kind} suite can use "
-                    + (", ".join(allowed) or "a path only"),
-                )
-            )
+        if self.path is None and self.made is None:
+            found.append(("path", "or made is needed"))
+        if self.options and self.made is None:
+            found.append(("options", f"are for what is made, and for kinds other than {self.kind}"))
         if self.kind == "pass_at_k" and min(self.ks, default=1) > self.samples:
             found.append(("ks", f"are {list(self.ks)}; samples = {self.samples} allows none"))
         if not self.ks:
@@ -192,16 +187,4 @@ class SuitesConfig(EvaluationConfig):
 
     template: TemplateConfig | None = Field(
         default=None, description="How questions and answers are written; absent: as the run says"
-    )
-
-
-def world_suites() -> EvaluationConfig:
-    """Every kind of test that a synthetic world has, where no suites are given."""
-    return EvaluationConfig(
-        suites=(
-            SuiteConfig(name="problems", kind="pass_at_k", world="problems", max_new_tokens=70),
-            SuiteConfig(name="facts_choice", kind="choice", world="held_out_facts"),
-            SuiteConfig(name="facts_cloze", kind="cloze", world="held_out_facts"),
-            SuiteConfig(name="stories", kind="perplexity", world="stories"),
-        )
     )

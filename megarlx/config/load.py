@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, overload
 
@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from megarlx.config.allowed import allowed, section_of, without_none
 from megarlx.config.lines import Path as KeyPath
 from megarlx.config.lines import line_numbers
-from megarlx.config.section import Section
+from megarlx.config.section import TRUSTED, Section
 from megarlx.config.sections import Config
 
 S = TypeVar("S", bound=Section)
@@ -37,7 +37,11 @@ class ConfigError(Exception):
 
 @overload
 def load_config(
-    path: str | Path, overrides: Sequence[str] = (), *, prepare: Prepare | None = None
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    prepare: Prepare | None = None,
+    trusted: Collection[str] | None = None,
 ) -> Config: ...
 
 
@@ -51,10 +55,12 @@ def load_config(
     kind: Any = Config,
     *,
     prepare: Prepare | None = None,
+    trusted: Collection[str] | None = None,
 ) -> Any:
     """The configuration in a sparse TOML file or a resolved JSON file, overridden by `a.b=c`s.
 
-    `prepare` may add to what was read before it is checked.
+    `prepare` may add to what was read before it is checked. With `trusted` the file is another
+    run's: of a user's code, no more than these names is imported to check it.
     """
     path = Path(path)
     values, lines = _read(path)
@@ -62,10 +68,13 @@ def load_config(
     problems = [p for override in overrides if (p := _override(values, places, override))]
     if prepare is not None:
         values = prepare(values)
+    reading = TRUSTED.set(trusted)
     try:
         config = kind.model_validate(values)
     except ValidationError as error:
         raise ConfigError([*problems, *_explain(error, kind, places, str(path))]) from None
+    finally:
+        TRUSTED.reset(reading)
     if problems:
         raise ConfigError(problems)
     return config
@@ -167,17 +176,7 @@ def _explain(
     found: dict[tuple[int, str], None] = {}
     order = {key: i for i, key in enumerate(places)}
     for detail in error.errors(include_url=False):
-        location: KeyPath = detail["loc"]
-        if detail["type"] == "problems":
-            fields = [
-                (*location, *(int(key) if key.isdecimal() else key for key in field.split(".")))
-                for field, _ in detail["ctx"]["problems"]
-            ]
-            whats = [what for _, what in detail["ctx"]["problems"]]
-            texts = [(f, f"{_dotted(f)} {what}") for f, what in zip(fields, whats, strict=True)]
-        else:
-            texts = [(location, _message(detail, kind))]
-        for path, text in texts:
+        for path, text in _texts(detail, kind, ()):
             known = path
             while known and known not in places:
                 known = known[:-1]
@@ -185,11 +184,30 @@ def _explain(
     return [line for _, line in sorted(found, key=lambda entry: entry[0])]
 
 
-def _message(detail: Any, kind: type[Section]) -> str:
+def _texts(detail: Any, kind: type[Section], before: KeyPath) -> list[tuple[KeyPath, str]]:
+    """(where, what) of a finding in a section that stands at `before`."""
+    location: KeyPath = (*before, *detail["loc"])
+    match detail["type"]:
+        case "problems":
+            fields = [
+                (*location, *(int(key) if key.isdecimal() else key for key in field.split(".")))
+                for field, _ in detail["ctx"]["problems"]
+            ]
+            whats = [what for _, what in detail["ctx"]["problems"]]
+            return [(f, f"{_dotted(f)} {what}") for f, what in zip(fields, whats, strict=True)]
+        case "options":
+            inner, section = detail["ctx"]["errors"], detail["ctx"]["section"]
+            return [found for one in inner for found in _texts(one, section, location)]
+        case "plug":
+            return [(location, f"{_dotted(location)}: {detail['ctx']['text']}")]
+    return [(location, _message(detail, kind, before))]
+
+
+def _message(detail: Any, kind: type[Section], before: KeyPath) -> str:
     location: KeyPath = detail["loc"]
-    name = _dotted(location)
+    name = _dotted((*before, *location))
     if detail["type"] == "extra_forbidden":
-        return f"{name}: unknown key; {_nearest(location, kind)}"
+        return f"{name}: unknown key; {_nearest(location, kind, before)}"
     annotation, metadata, field = _declared(kind, location)
     expected = allowed(annotation, metadata)
     if detail["type"] != "missing":
@@ -226,19 +244,20 @@ def _declared(
     return annotation, metadata, field
 
 
-def _nearest(location: KeyPath, kind: type[Section]) -> str:
+def _nearest(location: KeyPath, kind: type[Section], before: KeyPath) -> str:
     """`did you mean …`: a key of the same table, or else the same key of another one."""
     *inside, last = location
     section = section_of(_declared(kind, tuple(inside))[0]) or kind
     beside = difflib.get_close_matches(str(last), section.model_fields, n=1, cutoff=0.6)
     everywhere = {path.rsplit(".", 1)[-1]: path for path in reversed(list(_all_keys(kind)))}
     elsewhere = difflib.get_close_matches(str(last), everywhere, n=1, cutoff=0.8)
+    start = f"{_dotted(before)}." if before else ""
     if str(last) in everywhere:
-        return f"did you mean '{everywhere[str(last)]}'?"
+        return f"did you mean '{start}{everywhere[str(last)]}'?"
     if beside:
-        return f"did you mean '{_dotted((*inside, beside[0]))}'?"
+        return f"did you mean '{_dotted((*before, *inside, beside[0]))}'?"
     if elsewhere:
-        return f"did you mean '{everywhere[elsewhere[0]]}'?"
+        return f"did you mean '{start}{everywhere[elsewhere[0]]}'?"
     return "allowed are " + ", ".join(section.model_fields)
 
 

@@ -10,12 +10,12 @@ from megarlx.config.environment import EnvironmentConfig
 from megarlx.config.optimizer import OptimizerConfig
 from megarlx.config.policy import PolicyConfig
 from megarlx.config.reward import RewardConfig
-from megarlx.config.section import Section
+from megarlx.config.section import Named, Section
 from megarlx.config.timeline import StageTimes
 
 PRETRAINING, SFT, RL = "pretraining", "sft", "rl"
 PLACE = "{content}"
-WORLD = "{world}"  # in a path: the folder of [data.world] or [data.agents]
+MADE = "{made}"  # in a path: the folder that data.maker writes
 
 
 class TemplateConfig(Section):
@@ -36,8 +36,6 @@ class TemplateConfig(Section):
         ]
 
 
-# How the text of a synthetic world puts its questions.
-WORLD_TEMPLATE = TemplateConfig(user="question : {content} answer :")
 WRITE_TEMPLATE = r'write [template] with, for example, user = "Question: {content}\nAnswer:"'
 
 
@@ -45,8 +43,8 @@ class SftConfig(Section):
     """Supervised fine-tuning on conversations, or questions with answers."""
 
     conversations: str = Field(
-        default="{world}/demonstrations.jsonl",
-        description="JSONL file, one conversation or question a line; {world}: data.world's folder",
+        default="{made}/demonstrations.jsonl",
+        description="JSONL file, one conversation or question a line; {made}: data.maker's folder",
     )
     demonstrations: Literal["one", "all"] = Field(
         default="one", description="How many of a question's answers are learned"
@@ -74,8 +72,8 @@ class RlConfig(Section):
     """Policy optimisation on the model's own samples."""
 
     prompts: str = Field(
-        default="{world}/prompts.jsonl",
-        description="JSONL file, one prompt a line; {world}: data.world's folder",
+        default="{made}/prompts.jsonl",
+        description="JSONL file, one prompt a line; {made}: data.maker's folder",
     )
     question_key: str = Field(default="question", description="Key of the question in a line")
     answer_key: str = Field(default="answer", description="Key of the reference answer in a line")
@@ -108,6 +106,9 @@ class RlConfig(Section):
     )
     tokens_per_microbatch: int = Field(
         default=4096, ge=1, description="Tokens a process takes through the model at once"
+    )
+    generator: Annotated[str, Named("generator")] = Field(
+        default="engine", description="What draws the samples"
     )
     slots: int = Field(
         default=256, ge=1, description="Sequences that are generated at once by a process"
@@ -206,7 +207,7 @@ class WeightConfig(Section):
 
 
 class StageObjective(OptimizerConfig):
-    """An objective in a stage: its AdamW, its learning-rate course, its share."""
+    """An objective in a stage: its update rule, its learning-rate course, its share."""
 
     weight: WeightConfig = Field(
         default=WeightConfig(),
@@ -246,6 +247,10 @@ class StageConfig(Section):
     of: Literal["updates", "gradients"] = Field(
         default="updates",
         description="What is averaged: updates, each with its own Adam, or gradients for one Adam",
+    )
+    combination: Annotated[str, Named("combination")] = Field(
+        default="weighted_sum",
+        description="How updates become one, or gradients; see docs/extending.md",
     )
     placement: Literal["colocated", "replicas"] = Field(
         default="colocated",
@@ -288,6 +293,7 @@ class StageConfig(Section):
         if self.combine != "average":
             given = {
                 "of": self.of != "updates",
+                "combination": self.combination != "weighted_sum",
                 "placement": self.placement != "colocated",
                 "sync_every": self.sync_every != 1,
                 "adaptive": self.adaptive is not None,

@@ -1,19 +1,26 @@
-"""AdamW, and how its learning rate goes."""
+"""The update rule, and how its learning rate goes."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from megarlx.config.section import Section
+from megarlx.config.section import Named, Section
 
 # A list in TOML and in JSON is a tuple here: frozen like the rest. What is in it stays strict.
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Section):
-    """AdamW and the course of its learning rate."""
+    """The update rule of an objective, and the course of its learning rate."""
+
+    rule: Annotated[str, Named("update rule")] = Field(
+        default="adamw", description="What makes an update of a gradient; see docs/extending.md"
+    )
+    rule_options: dict[str, Any] = Field(
+        default={}, description="Keyword arguments of the rule, beside the keys here"
+    )
 
     lr: float = Field(
         default=4e-4, ge=0, description="Highest learning rate; sft and rl have to say theirs"

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
-from megarlx.config.section import Section
-
-# Short names of what comes with megarlx
-BUILT_IN = {
-    "marked_answer": "megarlx.objectives.answers:marked_answer",
-    "final_number": "megarlx.objectives.answers:final_number",
-    "answer_format": "megarlx.objectives.answers:answer_format",
-    "length_penalty": "megarlx.objectives.answers:length_penalty",
-    "math_equal": "megarlx.objectives.answers:math_equal",
-    "world_behaviour": "megarlx.objectives.world_rewards:world_behaviour",
-    "model": "megarlx.objectives.reward_model:RewardModel",
-    "judge": "megarlx.objectives.reward_http:Judge",
-}
+from megarlx.config.section import Named, Section
 
 
 class RewardConfig(Section):
     """A reward function, called with a list of samples for a list of rewards."""
 
-    function: str = Field(
-        description="module:function, module:Class made with options, or a name of docs/rl.md"
+    function: Annotated[str, Named("reward")] = Field(
+        description="What scores samples; a class is made once, with the options; see docs/rl.md"
     )
     weight: float = Field(default=1.0, description="Factor of this reward in the sum of all")
     name: str | None = Field(
@@ -48,26 +36,6 @@ class RewardConfig(Section):
         default=None, ge=64, description="Address space of each process; absent: no limit"
     )
 
-    def problems(self) -> list[tuple[str, str]]:
-        module, colon, attribute = self.function.partition(":")
-        if self.function in BUILT_IN or (module and colon and attribute.isidentifier()):
-            return []
-        return [
-            (
-                "function",
-                f"is '{self.function}'; allowed are module:function, module:Class, "
-                + ", ".join(BUILT_IN),
-            )
-        ]
-
     @property
     def label(self) -> str:
         return self.name or self.function.rpartition(":")[2]
-
-    @property
-    def resolved(self) -> RewardConfig:
-        """With the whole name of a built-in function."""
-        if self.function not in BUILT_IN:
-            return self
-        changes = {"function": BUILT_IN[self.function], "name": self.label}
-        return self.model_copy(update=changes)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from megarlx.config.section import Section
+from megarlx.config.section import Named, OptionsOf, Section
 
 Weights = dict[str, Annotated[float, Field(ge=0)]]
 
@@ -28,95 +28,17 @@ class CompositionConfig(Section):
     weights: Weights = Field(description="Share of each source, by its name; absent names get none")
 
 
-class WorldConfig(Section):
-    """A synthetic world, written as token files before training where they are not there yet."""
-
-    folder: str = Field(
-        description="Where its files are; {seed}, {problems_share} and the like: their values"
-    )
-    seed: int = Field(default=0, ge=0, description="Seed of the world: its facts and its problems")
-    documents: int = Field(
-        default=40_000, ge=1, description="Training documents, shared out by the kinds' weights"
-    )
-    held_out_documents: int = Field(
-        default=500, ge=1, description="Validation documents of each kind"
-    )
-    problems_share: float = Field(default=0.52, ge=0, description="Share of word problems")
-    facts_share: float = Field(default=0.38, ge=0, description="Share of general knowledge")
-    stories_share: float = Field(default=0.10, ge=0, description="Share of short stories")
-    prompts: int = Field(default=1024, ge=1, description="Questions in prompts.jsonl, to learn on")
-    test_questions: int = Field(
-        default=256, ge=1, description="Questions in test.jsonl and in validation.jsonl each"
-    )
-    settings: dict[str, Any] = Field(
-        default={}, description="Knobs of the world by name; docs/data.md lists them"
-    )
-
-    @property
-    def place(self) -> str:
-        path = self.folder
-        for name in ("seed", "documents", "problems_share", "facts_share", "stories_share"):
-            path = path.replace(f"{{{name}}}", str(getattr(self, name)))
-        return path
-
-
-class PlaceConfig(Section):
-    """An environment whose tasks and demonstrations are written."""
-
-    function: str = Field(description="As in [rl.environment]; one that comes with megarlx")
-    name: str | None = Field(
-        default=None, pattern=r"^[\w-]+$", description="Of its folder; absent: the class's"
-    )
-    options: dict[str, Any] = Field(default={}, description="Keyword arguments of the class")
-    max_turns: int = Field(default=8, ge=1, description="Demonstrations end before that many")
-    tasks: int = Field(default=1024, ge=1, description="Tasks to learn on")
-    test_tasks: int = Field(
-        default=128, ge=1, description="Tasks for tests and for validation, each"
-    )
-    demonstrations: int = Field(
-        default=256, ge=1, description="Episodes of the solver, for a supervised cold start"
-    )
-    mistakes: float = Field(
-        default=0.0, ge=0, lt=1, description="Share of a demonstration's actions drawn at random"
-    )
-    solved_only: bool = Field(
-        default=True, description="Whether demonstrations that end without success are left out"
-    )
-
-    @property
-    def label(self) -> str:
-        return self.name or self.function.rpartition(":")[2]
-
-
-class AgentsConfig(Section):
-    """Tasks and demonstrations of environments, written where they are not there yet."""
-
-    folder: str = Field(description="Where they are written and looked for: {world} in paths")
-    seed: int = Field(default=0, ge=0, description="Seed of the demonstrations' mistakes")
-    environments: Annotated[tuple[PlaceConfig, ...], Field(strict=False)] = Field(
-        description="Each a [[data.agents.environments]] table"
-    )
-
-    @property
-    def place(self) -> str:
-        return self.folder
-
-    def problems(self) -> list[tuple[str, str]]:
-        labels = [place.label for place in self.environments]
-        if not labels or len(set(labels)) < len(labels):
-            given = ", ".join(labels) or "none"
-            return [("environments", f"are {given}; needed is one or more, each with its name")]
-        return []
-
-
 class DataConfig(Section):
     """What is trained on: token files in given shares, which may change on the way."""
 
-    world: WorldConfig | None = Field(
-        default=None, description="A synthetic world in place of sources, validation, tokenizer"
+    maker: Annotated[str, Named("data maker")] | None = Field(
+        default=None, description="What writes data; in place of sources, validation, tokenizer"
     )
-    agents: AgentsConfig | None = Field(
-        default=None, description="Environments' tasks, demonstrations and words, in place of them"
+    folder: str | None = Field(
+        default=None, description="Where the maker writes; {NAME} stands for its option of the name"
+    )
+    options: Annotated[dict[str, Any], OptionsOf("data maker", "maker")] = Field(
+        default={}, validate_default=True, description="What the maker is told; docs/data.md"
     )
 
     tokenizer: str | None = Field(
@@ -135,6 +57,15 @@ class DataConfig(Section):
         default=False, description="Whether attention stays inside a document of a sequence"
     )
 
+    @property
+    def place(self) -> str:
+        """The folder, with the maker's options put in."""
+        path = self.folder or ""
+        for name, value in self.options.items():
+            if isinstance(value, str | int | float):
+                path = path.replace(f"{{{name}}}", str(value))
+        return path
+
     def problems(self) -> list[tuple[str, str]]:
         found = []
         names = [source.name for source in self.sources]
@@ -142,16 +73,16 @@ class DataConfig(Section):
             given = [source.name for source in sources]
             if double := sorted({name for name in given if given.count(name) > 1}):
                 found.append((field, f"uses the name {', '.join(double)} more than once"))
-        for maker in ("world", "agents"):
-            if getattr(self, maker) is None:
-                continue
-            fields = ("world", "sources", "validation", "tokenizer")
-            given = [f for f in fields if getattr(self, f) and f != maker]
-            return [
-                (f, f"cannot be given together with data.{maker}, which sets it") for f in given
-            ]
+        if self.maker is not None:
+            if self.folder is None:
+                found.append(("folder", f"is missing; {self.maker} writes what it makes there"))
+            given = [f for f in ("sources", "validation", "tokenizer") if getattr(self, f)]
+            together = "cannot be given together with data.maker, which sets it"
+            return found + [(field, together) for field in given]
+        given = [field for field in ("folder", "options") if getattr(self, field)]
+        found += [(field, "is for what data.maker names, and it names nothing") for field in given]
         if not self.sources:
-            found.append(("sources", "is empty; give [[data.sources]] tables, or [data.world]"))
+            found.append(("sources", "is empty; give [[data.sources]] tables, or a maker"))
         elif not self.composition and sum(source.weight for source in self.sources) <= 0:
             found.append(("sources", "have no weight above 0"))
         starts = [part.from_tokens for part in self.composition]

@@ -7,13 +7,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from megarlx import plug
 from megarlx.config.evaluation import SAMPLED, EvaluationConfig
 from megarlx.config.model import ModelConfig
 from megarlx.config.objectives import (
     PRETRAINING,
     RL,
     SFT,
-    WORLD_TEMPLATE,
     WRITE_TEMPLATE,
     ObjectiveConfig,
     RlConfig,
@@ -24,7 +24,7 @@ from megarlx.config.objectives import (
 )
 from megarlx.config.optimizer import OptimizerConfig
 from megarlx.config.run_sections import CheckpointConfig, DataConfig, LoggingConfig
-from megarlx.config.section import Section
+from megarlx.config.section import Section, may_import
 from megarlx.config.timeline import Timeline
 
 # A list in TOML and in JSON is a tuple here: frozen like the rest. What is in it stays strict.
@@ -140,10 +140,10 @@ class TrainingConfig(Section):
         description="What layers are made of: torch, or te: Transformer Engine; auto: te where "
         "it can be had",
     )
-    attention: Literal["auto", "cudnn", "flash", "sdpa"] = Field(
+    attention: Literal["auto", "cudnn", "flash", "sdpa", "blocks"] = Field(
         default="auto",
-        description="cudnn (by Transformer Engine), flash (flash-attn), sdpa (torch's); auto: the "
-        "first there is",
+        description="cudnn, flash (flash-attn), sdpa (torch's), blocks (for windows, caps); auto: "
+        "the first that serves",
     )
     fp8: Literal["none", "delayed", "current", "block", "mxfp8"] = Field(
         default="none", description="Scaling of fp8 matrix products; needs layers = 'te'"
@@ -186,7 +186,7 @@ class Config(Section):
     data: DataConfig | None = Field(default=None, description="What pre-training reads")
     template: TemplateConfig | None = Field(
         default=None,
-        description="How questions and answers are written; absent: as data.world writes them",
+        description="How questions and answers are written; absent: as data.maker writes them",
     )
     sft: SftConfig | None = Field(default=None, description="The objective 'sft'")
     rl: RlConfig | None = Field(default=None, description="The objective 'rl'")
@@ -229,13 +229,25 @@ class Config(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _template_of_world(cls, given: Any) -> Any:
-        """Where nothing is said, a synthetic world's questions are put as its text puts them."""
-        if not isinstance(given, Mapping) or given.get("template") is not None:
+    def _template_of_maker(cls, given: Any) -> Any:
+        """A maker whose options ask for the template is told it; where there is none, it says how
+        what it makes is put."""
+        data = given.get("data") if isinstance(given, Mapping) else None
+        if not isinstance(data, Mapping) or not isinstance(name := data.get("maker"), str):
             return given
-        data = given.get("data")
-        world = data.get("world") if isinstance(data, Mapping) else getattr(data, "world", None)
-        return given if world is None else {**given, "template": WORLD_TEMPLATE}
+        if not may_import("data maker", name):
+            return given
+        try:
+            maker = plug.resolve("data maker", name)
+            asks = "template" in maker.Options.model_fields
+        except (plug.PlugError, AttributeError):
+            return given  # the section [data] tells it
+        template, options = given.get("template"), data.get("options") or {}
+        if template is None and maker.template is not None:
+            given = {**given, "template": maker.template}
+        elif asks and isinstance(options, Mapping) and options.get("template") is None:
+            given = {**given, "data": {**data, "options": {**options, "template": template}}}
+        return given
 
     @property
     def named_objectives(self) -> dict[str, SftConfig | RlConfig]:
@@ -315,8 +327,8 @@ class Config(Section):
 
     def _needs_template(self) -> str:
         """What of the run is written in the template, if anything."""
-        if self.data is not None and self.data.agents is not None:
-            return "what agents see (data.agents)"
+        if self.data is not None and self.data.options.get("template", "") is None:
+            return f"what data.maker = '{self.data.maker}' makes"
         named = self.named_objectives
         for stage in self.stages:
             for name in stage.objectives:

@@ -1,0 +1,1 @@
+"""What training reads: token files, documents, conversations, prompts, packed batches."""

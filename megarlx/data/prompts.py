@@ -103,6 +103,11 @@ def _prompt(line: bytes, keys: PromptKeys) -> Prompt | str:
         return f"not JSON: {error}"
     if not isinstance(value, dict):
         return f"holds a {type(value).__name__}; expected an object"
+    return prompt_of(value, keys)
+
+
+def prompt_of(value: dict[str, Any], keys: PromptKeys) -> Prompt | str:
+    """The prompt of a line's value, or why there is none; what is left of the value is metadata."""
     question, answer = value.pop(keys.question, None), value.pop(keys.answer, None)
     if not isinstance(question, str) or not question.strip():
         return f"'{keys.question}' is {question!r}; expected text (its keys: {', '.join(value)})"

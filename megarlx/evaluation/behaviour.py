@@ -8,21 +8,21 @@ from typing import Any
 
 from megarlx.evaluation.bootstrap import Interval, paired_difference
 from megarlx.evaluation.pass_at_k import mean_and_error
-from megarlx.evaluation.sampling import ScoredQuestion
+from megarlx.evaluation.sampled import Played
 
 
-def item(scored: ScoredQuestion, violation_below: float) -> dict[str, Any]:
+def item(played: Played, violation_below: float) -> dict[str, Any]:
     """Means over the samples whose reward is known; null where none is."""
-    known = [reward for reward in scored.rewards if not math.isnan(reward)]
+    known = [reward for reward in played.rewards if not math.isnan(reward)]
     violations = sum(reward < violation_below for reward in known)
     found = {
-        "id": scored.question.id,
+        "id": played.question.id,
         "reward": math.fsum(known) / len(known) if known else None,
         "violations": violations,
         "samples": len(known),
-        "truncated": scored.truncated,
+        "truncated": played.truncated,
     }
-    return found if scored.question.group is None else {**found, "group": scored.question.group}
+    return found if played.question.group is None else {**found, "group": played.question.group}
 
 
 def summary(items: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], dict[str, float]]:

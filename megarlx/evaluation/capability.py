@@ -14,9 +14,9 @@ import torch
 from megarlx.comm.collectives import all_reduce_
 from megarlx.config.evaluation import SuiteConfig
 from megarlx.data.documents import BadLineError, open_input
-from megarlx.data.synthetic.world import World
+from megarlx.data.making import Made
 from megarlx.data.tokenizer import Tokenizer
-from megarlx.evaluation.questions import WORLD_QUESTIONS, checked, needed
+from megarlx.evaluation.questions import checked, made_lines
 from megarlx.model.build import ParallelModel
 from megarlx.model.token_scores import Text, token_scores
 from megarlx.objectives.exchange import gather_ragged
@@ -170,15 +170,12 @@ def perplexity(
     return {"nll": mean, "bits_per_byte": bits}, {"nll": error}, items
 
 
-def tests_of(suite: SuiteConfig, world: World | None) -> list[CapabilityTest]:
+def tests_of(suite: SuiteConfig, made: Made | None) -> list[CapabilityTest]:
     """Lines of a file are {"context", "choices", "answer": place}, or for a cloze {"context",
     "answer": text}; `id` and `group` may be there."""
-    if suite.path is None:
-        found = list(_tests_of_world(suite, needed(suite, world)))
-        return found[: suite.questions]
-    tests = []
-    for number, line in _lines(suite.path):
-        tests.append(_test(suite, suite.path, number, line))
+    where, tests = _where(suite), []
+    for number, line in _lines(suite, made):
+        tests.append(_test(suite, where, number, line))
         if len(tests) == suite.questions:
             break
     return checked(suite, tests)
@@ -208,34 +205,14 @@ def _test(suite: SuiteConfig, path: str, number: int, line: dict[str, Any]) -> C
     )
 
 
-def _tests_of_world(suite: SuiteConfig, world: World) -> Iterator[CapabilityTest]:
-    wanted = ("facts_held_out_" if suite.world == "held_out_facts" else "facts_") + suite.kind
-    own = (test for test in world.facts.tests(suite.choices) if test["suite"] == wanted)
-    for number, test in enumerate(own):
-        yield CapabilityTest(
-            f"fact/{number}",
-            test["context"],
-            tuple(test["choices"]),
-            test["answer"],
-            test.get("group"),
-        )
-
-
-def documents_of(suite: SuiteConfig, world: World | None) -> list[tuple[str, str]]:
+def documents_of(suite: SuiteConfig, made: Made | None) -> list[tuple[str, str]]:
     """(id, text) of a perplexity suite; lines of a file are {"text"}."""
-    if suite.path is None:
-        assert suite.world is not None
-        made = needed(suite, world)
-        return [
-            (f"held_out/{i}", made.held_out_document(suite.world, i))
-            for i in range(suite.questions or WORLD_QUESTIONS)
-        ]
-    found = []
-    for number, line in _lines(suite.path):
+    where, found = _where(suite), []
+    for number, line in _lines(suite, made):
         text = line.get("text")
         if not isinstance(text, str) or not text:
-            raise BadLineError(suite.path, number, f"has the text {text!r}; expected some text")
-        found.append((str(line.get("id", f"{Path(suite.path).stem}/{number}")), text))
+            raise BadLineError(where, number, f"has the text {text!r}; expected some text")
+        found.append((str(line.get("id", f"{Path(where).stem}/{number}")), text))
         if len(found) == suite.questions:
             break
     if not found:
@@ -243,7 +220,18 @@ def documents_of(suite: SuiteConfig, world: World | None) -> list[tuple[str, str
     return found
 
 
-def _lines(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _where(suite: SuiteConfig) -> str:
+    return suite.path or f"made {suite.made}"
+
+
+def _lines(suite: SuiteConfig, made: Made | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    if suite.path is None:
+        yield from enumerate(made_lines(suite, made), start=1)
+    else:
+        yield from _lines_of_file(suite.path)
+
+
+def _lines_of_file(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
     with open_input(path) as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():

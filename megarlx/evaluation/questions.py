@@ -1,23 +1,19 @@
-"""What a suite asks: from a JSONL file, or from the run's own synthetic world."""
+"""What a suite asks: from a JSONL file, or from what the run's data maker made."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megarlx.config.evaluation import SuiteConfig
+from megarlx.config.evaluation import SCORED, EvaluationConfig, SuiteConfig
 from megarlx.data.conversations import Conversation, Template, Turn, read_conversations
+from megarlx.data.making import Line, Made, MadeSuite, Wanted
 from megarlx.data.order import key_of, shuffled
-from megarlx.data.prompts import FewShot, PromptKeys, read_prompts
-from megarlx.data.synthetic import solutions
-from megarlx.data.synthetic.world import World
+from megarlx.data.prompts import FewShot, PromptKeys, prompt_of, read_prompts
 from megarlx.data.tokenizer import Tokenizer
-
-WORLD_QUESTIONS = 256  # where a suite does not say how many
-EXAMPLES_FROM = 1_000_000  # a world's examples: training questions that no run comes to
 
 
 class SuiteError(ValueError):
@@ -41,15 +37,20 @@ class Question:
         return tokenizer.encode(self.text)
 
 
-def questions_of(suite: SuiteConfig, world: World | None) -> list[Question]:
+def questions_of(suite: SuiteConfig, made: Made | None) -> list[Question]:
     """Those of a suite that samples."""
     if suite.path is None:
-        return _of_world(suite, needed(suite, world))
+        keys, where = PromptKeys(), f"made {suite.made}"
+        prompts = [prompt_of(dict(line), keys) for line in made_lines(suite, made)]
+    else:
+        keys, where = PromptKeys(suite.question_key, suite.answer_key), Path(suite.path).stem
+        prompts = [*read_prompts(suite.path, keys)]
     found = []
-    keys = PromptKeys(suite.question_key, suite.answer_key)
-    for number, prompt in enumerate(read_prompts(suite.path, keys)[: suite.questions]):
+    for number, prompt in enumerate(prompts[: suite.questions]):
+        if isinstance(prompt, str):
+            raise SuiteError(f"suite {suite.name}: line {number + 1} of {where} {prompt}")
         metadata = dict(prompt.metadata)
-        name, group = metadata.get("id", f"{Path(suite.path).stem}/{number}"), metadata.get("group")
+        name, group = metadata.get("id", f"{where}/{number}"), metadata.get("group")
         found.append(
             Question(
                 str(name),
@@ -87,78 +88,59 @@ def checked(suite: SuiteConfig, found: list[Any]) -> list[Any]:
     """There are some, and each has an id of its own."""
     ids = [entry.id for entry in found]
     if not ids:
-        raise SuiteError(f"suite {suite.name}: {suite.path} holds nothing")
+        raise SuiteError(f"suite {suite.name}: {suite.path or suite.made} holds nothing")
     if len(set(ids)) != len(ids):
         double = sorted({i for i in ids if ids.count(i) > 1})
-        raise SuiteError(f"suite {suite.name}: {suite.path} uses the id {double[0]!r} twice")
+        raise SuiteError(
+            f"suite {suite.name}: {suite.path or suite.made} uses the id {double[0]!r} twice"
+        )
     return found
 
 
-def needed(suite: SuiteConfig, world: World | None) -> World:
-    if world is None:
-        raise SuiteError(
-            f"suite {suite.name}: world is '{suite.world}', but the run was not trained on a "
-            "synthetic world; give it a path"
-        )
-    return world
-
-
-def _of_world(suite: SuiteConfig, world: World) -> list[Question]:
-    count = suite.questions or WORLD_QUESTIONS
-    if suite.world == "behaviours":
-        found = []
-        for index in range(count):
-            request = world.behaviour_prompt(index, "test")
-            text, group = request.pop("prompt"), request["behaviour"]
-            found.append(Question(f"test/{index}", text, None, request, group, templated=False))
+def made_suite(suite: SuiteConfig, made: Made | None) -> MadeSuite:
+    """What is asked of what the run's maker made, and can be."""
+    if made is None:
+        why = "but the run's [data] names no maker; give it a path"
+    elif (found := made.suites.get(suite.made or "")) is None:
+        why = f"allowed are {', '.join(made.suites) or 'none'}"
+    elif suite.is_ours and suite.kind not in found.kinds:
+        why = f"which is for the kinds {', '.join(found.kinds)}, not for {suite.kind}"
+    elif suite.is_ours and (unknown := [key for key in suite.options if key not in found.options]):
+        why = f"whose options are {', '.join(found.options) or 'none'}, not {unknown[0]}"
+    elif suite.kind in SCORED and suite.templated and not found.templated:
+        why = "whose questions are asked as they stand: templated = false"
+    else:
         return found
-    half = len(world.settings.steps) / 2
-    questions = []
-    for index in range(count):
-        problem = world.problem(suite.split, index)
-        asked = world.question(suite.split, index)
-        questions.append(
-            Question(
-                f"{suite.split}/{index}",
-                world.writer.question(problem),
-                asked["reference"],
-                asked["metadata"],
-                "easy" if len(problem.steps) <= half else "hard",
-            )
-        )
-    return questions
+    raise SuiteError(f"suite {suite.name}: made is '{suite.made}', {why}")
 
 
-def few_shot_of(suite: SuiteConfig, world: World | None, seed: int, *, is_base: bool) -> FewShot:
+def made_lines(suite: SuiteConfig, made: Made | None) -> Iterable[Line]:
+    wanted = Wanted(suite.kind, suite.questions, suite.split, suite.options)
+    return made_suite(suite, made).lines(wanted)
+
+
+def check_suites(evaluation: EvaluationConfig, made: Made | None) -> None:
+    """Before a run begins: what its suites ask for is there."""
+    for suite in evaluation.suites:
+        if suite.made is not None:
+            made_suite(suite, made)
+
+
+def few_shot_of(suite: SuiteConfig, made: Made | None, seed: int, *, is_base: bool) -> FewShot:
     """The examples before each question: those of a base model, or of one trained to answer."""
     count = suite.few_shot if is_base else suite.few_shot_trained
     if count == 0:
         return FewShot()
     examples: Sequence[Conversation]
     if suite.path is None:
-        examples = _examples_of_world(suite, needed(suite, world), count, seed)
+        make = made_suite(suite, made).examples
+        if make is None:
+            raise SuiteError(f"suite {suite.name}: there are no examples for '{suite.made}'")
+        examples = make(count, seed, suite.options)
     else:
         assert suite.few_shot_path is not None  # the configuration saw to it
         examples = _examples_of_file(suite, suite.few_shot_path, count, seed)
     return FewShot(tuple(examples), suite.few_shot_separator)
-
-
-def _examples_of_world(
-    suite: SuiteConfig, world: World, count: int, seed: int
-) -> list[Conversation]:
-    if suite.world != "problems":
-        raise SuiteError(f"suite {suite.name}: the world has no examples for '{suite.world}'")
-    style = suite.few_shot_style or world.settings.teacher_style
-    order = shuffled(1000, key_of(seed, "few shot"))[:count]
-    found = []
-    for index in order:
-        problem = world.problem("train", EXAMPLES_FROM + int(index))
-        turns = (
-            Turn("user", world.writer.question(problem)),
-            Turn("assistant", solutions.checkable(problem, style, world.writer)),
-        )
-        found.append(Conversation(turns))
-    return found
 
 
 def _examples_of_file(

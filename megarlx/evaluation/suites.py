@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import sys
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megarlx import plug
 from megarlx.comm.collectives import gather_values
-from megarlx.config.evaluation import SAMPLED, EvaluationConfig, SuiteConfig
-from megarlx.config.objectives import PLACE, WRITE_TEMPLATE
-from megarlx.data.conversations import Template
-from megarlx.data.synthetic.problems import guesses
-from megarlx.data.synthetic.world import World
-from megarlx.data.tokenizer import Tokenizer
-from megarlx.evaluation import agents, behaviour, capability
-from megarlx.evaluation.pass_at_k import Pool, guessing_pass_at_k
-from megarlx.evaluation.questions import (
-    Question,
-    SuiteError,
-    few_shot_of,
-    questions_of,
-    short_enough,
-)
-from megarlx.evaluation.readiness import informative_groups
+from megarlx.config.evaluation import EvaluationConfig, SuiteConfig
+from megarlx.evaluation import behaviour
+from megarlx.evaluation.interface import Asked, Measured, Progress, Subject
+from megarlx.evaluation.questions import made_suite
 from megarlx.evaluation.results import (
     FORMAT,
     Result,
@@ -39,25 +27,8 @@ from megarlx.evaluation.results import (
     write_result,
     write_samples,
 )
-from megarlx.evaluation.sampling import Progress, ScoredQuestion, sample_and_score
-from megarlx.model.build import ParallelModel
-from megarlx.objectives.answers import final_answer
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is measured. A `base` model has seen pre-training only, and is shown examples."""
-
-    model: ParallelModel
-    tokenizer: Tokenizer
-    template: Template | None  # None: nobody has said how this model is asked
-    is_base: bool
-    iteration: int
-    trunk_tokens: int
-    digest: str = ""  # of the checkpoint; empty for weights that are being trained
-    world: World | None = None
 
 
 @dataclass(frozen=True)
@@ -116,21 +87,21 @@ def _suite(
         done: Result = there
         return done
     begin = time.perf_counter()
+    progress = _progress(suite) if first and say is not None else None
+    measure: Callable[[Asked], Measured] = plug.resolve("suite", suite.kind)
+    found = measure(Asked(subject, config, suite, progress))
     result: Result = {
         "format": FORMAT,
         "suite": suite.name,
         "kind": suite.kind,
         "iteration": subject.iteration,
         "trunk_tokens": subject.trunk_tokens,
+        "metrics": dict(found.metrics),
+        "standard_errors": dict(found.standard_errors),
+        **({} if found.guessing is None else {"guessing": dict(found.guessing)}),
+        "items": [*found.items],
     }
-    lines: list[dict[str, Any]] = []
-    if suite.kind == "agent":
-        found, lines = _played(subject, config, suite)
-    elif suite.kind in SAMPLED:
-        found, lines = _sampled(subject, config, suite, say)
-    else:
-        found = _read(subject, config, suite)
-    result |= found
+    lines = found.samples
     if suite.kind == "behaviour" and parent is not None:
         _add_drift(result, settings, parent, first, mesh.world)
     result |= {"settings": settings, "seconds": time.perf_counter() - begin}
@@ -145,7 +116,7 @@ def _suite(
 
 def settings_of(subject: Subject, config: EvaluationConfig, suite: SuiteConfig) -> dict[str, Any]:
     """All that a result depends on."""
-    template = subject.template if suite.uses_template else None
+    template = subject.template if suite.uses_template or not suite.is_ours else None
     return {
         "suite": suite.model_dump(mode="json"),
         "seed": config.seed,
@@ -158,171 +129,13 @@ def settings_of(subject: Subject, config: EvaluationConfig, suite: SuiteConfig) 
         "files": {
             path: _sha256(path) for path in (suite.path, suite.few_shot_path) if path is not None
         },
-        "world": None
-        if subject.world is None or suite.world is None
-        else hashlib.sha256(
-            json.dumps(subject.world.settings.to_json(), sort_keys=True).encode()
-        ).hexdigest(),
+        "made": None if suite.made is None else made_suite(suite, subject.made).identity,
     }
-
-
-def _template_of(subject: Subject, suite: SuiteConfig) -> Template:
-    if subject.template is None and suite.uses_template:
-        raise SuiteError(
-            f"suite {suite.name}: it asks in a template, and this model has none; {WRITE_TEMPLATE}"
-        )
-    return subject.template or Template(user=PLACE)  # nothing is written in it
 
 
 def _sha256(path: str) -> str:
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _read(subject: Subject, config: EvaluationConfig, suite: SuiteConfig) -> Result:
-    model, tokenizer, width = subject.model, subject.tokenizer, config.tokens_per_pass
-    if suite.kind == "perplexity":
-        documents = capability.documents_of(suite, subject.world)
-        found = capability.perplexity(model, tokenizer, documents, tokens_per_pass=width)
-    else:
-        tests = capability.tests_of(suite, subject.world)
-        found = capability.choose(model, tokenizer, suite, tests, tokens_per_pass=width)
-    metrics, errors, items = found
-    return {"metrics": metrics, "standard_errors": errors, "items": items}
-
-
-def _sampled(
-    subject: Subject, config: EvaluationConfig, suite: SuiteConfig, say: Say | None
-) -> tuple[Result, list[dict[str, Any]]]:
-    mesh, template = subject.model.mesh, _template_of(subject, suite)
-    few_shot = few_shot_of(suite, subject.world, config.seed, is_base=subject.is_base)
-    questions = short_enough(
-        suite, questions_of(suite, subject.world), few_shot, template, subject.tokenizer
-    )
-    scored = sample_and_score(
-        subject.model,
-        subject.tokenizer,
-        template,
-        suite,
-        questions,
-        few_shot,
-        seed=config.seed,
-        slots=config.slots,
-        prefill_tokens=config.prefill_tokens,
-        progress=_progress(suite) if mesh.rank == 0 and say is not None else None,
-    )
-    item = behaviour.item if suite.kind == "behaviour" else _item
-    limit = suite.violation_below if suite.kind == "behaviour" else suite.correct_from
-    mine = [
-        (
-            item(one, limit),
-            [_line(one, at) for at in range(min(config.kept_samples, suite.samples))],
-        )
-        for one in scored
-    ]
-    every = gather_values(mine, mesh.dp)
-    # Rank r took questions r, r + size, …
-    ordered = [every[i % mesh.dp.size][i // mesh.dp.size] for i in range(len(questions))]
-    items, lines = [entry for entry, _ in ordered], [line for _, held in ordered for line in held]
-    if suite.kind == "behaviour":
-        metrics, errors = behaviour.summary(items)
-        return {"metrics": metrics, "standard_errors": errors, "items": items}, lines
-    return {**_pass_at_k(suite, subject.world, questions, items), "items": items}, lines
-
-
-def _played(
-    subject: Subject, config: EvaluationConfig, suite: SuiteConfig
-) -> tuple[Result, list[dict[str, Any]]]:
-    items, lines = agents.play(
-        subject.model,
-        subject.tokenizer,
-        _template_of(subject, suite),
-        suite,
-        seed=config.seed,
-        slots=config.slots,
-        prefill_tokens=config.prefill_tokens,
-        kept_samples=config.kept_samples,
-    )
-    metrics, errors = agents.summary(items)
-    group = suite.group_size or 0
-    whole = [i for i in items if 0 < group <= i["samples"]]  # no episode of the group was lost
-    if whole:
-        pool = _pool_of(whole)
-        for k in (k for k in suite.ks if k <= group):
-            metrics[f"pass_at_{k}"] = pool.estimate(k).mean
-            errors[f"pass_at_{k}"] = pool.estimate(k).standard_error
-        _add_informative(group, pool, metrics, errors)
-    guessing = agents.at_random(suite, config.seed)
-    made = {"metrics": metrics, "standard_errors": errors, "guessing": guessing, "items": items}
-    return made, lines
-
-
-def _item(scored: ScoredQuestion, correct_from: float) -> dict[str, Any]:
-    """A sample whose reward is not known is not correct."""
-    question = scored.question
-    found = {
-        "id": question.id,
-        "samples": len(scored.samples),
-        "correct": sum(reward >= correct_from for reward in scored.rewards),
-        "truncated": scored.truncated,
-    }
-    return found if question.group is None else {**found, "group": question.group}
-
-
-def _line(scored: ScoredQuestion, at: int) -> dict[str, Any]:
-    sample, reward = scored.samples[at], scored.rewards[at]
-    return {
-        "prompt": sample.prompt,
-        "completion": sample.completion,
-        "reference": sample.reference,
-        "reward": None if math.isnan(reward) else reward,
-        "finish_reason": sample.finish_reason,
-        "id": scored.question.id,
-    }
-
-
-def _pass_at_k(
-    suite: SuiteConfig,
-    world: World | None,
-    questions: Sequence[Question],
-    items: Sequence[Mapping[str, Any]],
-) -> Result:
-    pool = _pool_of(items)
-    metrics, errors, guessing = {}, {}, {}
-    answers = _answers(suite, world, questions)
-    for k in (k for k in suite.ks if k <= suite.samples):
-        estimate = pool.estimate(k)
-        metrics[f"pass_at_{k}"] = estimate.mean
-        errors[f"pass_at_{k}"] = estimate.standard_error
-        if answers:
-            guessing[f"pass_at_{k}"] = guessing_pass_at_k(answers, k, leave_one_out=True)
-    metrics["truncated"] = sum(i["truncated"] for i in items) / sum(pool.samples)
-    if suite.group_size is not None:
-        _add_informative(suite.group_size, pool, metrics, errors)
-    return {"metrics": metrics, "standard_errors": errors, "guessing": guessing}
-
-
-def _pool_of(items: Sequence[Mapping[str, Any]]) -> Pool:
-    return Pool(tuple(i["samples"] for i in items), tuple(i["correct"] for i in items))
-
-
-def _add_informative(
-    group_size: int, pool: Pool, metrics: dict[str, float], errors: dict[str, float]
-) -> None:
-    informative = informative_groups(pool, group_size)
-    metrics["informative_groups"] = informative.mean
-    errors["informative_groups"] = informative.standard_error
-
-
-def _answers(
-    suite: SuiteConfig, world: World | None, questions: Sequence[Question]
-) -> list[Hashable]:
-    """What a guesser draws from; nothing where some question has no reference."""
-    if suite.world == "problems" and world is not None:
-        return list(guesses(world.settings))
-    if len(questions) < 2 or not all(q.reference for q in questions):
-        return []
-    return [final_answer(q.reference or "") or q.reference for q in questions]
 
 
 def _add_drift(

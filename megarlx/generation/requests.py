@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Literal
 
 from torch import Tensor
 
 FinishReason = Literal["stop", "length", "stop_string"]
+NOT_WRITTEN = -1  # a token that no turn wrote: of the prompt or an observation
 
 
 @dataclass(frozen=True)
@@ -41,19 +42,6 @@ class SamplingSettings:
             raise ValueError("sampling: stop_strings holds ''; allowed: texts of 1 character up")
 
 
-class Sampled(Protocol):
-    """What is made of tokens with their log-probs: a completion, or a whole episode."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    @property
-    def tokens(self) -> Tensor: ...
-    @property
-    def logprobs(self) -> Tensor: ...
-    @property
-    def sampled_logprobs(self) -> Tensor: ...
-
-
 @dataclass(frozen=True)
 class Completion:
     """One sample. What ended it, stop token or stop string, is its last token, and is trained on.
@@ -71,6 +59,53 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class TurnEnd:
+    """A turn that is over, and what an observation may still take."""
+
+    sequence_id: int
+    turn: int  # the first is 0
+    tokens: list[int]  # what was drawn, with what ended it
+    reason: FinishReason  # "length": cut off by the turn's or the sequence's limit
+    room: int  # most tokens of an observation that leave place for an answer
+
+
+# One answer for each: the ids to go on behind, or None where the episode is over.
+OnTurnsEnd = Callable[[list[TurnEnd]], Sequence[Sequence[int] | None]]
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """All tokens of an episode, the prompt first. Log-probs are 0 where nothing was drawn."""
+
+    request: Request
+    sequence_id: int
+    tokens: Tensor  # int64 [n]
+    turn: Tensor  # int64 [n], which turn wrote it, or NOT_WRITTEN
+    logprobs: Tensor  # fp32 [n], as in Completion
+    sampled_logprobs: Tensor  # fp32 [n]
+    reasons: tuple[FinishReason, ...]  # how each turn ended
+    full: bool  # over because the next observation left no place for an answer
+
+    @property
+    def written(self) -> Tensor:
+        return self.turn != NOT_WRITTEN
+
+    @property
+    def completion(self) -> Completion:
+        """The first turn, which is all of an episode that nobody answered."""
+        begin = len(self.request.prompt)
+        drawn = slice(begin, begin + int((self.turn == 0).sum()))
+        return Completion(
+            self.request,
+            self.sequence_id,
+            self.tokens[drawn],
+            self.logprobs[drawn],
+            self.sampled_logprobs[drawn],
+            self.reasons[0],
+        )
+
+
+@dataclass(frozen=True)
 class NewToken:
     """A token as it is drawn, on the ranks that hold the last stage."""
 
@@ -81,8 +116,16 @@ class NewToken:
     finish_reason: FinishReason | None
 
 
-def check_requests(requests: Sequence[Request], *, longest: int, vocab_size: int) -> None:
-    """Refuses what could not be finished, before anything is computed."""
+def check_requests(
+    requests: Sequence[Request], *, longest: int, most: int, vocab_size: int
+) -> None:
+    """Refuses what could not be finished, before anything is computed. `most` are the tokens of an
+    episode, whose turns may be cut off by it."""
+    if not 2 <= most <= longest:
+        raise ValueError(
+            f"generate: max_tokens of an episode is {most}; allowed: 2 to {longest}, the engine's "
+            "longest sequence"
+        )
     seen: set[int] = set()
     for index, request in enumerate(requests):
         length, new = len(request.prompt), request.max_new_tokens
@@ -95,6 +138,11 @@ def check_requests(requests: Sequence[Request], *, longest: int, vocab_size: int
             raise ValueError(
                 f"{where}: a prompt of {length} tokens with max_new_tokens {new} makes "
                 f"{length + new}; allowed: at most {longest}, the engine's longest sequence"
+            )
+        if length >= most:
+            raise ValueError(
+                f"{where}: the prompt has {length} tokens; allowed: 1 to {most - 1}, below "
+                "max_tokens of an episode"
             )
         wrong = [token for token in request.prompt if not 0 <= token < vocab_size]
         if wrong:

@@ -36,7 +36,8 @@ class Rows:
         self.host_tokens, self.host_positions, self.host_slots, self.host_keys = (
             table.numpy() for table in _tables(self._host, most)
         )
-        self.last_positions = np.zeros(most, dtype=np.int64)  # of the last token allowed
+        # of the last token allowed; the scheduler says where that is
+        self.last_positions = np.zeros(most, dtype=np.int64)
         self._requests = np.zeros(most, dtype=np.int64)
         self._before_last = np.zeros(most, dtype=np.int64)  # tokens of the prompt
         self._shared = torch.zeros(2, most, dtype=torch.int64)
@@ -66,7 +67,6 @@ class Rows:
         self.host_positions[row] = len(prompt) - 1
         self.host_slots[row] = slot
         self.host_keys[row] = sequence.sequence_id, len(prompt)
-        self.last_positions[row] = len(prompt) + sequence.request.max_new_tokens - 1
         self._requests[row] = sequence.request_index
         self._before_last[row] = len(prompt) - 1
         self._shared_is_old = True

@@ -1,24 +1,37 @@
 """Which sequence decodes in which slot, from the first prompt to the last token.
 
-Its decisions follow from the requests and the tokens alone, so every rank of a pipeline keeps one
-and all agree without a word about it.
+Its decisions follow from the requests, the tokens and the observations alone, so every rank of a
+pipeline keeps one and all agree without a word about it.
 
 Samples start in the order of the requests. So while samples of a group are waiting, nothing later
 has started, and a slot that once held the group's prompt holds it still: a prompt is computed once
 for all its samples, however few slots there are.
+
+What ends a turn does not end its sequence. The turns that ended are told to `observe`, which
+answers with an observation or with the end. The sequence keeps its slot and its cache: the
+observation is put behind what the slot holds, and the next turn is drawn. So over a whole episode
+every token is computed once. Without `observe` every sequence ends with its first turn.
+
+Short observations go through the decode steps of the others, a token a step, in place of a drawn
+one; longer ones are prefilled behind the turn. Which of the two depends on the observation's own
+length and place alone, so neighbours cannot change a sample (engine.py says why nothing else can).
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from megarlx.generation import rows as decoding
-from megarlx.generation.requests import FinishReason, Request, SamplingSettings
+from megarlx.generation.requests import FinishReason, Request, SamplingSettings, TurnEnd
 from megarlx.generation.stop import StopStrings
+from megarlx.model.documents import padded_length
+
+Observe = Callable[[list[TurnEnd]], ListLike[ListLike[int] | None]]
 
 
 @dataclass
@@ -37,10 +50,22 @@ class Admission:
 
 @dataclass(frozen=True)
 class Finished:
+    """A turn that is over, and maybe its sequence."""
+
     sequence: decoding.Sequence
     slot: int
-    length: int  # prompt and completion
+    length: int  # up to its last token
     reason: FinishReason
+
+
+@dataclass
+class Turns:
+    """Of a sequence."""
+
+    begin: int  # of the turn under way
+    spans: list[tuple[int, int]] = field(default_factory=list)  # of those that are over
+    reasons: list[FinishReason] = field(default_factory=list)
+    full: bool = False  # the next observation left no place for an answer
 
 
 class Scheduler:
@@ -54,6 +79,10 @@ class Scheduler:
         *,
         rows: ListLike[decoding.Rows],
         slots: ListLike[range],  # of each group
+        tokens: np.ndarray,  # [slots, places], what each slot holds behind its prompt
+        observe: Observe | None,
+        max_tokens: int,  # of a sequence
+        feed_up_to: int,  # tokens of an observation; longer ones are prefilled
     ) -> None:
         samples = [(i, r, s) for i, r in enumerate(requests) for s in r.sequence_ids]
         self.queue = deque(
@@ -62,11 +91,16 @@ class Scheduler:
         )
         self.stop_tokens = np.array(sampling.stop_tokens, dtype=np.int64)
         self.stop_strings = stop_strings
-        self.rows, self._slots = rows, slots
+        self.rows, self._slots, self.tokens = rows, slots, tokens
+        self.observe, self.max_tokens, self.feed_up_to = observe, max_tokens, feed_up_to
         for table in rows:
             table.clear()
         self._prefix: tuple[int, int] | None = None  # (request, slot that holds its prompt)
-        self._text: dict[int, list[int]] = {}  # by sequence id, for stop strings
+        # By the sequence's index:
+        self.turns: dict[int, Turns] = {}
+        self._text: dict[int, list[int]] = {}  # of the turn under way, for stop strings
+        self._pending: dict[int, list[int]] = {}  # of an observation, to be fed from the back
+        self.tokens_observed = 0
 
     def fill(self, group: int) -> Admission:
         """The first samples of each group, in the order of the groups: even shares of them."""
@@ -77,23 +111,57 @@ class Scheduler:
         rows.upload()
         return admission
 
-    def advance(self, group: int, tokens: np.ndarray) -> tuple[list[Finished], Admission]:
-        """Takes in the drawn tokens; finished rows go to the next samples or disappear."""
+    def advance(self, group: int, drawn: np.ndarray) -> tuple[list[Finished], Admission]:
+        """Takes in the drawn tokens. A row whose turn is over goes on behind an observation, or to
+        the next sample, or disappears; the sequences of the latter two are finished."""
         rows = self.rows[group]
-        ended = self._ended(rows, tokens)
-        admission = Admission()
-        for row, done in ended:
+        n = rows.live
+        tokens, given = self._with_observations(rows, drawn[:n])
+        self.tokens[rows.host_slots[:n], rows.host_keys[:n, 1]] = tokens
+        ended = self._ended(rows, tokens, given)
+        answers = self._answers([done for _, done in ended])
+        finished, admission = [], Admission()
+        for (row, done), answer in zip(ended, answers, strict=True):
+            if answer is not None and self._go_on(rows, row, done, answer, admission):
+                continue
+            finished.append(done)
             self._replace(rows, row, done.slot, admission)
         rows.upload()
-        return [done for _, done in ended], admission
+        return finished, admission
+
+    def _answers(self, ended: list[Finished]) -> ListLike[ListLike[int] | None]:
+        for done in ended:
+            turns = self.turns[done.sequence.index]
+            turns.spans.append((turns.begin, done.length))
+            turns.reasons.append(done.reason)
+            self._text.pop(done.sequence.index, None)  # a stop string lies within one turn
+        if self.observe is None or not ended:
+            return [None] * len(ended)
+        return self.observe([self._turn_end(done) for done in ended])
+
+    def _with_observations(
+        self, rows: decoding.Rows, drawn: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """(tokens, given): where a row is being fed an observation, its token and not the drawn
+        one; `given` says which rows those are, if there are any."""
+        if not self._pending:
+            return drawn, None
+        tokens, given = drawn.copy(), np.zeros(rows.live, dtype=bool)
+        for row, sequence in enumerate(rows.sequences):
+            pending = self._pending.get(sequence.index)
+            if pending is None:
+                continue
+            tokens[row], given[row] = pending.pop(), True
+            if not pending:
+                del self._pending[sequence.index]
+        return tokens, given
 
     def _ended(
-        self, rows: decoding.Rows, tokens: np.ndarray, given: np.ndarray | None = None
+        self, rows: decoding.Rows, tokens: np.ndarray, given: np.ndarray | None
     ) -> list[tuple[int, Finished]]:
-        """Moves every row on and finds those that are over, from the back: so a row that moves
-        forward into a gap was already looked at. `given` rows got a token that was not drawn."""
+        """Moves every row on and finds those whose turn is over, from the back: so a row that moves
+        forward into a gap was already looked at."""
         n = rows.live
-        tokens = tokens[:n]
         if n and tokens.min() < 0:
             self._refuse(rows, int(tokens.argmin()))
         rows.advance(tokens)
@@ -104,10 +172,9 @@ class Scheduler:
         over = stopped | full
         in_text = np.zeros(n, dtype=bool)
         if self.stop_strings:
-            for row in range(n):
-                if given is None or not given[row]:
-                    sequence = rows.sequences[row]
-                    in_text[row] = self._in_text(sequence, int(tokens[row]), stopped[row])
+            for row in range(n) if given is None else np.flatnonzero(~given).tolist():
+                sequence = rows.sequences[row]
+                in_text[row] = self._in_text(sequence, int(tokens[row]), stopped[row])
             over |= in_text
         ended = []
         for row in np.flatnonzero(over)[::-1].tolist():
@@ -121,6 +188,51 @@ class Scheduler:
             ended.append((row, Finished(rows.sequences[row], slot, length, reason)))
         return ended
 
+    def _turn_end(self, done: Finished) -> TurnEnd:
+        turns = self.turns[done.sequence.index]
+        return TurnEnd(
+            done.sequence.sequence_id,
+            len(turns.spans) - 1,
+            self.tokens[done.slot, turns.begin : done.length].tolist(),
+            done.reason,
+            max(self.max_tokens - done.length - 1, 0),
+        )
+
+    def _go_on(
+        self,
+        rows: decoding.Rows,
+        row: int,
+        done: Finished,
+        observation: ListLike[int],
+        admission: Admission,
+    ) -> bool:
+        """The turn's last token has not been through the model yet, and the observation's last is
+        the next step's input: as many tokens are prefilled as the observation has."""
+        turns, count = self.turns[done.sequence.index], len(observation)
+        if done.length + count >= self.max_tokens:
+            turns.full = True
+            return False
+        turns.begin = done.length + count
+        self.tokens_observed += count
+        held, places = done.length - 1, self.tokens.shape[1] - 1
+        if count <= self.feed_up_to or held + padded_length(count) > places:
+            self._pending[done.sequence.index] = list(observation)[::-1]
+        else:
+            last = int(rows.host_tokens[row])
+            admission.continued[done.slot] = (held, [last, *observation[:-1]])
+            self.tokens[done.slot, done.length : turns.begin] = observation
+            rows.host_tokens[row] = observation[-1]
+            rows.host_positions[row] += count
+            rows.host_keys[row, 1] += count
+        self._limit(rows, row)
+        return True
+
+    def _limit(self, rows: decoding.Rows, row: int) -> None:
+        """Where the turn under way ends at the latest."""
+        sequence = rows.sequences[row]
+        end = self.turns[sequence.index].begin + sequence.request.max_new_tokens
+        rows.last_positions[row] = min(end, self.max_tokens) - 1
+
     def _replace(self, rows: decoding.Rows, row: int, slot: int, admission: Admission) -> None:
         """A finished row goes to the next sample, or disappears."""
         if self.queue:
@@ -131,7 +243,10 @@ class Scheduler:
     def _start(self, rows: decoding.Rows, row: int, slot: int, admission: Admission) -> None:
         sequence = self.queue.popleft()
         rows.put(row, sequence, slot)
-        before_last = sequence.request.prompt[:-1]  # the last one is the first step's input
+        prompt = sequence.request.prompt
+        self.turns[sequence.index] = Turns(len(prompt))
+        self._limit(rows, row)
+        before_last = prompt[:-1]  # the last one is the first step's input
         if not before_last:
             return
         if self._prefix is not None and self._prefix[0] == sequence.request_index:

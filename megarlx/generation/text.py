@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from megarlx.generation.engine import Engine
+from megarlx.generation.interface import Generator
 from megarlx.generation.requests import FinishReason, Request, SamplingSettings
 
 INCOMPLETE = "\ufffd"  # what a tokenizer makes of the first bytes of a character
@@ -22,7 +22,7 @@ class TextPiece:
 
 
 def stream_text(
-    engine: Engine,
+    generator: Generator,
     prompt: str,
     *,
     encode: Callable[[str], Sequence[int]],
@@ -36,7 +36,7 @@ def stream_text(
     request = Request(encode(prompt), (sequence_id,), max_new_tokens)
     tokens: list[int] = []
     shown = ""
-    for new in engine.stream([request], sampling, seed):
+    for new in generator.stream([request], sampling, seed):
         tokens.append(new.token)
         text = decode(tokens)
         if new.finish_reason is None and text.endswith(INCOMPLETE):

@@ -8,7 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megarlx import plug
 from megarlx.config.objectives import PLACE, TemplateConfig
+from megarlx.config.run_sections import DataConfig
+from megarlx.data.making import made
 from megarlx.data.tokenizer import EOS, ByteTokenizer, Tokenizer, WordTokenizer, load_tokenizer
 from megarlx.hf.errors import ConversionError
 
@@ -137,8 +140,9 @@ def tokenizer_of_run(run: Path) -> Tokenizer | None:
         data = json.loads((run / "resolved.json").read_text(encoding="utf-8")).get("data") or {}
     except (OSError, ValueError) as error:
         raise ConversionError(f"{run / 'resolved.json'} cannot be read: {error}") from error
-    if data.get("world"):
-        return load_tokenizer(Path(data["world"]["folder"]) / "tokenizer.json")
+    if data.get("maker") in plug.ours("data maker"):  # another's code is not run unasked
+        read = DataConfig.model_validate(data)
+        return load_tokenizer(made(data["maker"], read.place, read.options).tokenizer)
     return load_tokenizer(data["tokenizer"]) if data.get("tokenizer") else None
 
 

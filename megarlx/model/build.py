@@ -32,6 +32,10 @@ class ParallelModel:
     data_parallel: DataParallel
     pipeline: Pipeline
 
+    def layouts_at(self, tp_rank: int) -> dict[str, ParameterLayout]:
+        """What another tensor-parallel rank holds of the same stages."""
+        return {k: v for stage in self.stages for k, v in stage.layouts_at(tp_rank).items()}
+
 
 def build_model(
     config: ModelConfig,

@@ -42,6 +42,7 @@ class StepShape:
     local_steps: bool = False  # each objective goes by itself between averages
     averages: float = 1.0  # the share of the steps that end with one
     shared_moments: bool = False
+    linear: bool = True  # the combination is a sum; else every replica gets all shards
 
 
 def bytes_per_step(
@@ -117,7 +118,7 @@ def _stage(
     enter_and_leave(layers, layers, 2, 2)
     if full:
         # Run again up to the last thing that backward needs: behind the MLP that is only a norm.
-        enter_and_leave(layers, 0, 2, 2 if config.norm_position == "post" else 1)
+        enter_and_leave(layers, 0, 2, 1 if config.norm_position == "pre" else 2)
     if config.qk_norm == "full":
         sums = step.tokens_per_microbatch * 2 * step.wide_bytes
         add("all_reduce", sums, layers * (3 if full or selective else 2))
@@ -188,8 +189,11 @@ def _optimizer(layouts: Mapping[str, ParameterLayout], layout: Layout, step: Ste
         whole = (stop - start) * step.element_bytes
         sent["dp", "all_gather"] += int(gathers * bytes_sent("all_gather", layout.dp, whole))
     if step.in_replicas:
-        update = bytes_sent("all_reduce", layout.replica, flat.shard_size * step.wide_bytes)
-        sent["replica", "all_reduce"] += int(step.averages * update)
+        shard = flat.shard_size * step.wide_bytes
+        operation = "all_reduce" if step.linear else "all_gather"
+        whole = shard if step.linear else layout.replica * shard
+        update = bytes_sent(operation, layout.replica, whole)
+        sent["replica", operation] += int(step.averages * update)
         for scalars in (2 * 8 * step.of_replicas, 8):
             sent["replica", "all_reduce"] += bytes_sent("all_reduce", layout.replica, scalars)
     return sent

@@ -1,0 +1,1 @@
+"""What a batch is and what its loss is: next tokens, demonstrations, policies."""

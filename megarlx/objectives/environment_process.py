@@ -111,7 +111,7 @@ class EnvironmentPool:
     """Episodes by number, dealt out over `config.workers` processes; with none, all are here."""
 
     def __init__(self, config: EnvironmentConfig) -> None:
-        self.config = config.resolved
+        self.config = config
         self._histories: dict[int, _History] = {}
         self._servers = [_Server(self.config) for _ in range(max(config.workers, 1))]
         self._threads = ThreadPoolExecutor(len(self._servers), thread_name_prefix="environment")

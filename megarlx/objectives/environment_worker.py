@@ -16,8 +16,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from megarlx import plug
 from megarlx.objectives.environments.interface import Environment
-from megarlx.objectives.worker_program import describe, found
+from megarlx.objectives.worker_program import describe
 
 
 class Misbehaved(Exception):
@@ -26,9 +27,18 @@ class Misbehaved(Exception):
         self.kind, self.detail = kind, detail
 
 
+def environment_class(name: str) -> Any:
+    """What has no reset and step is not made at all: making it may do anything."""
+    named = plug.resolve("environment", name)
+    if missing := [m for m in ("reset", "step") if not callable(getattr(named, m, None))]:
+        raise TypeError(f"{name} is no environment: it has no {' and no '.join(missing)}")
+    return named
+
+
 class EnvironmentServer:
     def __init__(self, function: str, options: dict[str, Any], most_characters: int) -> None:
-        self.make: Callable[[], Environment] = lambda: found(function)(**options)
+        kind = environment_class(function)
+        self.make: Callable[[], Environment] = lambda: kind(**options)
         self.most_characters = most_characters
         self.idle = [self.make()]  # made at once, so that one that cannot be is seen at the start
         self.running: dict[int, Environment] = {}

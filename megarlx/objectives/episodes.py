@@ -22,7 +22,7 @@ from torch import Tensor
 from megarlx.comm.collectives import all_reduce_, gather_values
 from megarlx.comm.groups import Group
 from megarlx.config.environment import EnvironmentConfig
-from megarlx.generation.episodes import NOT_WRITTEN, Trajectory
+from megarlx.generation.requests import NOT_WRITTEN, Trajectory
 from megarlx.objectives.advantages import gigpo, grpo
 from megarlx.objectives.environment_process import BrokenEnvironment, Failure
 from megarlx.objectives.exchange import gather_completions, gather_ragged
@@ -48,6 +48,7 @@ class Episode:
     success: bool
     trajectory: Trajectory | None  # None where it never began
     failure: Failure | None = None  # then its reward is not known
+    reference: str | None = None  # the answer that it was compared with
 
     @property
     def truncated(self) -> bool:
@@ -57,6 +58,16 @@ class Episode:
 
     def rewards_of_turns(self, invalid_action_penalty: float) -> list[float]:
         return [t.reward - (0 if t.valid else invalid_action_penalty) for t in self.turns]
+
+    def reward(self, invalid_action_penalty: float = 0.0) -> float:
+        """NaN where it is not known."""
+        if self.failure is not None:
+            return math.nan
+        return math.fsum(self.rewards_of_turns(invalid_action_penalty))
+
+    def known_reward(self, invalid_action_penalty: float = 0.0) -> float | None:
+        reward = self.reward(invalid_action_penalty)
+        return None if math.isnan(reward) else reward
 
     @property
     def end(self) -> str:
@@ -118,10 +129,7 @@ class EpisodeBatch:
         for episode, values in zip(ordered, taken, strict=True):
             if episode.failure is not None:
                 values[:] = [math.nan] * len(values)
-        rewards = [
-            math.nan if episode.failure is not None else math.fsum(values)
-            for episode, values in zip(ordered, taken, strict=True)
-        ]
+        rewards = [episode.reward(invalid_action_penalty) for episode in ordered]
         steps = [value for place, _, _ in begun for value in taken[place]]
 
         def ids(values: Iterable[int]) -> Tensor:

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from megarlx import plug
 from megarlx.objectives.samples import Sample
-from megarlx.objectives.worker_program import describe, found
+from megarlx.objectives.worker_program import describe
 
 
 def load(name: str, options: dict[str, Any]) -> Any:
-    """`module:function`, or `module:Class`: an instance of it with the options."""
-    named = found(name)
+    """A function with the options, or an instance of a class that was made with them."""
+    named = plug.resolve("reward", name)
     return named(**options) if inspect.isclass(named) else partial(named, **options)
 
 

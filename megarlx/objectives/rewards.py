@@ -56,7 +56,7 @@ class Rewards:
             raise RewardError(f"rewards need different names, and at least one; given: {names}")
         self.configs = {config.label: config for config in configs}
         self.allowed_failures = allowed_failures
-        self._pools = {config.label: RewardPool(config.resolved) for config in configs}
+        self._pools = {config.label: RewardPool(config) for config in configs}
 
     def score(self, samples: list[Sample], group: Group | None = None) -> Scored:
         """With a group, all its ranks call this together, and stop together."""

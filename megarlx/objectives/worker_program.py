@@ -7,7 +7,6 @@ The first line says which server to make; what it serves is no business of this 
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import queue
@@ -15,12 +14,6 @@ import resource
 import sys
 import threading
 from typing import Any, TextIO
-
-
-def found(name: str) -> Any:
-    """What `module:attribute` names."""
-    module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)
 
 
 def describe(error: BaseException) -> str:
@@ -53,7 +46,9 @@ def main() -> None:
         limit = hello["memory_limit_mb"] << 20
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:
-        serve = found(hello["server"])(**hello["arguments"])
+        from megarlx.plug import load  # found on the path that the trainer has just sent
+
+        serve = load(hello["server"])(**hello["arguments"])
     except Exception as error:  # noqa: BLE001 a user's module may raise anything; it is reported
         answer({"error": describe(error)})
         return

@@ -1,11 +1,12 @@
-"""The elementwise parts of a layer: RMSNorm, SwiGLU, and the heads that attention looks at.
+"""The elementwise parts of a layer: RMSNorm, SwiGLU, GeGLU, and the heads that attention looks at.
 
 These passes over memory are what the products of a small model wait for on a CPU, and a quarter of
 a training step on a GPU: each op reads its input once and writes its result once, in fp32 and fp64,
 and on CUDA in bf16, computed in fp32. In other dtypes the same functions are torch's own kernels
-(`F.rms_norm`, `F.silu`). Backward reads what forward saved and never writes it, since pipeline
-schedules may run it twice. The gradient of a norm's weight is summed over fixed blocks of rows, so
-that no result depends on the number of threads; that of a bf16 weight is in fp32.
+(`F.rms_norm`, `F.silu`); GeGLU is torch's everywhere. Backward reads what forward saved and never
+writes it, since pipeline schedules may run it twice. The gradient of a norm's weight is summed over
+fixed blocks of rows, so that no result depends on the number of threads; that of a bf16 weight is
+in fp32.
 
 Letters: T tokens, d a normalised width, F half the width of a fused gate and up projection,
 H query heads, K key/value heads, D head_dim.
@@ -41,8 +42,11 @@ def refuse_second_derivative(op: str, upstream: Tensor) -> None:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
-    """weight · x / rms(x) over the last dimension, plus `residual`, of the shape of x."""
-    if not is_native(x):
+    """weight · x / rms(x) over the last dimension, plus `residual`, of the shape of x.
+
+    A weight of a wider type than x is multiplied in it, before the result is rounded.
+    """
+    if not (is_native(x) and weight.dtype == x.dtype):
         return rms_norm_reference(x, weight, eps, residual)
     if x.dim() == 2:
         out: Tensor = torch.ops.megarlx.rms_norm(x, weight, eps, residual)[0]
@@ -55,7 +59,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
 def rms_norm_reference(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
 ) -> Tensor:
-    y = F.rms_norm(x, (x.shape[-1],), weight, eps)
+    y = F.rms_norm(x.to(weight.dtype), (x.shape[-1],), weight, eps).to(x.dtype)
     return y if residual is None else residual + y
 
 
@@ -93,6 +97,36 @@ class _TorchSwiGLU(torch.autograd.Function):
         torch.mul(grads[0], F.silu(gate), out=grad_up)
         torch.mul(grads[0], up, out=grad_gate)
         torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
+        return (out,)
+
+
+def geglu(gate_up: Tensor) -> Tensor:
+    """gelu(gate) · up, by the approximation with tanh: [T, 2F], gate before up, to [T, F]."""
+    out: Tensor = _TorchGeGLU.apply(gate_up)
+    return out
+
+
+class _TorchGeGLU(torch.autograd.Function):
+    """With torch's kernels, keeping gate and up alone; backward fills one [T, 2F]."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.gelu(gate, approximate="tanh").mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor]:
+        refuse_second_derivative("geglu", grads[0])
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        out = torch.empty_like(gate_up)
+        grad_gate, grad_up = out.chunk(2, dim=-1)
+        torch.mul(grads[0], F.gelu(gate, approximate="tanh"), out=grad_up)
+        upstream = grads[0] * up
+        torch.ops.aten.gelu_backward.grad_input(
+            upstream, gate, approximate="tanh", grad_input=grad_gate
+        )
         return (out,)
 
 

@@ -1,0 +1,1 @@
+"""Pipelines, data parallelism, and where each parameter lies."""

@@ -95,8 +95,11 @@ def planned_config(arguments: argparse.Namespace) -> Config:
     from megarlx.run.branch import recipe_config
 
     trunk = Path(arguments.trunk)
-    before = load_config(trunk / "resolved.json" if trunk.is_dir() else trunk)
-    return recipe_config(before, Path(arguments.config), arguments.overrides, str(trunk))
+    if trunk.is_dir():  # a run; of what may be another's code a plan needs nothing
+        before, own = load_config(trunk / "resolved.json", trusted=()), set[str]()
+    else:
+        before, own = load_config(trunk), None
+    return recipe_config(before, Path(arguments.config), arguments.overrides, str(trunk), own)
 
 
 def _plan(config: Config, arguments: argparse.Namespace) -> int:

@@ -24,9 +24,8 @@ from megarlx.model.build import ParallelModel, build_model
 from megarlx.model.transformer_layer import Recompute
 from megarlx.objectives.interface import Batch, Objective
 from megarlx.ops import LossSpec, TokenLoss, linear_token_loss
-from megarlx.optimizer import AdamSettings
 from megarlx.planning.job import Job
-from megarlx.trainer import TrainedObjective, Trainer, TrainingStage
+from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -126,7 +125,7 @@ def trainer_of(job: Job, model: ParallelModel, device: torch.device) -> Trainer:
     if job.objectives > 1:
         parts = [replace(job, name=f"o{i}", objectives=1) for i in range(job.objectives)]
     objectives = [
-        TrainedObjective(Shapes(part.name, part, device), AdamSettings(), lambda step: 1e-3)
+        TrainedObjective(Shapes(part.name, part, device), part.update, lambda step: 1e-3)
         for part in parts
     ]
     # One step is all there is, and the last step of a stage always averages.
@@ -134,6 +133,7 @@ def trainer_of(job: Job, model: ParallelModel, device: torch.device) -> Trainer:
         objectives,
         steps=1 if job.sync_every > 1 else None,
         shared_moments=job.shared_moments,
+        combination=job.combine,
         placement="replicas" if job.in_replicas else "colocated",
         sync_every=job.sync_every,
     )

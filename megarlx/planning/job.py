@@ -6,11 +6,12 @@ Letters: T tokens of a micro-batch, t those a rank holds between tensor-parallel
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import Any
 
+from megarlx import plug
 from megarlx.choices import AMPERE, Machine, choose_precision
 from megarlx.comm.groups import Layout
 from megarlx.config import Config
@@ -23,9 +24,12 @@ from megarlx.parallel.data_parallel import FlatLayout
 from megarlx.parallel.metadata import ParameterLayout
 from megarlx.parallel.pipeline_plan import PipelinePlan, Schedule
 from megarlx.planning.hardware import Arithmetic
+from megarlx.training.combine import Combination, is_linear
+from megarlx.training.parts import UpdateSettings
+from megarlx.training.update_rules import rule_of
 
 # Of one objective; what else changes is the layout, and common to all objectives of a step.
-OF_ONE = ("sequences_per_microbatch", "objectives", "held", "others", "model")
+OF_ONE = ("sequences_per_microbatch", "objectives", "held", "others", "model", "update")
 ELEMENT_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 
 
@@ -59,7 +63,7 @@ class Held:
     """What of an optimizer a rank holds besides the master, each the size of its shard."""
 
     gradients: int = 1
-    moments: int = 1  # pairs
+    states: int = 2  # of update rules; AdamW has two
     locals: int = 0  # masters of objectives that take steps of their own
     exchange: int = 0  # buffers of what goes between replicas
     frozen: int = 0  # reference policies
@@ -114,6 +118,8 @@ class Job:
     sync_every: int = 1
     averages_per_step: float = 1.0
     shared_moments: bool = False
+    combination: str = "weighted_sum"
+    update: UpdateSettings = field(default_factory=UpdateSettings)
     held: Held | None = None  # absent: that of `objectives`
     packed_tokens: int | None = None  # of a step of RL, in as few micro-batches as hold it
     document_length: int | None = None  # where sequences are packed documents
@@ -151,6 +157,7 @@ class Job:
             fp8=training.fp8 != "none",
             tf32=training.tf32,
             replica=layout.replica,
+            update=UpdateSettings.of(config.optimizer),
             **changes,
         )
 
@@ -216,8 +223,15 @@ class Job:
         return self.dp if self.in_replicas else self.replica * self.dp
 
     @property
+    def combine(self) -> Combination:
+        found: Combination = plug.resolve("combination", self.combination)
+        return found
+
+    @property
     def kept(self) -> Held:
-        return self.held or Held(self.objectives, self.objectives)
+        if self.held is not None:
+            return self.held
+        return Held(self.objectives, self.objectives * len(rule_of(self.update).state))
 
     @cached_property
     def plan(self) -> PipelinePlan:
@@ -375,6 +389,7 @@ class Job:
             local_steps=self.sync_every > 1,
             averages=self.averages_per_step,
             shared_moments=self.shared_moments,
+            linear=is_linear(self.combine),
         )
 
     @property

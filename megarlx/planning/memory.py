@@ -2,8 +2,8 @@
 
     weights          the model's, in the type it computes in
     gradients        the flat buffer that every objective's backward fills in turn
-    optimizer        masters, of each objective a gradient shard and two moments; local masters,
-                     buffers between replicas and frozen references where a stage has them
+    optimizer        masters, of each objective a gradient shard and what its update rule keeps;
+                     local masters, what is combined and frozen references where a stage has them
     activations      of the micro-batches in flight, as the recomputation leaves them
     workspace        what the loss, or the backward of a layer, needs on top at the worst moment
     batch            the step's token ids and masks
@@ -18,7 +18,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from megarlx.model.documents import padded_length
-from megarlx.model.metadata import local_kv_heads
 from megarlx.parallel.pipeline_actions import computations, most_held
 from megarlx.planning.activations import (
     Widths,
@@ -71,7 +70,7 @@ def rank_memory(job: Job, rank: int, rollouts: Rollouts | None = None) -> Memory
     return Memory(
         weights=numbers * n.e,
         gradients=numbers * n.w,
-        optimizer=optimizer_bytes(job, numbers),
+        optimizer=optimizer_bytes(trained[0], numbers),
         activations=added[0],
         workspace=added[1],
         batch=added[2],
@@ -110,11 +109,11 @@ def activations(job: Job, n: Widths, pp_rank: int) -> int:
 
 
 def optimizer_bytes(job: Job, numbers: int) -> int:
-    """Of a rank that holds `numbers`, buffer padding included: `AveragingAdamW`'s own tensors."""
+    """Of a rank that holds `numbers`, buffer padding included: `Optimizer`'s tensors."""
     shard, w, held = numbers // job.dp, job.wide_bytes, job.kept
     masters_are_weights = job.dp == 1 and job.element_bytes == w and not held.locals
     gradients_are_buffer = job.dp == 1 and held.gradients == 1
-    wide = 2 * held.moments + held.locals + held.exchange
+    wide = held.states + held.locals + held.exchange
     wide += 0 if gradients_are_buffer else held.gradients
     wide += 0 if masters_are_weights else 1
     total = shard * (wide * w + held.frozen * job.element_bytes)
@@ -127,7 +126,7 @@ def kv_cache_bytes(job: Job, pp_rank: int, rollouts: Rollouts) -> int:
     """`Engine`'s caches: its slots and an idle one, at a padded length."""
     slots = -(-rollouts.slots // job.pp) * job.pp + 1
     layers = sum(stage.layers for stage in job.stages(pp_rank))
-    kv = local_kv_heads(job.model, job.tp) * job.model.head_dim
+    kv = job.model.local_kv_heads(job.tp) * job.model.head_dim
     return 2 * layers * slots * padded_length(rollouts.longest) * kv * job.element_bytes
 
 

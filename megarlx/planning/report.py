@@ -219,7 +219,7 @@ def _print_memory(plan: Plan, console: Console) -> None:
 
 
 def _shards(held: Held) -> str:
-    names = {"moments": "pairs of moments", "locals": "local masters", "frozen": "references"}
+    names = {"states": "of update rules", "locals": "local masters", "frozen": "references"}
     return ", ".join(
         f"{count} {names.get(kind, kind)}" for kind, count in asdict(held).items() if count
     ).replace("exchange", "to exchange updates")

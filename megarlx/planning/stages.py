@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from megarlx import plug
 from megarlx.config import Config, RlConfig, SftConfig, StageConfig
 from megarlx.config.objectives import PRETRAINING
 from megarlx.model.check_layout import LayoutError
 from megarlx.planning.job import Held, Job, Rollouts
 from megarlx.planning.memory import worst_rank
+from megarlx.training.combine import buffers_of
+from megarlx.training.parts import UpdateSettings
+from megarlx.training.update_rules import rule_of
 
 PROMPT_TOKENS = 512  # of time, where a configuration says no more than what there is room for
 
@@ -53,32 +57,51 @@ def job_of_stage(config: Config, gpus: int, index: int) -> Job:
         sync_every=stage.sync_every,
         averages_per_step=stage.times.averages / stage.steps,
         shared_moments=stage.of == "gradients",
-        held=_held(config, index),
+        combination=stage.combination,
     )
-    first, *others = (_objective(config, stage, name, common) for name in stage.objectives)
+    first, *others = (
+        replace(
+            _objective(config, stage, name, common),
+            held=_held(config, index, name),
+            update=UpdateSettings.of(one),
+        )
+        for name, one in stage.objectives.items()
+    )
     job = replace(first, others=tuple(others))
     job.check(gpus)
     return job
 
 
-def _held(config: Config, index: int) -> Held:
-    """As `OptimizerState` has it."""
+def _held(config: Config, index: int, name: str) -> Held:
+    """As `Optimizer` has it, on a rank that trains an objective, alone or beside the others."""
     stage = config.all_stages[index]
-    members, waiting = list(stage.objectives), config.timeline.waiting(index)
-    in_replicas = stage.placement == "replicas" and len(members) > 1
-    trained = 1 if in_replicas else len(members)
+    waiting = config.timeline.waiting(index)
+    in_replicas = stage.placement == "replicas" and len(stage.objectives) > 1
+    trained = [name] if in_replicas else list(stage.objectives)
     shared, local = stage.of == "gradients", stage.sync_every > 1
+    owners = [stage.objectives[one] for one in (trained[:1] if shared else trained)]
+    owners += [
+        next(
+            later.objectives[one] for later in config.all_stages[index:] if one in later.objectives
+        )
+        for one in waiting
+    ]
     references = [
         name
-        for name in (*members, *waiting)
+        for name in (*stage.objectives, *waiting)
         if isinstance(one := config.named_objectives.get(name), RlConfig)
         and one.policy.needs_reference
     ]
     return Held(
-        gradients=trained,
-        moments=(1 if shared else trained) + len(waiting),
-        locals=trained if local else 0,
-        exchange=(1 if shared or local else 2) if in_replicas else 0,
+        gradients=len(trained),
+        states=sum(len(rule_of(UpdateSettings.of(owner)).state) for owner in owners),
+        locals=len(trained) if local else 0,
+        exchange=buffers_of(
+            plug.resolve("combination", stage.combination),
+            len(stage.objectives),
+            in_replicas=in_replicas,
+            apart=shared or local,
+        ),
         frozen=len(references),
     )
 

@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from megarlx import plug
 from megarlx.data.token_files import write_atomically
-from megarlx.report.predicates import PREDICATES, SEEDS_NEEDED, Finding
+from megarlx.report.claims import SEEDS_NEEDED, Finding
 from megarlx.report.runs import Evaluation, ReportError
 from megarlx.report.settings import quantity
 from megarlx.report.study import BASE, KS, Cell, Study
@@ -28,34 +29,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="where the report goes (default: DIR/report)"
     )
+    parser.add_argument(
+        "--claim",
+        action="append",
+        default=[],
+        metavar="NAME",
+        dest="claims",
+        help="judge this one, ours or module:name; may be given several times (default: P1 to P15)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     out = arguments.out or arguments.directory / "report"
     try:
         study = Study.of(arguments.directory)
-        findings = write_report(study, out)
-    except (ReportError, OSError) as error:
+        findings = write_report(study, out, arguments.claims)
+    except (ReportError, plug.PlugError, OSError) as error:
         print(f"megarlx report: {error}", file=sys.stderr)
         return 1
     _print(study, findings, out)
     return 0
 
 
-def write_report(study: Study, out: Path) -> dict[str, Finding]:
+def write_report(study: Study, out: Path, claims: Sequence[str] = ()) -> dict[str, Finding]:
     """index.html, summary.json and figures/; returns the verdicts."""
     import matplotlib
 
     from megarlx.report import figures, figures_of_agents, figures_of_placement, figures_of_runs
+    from megarlx.report.claims import judge_all
     from megarlx.report.drawing import Figure, save
     from megarlx.report.page import page
-    from megarlx.report.predicates import judge_all
     from megarlx.report.samples import examples
     from megarlx.report.style import PARAMETERS
     from megarlx.report.summary import summary
 
     out.mkdir(parents=True, exist_ok=True)
-    findings = judge_all(study)
+    findings = judge_all(study, claims)
     drawn: list[tuple[str, list[Figure]]] = []
     with matplotlib.rc_context(PARAMETERS):
         for number, variant in enumerate(study.variants):
@@ -103,7 +112,7 @@ def _print(study: Study, findings: dict[str, Finding], out: Path) -> None:
         for name in ("", "claim", "verdict"):
             table.add_column(name)
         for name, finding in findings.items():
-            table.add_row(name, PREDICATES[name].claim, finding.verdict)
+            table.add_row(name, finding.evidence.get("claim", ""), finding.verdict)
         console.print(table)
     missing = study.missing()
     for line in missing[:SHOWN_MISSING]:

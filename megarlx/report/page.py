@@ -12,8 +12,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from megarlx.report.claims import SEEDS_NEEDED, Finding
 from megarlx.report.drawing import Figure, Table
-from megarlx.report.predicates import PREDICATES, SEEDS_NEEDED, Finding
 from megarlx.report.samples import Example
 from megarlx.report.settings import quantity
 from megarlx.report.study import BASE, Study
@@ -144,7 +144,7 @@ def _claims(study: Study, findings: dict[str, Finding]) -> str:
         rows.append(
             f'<tr><th scope="row">{text(name)}</th>'
             f'<td class="verdict {text(finding.verdict.replace(" ", "-"))}">{text(sign)}</td>'
-            f'<td class="wrap">{text(PREDICATES[name].claim)}</td>'
+            f'<td class="wrap">{text(finding.evidence.get("claim", ""))}</td>'
             f'<td class="differences">{"<br>".join(text(_difference(c)) for c in comparisons)}</td>'
             f'<td class="wrap">{text(_why(finding))}</td></tr>'
         )

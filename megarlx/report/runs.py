@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from megarlx.config import as_asked
 from megarlx.config.objectives import PRETRAINING
 from megarlx.evaluation.pass_at_k import pass_at_k
-from megarlx.metrics import read_metrics
+from megarlx.training.metrics import read_metrics
 
 FORMAT = 1
 ACCURACY_KINDS = ("choice", "cloze")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from megarlx.report.predicates import Finding
+from megarlx.report.claims import Finding
 from megarlx.report.study import KS, Cell, Study
 
 

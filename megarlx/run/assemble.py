@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from megarlx.averaging import Adaptation, Course, Shares
+from megarlx import plug
 from megarlx.checkpoint import Retention, Saver
 from megarlx.choices import Choice
 from megarlx.comm import launch
@@ -17,17 +17,20 @@ from megarlx.comm.groups import Layout, Mesh
 from megarlx.config import Config, StageConfig
 from megarlx.config.objectives import PRETRAINING
 from megarlx.data.tokenizer import Tokenizer
-from megarlx.learning_rate import learning_rate
+from megarlx.evaluation.questions import check_suites
 from megarlx.model.build import build_model
 from megarlx.model.check_layout import check_layout
 from megarlx.model.machine import this_machine
 from megarlx.objectives.supervised import Supervised
-from megarlx.optimizer import AdamSettings
 from megarlx.run.choose import choose
 from megarlx.run.directory import RunDirectory, RunError
+from megarlx.run.made import made_for, write_data
 from megarlx.run.objectives import ObjectiveMaker
-from megarlx.run.world import load_tokenizer_of, write_data
-from megarlx.trainer import TrainedObjective, Trainer, TrainingStage
+from megarlx.run.tokenizer import load_tokenizer_of
+from megarlx.training.learning_rate import learning_rate
+from megarlx.training.parts import UpdateSettings
+from megarlx.training.shares import Adaptation, Course, Shares
+from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -130,6 +133,7 @@ def assemble(
         if started.local_rank == 0:
             write_data(config)
         barrier(mesh.world)
+    check_suites(config.evaluation, made_for(config.evaluation.suites, config))
     kept = directory if tokenizer_from is None else RunDirectory(tokenizer_from)
     tokenizer = load_tokenizer_of(config, kept)
     model = build_model(
@@ -187,16 +191,15 @@ def _check_alike(choices: Mapping[str, Choice], mesh: Mesh) -> None:
 def training_stage(config: StageConfig, objectives: ObjectiveMaker) -> TrainingStage:
     members = []
     for name, one in config.objectives.items():
-        adam = AdamSettings(
-            betas=one.betas,
-            eps=one.eps,
-            weight_decay=one.weight_decay,
-            decay_embeddings=one.decay_embeddings,
-            clip_norm=one.clip_norm or None,
-        )
         rate = learning_rate(one, one.course_steps or config.times.steps_of(name))
         members.append(
-            TrainedObjective(objectives[name], adam, rate, turns=one.turns, goes_on=one.goes_on)
+            TrainedObjective(
+                objectives[name],
+                UpdateSettings.of(one),
+                rate,
+                turns=one.turns,
+                goes_on=one.goes_on,
+            )
         )
     courses = {
         name: Course(w.first, w.first if w.last is None else w.last)
@@ -211,6 +214,7 @@ def training_stage(config: StageConfig, objectives: ObjectiveMaker) -> TrainingS
         steps=config.steps,
         combine=config.combine,
         shared_moments=config.of == "gradients",
+        combination=plug.resolve("combination", config.combination),
         shares=Shares(courses, config.steps, adaptation),
         placement=config.placement,
         sync_every=config.sync_every,

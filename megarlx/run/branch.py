@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from megarlx.comm import launch
 from megarlx.config import Config, load_config
 from megarlx.config.load import over
 from megarlx.config.objectives import PRETRAINING
+from megarlx.config.trust import check_trust, names_in, used
 from megarlx.run.assemble import assemble
 from megarlx.run.directory import Parent, RunDirectory, RunError, versions
 from megarlx.run.reference import RunReference, tokens_of
@@ -37,25 +38,54 @@ def read_config(run: Path) -> Config:
     path = run / "resolved.json"
     if not path.exists():
         raise RunError(f"{run} holds no resolved.json: what its model looks like is not known")
-    return load_config(path)
+    return load_config(path, trusted=())
 
 
-def excursion_config(parent: Path, recipe: Path, overrides: Sequence[str] = ()) -> Config:
-    """The recipe, over what it takes from its parent."""
-    return recipe_config(read_config(parent), recipe, overrides, str(parent))
+def excursion_config(
+    parent: Path, recipe: Path, overrides: Sequence[str] = (), trusted: Collection[str] = ()
+) -> Config:
+    """The recipe, over what it takes from its parent: of code, only what is trusted."""
+    own = set(trusted)
+    config = recipe_config(read_config(parent), recipe, overrides, str(parent), own)
+    check_trust(names_in(used(config)), str(parent), own)
+    return config
 
 
-def recipe_config(before: Config, recipe: Path, overrides: Sequence[str], parent: str) -> Config:
-    """The recipe over the configuration that a run of it would start from."""
+def recipe_config(
+    before: Config,
+    recipe: Path,
+    overrides: Sequence[str],
+    parent: str,
+    own: set[str] | None = None,
+) -> Config:
+    """The recipe over the configuration that a run of it would start from.
+
+    `own` is what of the parent's is trusted, and gets every text that the recipe and the overrides
+    hold; None: the parent is the user's own.
+    """
     whole = before.model_dump(mode="json")
     base = {key: whole[key] for key in INHERITED}
     base["training"] = {key: whole["training"][key] for key in OF_TRAINING}
-    config = load_config(recipe, overrides, prepare=lambda given: _completed(given, base, before))
+
+    def prepare(given: dict[str, Any]) -> dict[str, Any]:
+        if own is not None:
+            own.update(_texts(given))
+        return _completed(given, base, before)
+
+    config = load_config(recipe, overrides, prepare=prepare, trusted=own)
     if config.model != before.model:
         raise RunError(f"{recipe}: [model] is another one than that of {parent}; leave it out")
     if not config.stages:
         raise RunError(f"{recipe}: has no [[stages]]; a recipe is made of them")
     return config
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _texts(one)
 
 
 def _completed(given: dict[str, Any], base: dict[str, Any], before: Config) -> dict[str, Any]:
@@ -131,7 +161,7 @@ def write_lineage(out: RunDirectory, parent: Parent, recipe: Path, config: Confi
 
 def _composition(parent: Parent) -> dict[str, int]:
     """Tokens of each source that the parent had read."""
-    from megarlx.metrics import read_metrics
+    from megarlx.training.metrics import read_metrics
 
     found: dict[str, int] = {}
     for line in read_metrics(Path(parent.run) / "metrics.jsonl"):
@@ -174,7 +204,7 @@ def earlier(reference: str) -> tuple[Path, int, int]:
 
 def replay_cost(run: Path, wanted: int, nearest: int) -> str:
     """What reaching an iteration that was not saved would take."""
-    from megarlx.metrics import read_metrics
+    from megarlx.training.metrics import read_metrics
 
     seconds = [
         line["perf/step_seconds"]
@@ -188,9 +218,9 @@ def replay_cost(run: Path, wanted: int, nearest: int) -> str:
     return f"--replay would take {wanted - nearest} steps from iteration {nearest}{time_text}"
 
 
-def replay_config(run: Path, layout: Mapping[str, Any]) -> Config:
+def replay_config(before: Config, layout: Mapping[str, Any]) -> Config:
     """The parent's own configuration, saving nothing on the way."""
-    whole = read_config(run).model_dump(mode="json")
+    whole = before.model_dump(mode="json")
     return Config.model_validate(
         whole | {"layout": dict(layout), "evaluation": {}, "checkpoints": {}}
     )
@@ -202,6 +232,7 @@ def replay(
     excursion: Config,
     started: launch.Launch,
     device: torch.device,
+    trusted: Collection[str] = (),
 ) -> Path:
     """The checkpoint of an iteration that the parent did not save, trained once more.
 
@@ -212,7 +243,9 @@ def replay(
     there = directory.checkpoints / checkpoint_name(wanted)
     if (there / "manifest.json").exists():
         return there
-    config = replay_config(run, excursion.layout.model_dump(mode="json"))
+    before = read_config(run)
+    check_trust(names_in(used(before), {*Config.model_fields} - {"evaluation"}), str(run), trusted)
+    config = replay_config(before, excursion.layout.model_dump(mode="json"))
     made = assemble(config, directory.path, started, device, tokenizer_from=run)
     try:
         made.trainer.resume(run / "checkpoints" / checkpoint_name(nearest))
@@ -220,7 +253,7 @@ def replay(
             print(f"replaying {run} from iteration {nearest} to {wanted}")
         while made.trainer.steps_done < wanted:
             made.trainer.step()
-        made.trainer.share_counts()
+        made.trainer.replicas.share_counts()
         tokens = made.trainer.tokens
         state = {"tokens": {name: int(count) for name, count in tokens.items()}, "cost": {}}
         inherited = RunDirectory(run).parent

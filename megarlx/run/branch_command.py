@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megarlx.config import Config, ConfigError
-from megarlx.config.arguments import add_overrides
+from megarlx.config.arguments import add_overrides, add_trust
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, required=True, metavar="RUN2", help="the excursion's own folder"
     )
     add_overrides(parser)
+    add_trust(parser)
     parser.add_argument(
         "--replay",
         action="store_true",
@@ -52,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
             if not arguments.replay:
                 raise RunError(f"{error}\n{replay_cost(*earlier(arguments.run))}") from None
             parent, wanted, _ = earlier(arguments.run)
-        config = excursion_config(parent, arguments.recipe, arguments.overrides)
+        config = excursion_config(parent, arguments.recipe, arguments.overrides, arguments.trusted)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
@@ -74,28 +75,22 @@ def _branch(
     started: Launch,
     device: torch.device,
 ) -> int:
-    from megarlx.comm.collectives import barrier
-    from megarlx.run.assemble import assemble
-    from megarlx.run.branch import keep_parent, parent_of, replay, write_lineage
+    from megarlx.run.begin import begin_excursion
+    from megarlx.run.branch import replay
     from megarlx.run.directory import RunDirectory
-    from megarlx.run.loop import check_startable, train
+    from megarlx.run.loop import train
     from megarlx.run.reference import RunReference, resolve
 
-    directory = RunDirectory(arguments.out)
-    replayed = None
-    if wanted is not None:
-        replayed = replay(arguments.run, directory, config, started, device)
-        reference = RunReference(parent, wanted, replayed)
-    else:
+    recipe, out, replayed = arguments.recipe, arguments.out, None
+    if wanted is None:
         reference = resolve(arguments.run)
-    if started.rank == 0:
-        start = parent_of(reference, replayed)
-        write_lineage(directory, start, arguments.recipe, config)
-        if replayed is None:
-            keep_parent(start, directory.path)
-    made = assemble(config, arguments.out, started, device, tokenizer_from=parent)
-    barrier(made.mesh.world)
-    check_startable(made, arguments.fresh)
-    if started.rank == 0:
-        made.write_description(arguments.recipe)
+    else:
+        trusted = arguments.trusted
+        replayed = replay(arguments.run, RunDirectory(out), config, started, device, trusted)
+        reference = RunReference(parent, wanted, replayed)
+    made = begin_excursion(
+        *(reference, config, recipe, out, started, device),
+        fresh=arguments.fresh,
+        replayed=replayed,
+    )
     return train(made)

@@ -50,13 +50,9 @@ def _train(config: Config, source: Path, out: Path, fresh: bool) -> int:
     from megarlx.run.session import session
 
     def work(started: Launch, device: torch.device) -> int:
-        from megarlx.run.assemble import assemble
-        from megarlx.run.loop import check_startable, train
+        from megarlx.run.begin import begin
+        from megarlx.run.loop import train
 
-        made = assemble(config, out, started, device)
-        check_startable(made, fresh)
-        if started.rank == 0:
-            made.write_description(source)
-        return train(made)
+        return train(begin(config, source, out, started, device, fresh=fresh))
 
     return session("train", config, work)

@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megarlx import plug
 from megarlx.config import Config, ConfigError, load_config
-from megarlx.config.arguments import add_overrides
+from megarlx.config.arguments import add_overrides, add_trust
 from megarlx.config.evaluation import (
     SAMPLED,
     EvaluationConfig,
     SuiteConfig,
     SuitesConfig,
-    world_suites,
 )
 from megarlx.config.objectives import WRITE_TEMPLATE, TemplateConfig
 
@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, help="samples of each question, in place of theirs")
     parser.add_argument("--temperature", type=float, help="of sampling, in place of theirs")
     add_overrides(parser, "override a key of the run's configuration, as layout.tensor=2")
+    add_trust(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -50,7 +51,13 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         started = launch.read()
         references = list(_references(arguments.run))
-        config = open_config(references[0].run, started.world_size, arguments.overrides)
+        config = open_config(
+            references[0].run,
+            started.world_size,
+            arguments.overrides,
+            uses=() if arguments.config else ("evaluation",),
+            trusted=arguments.trusted,
+        )
         evaluation, template = chosen(config, arguments)
         device = choose_device(config.training.device)
         launch.start(started, device, config.layout.time_limit_seconds)
@@ -95,8 +102,9 @@ def chosen(
     if arguments.config is not None:
         evaluation = file = load_config(arguments.config, (), SuitesConfig)
         template = file.template or template
-    elif not evaluation.suites and config.data is not None and config.data.world is not None:
-        evaluation = world_suites()
+    elif not evaluation.suites and config.data is not None and config.data.maker is not None:
+        suites = plug.resolve("data maker", config.data.maker).evaluated
+        evaluation = EvaluationConfig(suites=suites)
     names = [suite.name for suite in evaluation.suites]
     if not names:
         raise ConfigError(["no suites: the run's configuration has none; give --config FILE.toml"])
@@ -144,12 +152,19 @@ def _evaluate(
     started: Any,
     device: Any,
 ) -> None:
-    from megarlx.evaluation.suites import Parent, Subject, evaluate
+    from megarlx.comm.collectives import barrier
+    from megarlx.evaluation.interface import Subject
+    from megarlx.evaluation.suites import Parent, evaluate
+    from megarlx.run.made import made_for, write_data
     from megarlx.run.opened import load_weights, open_run, read_lineage
-    from megarlx.run.world import template_of, world_of
+    from megarlx.run.tokenizer import template_of
 
     opened = open_run(references[0], config, started, device)
-    world = world_of(config)
+    if any(suite.made is not None for suite in evaluation.suites):
+        if started.local_rank == 0:
+            write_data(config)
+        barrier(opened.model.mesh.world)
+    made = made_for(evaluation.suites, config)
     lineage = read_lineage(references[0].run).get("parent")
     parent = None if lineage is None else Parent(Path(lineage["run"]), lineage["iteration"])
     say = print if started.rank == 0 else None
@@ -168,6 +183,6 @@ def _evaluate(
             reference.iteration,
             opened.trunk_tokens,
             opened.loaded.digest,
-            world,
+            made,
         )
         evaluate(subject, evaluation, run=reference.run, parent=parent, say=say)

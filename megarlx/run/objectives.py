@@ -22,16 +22,19 @@ from megarlx.data.prompts import FewShot, PromptData, PromptKeys, read_prompts
 from megarlx.data.samples import Dataset, TokenSource
 from megarlx.data.token_files import TokenFile, check_tokenizer
 from megarlx.data.tokenizer import Tokenizer
-from megarlx.generation.engine import Engine
+from megarlx.generation.interface import Generator, generator_of
 from megarlx.model.build import ParallelModel
-from megarlx.objectives.episode_sampler import EpisodeSampler
+from megarlx.objectives.environment_game import EnvironmentGame
 from megarlx.objectives.interface import Objective
+from megarlx.objectives.player import Player
+from megarlx.objectives.question_game import QuestionGame
 from megarlx.objectives.rewards import Rewards
 from megarlx.objectives.rl import KeepSamples, Reinforcement
-from megarlx.objectives.rollout import RolloutSource, Sampler
+from megarlx.objectives.rollout import Sampler
 from megarlx.objectives.supervised import Supervised
 from megarlx.run.directory import RunError
-from megarlx.run.world import data_of, path_of, template_of
+from megarlx.run.made import data_of, path_of
+from megarlx.run.tokenizer import template_of
 
 
 class ObjectiveMaker:
@@ -182,14 +185,15 @@ class ObjectiveMaker:
 
     def _rl(self, name: str, config: RlConfig) -> Reinforcement:
         if config.environment is not None:
-            sampler: RolloutSource = self._episodes(name, config, config.environment)
+            player, prompts = self._tasks(name, config, config.environment)
         else:
-            sampler = self._answers(name, config)
+            player, prompts = self._questions(name, config)
+        sampler = Sampler(config, player, prompts, self.mesh.dp, self.config.training.seed)
         return Reinforcement(name, config, self.model, sampler, keep_samples=self._keeper(name))
 
-    def _episodes(
+    def _tasks(
         self, name: str, config: RlConfig, environment: EnvironmentConfig
-    ) -> EpisodeSampler:
+    ) -> tuple[Player, PromptData]:
         most, length = environment.max_episode_tokens, self.config.model.max_sequence_length
         if most > length:
             raise RunError(
@@ -198,17 +202,10 @@ class ObjectiveMaker:
             )
         room = most - environment.max_turn_tokens
         tasks = self._prompts(name, config, min(config.max_prompt_tokens or room, room))
-        return EpisodeSampler(
-            config,
-            self._engine(config, most),
-            tasks,
-            self.template,
-            self.tokenizer,
-            self.mesh,
-            self.config.training.seed,
-        )
+        game = EnvironmentGame(environment, self.template, self.tokenizer, self.mesh)
+        return Player(self._generator(config, most), game, self.tokenizer), tasks
 
-    def _answers(self, name: str, config: RlConfig) -> Sampler:
+    def _questions(self, name: str, config: RlConfig) -> tuple[Player, PromptData]:
         length = self.config.model.max_sequence_length
         room = length - config.max_completion_tokens
         if room < 1:
@@ -224,15 +221,9 @@ class ObjectiveMaker:
                 f"{name}.tokens_per_microbatch is {config.tokens_per_microbatch}; a prompt and its "
                 f"completion have up to {longest} tokens"
             )
-        return Sampler(
-            config,
-            self._engine(config, longest),
-            prompts,
-            self.tokenizer,
-            Rewards(config.rewards, config.reward_failures_allowed),
-            self.mesh,
-            self.config.training.seed,
-        )
+        rewards = Rewards(config.rewards, config.reward_failures_allowed)
+        game = QuestionGame(rewards, config.max_completion_tokens, self.mesh)
+        return Player(self._generator(config, longest), game, self.tokenizer), prompts
 
     def _prompts(self, name: str, config: RlConfig, most: int) -> PromptData:
         keys = PromptKeys(config.question_key, config.answer_key)
@@ -250,9 +241,10 @@ class ObjectiveMaker:
             name=name,
         )
 
-    def _engine(self, config: RlConfig, longest: int) -> Callable[[], Engine]:
+    def _generator(self, config: RlConfig, longest: int) -> Callable[[], Generator]:
         return _once(
-            lambda: Engine.of(
+            lambda: generator_of(
+                config.generator,
                 self.model,
                 slots=config.slots,
                 longest=longest,
@@ -278,11 +270,11 @@ class ObjectiveMaker:
         return keep
 
 
-def _once(make: Callable[[], Engine]) -> Callable[[], Engine]:
+def _once(make: Callable[[], Generator]) -> Callable[[], Generator]:
     """Caches are made when something is first generated, and only then."""
-    made: list[Engine] = []
+    made: list[Generator] = []
 
-    def get() -> Engine:
+    def get() -> Generator:
         if not made:
             made.append(make())
         return made[0]

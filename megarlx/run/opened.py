@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,19 @@ from megarlx.comm import launch
 from megarlx.comm.groups import Mesh
 from megarlx.config import Config, load_config
 from megarlx.config.objectives import PRETRAINING
-from megarlx.data.conversations import Template
+from megarlx.config.trust import check_trust, names_in
+from megarlx.data.conversations import Template, Turn
 from megarlx.data.tokenizer import Tokenizer
+from megarlx.generation.interface import generator_of
+from megarlx.generation.requests import Request, SamplingSettings
+from megarlx.generation.stop import text_of
 from megarlx.model.build import ParallelModel, build_model
 from megarlx.model.machine import this_machine
 from megarlx.run.assemble import DTYPES, choose_layout, use_tf32
 from megarlx.run.choose import choose
 from megarlx.run.directory import RunDirectory, RunError
 from megarlx.run.reference import RunReference, tokens_of
-from megarlx.run.world import load_tokenizer_of, template_of
+from megarlx.run.tokenizer import load_tokenizer_of, template_of
 
 
 @dataclass(frozen=True)
@@ -50,19 +54,61 @@ class OpenedRun:
         """Whether the weights have seen pre-training only: such a model is shown examples."""
         return not any(count for name, count in self.tokens.items() if name != PRETRAINING)
 
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        samples: int = 1,
+        temperature: float = 1.0,
+        max_new_tokens: int = 128,
+        seed: int = 0,
+        generator: str = "engine",
+    ) -> list[list[str]]:
+        """Samples of each prompt, asked in the run's template, or as it stands where there is none.
+
+        All ranks call this together, and all get the same.
+        """
+        sampling = SamplingSettings(temperature, stop_tokens=(self.tokenizer.eos_id,))
+        requests = [
+            Request(self._ids(prompt), range(at * samples, (at + 1) * samples), max_new_tokens)
+            for at, prompt in enumerate(prompts)
+        ]
+        longest = max((len(one.prompt) for one in requests), default=0) + max_new_tokens
+        slots = max(1, min(64, len(prompts) * samples))
+        made = generator_of(generator, self.model, slots=slots, longest=longest).generate(
+            requests, sampling, seed
+        )
+        decode = self.tokenizer.decode_sampled
+        texts = [text_of(one.tokens.tolist(), sampling, decode) for one in made]
+        return [texts[at * samples : (at + 1) * samples] for at in range(len(prompts))]
+
+    def _ids(self, prompt: str) -> Sequence[int]:
+        if self.template is None:
+            return self.tokenizer.encode(prompt)
+        return self.template.prompt_ids((Turn("user", prompt),), self.tokenizer)
+
 
 def open_config(
-    run: Path, processes: int, overrides: Sequence[str] = (), *, device: str = "auto"
+    run: Path,
+    processes: int,
+    overrides: Sequence[str] = (),
+    *,
+    uses: Collection[str] = (),
+    trusted: Collection[str] = (),
+    device: str = "auto",
 ) -> Config:
     """The run's configuration in a layout for so many processes.
 
-    The run's own tensor and pipeline sizes hold where they divide the processes, else every
-    process holds the whole model; `layout.…` overrides replace both.
+    The run may have been made by somebody else: code that it names in [model], [data] and `uses`
+    has to be `trusted`. The run's own tensor and pipeline sizes hold where they divide the
+    processes, else every process holds the whole model; `layout.…` overrides replace both.
     """
     path = run / "resolved.json"
     if not path.exists():
         raise RunError(f"{run} holds no resolved.json: what its model looks like is not known")
-    own = load_config(path).layout
+    given = load_config(path, trusted=trusted)
+    check_trust(names_in(given, {"model", "data", *uses}), str(run), trusted)
+    own = given.layout
     model = own.tensor * own.pipeline
     # Whether micro-batches come out even is a question of training only, and torch's layers take
     # the weights of Transformer Engine's. What the model computes in stays.

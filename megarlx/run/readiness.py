@@ -6,7 +6,7 @@ from megarlx.config import Config, RlConfig
 from megarlx.config.evaluation import EvaluationConfig
 from megarlx.data.conversations import read_conversations
 from megarlx.evaluation.readiness import readiness_suite
-from megarlx.run.world import path_of
+from megarlx.run.made import path_of
 
 
 def beginnings_of_rl(config: Config) -> dict[int, list[str]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -13,22 +14,29 @@ from megarlx.config import Config
 from megarlx.objectives.environment_process import BrokenEnvironment
 from megarlx.objectives.reward_process import RewardError
 from megarlx.run.assemble import choose_device, choose_layout
-from megarlx.run.loop import TrainingError
+from megarlx.run.hooks import TrainingError
 
 Work = Callable[[launch.Launch, torch.device], int]
 
 
-def session(command: str, config: Config, work: Work) -> int:
-    """Starts this process's part of a launch, works, and ends it; returns the exit code."""
+@contextmanager
+def launched(config: Config) -> Iterator[tuple[launch.Launch, torch.device]]:
+    """This process's part of a launch; a layout that cannot be is refused before it begins."""
+    device = choose_device(config.training.device)
+    started = launch.read()
+    choose_layout(config, started.world_size)
+    launch.start(started, device, config.layout.time_limit_seconds)
     try:
-        device = choose_device(config.training.device)
-        started = launch.read()
-        choose_layout(config, started.world_size)  # refused before any process group is made
-        launch.start(started, device, config.layout.time_limit_seconds)
-        try:
+        yield started, device
+    finally:
+        launch.stop()
+
+
+def session(command: str, config: Config, work: Work) -> int:
+    """Works inside of `launched`; returns the exit code."""
+    try:
+        with launched(config) as (started, device):
             return work(started, device)
-        finally:
-            launch.stop()
     # What the user can mend is told in one line each; anything else keeps its traceback.
     except (
         *(ValueError, OSError, CheckpointError, TrainingError, RewardError),

@@ -18,8 +18,8 @@ from rich.live import Live
 from rich.table import Table
 
 from megarlx.config.sweep import SweepConfig
-from megarlx.metrics import read_metrics
 from megarlx.sweeps.plan import Job
+from megarlx.training.metrics import read_metrics
 
 POLL_SECONDS = 0.5
 LEFT = 75  # exit code when the budget left some runs for later

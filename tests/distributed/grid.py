@@ -15,8 +15,8 @@ from megarlx.data.loader import BatchLayout, Loader
 from megarlx.data.samples import Sample
 from megarlx.model.build import build_model
 from megarlx.objectives.supervised import Supervised
-from megarlx.optimizer import AdamSettings
-from megarlx.trainer import TrainedObjective, Trainer, TrainingStage
+from megarlx.training.parts import UpdateSettings
+from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage
 
 SEQUENCES, LENGTH, STEPS, BUCKET = 16, 8, 5, 5000
 
@@ -68,6 +68,12 @@ class Case:
         return "-".join([*parts, self.precision])
 
 
+OF_FAMILY: dict[str, Any] = {
+    "gemma2": {"window": 5, "attention_cap": 2.0, "final_cap": 0.0},
+    "gemma3": {"window": 5, "full_attention_every": 3, "window_rope_theta": 100.0},
+}
+
+
 def model(family: str, tied: bool) -> ModelConfig:
     # No two dimensions equal; two key heads, so that tp 4 and 8 hold copies of them.
     return family_config(
@@ -80,6 +86,7 @@ def model(family: str, tied: bool) -> ModelConfig:
         head_dim=6,
         intermediate_size=40,
         tied_embeddings=tied,
+        **OF_FAMILY.get(family, {}),
     )
 
 
@@ -145,7 +152,7 @@ def train(case: Case) -> dict[str, Any]:
         "pretraining", Loader(RandomSequences(), layout, prefetch_steps=0), device=case.device
     )
     # With tied embeddings, so that both copies have to know that they do not decay.
-    adam = AdamSettings(weight_decay=0.1, clip_norm=0.5, decay_embeddings=not case.tied)
+    adam = UpdateSettings(weight_decay=0.1, clip_norm=0.5, decay_embeddings=not case.tied)
     trainer = Trainer(
         built, [TrainingStage([TrainedObjective(objective, adam, lambda step: 1e-3)])]
     )

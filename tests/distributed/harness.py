@@ -61,7 +61,9 @@ class Pool:
         # forkserver and not fork: the test process has threads (the store, OpenMP, the tests'
         # own), and forking those is not safe. The server has none.
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["torch", "torch.distributed", "megarlx.trainer"])
+        self._context.set_forkserver_preload(
+            ["torch", "torch.distributed", "megarlx.training.trainer"]
+        )
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._workers: list[_Worker] = []
         self._cases = 0

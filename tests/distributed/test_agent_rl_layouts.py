@@ -14,12 +14,12 @@ from grid import chunks
 from test_rl_layouts import mesh_of, size, whole
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit" / "objectives"))
-from agent_cases import agent_config, agents, model, tasks
+from agent_cases import agent_config, agents, model, played_both_ways, tasks, told
 from rl_cases import trainer_of
 
 from megarlx.checkpoint import Saver, latest
 from megarlx.objectives.environment_process import BrokenEnvironment
-from megarlx.trainer import Trainer
+from megarlx.training.trainer import Trainer
 
 LAYOUTS = [{"tp": 2}, {"pp": 2}, {"dp": 2}]
 MOVING: dict[str, Any] = {
@@ -27,6 +27,34 @@ MOVING: dict[str, Any] = {
     "epochs_per_rollout": 2,
     "policy": {"preset": "sampo"},
 }
+
+
+def both_ways(axes: dict[str, int], numbers: range) -> list[Any]:
+    """What each rank holds of the same random cases, answered and acted."""
+    found, mesh = [], mesh_of(axes)
+    for number in numbers:
+        answered, acted, _ = played_both_ways(number, model(mesh=mesh))
+        found.append(([told(one) for one in answered], [told(one) for one in acted]))
+    return found
+
+
+@pytest.mark.parametrize("axes", [*LAYOUTS, {"tp": 2, "pp": 2}], ids=str)
+def test_one_turn_is_an_episode_of_one_turn(run: Callable[..., Any], axes: dict[str, int]) -> None:
+    """Every rank of a copy of the model holds the same, and all together what one process does."""
+    numbers = range(8)
+    (alone,) = run(1, both_ways, {}, numbers)
+    ranks = run(size(axes), both_ways, axes, numbers)
+    copies = axes.get("dp", 1)
+    for number in numbers:
+        for answered, acted in (rank[number] for rank in ranks):
+            assert answered == acted
+        if copies == 1:
+            assert all(rank[number] == ranks[0][number] for rank in ranks)
+        held = {one["id"]: one["tokens"] for rank in ranks for one in rank[number][0]}
+        expected = {one["id"]: one["tokens"] for one in alone[number][0]}
+        assert held.keys() == expected.keys()
+        differing = [i for i in expected if held[i] != expected[i]]
+        assert len(differing) <= 0.04 * len(expected), differing  # rounding of a split product
 
 
 def train(axes: dict[str, int], steps: int, changes: dict[str, Any]) -> dict[str, Any]:
@@ -110,5 +138,5 @@ def stopped(axes: dict[str, int]) -> str:
 def test_too_many_lost_episodes_on_one_rank_stop_all(
     run: Callable[..., Any], axes: dict[str, int]
 ) -> None:
-    for said in run(size(axes), stopped, axes):
-        assert said.startswith("environment agent_cases:Early: lost 4 of 16 episodes")
+    for message in run(size(axes), stopped, axes):
+        assert message.startswith("environment agent_cases:Early: lost 4 of 16 episodes")

@@ -38,10 +38,10 @@ from megarlx.config.model import ModelConfig, family_config
 from megarlx.data.loader import BatchLayout, Loader
 from megarlx.model.build import build_model
 from megarlx.objectives.supervised import Supervised
-from megarlx.optimizer import AdamSettings
 from megarlx.parallel.data_parallel import FlatLayout
 from megarlx.parallel.metadata import ParameterLayout, Piece
-from megarlx.trainer import TrainedObjective, Trainer, TrainingStage
+from megarlx.training.parts import UpdateSettings
+from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage
 
 SEQUENCES = 24
 
@@ -128,7 +128,7 @@ def build(place: Place, family: str, seed: int, *objectives: str) -> Trainer:
         Supervised(name, Loader(RandomSequences(), batches, prefetch_steps=0))
         for name in objectives or ("pretraining",)
     ]
-    adam = AdamSettings(weight_decay=0.1, clip_norm=0.5)
+    adam = UpdateSettings(weight_decay=0.1, clip_norm=0.5)
     return Trainer(
         model, [TrainingStage([TrainedObjective(o, adam, lambda step: 1e-3) for o in made])]
     )

@@ -10,13 +10,16 @@ import pytest
 from megarlx.comm.groups import Mesh
 from megarlx.config.environment import EnvironmentConfig
 from megarlx.config.model import family_config
+from megarlx.data.prompts import Prompt
 from megarlx.data.tokenizer import WordTokenizer
 from megarlx.generation.engine import Engine
 from megarlx.generation.requests import SamplingSettings
 from megarlx.model.build import build_model
-from megarlx.objectives.environment_process import BrokenEnvironment, EnvironmentPool
-from megarlx.objectives.environment_rollout import EnvironmentRollout, Start
-from megarlx.objectives.environments.demonstrations import TEMPLATE, TEMPLATE_WORDS, built_in
+from megarlx.objectives.environment_game import EnvironmentGame
+from megarlx.objectives.environment_process import BrokenEnvironment
+from megarlx.objectives.environments.interface import built_in
+from megarlx.objectives.player import Player, Start
+from megarlx.study.environments.demonstrations import TEMPLATE, TEMPLATE_WORDS
 
 
 def episodes(layout: dict[str, int], function: str, options: dict[str, Any]) -> Any:
@@ -45,14 +48,16 @@ def episodes(layout: dict[str, int], function: str, options: dict[str, Any]) -> 
         workers=0,
     )
     sokoban = built_in(EnvironmentConfig(function="sokoban"))
-    starts = [Start(t, sokoban.task("train", t), 0, (2 * t, 2 * t + 1)) for t in range(6)]
+    starts = [
+        Start(t, (2 * t, 2 * t + 1), Prompt("", None, {"task": sokoban.task("train", t)}))
+        for t in range(6)
+    ]
     mine = starts[mesh.dp.rank :: mesh.dp.size]
     sampling = SamplingSettings(stop_tokens=(tokenizer.eos_id,))
     engine = Engine.of(model, slots=8, longest=208)
     try:
-        pool = EnvironmentPool(environment) if mesh.model.rank == 0 else None
-        rollout = EnvironmentRollout(engine, environment, pool, TEMPLATE, tokenizer)
-        found = rollout.run(mine, sampling, seed=5)
+        game = EnvironmentGame(environment, TEMPLATE, tokenizer, mesh)
+        found = Player(lambda: engine, game, tokenizer).play(mine, sampling, 5, mesh.dp)
     except BrokenEnvironment as error:
         return str(error)
     return {

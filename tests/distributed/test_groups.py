@@ -23,6 +23,7 @@ VARIES = {
     "model": "pt",
     "data": "rd",
     "objective": "pdt",
+    "shards": "dt",
     "decode": "p",
 }
 

@@ -14,10 +14,10 @@ import torch.distributed as dist
 
 from megarlx.comm.launch import Launch
 from megarlx.config import Config
-from megarlx.metrics import read_metrics
 from megarlx.run.assemble import assemble, check_placement, choose_layout
 from megarlx.run.directory import RunError
 from megarlx.run.loop import check_startable, train
+from megarlx.training.metrics import read_metrics
 
 TOKENS = {"sequences_per_step": 4, "sequences_per_microbatch": 1, "sequence_length": 160}
 SMALL = {
@@ -48,7 +48,11 @@ def config(world: str = "nowhere", replica: int = 2, **stage: Any) -> Config:
         {
             "model": SMALL,
             "training": {**TOKENS, "precision": "fp64"},
-            "data": {"world": {"folder": world, "documents": 60, "held_out_documents": 6}},
+            "data": {
+                "maker": "world",
+                "folder": world,
+                "options": {"documents": 60, "held_out_documents": 6},
+            },
             "sft": {},
             "rl": RL,
             "stages": [{"steps": 1, "objectives": {"pretraining": {}}}, average | stage],

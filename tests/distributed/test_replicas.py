@@ -23,7 +23,6 @@ import rl_cases
 import stage_cases
 from stage_cases import ADAMS, RATES, Numbers, Scaled, Textbook
 
-from megarlx.averaging import Adaptation, Course, Shares
 from megarlx.checkpoint import Saver, latest
 from megarlx.comm.groups import Mesh
 from megarlx.data.loader import BatchLayout, Loader
@@ -31,9 +30,10 @@ from megarlx.data.samples import Sample
 from megarlx.model.build import build_model
 from megarlx.objectives.rl import Reinforcement
 from megarlx.objectives.supervised import Supervised
-from megarlx.optimizer import AdamSettings
-from megarlx.stages import TrainedObjective, TrainingStage
-from megarlx.trainer import Trainer
+from megarlx.training.parts import UpdateSettings
+from megarlx.training.shares import Adaptation, Course, Shares
+from megarlx.training.stages import TrainedObjective, TrainingStage
+from megarlx.training.trainer import Trainer
 
 Axes = dict[str, int]
 COURSES = {"a": Course(1.0, 3.0), "b": Course(2.0, 2.0), "c": Course(1.0, 1.0)}
@@ -85,7 +85,7 @@ def stages_of(kind: str, mesh: Mesh) -> list[TrainingStage]:
         return [average]
     a, b = members["a"], members["b"]
     going_on = [
-        TrainedObjective(o.objective, o.adam, o.learning_rate, goes_on=True) for o in (b, a)
+        TrainedObjective(o.objective, o.settings, o.learning_rate, goes_on=True) for o in (b, a)
     ]
     return [
         TrainingStage([a], steps=2, combine="single"),
@@ -112,7 +112,7 @@ def go_on(trainer: Trainer, steps: int) -> dict[str, Any]:
         norms += [float(norm) for norm in report.gradient_norms.values()]
         flags += [int(flag) for flag in report.found_inf.values()]
         shares += (trainer.last_shares or {}).values()
-    trainer.share_counts()
+    trainer.replicas.share_counts()
     return {
         "losses": losses,
         "norms": norms,
@@ -120,8 +120,10 @@ def go_on(trainer: Trainer, steps: int) -> dict[str, Any]:
         "shares": shares,
         "tokens": {name: float(count) for name, count in trainer.tokens.items()},
         "steps": trainer.optimizer.state(),
-        "metrics": trainer.metrics(trainer.stage.members),
-        "moments": {n: chunks(trainer, m) for n, m in trainer.optimizer.exp_avg_sqs.items()},
+        "metrics": trainer.replicas.metrics(trainer.stage.members),
+        "moments": {
+            n: chunks(trainer, m["exp_avg_sq"]) for n, m in trainer.optimizer.kept.shards.items()
+        },
         "weights": chunks(trainer, trainer.optimizer.master),
         "model": trainer.model.data_parallel.weights.clone(),
         "replica": trainer.mesh.replica.rank,
@@ -311,7 +313,7 @@ def policy_trainer(axes: Axes, options: dict[str, Any], seed: int = 3) -> Traine
         "sft",
         Loader(Words("sft"), BatchLayout(4, 2, mesh.dp.rank, mesh.dp.size), prefetch_steps=0),
     )
-    adam = AdamSettings(weight_decay=0.0)
+    adam = UpdateSettings(weight_decay=0.0)
     members = [TrainedObjective(o, adam, lambda step: 1e-3) for o in (sft, rl)]
     if axes.get("replica"):
         options = {"placement": "replicas", **options}

@@ -21,7 +21,7 @@ from megarlx.data.prompts import PromptData
 from megarlx.data.tokenizer import WordTokenizer
 from megarlx.objectives.rewards import RewardError
 from megarlx.objectives.samples import Sample
-from megarlx.trainer import Trainer
+from megarlx.training.trainer import Trainer
 
 LAYOUTS = [{"tp": 2}, {"pp": 2}, {"dp": 2}, {"pp": 2, "dp": 2}]
 MOVING: dict[str, Any] = {

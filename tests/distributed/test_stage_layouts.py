@@ -10,20 +10,20 @@ import pytest
 import torch
 from grid import RandomSequences, assemble, chunks, model
 
-from megarlx.averaging import Adaptation, Course, Shares
 from megarlx.comm.groups import Mesh
 from megarlx.data.loader import BatchLayout, Loader
 from megarlx.data.samples import Sample
 from megarlx.model.build import build_model
 from megarlx.objectives.supervised import Supervised
-from megarlx.optimizer import AdamSettings
-from megarlx.trainer import TrainedObjective, Trainer, TrainingStage
+from megarlx.training.parts import UpdateSettings
+from megarlx.training.shares import Adaptation, Course, Shares
+from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage
 
 SEQUENCES = 8
 LAYOUTS = [{"tp": 2}, {"pp": 2}, {"dp": 2}, {"tp": 2, "dp": 2}]
 KINDS = ["average", "adaptive", "gradients", "alternate", "stages"]
-ADAM = AdamSettings(weight_decay=0.1, clip_norm=0.5)
-OTHER = AdamSettings((0.8, 0.9), weight_decay=0.02, decay_embeddings=False, clip_norm=0.2)
+ADAM = UpdateSettings(weight_decay=0.1, clip_norm=0.5)
+OTHER = UpdateSettings((0.8, 0.9), weight_decay=0.02, decay_embeddings=False, clip_norm=0.2)
 
 
 class Later(RandomSequences):

@@ -6,10 +6,10 @@ import json
 from collections.abc import Mapping
 
 WORLD = {
-    "data.world.documents": "300",
-    "data.world.held_out_documents": "20",
-    "data.world.prompts": "16",
-    "data.world.test_questions": "8",
+    "data.options.documents": "300",
+    "data.options.held_out_documents": "20",
+    "data.options.prompts": "16",
+    "data.options.test_questions": "8",
 }
 STEPS = {
     "training.sequences_per_step": "4",

@@ -10,7 +10,7 @@ import pytest
 from training_runs import ROOT, train
 
 from megarlx.cli import main
-from megarlx.metrics import read_metrics
+from megarlx.training.metrics import read_metrics
 
 RECIPES = ROOT / "configs" / "recipes"
 
@@ -33,15 +33,16 @@ sequence_length = 128
 user = "seen : {{content}} act :"
 assistant = " {{content}}"
 
-[data.agents]
+[data]
+maker = "agents"
 folder = "{world}"
-[[data.agents.environments]]
+[[data.options.environments]]
 function = "sokoban"
 max_turns = 4
 tasks = 20
 test_tasks = 4
 demonstrations = 10
-[[data.agents.environments]]
+[[data.options.environments]]
 function = "calculator"
 tasks = 20
 test_tasks = 4
@@ -50,7 +51,7 @@ demonstrations = 10
 [sft]
 
 [rl]
-prompts = "{{world}}/sokoban/tasks_train.jsonl"
+prompts = "{{made}}/sokoban/tasks_train.jsonl"
 prompts_per_step = 3
 samples_per_prompt = 4
 policy = {{ preset = "sampo" }}
@@ -82,7 +83,7 @@ at_end = true
 [[evaluation.suites]]
 name = "sokoban"
 kind = "agent"
-path = "{world}/sokoban/tasks_test.jsonl"
+made = "sokoban"
 samples = 2
 [evaluation.suites.environment]
 function = "sokoban"
@@ -122,7 +123,7 @@ def test_a_cold_start_and_play_in_one_run(
     made = (world / "agents.words").stat().st_mtime_ns
     assert train(config, tmp_path / "other", "stages.1.steps=1") == 0
     assert (world / "agents.words").stat().st_mtime_ns == made
-    more = "data.agents.environments.0.tasks=21"
+    more = "data.options.environments.0.tasks=21"
     assert train(config, tmp_path / "third", more, "stages.1.steps=1") == 1
     assert "use another folder" in capsys.readouterr().err
     tasks = (world / "sokoban" / "tasks_train.jsonl").read_text().splitlines()

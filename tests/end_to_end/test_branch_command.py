@@ -11,7 +11,7 @@ import pytest
 from training_runs import ROOT, command, run, tensors, train
 
 from megarlx.cli import main
-from megarlx.metrics import read_metrics
+from megarlx.training.metrics import read_metrics
 
 TRUNK = """
 [model]
@@ -33,8 +33,10 @@ sequence_length = 128
 lr = 2e-3
 warmup_steps = 2
 
-[data.world]
+[data]
+maker = "world"
 folder = "{world}"
+[data.options]
 documents = 300
 held_out_documents = 20
 prompts = 24
@@ -162,7 +164,7 @@ def test_an_iteration_that_was_not_saved_is_replayed_bit_for_bit(
     assert bytes_of(trunk) == before
     saved = tmp_path / "saved"
     config = saved.with_suffix(".toml")
-    world = json.loads((trunk / "resolved.json").read_text())["data"]["world"]["folder"]
+    world = json.loads((trunk / "resolved.json").read_text())["data"]["folder"]
     config.write_text(
         TRUNK.format(world=world).replace("save_every_steps = 4", "save_every_steps = 6")
     )

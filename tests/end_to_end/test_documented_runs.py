@@ -36,7 +36,7 @@ SHORT: dict[str, dict[str, str]] = {
     },
     "configs/demo_agent.toml": {
         **{
-            f"data.agents.environments.{i}.{key}": value
+            f"data.options.environments.{i}.{key}": value
             for i in range(2)
             for key, value in (("tasks", "16"), ("test_tasks", "4"), ("demonstrations", "8"))
         },

@@ -23,7 +23,7 @@ slots = 64
 [[suites]]
 name = "problems"
 kind = "pass_at_k"
-world = "problems"
+made = "problems"
 questions = 6
 samples = 4
 ks = [1, 4]
@@ -34,14 +34,14 @@ path_is_absent = 0
 [[suites]]
 name = "choice"
 kind = "choice"
-world = "held_out_facts"
+made = "held_out_facts"
 questions = 40
-choices = 3
+options = { choices = 3 }
 
 [[suites]]
 name = "stories"
 kind = "perplexity"
-world = "stories"
+made = "stories"
 questions = 9
 """.replace("path_is_absent = 0\n", "")
 

@@ -12,7 +12,12 @@ import pytest
 from documents import fenced
 from training_runs import ROOT
 
-from megarlx.config.objectives import RlConfig
+from megarlx.config.evaluation import EvaluationConfig
+from megarlx.config.objectives import RlConfig, StageConfig
+from megarlx.config.optimizer import OptimizerConfig
+from megarlx.config.run_sections import DataConfig
+from megarlx.report.claims import judge_all
+from megarlx.report.study import Study
 
 DOCUMENT = ROOT / "docs" / "extending.md"
 FILE = re.compile(r"# (\w+\.py)\n")
@@ -24,7 +29,6 @@ def test_every_python_block_runs_in_order(tmp_path: Path, monkeypatch: pytest.Mo
     # Rewards and environments are imported by processes of their own.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), str(ROOT))))
     blocks = fenced(DOCUMENT, "python")
-    assert len(blocks) == 9
     files = []
     shared: dict[str, object] = {"__name__": "documentation"}
     for block in blocks:
@@ -33,14 +37,39 @@ def test_every_python_block_runs_in_order(tmp_path: Path, monkeypatch: pytest.Mo
             files.append(found[1].removesuffix(".py"))
         else:
             exec(compile(block, f"{DOCUMENT.name}: {block[:60]}", "exec"), shared)
-    assert files == ["my_rewards", "my_rooms", "counting"]
+    assert set(files) >= {
+        *("my_rewards", "my_rooms", "my_sums", "my_suites", "my_claims", "counting"),
+        *("my_muon", "my_projection", "my_generator", "my_families"),
+    }
     assert all(name not in sys.modules for name in ("my_rewards", "my_rooms"))  # not in here
 
 
-def test_its_configurations_are_taken() -> None:
-    first, second = (tomllib.loads(block) for block in fenced(DOCUMENT, "toml"))
+def test_its_configurations_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, third, fourth, rule, average = (
+        tomllib.loads(block) for block in fenced(DOCUMENT, "toml")
+    )
     (reward,) = RlConfig.model_validate(first["rl"]).rewards
     assert (reward.function, reward.weight) == ("my_rewards:brevity", 0.1)
     environment = RlConfig.model_validate(second["rl"]).environment
     assert environment is not None
     assert environment.options == {"rooms": 3}
+    (tmp_path / "my_sums.py").write_text(
+        next(block for block in fenced(DOCUMENT, "python") if block.startswith("# my_sums.py"))
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    data = DataConfig.model_validate(third["data"])
+    assert (data.place, data.options) == ("data/sums-5", {"largest": 5})
+    for suites in (third, fourth):
+        assert EvaluationConfig.model_validate(suites["evaluation"]).suites[0].made == "sums"
+    optimizer = OptimizerConfig.model_validate(rule["optimizer"])
+    assert (optimizer.rule, optimizer.rule_options) == ("my_muon:Muon", {"momentum": 0.9})
+    (stage,) = average["stages"]
+    assert StageConfig.model_validate(stage).combination == "my_projection:projection"
+
+
+def test_its_claim_judges_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_claims.py").write_text(fenced(DOCUMENT, "python")[8])
+    monkeypatch.chdir(tmp_path)
+    name = "my_claims.py:finished"
+    found = judge_all(Study(tmp_path, []), [name])
+    assert found[name].evidence["claim"] == "every run is there, and finished"

@@ -10,7 +10,7 @@ import pytest
 from test_branch_command import TRUNK, branch
 from training_runs import train
 
-from megarlx.metrics import read_metrics
+from megarlx.training.metrics import read_metrics
 
 RL = """
 [rl]

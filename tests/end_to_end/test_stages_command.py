@@ -12,7 +12,7 @@ from training_runs import ROOT, command, run, tensors, train
 
 from megarlx.checkpoint import read_manifest
 from megarlx.checkpoint.folder import point_latest_at
-from megarlx.metrics import read_metrics
+from megarlx.training.metrics import read_metrics
 
 CONFIG = """
 [model]
@@ -32,8 +32,10 @@ sequence_length = 64
 [optimizer]
 lr = 2e-3
 
-[data.world]
+[data]
+maker = "world"
 folder = "{world}"
+[data.options]
 documents = 300
 held_out_documents = 20
 prompts = 40

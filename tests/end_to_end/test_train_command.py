@@ -16,7 +16,7 @@ from training_runs import (
     unigram_entropy,
 )
 
-from megarlx.metrics import read_metrics
+from megarlx.training.metrics import read_metrics
 
 
 def test_validation_loss_falls_a_nat_below_the_unigram_entropy(tmp_path: Path) -> None:
@@ -27,8 +27,8 @@ def test_validation_loss_falls_a_nat_below_the_unigram_entropy(tmp_path: Path) -
         tmp_path / "run",
         "training.steps=80",
         "optimizer.warmup_steps=5",
-        "data.world.documents=4000",
-        f"data.world.folder={json.dumps(str(world))}",
+        "data.options.documents=4000",
+        f"data.folder={json.dumps(str(world))}",
     )
     assert status == 0
     last = [x for x in read_metrics(tmp_path / "run" / "metrics.jsonl") if "eval/loss/facts" in x]

@@ -10,8 +10,8 @@ import pytest
 import torch
 from training_runs import environment, losses, tensors, train
 
-from megarlx.metrics import read_metrics
-from megarlx.trainer import Trainer
+from megarlx.training.metrics import read_metrics
+from megarlx.training.trainer import Trainer
 
 
 def test_tokens_per_source_and_the_pause_of_saves_are_logged(tmp_path: Path, config: Path) -> None:
@@ -53,7 +53,7 @@ def test_a_gradient_that_is_not_finite_costs_its_step_and_is_counted(
 DIVERGING = """
 import os, sys, torch
 from megarlx.cli import main
-from megarlx.trainer import Trainer
+from megarlx.training.trainer import Trainer
 step = Trainer.step
 def wrong(trainer, *arguments, **others):
     result = step(trainer, *arguments, **others)

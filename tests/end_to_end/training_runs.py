@@ -13,7 +13,7 @@ import numpy as np
 
 from megarlx.cli import main
 from megarlx.data.token_files import TokenFile
-from megarlx.metrics import read_metrics
+from megarlx.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,8 +37,10 @@ sequence_length = 32
 lr = 3e-3
 schedule = "constant"
 
-[data.world]
+[data]
+maker = "world"
 folder = "{world}"
+[data.options]
 documents = 400
 held_out_documents = 20
 

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megarlx.averaging import Shares
 from megarlx.comm.groups import Mesh
 from megarlx.config.model import family_config
 from megarlx.data.loader import BatchLayout, Loader
@@ -18,14 +17,15 @@ from megarlx.data.samples import Sample
 from megarlx.model.build import ParallelModel, build_model
 from megarlx.objectives.supervised import Supervised
 from megarlx.ops import TokenLoss
-from megarlx.optimizer import AdamSettings
-from megarlx.stages import TrainedObjective, TrainingStage
+from megarlx.training.parts import UpdateSettings
+from megarlx.training.shares import Shares
+from megarlx.training.stages import TrainedObjective, TrainingStage
 
 VOCABULARY, LENGTH, SEQUENCES = 61, 8, 4
 ADAMS = {
-    "a": AdamSettings(weight_decay=0.1, clip_norm=0.5),
-    "b": AdamSettings(weight_decay=0.0, clip_norm=None, betas=(0.8, 0.99), eps=1e-6),
-    "c": AdamSettings(weight_decay=0.3, clip_norm=0.2, betas=(0.7, 0.9)),
+    "a": UpdateSettings(weight_decay=0.1, clip_norm=0.5),
+    "b": UpdateSettings(weight_decay=0.0, clip_norm=None, betas=(0.8, 0.99), eps=1e-6),
+    "c": UpdateSettings(weight_decay=0.3, clip_norm=0.2, betas=(0.7, 0.9)),
 }
 RATES: dict[str, Callable[[int], float]] = {
     "a": lambda step: 1e-2 / (1 + step),
@@ -105,7 +105,7 @@ def small_model(
 def stage_of(
     names: Sequence[str] | Sequence[Supervised],
     *,
-    adams: Mapping[str, AdamSettings] = ADAMS,
+    adams: Mapping[str, UpdateSettings] = ADAMS,
     rates: Mapping[str, Callable[[int], float]] = RATES,
     turns: Mapping[str, int] | None = None,
     goes_on: Sequence[str] = (),
@@ -137,7 +137,7 @@ def parameters_of(model: ParallelModel) -> dict[str, Tensor]:
 class Textbook:
     """Weights as leaves of their own, gradients by autograd, updates by torch.optim.AdamW."""
 
-    def __init__(self, adams: Mapping[str, AdamSettings], seed: int = 1) -> None:
+    def __init__(self, adams: Mapping[str, UpdateSettings], seed: int = 1) -> None:
         self.copy = small_model(seed)
         self.layouts = self.copy.data_parallel.layouts
         self.weights = parameters_of(self.copy)
@@ -161,7 +161,7 @@ class Textbook:
             for name, leaves in self.scratch.items()
         }
 
-    def _decays(self, name: str, adam: AdamSettings) -> bool:
+    def _decays(self, name: str, adam: UpdateSettings) -> bool:
         if name == "embedding.weight" and not adam.decay_embeddings:
             return False
         return self.layouts[name].weight_decay

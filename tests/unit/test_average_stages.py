@@ -20,12 +20,12 @@ from stage_cases import (
 )
 from torch import Tensor
 
-from megarlx import optimizer
-from megarlx.averaging import Adaptation, Course, Shares
-from megarlx.optimizer import AdamSettings
-from megarlx.trainer import Trainer
+from megarlx.training import optimizer
+from megarlx.training.parts import UpdateSettings
+from megarlx.training.shares import Adaptation, Course, Shares
+from megarlx.training.trainer import Trainer
 
-PLAIN = AdamSettings(weight_decay=0.0, clip_norm=None)
+PLAIN = UpdateSettings(weight_decay=0.0, clip_norm=None)
 
 
 def trained(steps: int, *names: Any, **stage: Any) -> Trainer:
@@ -282,8 +282,8 @@ def test_rates_are_not_rounded(dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(optimizer, "average_adamw_", watched)
     rates = {"a": lambda step: 1e-3 / 3, "b": lambda step: 1e-2 / 7}
     adams = {
-        "a": AdamSettings(weight_decay=0.1, clip_norm=1e-2 / 3),
-        "b": AdamSettings(weight_decay=0.2 / 3, clip_norm=1e-2 / 7),
+        "a": UpdateSettings(weight_decay=0.1, clip_norm=1e-2 / 3),
+        "b": UpdateSettings(weight_decay=0.2 / 3, clip_norm=1e-2 / 7),
     }
     shares = Shares({"a": Course(1 / 3, 1 / 3), "b": Course(2 / 3, 2 / 3)})
     stage = stage_of(["a", "b"], rates=rates, adams=adams, shares=shares)

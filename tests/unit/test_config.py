@@ -524,7 +524,7 @@ SET_ABOVE = {
     *("evaluation.suites", "evaluation.suites[].rewards"),
 }
 # These go without data.sources; and with one kind of suite only.
-ELSEWHERE = ("data.world.", "data.agents.", "evaluation.suites[].environment.")
+ELSEWHERE = ("data.options(", "evaluation.suites[].environment.")
 
 
 def found_at(value: Any, key: str) -> Any:

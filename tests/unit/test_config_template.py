@@ -8,9 +8,11 @@ import pytest
 
 from megarlx.config import Config, ConfigError, load_config
 from megarlx.config.evaluation import SuiteConfig
-from megarlx.config.objectives import WORLD_TEMPLATE, TemplateConfig
-from megarlx.data.synthetic import World, WorldSettings
+from megarlx.config.objectives import TemplateConfig
 from megarlx.run.branch import recipe_config
+from megarlx.study.world.maker import WorldMaker
+from megarlx.study.world.settings import WorldSettings
+from megarlx.study.world.world import World
 
 START = """
 [model]
@@ -23,11 +25,13 @@ intermediate_size = 128
 sequence_length = 32
 """
 STEPS = START + "steps = 3\n"
-WORLD = '[data.world]\nfolder = "world"\n'
+WORLD = '[data]\nmaker = "world"\nfolder = "world"\n'
 OWN = '[template]\nuser = "Q: {content}"\n'
 RL = "[rl]\nprompts = 'q.jsonl'\n[[stages]]\nsteps = 2\n[stages.objectives.rl]\nlr = 1e-6\n"
 SUITE = '[[evaluation.suites]]\nname = "mine"\npath = "q.jsonl"\n'
-AGENTS = '[data.agents]\nfolder = "a"\n[[data.agents.environments]]\nfunction = "sokoban"\n'
+AGENTS = (
+    '[data]\nmaker = "agents"\nfolder = "a"\n[[data.options.environments]]\nfunction = "sokoban"\n'
+)
 
 
 def loaded(folder: Path, text: str, *overrides: str) -> Config:
@@ -37,10 +41,10 @@ def loaded(folder: Path, text: str, *overrides: str) -> Config:
 
 
 def test_a_world_has_the_template_that_its_text_is_written_in(tmp_path: Path) -> None:
-    assert loaded(tmp_path, STEPS + WORLD).template == WORLD_TEMPLATE
+    assert loaded(tmp_path, STEPS + WORLD).template == WorldMaker.template
     world = World(WorldSettings(seed=2))
     problem = world.problem("train", 5)
-    asked = WORLD_TEMPLATE.user.replace("{content}", world.writer.question(problem))
+    asked = WorldMaker.template.user.replace("{content}", world.writer.question(problem))
     assert world.prompt(problem) == asked
     assert loaded(tmp_path, STEPS + WORLD + OWN).template == TemplateConfig(user="Q: {content}")
 
@@ -64,7 +68,7 @@ def test_a_run_of_no_world_has_no_template_unless_it_says_one(tmp_path: Path) ->
             STEPS + "[evaluation]\nat_end = true\n" + SUITE + 'kind = "pass_at_k"\n',
             "what suite 'mine' asks",
         ),
-        (STEPS + AGENTS, "what agents see"),
+        (STEPS + AGENTS, "what data.maker = 'agents' makes"),
     ],
 )
 def test_what_is_written_in_a_template_is_refused_without_one(
@@ -88,7 +92,7 @@ def test_a_recipe_has_its_own_template_or_else_its_parents(tmp_path: Path) -> No
     recipe = tmp_path / "recipe.toml"
     of_world, of_none = loaded(tmp_path, STEPS + WORLD), loaded(tmp_path, STEPS)
     recipe.write_text(RL)
-    assert recipe_config(of_world, recipe, (), "parent").template == WORLD_TEMPLATE
+    assert recipe_config(of_world, recipe, (), "parent").template == WorldMaker.template
     with pytest.raises(ConfigError, match=r"recipe\.toml: template is missing, and what"):
         recipe_config(of_none, recipe, (), "parent")
     recipe.write_text(RL + OWN)
@@ -115,7 +119,7 @@ def test_a_template_has_one_place_for_the_content(tmp_path: Path, field: str) ->
         ),
         ({"kind": "agent", "environment": {"function": "sokoban"}}, True),
         ({"kind": "choice"}, False),
-        ({"kind": "behaviour", "path": None, "world": "behaviours"}, False),
+        ({"kind": "behaviour", "rewards": [{"function": "final_number"}]}, True),
     ],
 )
 def test_a_suite_knows_whether_it_writes_in_the_template(given: dict, uses: bool) -> None:

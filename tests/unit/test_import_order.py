@@ -1,38 +1,13 @@
 """Imports inside megarlx go one way, and optional packages stay where they belong."""
 
-import ast
+import sys
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[2] / "megarlx"
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+from import_order import LAYERS, PACKAGE, imports_of_source
 
-# Each line may import from itself and from the lines above it.
-LAYERS = [
-    ["choices", "config"],
-    ["comm"],
-    ["ops"],
-    ["parallel"],
-    ["model"],
-    [
-        "data",
-        "generation",
-        "optimizer_state",
-        "learning_rate",
-        "checkpoint",
-        "trackers",
-        "metrics",
-        "hf",
-    ],
-    ["optimizer"],
-    ["objectives", "averaging", "evaluation"],
-    ["stages"],
-    ["trainer"],
-    ["planning", "run"],
-    ["report", "doctor"],
-    ["sweeps"],
-    ["cli", "__main__"],
-]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # package -> the only files that may import it
@@ -40,31 +15,10 @@ CONFINED = {
     "transformer_engine": {
         *("model/layers_te.py", "model/attention_te.py", "model/machine.py", "doctor/child.py")
     },
-    "flash_attn": {"model/attention.py", "doctor/child.py"},
+    "flash_attn": {"model/attention_flash.py", "doctor/child.py"},
     "mpi4py": {"comm/launch.py"},
     "megarlx._C": {"ops/native.py"},
 }
-
-
-def imports_of_source(text: str, path: Path) -> list[str]:
-    """Every module that a file imports, inside functions too; relative imports made absolute."""
-    found = []
-    parts = ["megarlx", *path.relative_to(PACKAGE).parts]
-    for node in ast.walk(ast.parse(text, str(path))):
-        if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = ".".join(parts[: len(parts) - node.level]) if node.level else ""
-            module = ".".join(x for x in (base, node.module or "") if x)
-            found += [f"{module}.{alias.name}" for alias in node.names]
-        elif (
-            isinstance(node, ast.Call)
-            and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module"
-            and node.args
-            and isinstance(node.args[0], ast.Constant)
-        ):
-            found.append(str(node.args[0].value))
-    return found
 
 
 def imports_of(path: Path) -> list[str]:
@@ -93,6 +47,14 @@ def test_imports_never_step_backwards(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_the_study_is_a_user_like_any_other(path: Path) -> None:
+    """plug.py and cli.py name parts of it in strings."""
+    if unit_of(path) != "study":
+        found = [name for name in imports_of(path) if f"{name}.".startswith("megarlx.study.")]
+        assert not found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_optional_packages_are_imported_only_where_they_belong(path: Path) -> None:
     here = str(path.relative_to(PACKAGE))
     for name in imports_of(path):
@@ -105,11 +67,11 @@ def test_the_walk_sees_imports_of_every_kind(tmp_path: Path) -> None:
     path = PACKAGE / "comm" / "pretended.py"  # never written: only its place counts
     source = tmp_path / "pretended.py"
     source.write_text(
-        "import megarlx.trainer\n"
+        "import megarlx.training.trainer\n"
         "def f():\n    from megarlx.model import transformer\n"
         "    import importlib\n    importlib.import_module('megarlx.cli')\n"
     )
     tree_names = {
         name for name in imports_of_source(source.read_text(), path) if name.startswith("megarlx")
     }
-    assert {"megarlx.trainer", "megarlx.model.transformer", "megarlx.cli"} <= tree_names
+    assert {"megarlx.training.trainer", "megarlx.model.transformer", "megarlx.cli"} <= tree_names

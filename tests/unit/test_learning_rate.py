@@ -3,7 +3,7 @@
 import pytest
 
 from megarlx.config.sections import OptimizerConfig
-from megarlx.learning_rate import learning_rate
+from megarlx.training.learning_rate import learning_rate
 
 STEPS = 100
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megarlx.metrics import MetricsWriter, read_metrics
+from megarlx.training.metrics import MetricsWriter, read_metrics
 
 
 def test_tensorboard_and_jsonl_hold_the_same_keys_and_numbers(tmp_path: Path) -> None:

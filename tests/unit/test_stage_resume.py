@@ -11,12 +11,12 @@ import torch
 from stage_cases import ADAMS, RATES, objective, parameters_of, small_model, stage_of
 from torch import Tensor
 
-from megarlx.averaging import Adaptation, Course, Shares
 from megarlx.checkpoint import CheckpointError, Saver
 from megarlx.comm.groups import Group
 from megarlx.objectives.interface import Objective
-from megarlx.optimizer import AdamSettings
-from megarlx.trainer import Trainer, TrainingStage
+from megarlx.training.parts import UpdateSettings
+from megarlx.training.shares import Adaptation, Course, Shares
+from megarlx.training.trainer import Trainer, TrainingStage
 
 WORLD = Group.alone("world")
 SAME: dict[str, Any] = {
@@ -90,7 +90,7 @@ def test_what_goes_on_over_a_stage_between_is_as_if_that_had_not_been(
     tmp_path: Path, kind: str, stop: int | None
 ) -> None:
     """Moments, data and learning rate; the stage between has a rate of 0 and moves nothing."""
-    still = AdamSettings(weight_decay=0.0)
+    still = UpdateSettings(weight_decay=0.0)
 
     def made(seed: int = 1) -> Trainer:
         between = {**BETWEEN[kind]}
@@ -177,8 +177,11 @@ def test_an_excursion_goes_on_with_what_it_is_told_and_with_nothing_else(tmp_pat
         "a": 3,
     }
     for name in "ab":
-        assert torch.equal(child.optimizer.exp_avgs[name], parent.optimizer.exp_avgs[name])
-    assert not child.optimizer.exp_avgs["c"].any()
+        assert torch.equal(
+            child.optimizer.kept.shards[name]["exp_avg"],
+            parent.optimizer.kept.shards[name]["exp_avg"],
+        )
+    assert not child.optimizer.kept.shards["c"]["exp_avg"].any()
     assert child.positions == {"a": 3, "b": 3, "c": 0}
     assert a.state()["consumed_sequences"] == b.state()["consumed_sequences"] == 12
     assert c.state()["consumed_sequences"] == 0
@@ -260,7 +263,7 @@ def test_objectives_of_one_name_must_be_one_objective() -> None:
 
 
 def test_one_adam_for_different_settings_is_refused() -> None:
-    with pytest.raises(ValueError, match="one Adam cannot have the settings"):
+    with pytest.raises(ValueError, match="one state cannot have the settings"):
         Trainer(small_model(), [stage_of("ab", of_gradients=True)])
 
 

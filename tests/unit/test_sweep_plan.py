@@ -185,6 +185,8 @@ def test_list_prints_the_commands_and_runs_nothing(
 def test_a_sweep_without_values_on_an_axis_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="lr has no values"):
         sweep(tmp_path, '[axes]\n"optimizer.lr" = []')
+    with pytest.raises(ConfigError, match=r"axes\.optimizer\.lr is 0.001; expected a list"):
+        sweep(tmp_path, '[axes]\n"optimizer.lr" = 1e-3')
 
 
 def test_both_worlds_are_asked_the_same_question_of_placement() -> None:
@@ -195,4 +197,4 @@ def test_both_worlds_are_asked_the_same_question_of_placement() -> None:
     )
     differing = {key for key in one if one[key] != other[key]}
     assert differing == {"out", "trunks", "set"}  # its trunks are not the study's
-    assert {key.split(".")[1] for key in other["set"]} == {"world"}
+    assert {key.split(".")[0] for key in other["set"]} == {"data"}

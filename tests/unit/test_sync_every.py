@@ -22,13 +22,13 @@ from stage_cases import (
 )
 from torch import Tensor
 
-from megarlx.averaging import Adaptation, Course, Shares
 from megarlx.checkpoint import Saver
 from megarlx.comm.groups import Group
 from megarlx.config.objectives import StageConfig
 from megarlx.config.timeline import Timeline
-from megarlx.stages import TrainingStage
-from megarlx.trainer import Trainer
+from megarlx.training.shares import Adaptation, Course, Shares
+from megarlx.training.stages import TrainingStage
+from megarlx.training.trainer import Trainer
 
 WORLD = Group.alone("world")
 SHARES = {"a": Course(1.0, 3.0), "b": Course(2.0, 2.0), "c": Course(1.0, 1.0)}
@@ -174,5 +174,5 @@ def test_one_adam_for_all_takes_no_local_steps() -> None:
     StageConfig.model_validate(stage)
     with pytest.raises(ValidationError, match="sync_every: is 3; with of = 'gradients' it is 1"):
         StageConfig.model_validate(stage | {"of": "gradients"})
-    with pytest.raises(ValueError, match="sync_every is 3; objectives with one Adam"):
+    with pytest.raises(ValueError, match="sync_every is 3; objectives with one state"):
         TrainingStage([], shared_moments=True, sync_every=3)

@@ -14,7 +14,7 @@ from megarlx.planning.stages import job_of_stage
 from megarlx.run.assemble import steps_at_tokens, training_stage
 from megarlx.run.branch import course_of
 from megarlx.run.readiness import beginnings_of_rl
-from megarlx.trainer import Trainer
+from megarlx.training.trainer import Trainer
 
 NAMES = ("pretraining", "rl", "sft", "warm")  # the last is another SFT
 TOKENS = 4 * 32  # of a step of pre-training
@@ -45,7 +45,7 @@ def recipe(seed: int) -> dict[str, Any]:
         },
         "training": {"sequence_length": 32, "sequences_per_step": 4},
         "optimizer": {"lr": 5e-3},
-        "data": {"world": {"folder": "world"}},
+        "data": {"maker": "world", "folder": "world"},
         "rl": {},
         "sft": {},
         "objectives": {"warm": {"sft": {}}},

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from megarlx.config import ConfigError, load_config
-from megarlx.metrics import MetricsWriter, read_metrics
-from megarlx.trackers import TRACKERS, Trackers, check_installed
+from megarlx.training.metrics import MetricsWriter, read_metrics
+from megarlx.training.trackers import TRACKERS, Trackers, check_installed
 
 STEPS: tuple[tuple[int, dict[str, float]], ...] = (
     (1, {"loss/rl": 0.5, "perf/mfu": 0.25}),

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from megarlx import plug
 from megarlx.objectives.environments.interface import Step, Task
-from megarlx.objectives.worker_program import found
 
 
 class TextGym:
@@ -32,7 +32,7 @@ class TextGym:
         observation_key  of observations that are dicts: the text's
         action_ids       texts of the actions 0, 1, …, for environments that take numbers
         """
-        self.environment = found(make)(**(arguments or {}))
+        self.environment = plug.load(make)(**(arguments or {}))
         self.success_key, self.valid_key = success_key, valid_key
         self.observation_key = observation_key
         self.actions = {text: at for at, text in enumerate(action_ids or [])}

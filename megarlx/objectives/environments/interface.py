@@ -1,18 +1,18 @@
-"""What an environment is, and what those that come with megarlx can do beyond that."""
+"""What an environment is, and what a closed world can do beyond that."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Protocol
 
-from megarlx.data.order import key_of
-from megarlx.data.synthetic.draw import Draw
-from megarlx.data.synthetic.problems import Split
+from megarlx import plug
+from megarlx.data.draw import Draw, Split
+
+if TYPE_CHECKING:  # what pydantic needs is slow to import, and workers start often
+    from megarlx.config.environment import EnvironmentConfig
 
 Task = dict[str, Any]  # JSON values: what a line of a task file holds
 Step = tuple[str, float, bool, dict[str, Any]]
-T = TypeVar("T")
-TRIES, TEST_PERCENT, VALIDATION_PERCENT = 10_000, 15, 10
 
 
 class Environment(Protocol):
@@ -54,20 +54,32 @@ class BuiltIn(Environment, Protocol):
         ...
 
 
-def drawn_of_split(
-    draw: Draw, split: Split, make: Callable[[Draw], T | None], text: Callable[[T], str]
-) -> T:
-    """Draws until something is made that belongs to the split. Which one it belongs to is a
-    function of its text, so no task of one split is one of another."""
-    for _ in range(TRIES):
-        thing = make(draw)
-        if thing is not None and _split_of(text(thing)) == split:
-            return thing
-    raise ValueError(f"environment: no task of split '{split}' in {TRIES} draws: there are too few")
+def built_in(config: EnvironmentConfig) -> BuiltIn:
+    """An environment in this process, which has the methods of one."""
+    environment: BuiltIn = plug.resolve("environment", config.function)(**config.options)
+    for name in ("words", "task", "solution", "random_action"):
+        if not hasattr(type(environment), name):
+            raise ValueError(
+                f"environment {config.function}: it has no {name}; demonstrations can be made of "
+                "those that come with megarlx, and of others with the same methods"
+            )
+    return environment
 
 
-def _split_of(text: str) -> Split:
-    bucket = key_of("environment", "split", text) % 100
-    if bucket < TEST_PERCENT:
-        return "test"
-    return "validation" if bucket < TEST_PERCENT + VALIDATION_PERCENT else "train"
+def success_rate(
+    environment: BuiltIn, tasks: Iterable[Task], *, max_turns: int, draw: Draw | None = None
+) -> float:
+    """Of the solver; with `draw`, of a policy that acts at random."""
+    solved, count = 0, 0
+    for task in tasks:
+        environment.reset(task, 0)
+        count += 1
+        for _ in range(max_turns):
+            action = environment.solution() if draw is None else environment.random_action(draw)
+            if action is None:
+                break
+            _, _, done, info = environment.step(action)
+            if done:
+                solved += bool(info.get("success"))
+                break
+    return solved / max(count, 1)

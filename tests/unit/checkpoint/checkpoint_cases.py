@@ -14,10 +14,10 @@ from megarlx.config.model import family_config
 from megarlx.data.loader import BatchLayout, Loader, Sample
 from megarlx.model.build import build_model
 from megarlx.objectives.supervised import Supervised
-from megarlx.optimizer import AdamSettings
 from megarlx.parallel.data_parallel import FlatLayout
 from megarlx.parallel.metadata import ParameterLayout, Piece
-from megarlx.trainer import TrainedObjective, Trainer, TrainingStage
+from megarlx.training.parts import UpdateSettings
+from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage
 
 WORLD = Group.alone("world")
 
@@ -67,7 +67,7 @@ def trainer(
         for name in objectives
     ]
     model = build_model(config, mesh, seed=seed, dtype=dtype, bucket_elements=700)
-    adam = AdamSettings(weight_decay=0.1, clip_norm=0.5)
+    adam = UpdateSettings(weight_decay=0.1, clip_norm=0.5)
     return Trainer(
         model,
         [TrainingStage([TrainedObjective(o, adam, lambda step: 1e-2 / (1 + step)) for o in made])],

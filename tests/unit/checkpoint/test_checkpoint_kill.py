@@ -35,7 +35,7 @@ def save_for_ever(folder: Path, first: int, connection: Connection) -> None:
 def process(function: Callable[..., None], *arguments: Any) -> tuple[Any, Connection]:
     """Forked from a server that has imported what takes long."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "megarlx.trainer"])
+    context.set_forkserver_preload(["torch", "torch.distributed", "megarlx.training.trainer"])
     ours, theirs = context.Pipe()
     child = context.Process(target=function, args=(*arguments, theirs), daemon=True)
     child.start()

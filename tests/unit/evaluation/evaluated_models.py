@@ -7,11 +7,15 @@ import torch
 from megarlx.comm.groups import Mesh
 from megarlx.config.model import family_config
 from megarlx.data.conversations import Template
-from megarlx.data.synthetic import World, WorldSettings
-from megarlx.evaluation.suites import Subject
+from megarlx.data.making import Made
+from megarlx.evaluation.interface import Subject
 from megarlx.model.build import ParallelModel, build_model
+from megarlx.study.world.settings import WorldSettings
+from megarlx.study.world.suites import suites_of
+from megarlx.study.world.world import World
 
 WORLD = World(WorldSettings(seed=3, entities=9, steps=(1.0, 1.0)))
+MADE = Made("never read", suites=suites_of(WORLD))
 TEMPLATE = Template("question : {content} answer :")
 
 
@@ -41,7 +45,7 @@ def subject(model: ParallelModel | None = None, *, is_base: bool = True) -> Subj
         is_base,
         iteration=7,
         trunk_tokens=700,
-        world=WORLD,
+        made=MADE,
     )
 
 

@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import generators_for_tests
 import pytest
 from environments_for_tests import Letters
 from evaluated_models import subject
 from pydantic import ValidationError
 
 from megarlx.config.evaluation import EvaluationConfig, SuiteConfig
-from megarlx.evaluation.agents import at_random
+from megarlx.evaluation.questions import questions_of
+from megarlx.evaluation.sampled import at_random
 from megarlx.evaluation.suites import evaluate
 from megarlx.objectives.environment_process import BrokenEnvironment
 
@@ -67,6 +69,17 @@ def test_items_count_what_the_kept_episodes_show(tmp_path: Path) -> None:
     assert again[0]["items"] == found["items"]
 
 
+def test_a_generator_that_only_completes_prompts_plays_the_same_episodes(tmp_path: Path) -> None:
+    generators_for_tests.asked.clear()
+    path = tmp_path / "t.jsonl"
+    other = suite(path, generator="generators_for_tests:Counting")
+    one, two = (
+        evaluate(subject(), EvaluationConfig(suites=(which,)))[0] for which in (suite(path), other)
+    )
+    assert len(generators_for_tests.asked) == 3  # turns
+    assert one["items"] == two["items"]
+
+
 def test_the_share_of_informative_groups_is_of_tasks_solved_at_times(tmp_path: Path) -> None:
     chosen = EvaluationConfig(suites=(suite(tmp_path / "t.jsonl", group_size=4),), slots=8)
     (found,) = evaluate(subject(), chosen)
@@ -92,13 +105,18 @@ def test_acting_at_random_stands_beside_environments_that_know_their_actions(
     one_move = [{"task": {"rows": ["P o x"]}, "question": "P o x"}] * 50
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in one_move))
     given = {"name": "s", "kind": "agent", "path": str(tmp_path / "t.jsonl"), "samples": 40}
+
+    def reached(environment: dict[str, Any]) -> dict[str, float]:
+        asked = SuiteConfig(**given, environment=environment)
+        return at_random(asked, questions_of(asked, None), 3)
+
     environment = {"function": "sokoban", "max_turns": 1, "workers": 0}
-    (rate,) = at_random(SuiteConfig(**given, environment=environment), 3).values()
+    (rate,) = reached(environment).values()
     assert abs(rate - 0.25) < 5 * (0.25 * 0.75 / 2000) ** 0.5
     twice = {**environment, "max_turns": 2}
-    (rate,) = at_random(SuiteConfig(**given, environment=twice), 3).values()
+    (rate,) = reached(twice).values()
     assert abs(rate - 0.4375) < 5 * (0.4375 * 0.5625 / 2000) ** 0.5
-    assert at_random(SuiteConfig(**given, environment=ENVIRONMENT), 3) == {}
+    assert reached(ENVIRONMENT) == {}
 
 
 @pytest.mark.parametrize(
@@ -106,7 +124,7 @@ def test_acting_at_random_stands_beside_environments_that_know_their_actions(
     [
         {"environment": None},
         {"kind": "pass_at_k"},
-        {"path": None, "world": "problems"},
+        {"path": None},
         {"rewards": [{"function": "final_number"}]},
     ],
     ids=str,
@@ -114,5 +132,5 @@ def test_acting_at_random_stands_beside_environments_that_know_their_actions(
 def test_what_an_agent_suite_needs_is_asked_for(wrong: dict[str, Any]) -> None:
     given = {"name": "s", "kind": "agent", "path": "p", "environment": ENVIRONMENT}
     SuiteConfig.model_validate(given)
-    with pytest.raises(ValidationError, match=r"environment|world|rewards"):
+    with pytest.raises(ValidationError, match=r"environment|path|rewards"):
         SuiteConfig.model_validate({**given, **wrong})

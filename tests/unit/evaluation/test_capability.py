@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from evaluated_models import WORLD, logits_behind, logprob, small_model
+from evaluated_models import MADE, WORLD, logits_behind, logprob, small_model
 
 from megarlx.config.evaluation import SuiteConfig
 from megarlx.data.documents import BadLineError
@@ -31,7 +31,7 @@ TOKENIZER = WORLD.tokenizer()
 
 
 def suite(kind: str = "choice", **fields: Any) -> SuiteConfig:
-    given = {} if "path" in fields else {"world": "facts"}
+    given = {} if "path" in fields else {"made": "facts"}
     return SuiteConfig.model_validate({"name": "s", "kind": kind, **given, **fields})
 
 
@@ -79,7 +79,7 @@ def test_windows_score_every_token_once_with_all_the_context_that_fits(longest: 
 
 def test_choices_are_compared_by_log_likelihood_and_margins_say_by_how_much() -> None:
     model = small_model()
-    tests = list(read_tests(suite(questions=11, choices=3), WORLD))
+    tests = list(read_tests(suite(questions=11, options={"choices": 3}), MADE))
     for normalise, lengths in (("none", None), ("bytes", len)):
         metrics, _, items = choose(model, TOKENIZER, suite(normalise=normalise), tests)
         right = 0
@@ -174,12 +174,12 @@ def test_lines_of_a_file_become_tests_and_bad_ones_are_named(tmp_path: Path) -> 
     path.write_text("")
     with pytest.raises(SuiteError, match="holds nothing"):
         read_tests(suite(path=str(path)), None)
-    with pytest.raises(SuiteError, match="was not trained on a synthetic world"):
+    with pytest.raises(SuiteError, match="names no maker"):
         read_tests(suite(), None)
 
 
 def test_worlds_tests_ask_what_training_text_says_elsewhere() -> None:
-    told = read_tests(suite("cloze", world="held_out_facts"), WORLD)
+    told = read_tests(suite("cloze", made="held_out_facts"), MADE)
     assert len(told) == len(WORLD.facts)
     training = " ".join(WORLD.document("facts", i) for i in range(2000))
     for number, test in enumerate(told):
@@ -187,5 +187,5 @@ def test_worlds_tests_ask_what_training_text_says_elsewhere() -> None:
         whole = test.context + test.choices[test.answer]
         assert test.choices[test.answer] == f" {fact.value}"
         assert whole not in training
-    documents = documents_of(suite("perplexity", world="stories", questions=3), WORLD)
+    documents = documents_of(suite("perplexity", made="stories", questions=3), MADE)
     assert [name for name, _ in documents] == ["held_out/0", "held_out/1", "held_out/2"]

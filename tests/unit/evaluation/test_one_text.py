@@ -14,13 +14,14 @@ from evaluated_models import TEMPLATE, WORLD, small_model
 from megarlx.config.evaluation import SuiteConfig
 from megarlx.config.objectives import RlConfig
 from megarlx.data.prompts import FewShot, PromptData, PromptKeys, read_prompts
-from megarlx.evaluation.agents import play
 from megarlx.evaluation.questions import questions_of
 from megarlx.evaluation.readiness import readiness_suite
-from megarlx.evaluation.sampling import sample_and_score
+from megarlx.evaluation.sampled import play
 from megarlx.generation.engine import Engine
 from megarlx.generation.requests import SamplingSettings
 from megarlx.generation.stop import text_of
+from megarlx.objectives.player import Player
+from megarlx.objectives.question_game import QuestionGame
 from megarlx.objectives.rewards import Rewards
 from megarlx.objectives.rollout import Sampler
 from megarlx.objectives.samples import Sample
@@ -69,10 +70,8 @@ def rl(path: Path) -> None:
     decode = TOKENIZER.decode_sampled
     engine = Engine.of(model, slots=16, longest=48, detokenize=decode)
     data = PromptData(read_prompts(path, PromptKeys()), TEMPLATE, TOKENIZER, 1, name="rl")
-    sampler = Sampler(
-        given, lambda: engine, data, TOKENIZER, Rewards(given.rewards), model.mesh, 1
-    )  # fmt: skip
-    sampler.rollout()
+    game = QuestionGame(Rewards(given.rewards), NEW, model.mesh)
+    Sampler(given, Player(lambda: engine, game, TOKENIZER), data, model.mesh.dp, 1).rollout()
 
 
 def evaluation(path: Path) -> None:
@@ -94,7 +93,7 @@ def readiness(path: Path) -> None:
 
 def sampled(suite: SuiteConfig) -> None:
     asked = questions_of(suite, None)
-    sample_and_score(small_model(), TOKENIZER, TEMPLATE, suite, asked, FewShot(), seed=1)
+    play(small_model(), TOKENIZER, TEMPLATE, suite, asked, FewShot(), seed=1)
 
 
 def cut(text: str) -> str:
@@ -124,7 +123,7 @@ def test_an_environment_hears_the_same_text(tmp_path: Path) -> None:
         "stop_strings": STOPS, "environment": environment,
     }  # fmt: skip
     acted.clear()
-    play(small_model(), TOKENIZER, TEMPLATE, SuiteConfig.model_validate(suite), seed=1)
+    sampled(SuiteConfig.model_validate(suite))
     assert len(acted) > 16
     assert all(action == cut(action) for action in acted)
     assert min(map(len, acted)) < max(map(len, acted))

@@ -7,26 +7,28 @@ import json
 from pathlib import Path
 from typing import Any
 
+import generators_for_tests
 import pytest
 import torch
-from evaluated_models import TEMPLATE, WORLD, logits_behind, small_model, subject
+from evaluated_models import MADE, TEMPLATE, WORLD, logits_behind, small_model, subject
 
-from megarlx.config.evaluation import EvaluationConfig, SuiteConfig, world_suites
+from megarlx.config.evaluation import EvaluationConfig, SuiteConfig
 from megarlx.data.conversations import Template, Turn
 from megarlx.data.prompts import FewShot
-from megarlx.data.synthetic import guessing_pass_at_k
-from megarlx.evaluation.questions import SuiteError, few_shot_of, questions_of
+from megarlx.evaluation.questions import SuiteError, check_suites, few_shot_of, questions_of
 from megarlx.evaluation.results import ResultError, finished, read_result, result_path, results_of
-from megarlx.evaluation.sampling import sample_and_score
+from megarlx.evaluation.sampled import play
 from megarlx.evaluation.suites import Parent, described, evaluate, metrics_of
 from megarlx.objectives.reward_process import RewardError
+from megarlx.study.world.maker import WorldMaker
+from megarlx.study.world.problems import guessing_pass_at_k
 
 TOKENIZER = WORLD.tokenizer()
 EVEN = {"function": "rewards_for_tests:even_letters", "workers": 0}
 
 
 def suite(**fields: Any) -> SuiteConfig:
-    given = {} if "path" in fields else {"world": "problems"}
+    given = {} if "path" in fields else {"made": "problems"}
     short = {"samples": 4, "ks": (1, 4), "max_new_tokens": 6, "questions": 5}
     return SuiteConfig.model_validate(
         {"name": "s", "kind": "pass_at_k", **given, **short, **fields}
@@ -71,31 +73,41 @@ def test_rounds_do_not_change_samples() -> None:
 
 def test_greedy_samples_are_what_one_pass_a_token_says() -> None:
     model = small_model()
-    chosen = suite(samples=1, ks=(1,), temperature=0.0, questions=2)
-    questions = questions_of(chosen, WORLD)
-    scored = sample_and_score(model, TOKENIZER, TEMPLATE, chosen, questions, FewShot(), seed=1)
-    for one in scored:
+    chosen = suite(samples=1, ks=(1,), temperature=0.0, questions=2, rewards=[EVEN])
+    questions = questions_of(chosen, MADE)
+    played = play(model, TOKENIZER, TEMPLATE, chosen, questions, FewShot(), seed=1)
+    for one in played:
         ids = TEMPLATE.prompt_ids((Turn("user", one.question.text),), TOKENIZER)
         begin = len(ids)
         while len(ids) < begin + 6 and ids[-1] != TOKENIZER.eos_id:
             ids.append(int(logits_behind(model, ids).argmax()))
         text = TOKENIZER.decode_sampled([i for i in ids[begin:] if i != TOKENIZER.eos_id])
-        assert one.samples[0].completion == text
+        assert one.episodes[0].turns[0].action == text
+
+
+def test_another_generator_is_asked_and_gives_the_same_result() -> None:
+    generators_for_tests.asked.clear()
+    chosen = suite(rewards=[EVEN], stop_strings=("ann",))
+    other = suite(**{**chosen.model_dump(), "generator": "generators_for_tests:Counting"})
+    one, two = (evaluate(subject(), config(which))[0] for which in (chosen, other))
+    assert generators_for_tests.asked == [5]
+    assert one["items"] == two["items"]
+    assert one["settings"] != two["settings"]  # it may give others
 
 
 def test_base_models_see_examples_and_trained_ones_do_not() -> None:
-    chosen = suite(few_shot=2, few_shot_style="calculate")
-    assert few_shot_of(chosen, WORLD, 0, is_base=False) == FewShot()
-    shots = few_shot_of(chosen, WORLD, 0, is_base=True)
+    chosen = suite(few_shot=2, options={"style": "calculate"})
+    assert few_shot_of(chosen, MADE, 0, is_base=False) == FewShot()
+    shots = few_shot_of(chosen, MADE, 0, is_base=True)
     assert len(shots.examples) == 2
-    assert shots == few_shot_of(chosen, WORLD, 0, is_base=True)
-    assert shots != few_shot_of(chosen, WORLD, 1, is_base=True)
+    assert shots == few_shot_of(chosen, MADE, 0, is_base=True)
+    assert shots != few_shot_of(chosen, MADE, 1, is_base=True)
     ids = shots.ids(TEMPLATE, TOKENIZER)
     text = TOKENIZER.decode(ids)
     assert text.count("question :") == text.count("####") == 2
     assert text.count("<eos>") == 2
     assert ids[-1] == TOKENIZER.eos_id
-    tested = {question.text for question in questions_of(suite(questions=200), WORLD)}
+    tested = {question.text for question in questions_of(suite(questions=200), MADE)}
     assert not tested & {example.turns[0].content for example in shots.examples}
 
 
@@ -157,12 +169,15 @@ def test_a_result_of_a_version_that_knew_fewer_settings_is_kept(tmp_path: Path) 
 
 def test_stop_strings_end_a_completion_and_are_cut_off() -> None:
     model = small_model()
-    chosen = suite(samples=32, ks=(1,), temperature=1.0, max_new_tokens=20, questions=2)
-    questions = questions_of(chosen, WORLD)
+    chosen = suite(
+        samples=32, ks=(1,), temperature=1.0, max_new_tokens=20, questions=2, rewards=[EVEN]
+    )
+    questions = questions_of(chosen, MADE)
 
     def completions(which: SuiteConfig) -> list[tuple[str, str]]:
-        scored = sample_and_score(model, TOKENIZER, TEMPLATE, which, questions, FewShot(), seed=1)
-        return [(s.completion, s.finish_reason) for one in scored for s in one.samples]
+        played = play(model, TOKENIZER, TEMPLATE, which, questions, FewShot(), seed=1)
+        made = [episode for one in played for episode in one.episodes]
+        return [(e.turns[0].action, e.trajectory.reasons[0]) for e in made if e.trajectory]
 
     free = completions(chosen)
     stop = max((w for text, _ in free for w in text.split()), key=lambda w: len(w))
@@ -175,7 +190,13 @@ def test_stop_strings_end_a_completion_and_are_cut_off() -> None:
 
 
 def test_behaviour_is_mean_reward_violations_and_drift_from_the_parent(tmp_path: Path) -> None:
-    chosen = suite(kind="behaviour", world="behaviours", rewards=[EVEN], violation_below=0.5)
+    chosen = suite(
+        kind="behaviour",
+        made="behaviours",
+        templated=False,
+        rewards=[EVEN],
+        violation_below=0.5,
+    )
     parent, child = tmp_path / "parent", tmp_path / "child"
     (before,) = evaluate(subject(), config(chosen), run=parent)
     moved = small_model()
@@ -219,7 +240,7 @@ def test_what_asks_in_a_template_needs_one_and_its_result_says_which(tmp_path: P
     assert found["settings"]["template"] == dataclasses.asdict(TEMPLATE)
     # As they stand, or by likelihoods: whatever the template is, and without one.
     raw = config(suite(path=asked, templated=False))
-    likelihoods = config(suite(kind="choice", world="facts", questions=3))
+    likelihoods = config(suite(kind="choice", made="facts", questions=3))
     for settings in (raw, likelihoods):
         one, other = (evaluate(who, settings)[0] for who in (without, subject()))
         assert one["settings"] == other["settings"]
@@ -282,7 +303,7 @@ def test_prompts_too_long_for_the_model_are_refused_with_the_numbers() -> None:
 
 
 def test_the_world_has_a_suite_of_every_kind_that_reads_or_samples() -> None:
-    kinds = {made.kind for made in world_suites().suites}
+    kinds = {made.kind for made in WorldMaker.evaluated}
     assert kinds == {"pass_at_k", "choice", "cloze", "perplexity", "behaviour"} - {"behaviour"}
 
 
@@ -297,14 +318,15 @@ def test_files_that_are_no_results_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"path": "x", "world": "problems"}, "path: or world is needed"),
-        ({"kind": "choice", "world": "problems"}, "a choice suite can use facts, held_out_facts"),
+        ({"path": "x", "made": "problems"}, "path: and made cannot be given together"),
+        ({"made": None}, "path: or made is needed"),
+        ({"path": "x", "options": {"style": "plan"}}, "options: are for what is made"),
         ({"ks": (9,)}, "ks: are [9]; samples = 4 allows none"),
         ({"ks": ()}, "ks: is empty"),
         ({"group_size": 9}, "group_size: is 9; samples is 4"),
         ({"path": "x", "few_shot": 3}, "few_shot_path: is missing; 3 examples"),
         ({"path": "x", "kind": "behaviour"}, "rewards: are missing"),
-        ({"kind": "cloze", "world": "facts", "few_shot": 2}, "few_shot: is for pass_at_k and"),
+        ({"kind": "cloze", "made": "facts", "few_shot": 2}, "few_shot: is for pass_at_k and"),
         ({"name": "../x"}, "name: is '../x'; allowed are letters"),
     ],
 )
@@ -312,6 +334,23 @@ def test_suites_that_make_no_sense_are_refused(fields: dict[str, Any], said: str
     with pytest.raises(ValueError) as raised:
         suite(**fields)
     assert said in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"made": "chemistry"}, "allowed are problems, facts, held_out_facts"),
+        ({"kind": "choice"}, "which is for the kinds pass_at_k, perplexity, not for choice"),
+        ({"options": {"stile": "plan"}}, "whose options are style, not stile"),
+        ({"kind": "behaviour", "made": "behaviours"}, "as they stand: templated = false"),
+    ],
+)
+def test_what_is_not_made_cannot_be_asked_for(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(SuiteError, match=rf"suite s: made is '\w+', .*{said}"):
+        check_suites(config(suite(**fields)), MADE)
+    with pytest.raises(SuiteError, match=r"the run's \[data\] names no maker; give it a path"):
+        check_suites(config(suite(**fields)), None)
+    check_suites(config(suite()), MADE)
 
 
 def test_names_of_suites_differ() -> None:

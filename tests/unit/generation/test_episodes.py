@@ -10,8 +10,7 @@ import torch
 from generation_cases import engine, mixed_requests, prompt, small_stage
 
 from megarlx.generation.engine import Engine
-from megarlx.generation.episodes import Trajectory, TurnEnd, generate_episodes
-from megarlx.generation.requests import Request, SamplingSettings
+from megarlx.generation.requests import Request, SamplingSettings, Trajectory, TurnEnd
 from megarlx.model.transformer import Stage
 from megarlx.ops import sample
 
@@ -38,7 +37,7 @@ def requests(groups: int, samples: int) -> list[Request]:
 
 
 def generated(made: Engine, wanted: list[Request], most_turns: int = 4, **options) -> list:
-    return generate_episodes(made, wanted, SETTINGS, 8, turns_of(most_turns), **options)
+    return made.episodes(wanted, SETTINGS, 8, turns_of(most_turns), **options)
 
 
 def same_bits(a: list[Trajectory], b: list[Trajectory]) -> bool:
@@ -160,8 +159,8 @@ def test_an_observation_without_room_for_an_answer_ends_the_episode() -> None:
         return [prompt(max(t.room, 1), 3) for t in turns]
 
     made = engine(stage, slots=4)
-    (found,) = generate_episodes(
-        made, [Request(prompt(5, 0), [0], 6)], SamplingSettings(), 1, on_turns_end, max_tokens=40
+    (found,) = made.episodes(
+        [Request(prompt(5, 0), [0], 6)], SamplingSettings(), 1, on_turns_end, max_tokens=40
     )
     assert [t.room for t in seen] == [40 - 11 - 1, 0]
     assert found.full
@@ -178,7 +177,7 @@ def test_stop_strings_begin_anew_with_every_turn() -> None:
     )
     settings = SamplingSettings(stop_strings=("ab",))
     wanted = [Request(prompt(5, k), [k], 9) for k in range(6)]
-    found = generate_episodes(made, wanted, settings, 1, turns_of(6))
+    found = made.episodes(wanted, settings, 1, turns_of(6))
     ended = 0
     for t in found:
         for turn, reason in enumerate(t.reasons):
@@ -197,12 +196,12 @@ def test_stop_strings_begin_anew_with_every_turn() -> None:
 def test_wrong_observations_are_named(answers: list, message: str) -> None:
     wanted = [Request(prompt(4, k), [k], 3) for k in range(2)]
     with pytest.raises(ValueError, match=message):
-        generate_episodes(engine(small_stage()), wanted, SamplingSettings(), 1, lambda t: answers)
+        engine(small_stage()).episodes(wanted, SamplingSettings(), 1, lambda t: answers)
 
 
 def test_limits_that_cannot_hold_are_refused() -> None:
     made, wanted = engine(small_stage()), [Request(prompt(30, 0), [0], 3)]
     with pytest.raises(ValueError, match="max_tokens of an episode is 65; allowed: 2 to 64"):
-        generate_episodes(made, wanted, SETTINGS, 1, turns_of(1), max_tokens=65)
+        made.episodes(wanted, SETTINGS, 1, turns_of(1), max_tokens=65)
     with pytest.raises(ValueError, match="the prompt has 30 tokens; allowed: 1 to 29"):
-        generate_episodes(made, wanted, SETTINGS, 1, turns_of(1), max_tokens=30)
+        made.episodes(wanted, SETTINGS, 1, turns_of(1), max_tokens=30)

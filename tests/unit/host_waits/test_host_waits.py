@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 Told = dict[str, dict[str, Any]]
-TOKENS = ("generation/engine.py: _Run._work", "copy to the host")
+TOKENS = ("generation/run.py: Run._work", "copy to the host")
 # Where the host has to wait, and why.
 ALLOWED: dict[str, dict[tuple[str, str], str]] = {
     "training": {},
@@ -33,12 +33,20 @@ ALLOWED: dict[str, dict[tuple[str, str], str]] = {
             "megarlx.linear_token_loss.default that drops masked rows",
         ): "most of an SFT batch may be masked; how many rows are left the device alone knows"
     },
+    "muon": {},
+    "muon_in_a_layout": {},
+    "projecting": {
+        (
+            "training/optimizer.py: _without_skipped",
+            "copy to the host",
+        ): "which updates are combined is known on the host"
+    },
     "prefill": {TOKENS: "what the scheduler does next follows from the drawn tokens"},
     "decode": {TOKENS: "as in a prefill"},
     "admission": {
         TOKENS: "as in a prefill",
         (
-            "generation/engine.py: _Run._keep",
+            "generation/run.py: Run._keep",
             "copy to the host",
         ): "log-probs of a finished sequence; its last token was waited for just before",
     },

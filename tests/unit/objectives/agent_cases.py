@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,17 +10,26 @@ from rl_cases import TEMPLATE, WORDS, early_word, model
 from rl_cases import config as rl_config
 
 from megarlx.config.objectives import RlConfig
+from megarlx.config.reward import RewardConfig
+from megarlx.data.conversations import Turn
 from megarlx.data.prompts import Prompt, PromptData
 from megarlx.data.tokenizer import WordTokenizer
 from megarlx.generation.engine import Engine
+from megarlx.generation.requests import Completion, Request, SamplingSettings
 from megarlx.model.build import ParallelModel
+from megarlx.objectives.environment_game import EnvironmentGame
 from megarlx.objectives.environments.interface import Step
-from megarlx.objectives.episode_sampler import EpisodeSampler
+from megarlx.objectives.episodes import Episode
+from megarlx.objectives.player import Game, Player, Start
+from megarlx.objectives.question_game import QuestionGame
+from megarlx.objectives.rewards import Rewards
 from megarlx.objectives.rl import Reinforcement
+from megarlx.objectives.rollout import Sampler
 from megarlx.objectives.samples import Sample
 
-__all__ = ["Early", "agent_config", "agents", "model", "tasks"]
+__all__ = ["Early", "agent_config", "agents", "model", "played_both_ways", "tasks", "told"]
 LONGEST = 60
+STOP_STRINGS = ("w1", "w5 w6", "w7", "#### w", "answer")
 
 
 class Early:
@@ -85,5 +95,63 @@ def agents(
     tokenizer = WordTokenizer(WORDS)
     engine = Engine.of(policy, slots=given.slots, longest=LONGEST)
     data = PromptData(questions or tasks(), TEMPLATE, tokenizer, seed, name="rl")
-    sampler = EpisodeSampler(given, lambda: engine, data, TEMPLATE, tokenizer, policy.mesh, seed)
+    assert given.environment is not None
+    game = EnvironmentGame(given.environment, TEMPLATE, tokenizer, policy.mesh)
+    sampler = Sampler(given, Player(lambda: engine, game, tokenizer), data, policy.mesh.dp, seed)
     return Reinforcement("rl", given, policy, sampler)
+
+
+def played_both_ways(
+    number: int, policy: ParallelModel
+) -> tuple[list[Episode], list[Episode], list[Completion]]:
+    """Random questions, limits and stop strings: (answered and scored, played in an environment
+    that ends after one answer, as completions) with the same ids and seed."""
+    draw, mesh, tokenizer = random.Random(number), policy.mesh, WordTokenizer(WORDS)
+    samples, seed = draw.randint(1, 5), draw.randint(0, 999)
+    sampling = SamplingSettings(
+        temperature=draw.choice([1.0, 0.7, 1.5]),
+        top_k=draw.choice([0, 0, 6]),
+        stop_tokens=(tokenizer.eos_id,),
+        stop_strings=tuple(draw.sample(STOP_STRINGS, draw.randint(0, 3))),
+    )
+    new = draw.randint(1, 9)
+    starts = [
+        Start(
+            i,
+            tuple(1000 - 7 * (i * samples + s) for s in range(samples)),
+            one,
+            TEMPLATE.prompt_ids((Turn("user", one.question),), tokenizer),
+        )
+        for i, one in enumerate(tasks(draw.randint(1, 11)))
+    ][mesh.dp.rank :: mesh.dp.size]
+    options = {"slots": draw.randint(1, 12), "longest": LONGEST}
+    engine = Engine.of(policy, **options, detokenize=tokenizer.decode_sampled)
+    reward = RewardConfig(function="rl_cases:early_word", workers=0)
+    acting = agent_config(1, limits={"max_turn_tokens": new}).environment
+    assert acting is not None
+    games: list[Game] = [
+        QuestionGame(Rewards((reward,)), new, mesh),
+        EnvironmentGame(acting, TEMPLATE, tokenizer, mesh),
+    ]
+    answered, acted = (
+        Player(lambda: engine, game, tokenizer).play(starts, sampling, seed, mesh.dp)
+        for game in games
+    )
+    requests = [Request(one.ids, one.sequence_ids, new) for one in starts]
+    return answered, acted, engine.generate(requests, sampling, seed)
+
+
+def told(episode: Episode) -> dict[str, Any]:
+    """All that is known of an episode of one turn."""
+    (turn,), made = episode.turns, episode.trajectory
+    assert made is not None
+    return {
+        "id": episode.sequence_id,
+        "tokens": made.tokens.tolist(),
+        "written": made.written.tolist(),
+        "logprobs": made.logprobs.tolist(),
+        "sampled_logprobs": made.sampled_logprobs.tolist(),
+        "reasons": [*made.reasons],
+        "truncated": episode.truncated,
+        "turn": (episode.group, turn.observation, turn.action, turn.reward),
+    }

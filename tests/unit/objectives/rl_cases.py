@@ -15,12 +15,14 @@ from megarlx.data.prompts import Prompt, PromptData
 from megarlx.data.tokenizer import WordTokenizer
 from megarlx.generation.engine import Engine
 from megarlx.model.build import ParallelModel, build_model
+from megarlx.objectives.player import Player
+from megarlx.objectives.question_game import QuestionGame
 from megarlx.objectives.rewards import Rewards
 from megarlx.objectives.rl import Reinforcement
 from megarlx.objectives.rollout import Sampler
 from megarlx.objectives.samples import Sample
-from megarlx.optimizer import AdamSettings
-from megarlx.trainer import TrainedObjective, Trainer, TrainingStage
+from megarlx.training.parts import UpdateSettings
+from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage
 
 WORDS = [*["question", ":", "answer", "####"], *(f"w{i}" for i in range(20))]
 VOCABULARY = 29  # more than the tokenizer's 25: the model can say what no word stands for
@@ -105,20 +107,14 @@ def reinforcement(
     tokenizer = WordTokenizer(WORDS)
     engine = Engine.of(policy, slots=given.slots, longest=32, detokenize=tokenizer.decode_sampled)
     data = PromptData(questions or prompts(), TEMPLATE, tokenizer, seed, name=name)
-    sampler = Sampler(
-        given,
-        lambda: engine,
-        data,
-        tokenizer,
-        Rewards(given.rewards, given.reward_failures_allowed),
-        policy.mesh,
-        seed,
-    )
+    rewards = Rewards(given.rewards, given.reward_failures_allowed)
+    game = QuestionGame(rewards, given.max_completion_tokens, policy.mesh)
+    sampler = Sampler(given, Player(lambda: engine, game, tokenizer), data, policy.mesh.dp, seed)
     return Reinforcement(name, given, policy, sampler)
 
 
 def trainer_of(
-    one: Reinforcement, *, lr: float = 1e-2, adam: AdamSettings | None = None
+    one: Reinforcement, *, lr: float = 1e-2, adam: UpdateSettings | None = None
 ) -> Trainer:
-    member = TrainedObjective(one, adam or AdamSettings(weight_decay=0.0), lambda step: lr)
+    member = TrainedObjective(one, adam or UpdateSettings(weight_decay=0.0), lambda step: lr)
     return Trainer(one.model, [TrainingStage([member], combine="single")])

@@ -17,14 +17,13 @@ from megarlx.checkpoint import Saver
 from megarlx.comm.groups import Group
 from megarlx.config.objectives import RlConfig
 from megarlx.config.policy import PolicyConfig
-from megarlx.generation.episodes import Trajectory
-from megarlx.generation.requests import Request
+from megarlx.generation.requests import Request, Trajectory
 from megarlx.objectives.environment_process import BrokenEnvironment, Failure
 from megarlx.objectives.episodes import Episode, EpisodeBatch, Turn
 from megarlx.objectives.policy_loss import loss_spec, policy_fields
 from megarlx.objectives.rl import Reinforcement
 from megarlx.ops import linear_token_loss
-from megarlx.trainer import Trainer
+from megarlx.training.trainer import Trainer
 
 SAMPO = {"preset": "sampo"}
 MOVING: dict[str, Any] = {"steps_per_rollout": 2, "epochs_per_rollout": 2}

@@ -17,14 +17,14 @@ from megarlx.config.model import family_config
 from megarlx.config.policy import PolicyConfig
 from megarlx.data.conversations import Conversation, Template
 from megarlx.data.conversations import Turn as Said
+from megarlx.data.prompts import Prompt
 from megarlx.data.tokenizer import WordTokenizer
 from megarlx.generation.engine import Engine
-from megarlx.generation.episodes import NOT_WRITTEN, Trajectory
-from megarlx.generation.requests import Request, SamplingSettings
+from megarlx.generation.requests import NOT_WRITTEN, Request, SamplingSettings, Trajectory
 from megarlx.model.transformer import Stage
 from megarlx.objectives.advantages import dr_grpo, grpo
-from megarlx.objectives.environment_process import BrokenEnvironment, EnvironmentPool, Failure
-from megarlx.objectives.environment_rollout import EnvironmentRollout, Start
+from megarlx.objectives.environment_game import EnvironmentGame
+from megarlx.objectives.environment_process import BrokenEnvironment, Failure
 from megarlx.objectives.episodes import (
     Episode,
     EpisodeBatch,
@@ -33,6 +33,7 @@ from megarlx.objectives.episodes import (
     observation_hash,
     stop_if_too_many_failed,
 )
+from megarlx.objectives.player import Player, Start
 from megarlx.objectives.policy_loss import Completions, policy_fields
 
 TEMPLATE = Template(user="seen : {content} act :", assistant=" {content}")
@@ -57,7 +58,7 @@ def model() -> Stage:
 
 
 @contextmanager
-def rollout(stage: Stage, slots: int = 8, **changes: Any) -> Iterator[EnvironmentRollout]:
+def player(stage: Stage, slots: int = 8, **changes: Any) -> Iterator[Player]:
     settings = {
         "function": "misbehaving_environments:Rooms",
         "max_turns": 4,
@@ -65,18 +66,29 @@ def rollout(stage: Stage, slots: int = 8, **changes: Any) -> Iterator[Environmen
         "max_episode_tokens": 96,
         "workers": 0,
     }
-    config = EnvironmentConfig(**{**settings, **changes})
-    pool = EnvironmentPool(config)
+    config = EnvironmentConfig(**{"allowed_failures": 1.0, **settings, **changes})
+    engine = Engine([stage], slots=slots, longest=128, one_width=True)
+    made = Player(
+        lambda: engine, EnvironmentGame(config, TEMPLATE, TOKENIZER, engine.mesh), TOKENIZER
+    )
     try:
-        engine = Engine([stage], slots=slots, longest=128, one_width=True)
-        yield EnvironmentRollout(engine, config, pool, TEMPLATE, TOKENIZER)
+        yield made
     finally:
-        pool.close()
+        made.close()
+
+
+def played(made: Player, seed: int, given: list[Start] | None = None) -> list[Episode]:
+    return made.play(starts() if given is None else given, STOPS, seed, Group.alone("dp"))
 
 
 def starts(tasks: int = 6, samples: int = 4) -> list[Start]:
     return [
-        Start(t, {"number": t}, 7, tuple(range(t * samples, (t + 1) * samples)))
+        Start(
+            t,
+            tuple(range(t * samples, (t + 1) * samples)),
+            Prompt("", None, {"task": {"number": t}}),
+            seed=7,
+        )
         for t in range(tasks)
     ]
 
@@ -85,8 +97,8 @@ STOPS = SamplingSettings(stop_tokens=(TOKENIZER.eos_id,), temperature=1.5)
 
 
 def test_tokens_are_those_that_supervised_learning_sees_of_the_same_conversation() -> None:
-    with rollout(model(), max_turn_tokens=30, max_episode_tokens=128) as made:
-        episodes = made.run(starts(), STOPS, seed=1)
+    with player(model(), max_turn_tokens=30, max_episode_tokens=128) as made:
+        episodes = played(made, 1)
     compared = 0
     for episode in episodes:
         trajectory = episode.trajectory
@@ -102,8 +114,8 @@ def test_tokens_are_those_that_supervised_learning_sees_of_the_same_conversation
 
 
 def test_an_answer_that_was_cut_off_is_ended_for_the_policy_and_not_learned() -> None:
-    with rollout(model(), max_turn_tokens=2) as made:
-        episodes = made.run(starts(), STOPS, seed=1)
+    with player(model(), max_turn_tokens=2) as made:
+        episodes = played(made, 1)
     cut = 0
     for episode in episodes:
         trajectory = episode.trajectory
@@ -121,8 +133,8 @@ def test_an_answer_that_was_cut_off_is_ended_for_the_policy_and_not_learned() ->
 
 
 def test_rewards_flags_and_observations_of_turns_are_those_of_the_environment() -> None:
-    with rollout(model()) as made:
-        episodes = made.run(starts(), STOPS, seed=2)
+    with player(model()) as made:
+        episodes = played(made, 2)
     assert [e.sequence_id for e in episodes] == list(range(24))
     ended: set[str] = set()
     for episode in episodes:
@@ -143,10 +155,10 @@ def test_rewards_flags_and_observations_of_turns_are_those_of_the_environment() 
 @pytest.mark.parametrize("misbehave", ["raise", "unknown word"])
 def test_lost_episodes_leave_the_others_as_they_were(misbehave: str) -> None:
     stage = model()
-    with rollout(stage) as made:
-        fine = made.run(starts(), STOPS, seed=3)
-    with rollout(stage, options={"misbehave": misbehave}) as made:
-        found = made.run(starts(), STOPS, seed=3)
+    with player(stage) as made:
+        fine = played(made, 3)
+    with player(stage, options={"misbehave": misbehave}) as made:
+        found = played(made, 3)
     lost = [e.failure is not None for e in found]
     assert 0 < sum(lost) < 24
     for one, other, is_lost in zip(fine, found, lost, strict=True):
@@ -174,8 +186,8 @@ def test_lost_episodes_leave_the_others_as_they_were(misbehave: str) -> None:
 def test_samples_are_the_same_for_any_number_of_slots_and_workers() -> None:
     stage, found = model(), []
     for slots, workers in ((8, 0), (16, 0), (5, 2)):
-        with rollout(stage, slots, workers=workers) as made:
-            found.append(made.run(starts(), STOPS, seed=4))
+        with player(stage, slots, workers=workers) as made:
+            found.append(played(made, 4))
     for other in found[1:]:
         for one, two in zip(found[0], other, strict=True):
             assert one.turns == two.turns
@@ -183,8 +195,8 @@ def test_samples_are_the_same_for_any_number_of_slots_and_workers() -> None:
 
 
 def test_a_first_observation_without_room_for_an_answer_loses_the_episode_and_says_why() -> None:
-    with rollout(model(), max_episode_tokens=12, max_turn_tokens=5) as made:
-        (episode, *_) = made.run(starts(1, 2), STOPS, seed=1)
+    with player(model(), max_episode_tokens=12, max_turn_tokens=5) as made:
+        (episode, *_) = played(made, 1, starts(1, 2))
     assert episode.trajectory is None
     assert episode.failure == Failure(
         "too_long",

@@ -28,7 +28,7 @@ from megarlx.model.build import ParallelModel
 from megarlx.objectives.advantages import ADVANTAGES
 from megarlx.objectives.rewards import RewardError
 from megarlx.objectives.rl import Reinforcement
-from megarlx.trainer import Trainer
+from megarlx.training.trainer import Trainer
 
 GRPO = {"preset": "grpo"}
 MOVING: dict[str, Any] = {"steps_per_rollout": 2, "epochs_per_rollout": 2, "policy": GRPO}
@@ -373,7 +373,7 @@ def test_a_step_whose_samples_are_all_masked_moves_nothing() -> None:
     trainer = trainer_of(one)
     while True:  # until no sample stops at its first token
         before = one.model.data_parallel.weights.clone()
-        trainer.optimizer.exp_avgs["rl"].zero_()
+        trainer.optimizer.kept.shards["rl"]["exp_avg"].zero_()
         _, report = trainer.step()
         assert one.current is not None
         assert one.current.completions.truncated is not None
@@ -416,7 +416,7 @@ def test_a_prompt_is_never_learned_and_what_was_said_always_is() -> None:
 def test_ids_without_a_word_are_shown_as_unknown() -> None:
     one = reinforcement(config(), model())
     rollout = one.sampler.rollout()
-    without = rollout.completions.tokens >= one.sampler.tokenizer.vocab_size
+    without = rollout.completions.tokens >= one.sampler.player.tokenizer.vocab_size
     assert bool(without.any())
     texts = [example["completion"] for example in rollout.examples]
     assert any("\ufffd" in text for text in texts)

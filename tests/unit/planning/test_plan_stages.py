@@ -152,12 +152,11 @@ def test_what_a_stage_holds_is_what_its_optimizer_holds(
         trainer = trainer_of(job, build(job, device), device)
     optimizer, parallel = trainer.optimizer, trainer.model.data_parallel
     tensors: list[Tensor | None] = [
-        *(parallel.weights, parallel.gradients, optimizer.master, optimizer.weights_out),
-        *(optimizer._delta, optimizer._packed),
+        *(parallel.weights, parallel.gradients, optimizer.master, optimizer.masters.out),
+        optimizer.combiner.buffers,
         *optimizer.gradients.values(),
-        *optimizer.locals.values(),
-        *optimizer.exp_avgs.values(),
-        *optimizer.exp_avg_sqs.values(),
+        *optimizer.masters.locals.values(),
+        *(shard for shards in optimizer.kept.shards.values() for shard in shards.values()),
     ]
     held = sum({id(t): t.nbytes for t in tensors if t is not None}.values())
     reference = parallel.shard_of_weights().nbytes if changes.get("kl") else 0

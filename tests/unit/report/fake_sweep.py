@@ -93,11 +93,9 @@ class Sweep:
                 "model": json.loads(ModelConfig(**self.model).to_json()),
                 "training": {"steps": self.checkpoints[-1] // 1000, "seed": seed},
                 "data": {
-                    "world": {
-                        "folder": f"runs/worlds/{seed}",
-                        "seed": seed,
-                        "problems_share": self.problems_share,
-                    }
+                    "maker": "world",
+                    "folder": f"runs/worlds/{seed}",
+                    "options": {"seed": seed, "problems_share": self.problems_share},
                 },
             },
         )

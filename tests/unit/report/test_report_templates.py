@@ -10,8 +10,8 @@ from fake_sweep import Sweep
 
 from megarlx.cli import main
 from megarlx.report import consistency
+from megarlx.report.claims import judge_all
 from megarlx.report.figures import gains
-from megarlx.report.predicates import judge_all
 from megarlx.report.study import Study
 
 ONE = {"user": "question : {content} answer :", "assistant": " {content}"}

@@ -1,0 +1,62 @@
+"""Training, excursions and opened checkpoints for programs in Python: `megarlx.train` and so on.
+
+A program may be started by hand or by torchrun, Slurm or MPI; all processes call these together.
+What is wrong is raised, where the commands print it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from megarlx.comm import launch
+from megarlx.config import load_config
+from megarlx.run.begin import begin, begin_excursion
+from megarlx.run.branch import excursion_config
+from megarlx.run.loop import train as train_run
+from megarlx.run.opened import OpenedRun, open_config, open_run
+from megarlx.run.reference import resolve
+from megarlx.run.session import launched
+
+
+def train(
+    config: str | Path, out: str | Path, overrides: Sequence[str] = (), *, fresh: bool = False
+) -> None:
+    """Trains a run, or goes on with it where `out` holds checkpoints.
+
+    overrides   as behind --set: "training.steps=100"
+    fresh       refuse a folder that already holds checkpoints
+    """
+    read = load_config(config, overrides)
+    with launched(read) as (started, device):
+        train_run(begin(read, Path(config), Path(out), started, device, fresh=fresh))
+
+
+def branch(
+    run: str,
+    recipe: str | Path,
+    out: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    trusted: Collection[str] = (),
+    fresh: bool = False,
+) -> None:
+    """An excursion from RUN@ITERATION by a recipe.
+
+    trusted   names of code in the run's configuration that may be used, as behind --trust
+    """
+    reference, path = resolve(run), Path(recipe)
+    config = excursion_config(reference.run, path, overrides, trusted)
+    with launched(config) as (started, device):
+        made = begin_excursion(reference, config, path, Path(out), started, device, fresh=fresh)
+        train_run(made)
+
+
+@contextmanager
+def open(run: str, overrides: Sequence[str] = (), *, device: str = "auto") -> Iterator[OpenedRun]:
+    """The model and the tokenizer of RUN@ITERATION; nothing in the run's folder is written."""
+    reference = resolve(run)
+    config = open_config(reference.run, launch.read().world_size, overrides, device=device)
+    with launched(config) as (started, place):
+        yield open_run(reference, config, started, place)

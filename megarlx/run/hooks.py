@@ -1,0 +1,231 @@
+"""What a run does beside its steps: guard, log, validate, evaluate, save."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megarlx.comm.collectives import gather_values
+from megarlx.config.evaluation import EvaluationConfig
+from megarlx.config.objectives import PRETRAINING
+from megarlx.evaluation.interface import Subject
+from megarlx.evaluation.results import samples_path
+from megarlx.evaluation.suites import Parent as EvaluatedParent
+from megarlx.evaluation.suites import evaluate, metrics_of
+from megarlx.objectives.supervised import Supervised
+from megarlx.run.assemble import Run
+from megarlx.run.costs import Costs, peak_flop_per_second
+from megarlx.run.directory import RunError
+from megarlx.run.finite import Flags, FoundInf
+from megarlx.run.made import made_for
+from megarlx.run.screen import SHOWN_SAMPLES, Screen
+from megarlx.run.tokenizer import template_of
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: which step, which objective, what went wrong."""
+
+
+class Guard:
+    """Stops a run whose gradients stay not finite, or whose data replicas differ."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.skipped = 0
+        self._in_a_row: dict[str, int] = dict.fromkeys(run.trainer.objectives, 0)
+        self._found_inf = FoundInf(run.device)
+
+    def after_step(self, step: int, found_inf: Mapping[str, Tensor], *, last: bool) -> None:
+        self._check(self._found_inf.put(step, found_inf))
+        if last:
+            self._check(self._found_inf.last())
+
+    def _check(self, flags: Flags | None) -> None:
+        if flags is None:
+            return
+        allowed = self.run.config.logging.skipped_updates_allowed
+        for name, skipped in flags.skipped.items():
+            self.skipped += skipped
+            self._in_a_row[name] = self._in_a_row[name] + 1 if skipped else 0
+            if self._in_a_row[name] > allowed:
+                where = gather_values(self.run.trainer.first_non_finite(name), self.run.mesh.world)
+                bad = next((place for place in where if place), "no single parameter")
+                raise TrainingError(
+                    f"step {flags.step}: the gradient of '{name}' is not finite, "
+                    f"{self._in_a_row[name]} steps in a row; first in {bad}. "
+                    f"logging.skipped_updates_allowed is {allowed}"
+                )
+
+    def compare_replicas(self) -> None:
+        """The weights of data replicas are the same bits, or something has gone wrong for good."""
+        group = self.run.mesh.data
+        if group.size == 1:
+            return
+        weights = self.run.trainer.model.data_parallel.weights
+        raw = weights.detach().cpu().view(torch.uint8).numpy()
+        digests = gather_values(hashlib.blake2b(raw.data, digest_size=16).hexdigest(), group)
+        different = [group.ranks[i] for i, d in enumerate(digests) if d != digests[0]]
+        if different:
+            raise TrainingError(
+                f"step {self.run.trainer.steps_done}: the weights of rank "
+                f"{', '.join(map(str, different))} differ from those of rank {group.ranks[0]}, "
+                "though they are replicas; go on from a checkpoint before this step"
+            )
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """An objective's last step, on the device until it is logged."""
+
+    loss: Tensor
+    gradient_norm: Tensor
+    learning_rate: float
+
+
+class StepLog:
+    """Logs every objective's last step since the log before: objectives may take turns."""
+
+    def __init__(self, run: Run, costs: Costs, guard: Guard, screen: Screen) -> None:
+        self.run, self.costs, self.guard, self.screen = run, costs, guard, screen
+        self._recent: dict[str, _Trained] = {}
+        self._since = (time.perf_counter(), run.trainer.steps_done)
+        self._peak = peak_flop_per_second(run.device) * run.mesh.world.size
+
+    def record(self, losses: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> None:
+        rates = self.run.trainer.last_rates
+        for name, loss in losses.items():
+            self._recent[name] = _Trained(loss, norms[name], rates[name])
+
+    def leave_out(self, seconds: float) -> None:
+        """Time that was not spent on training: neither speed nor cost counts it."""
+        self._since = (self._since[0] + seconds, self._since[1])
+
+    def write(self) -> None:
+        trainer, recent = self.run.trainer, self._recent
+        self._recent = {}
+        losses = {name: one.loss for name, one in recent.items()}
+        values = {f"loss/{name}": value for name, value in trainer.global_loss(losses).items()}
+        values |= {f"grad_norm/{n}": float(one.gradient_norm) for n, one in recent.items()}
+        values |= {f"lr/{n}": one.learning_rate for n, one in recent.items()}
+        values |= {f"share/{n}": share for n, share in (trainer.last_shares or {}).items()}
+        values |= self._performance()
+        values |= trainer.replicas.metrics(losses)
+        for name, examples in trainer.replicas.new_examples(losses).items():
+            self.screen.show(trainer.steps_done, f"samples/{name}", examples)
+        self.screen.say(
+            trainer.steps_done, self._headline(losses, values), values, self.costs.trunk_tokens
+        )
+
+    def _performance(self) -> dict[str, float]:
+        trainer = self.run.trainer
+        now, done = time.perf_counter(), trainer.steps_done
+        seconds, steps = now - self._since[0], done - self._since[1]
+        self._since = (now, done)
+        spent = self.costs.since_last(seconds)
+        return {
+            "perf/tokens_per_second": spent["trained_tokens"] / seconds,
+            "perf/step_seconds": seconds / steps,
+            "perf/mfu": spent["flop"] / seconds / self._peak,
+            "perf/skipped_updates": float(self.guard.skipped),
+            **self.costs.metrics(),
+            **trainer.replicas.idle_share(seconds),
+        }
+
+    def _headline(self, losses: Mapping[str, Tensor], values: Mapping[str, float]) -> str:
+        several = len(self.run.trainer.objectives) > 1
+        shown = [
+            f"{name if several else ''} loss {values[f'loss/{name}']:.4f}".lstrip()
+            for name in losses
+        ]
+        shown += [f"reward {values['rl/reward']:.3f}"] if "rl/reward" in values else []
+        shown += [f"{values['perf/tokens_per_second']:,.0f} tokens/s"]
+        return "  ".join(shown) + f"  mfu {values['perf/mfu']:.2f}"
+
+
+def validate(run: Run, costs: Costs, screen: Screen) -> None:
+    def loss_of(data: Supervised) -> float:
+        data.loader.consumed_sequences = 0
+        return run.trainer.evaluate(data)
+
+    values = {f"eval/loss/{name}": loss_of(data) for name, data in run.validation.items()}
+    if values:
+        text = "  ".join(f"{key} {value:.4f}" for key, value in values.items())
+        screen.say(run.trainer.steps_done, text, values, costs.trunk_tokens)
+
+
+class Evaluation:
+    """The suites on the weights as they are; a run that goes on has what it had measured."""
+
+    def __init__(self, run: Run, costs: Costs, steps: StepLog, screen: Screen) -> None:
+        self.run, self.costs, self.steps, self.screen = run, costs, steps, screen
+        self._went_on = run.trainer.steps_done > 0
+
+    def __call__(self, evaluation: EvaluationConfig) -> None:
+        run, done = self.run, self.run.trainer.steps_done
+        begun = time.perf_counter()
+        results = evaluate(
+            self._subject(evaluation),
+            evaluation,
+            run=run.directory.path,
+            parent=self._parent(),
+            again=not self._went_on,  # what lies there was left by another run
+        )
+        values = metrics_of(results)
+        for result in results:
+            self._show_samples(done, result["suite"])
+        headline = "  ".join(f"{key} {value:.3f}" for key, value in list(values.items())[:6])
+        self.screen.say(done, headline, values, self.costs.trunk_tokens)
+        self.steps.leave_out(time.perf_counter() - begun)
+
+    def _subject(self, evaluation: EvaluationConfig) -> Subject:
+        run, tokens = self.run, self.costs.tokens()
+        if run.tokenizer is None:
+            raise RunError("[evaluation] needs a tokenizer: data.tokenizer names none")
+        return Subject(
+            run.trainer.model,
+            run.tokenizer,
+            template_of(run.config.template),
+            is_base=not any(n for name, n in tokens.items() if name != PRETRAINING),
+            iteration=run.trainer.steps_done,
+            trunk_tokens=tokens.get(PRETRAINING, 0),
+            made=made_for(evaluation.suites, run.config),
+        )
+
+    def _show_samples(self, done: int, suite: str) -> None:
+        path = samples_path(self.run.directory.path, done, suite)
+        if self.screen.writer is not None and path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines()[:SHOWN_SAMPLES]
+            self.screen.show(done, f"samples/{suite}", [json.loads(line) for line in lines])
+
+    def _parent(self) -> EvaluatedParent | None:
+        parent = self.run.directory.parent
+        return None if parent is None else EvaluatedParent(Path(parent.run), parent.iteration)
+
+
+class Saving:
+    def __init__(self, run: Run, costs: Costs, screen: Screen) -> None:
+        self.run, self.costs, self.screen = run, costs, screen
+        self._saved_at = run.trainer.steps_done
+
+    def __call__(self, *, blocking: bool) -> None:
+        trainer = self.run.trainer
+        state = {
+            "tokens": self.costs.tokens(),
+            "cost": gather_values(self.costs.state(), self.run.mesh.world)[0],
+        }
+        pause = trainer.save(self.run.saver, state, blocking=blocking)
+        self._saved_at = trainer.steps_done
+        if self.screen.writer is not None:
+            values = {"perf/save_pause_seconds": pause.seconds}
+            self.screen.writer.scalars(trainer.steps_done, values)
+
+    def finish(self) -> None:
+        if self._saved_at < self.run.trainer.steps_done:
+            self.run.saver.wait()

@@ -1,0 +1,34 @@
+"""The tokenizer that a run keeps, and the template that its questions are put in."""
+
+from __future__ import annotations
+
+from megarlx.config import Config
+from megarlx.config.objectives import TemplateConfig
+from megarlx.data.conversations import Template
+from megarlx.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from megarlx.run.directory import RunDirectory, RunError
+from megarlx.run.made import data_of
+
+
+def load_tokenizer_of(config: Config, directory: RunDirectory) -> Tokenizer | None:
+    """The one that the run keeps, or else the one that its data name."""
+    if directory.tokenizer.exists():
+        tokenizer = load_tokenizer(str(directory.tokenizer))
+    else:
+        data = data_of(config)
+        if data is None or data.tokenizer is None:
+            return None
+        if data.tokenizer == "bytes":
+            tokenizer = ByteTokenizer()
+        else:
+            tokenizer = load_tokenizer(data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise RunError(
+            f"model.vocab_size is {config.model.vocab_size}; the tokenizer has "
+            f"{tokenizer.vocab_size} ids"
+        )
+    return tokenizer
+
+
+def template_of(given: TemplateConfig | None) -> Template | None:
+    return None if given is None else Template(**given.model_dump())

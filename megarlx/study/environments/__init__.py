@@ -1,0 +1,1 @@
+"""Closed worlds of a few words that a policy acts in, with tasks without end."""

@@ -1,0 +1,81 @@
+"""A world as files, ready to train on: documents as token files, questions as JSONL."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megarlx.data.draw import Split
+from megarlx.data.token_files import TokenFileWriter, dtype_for, write_atomically
+from megarlx.data.tokenizer import WordTokenizer
+from megarlx.study.world.settings import WorldSettings
+from megarlx.study.world.world import World
+
+HELD_OUT_KINDS = ("problems", "facts", "stories")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many of each to write."""
+
+    documents: Mapping[str, int] = field(
+        default_factory=lambda: {
+            "problems": 20_000,
+            "facts": 20_000,
+            "stories": 4_000,
+            "behaviours": 2_000,
+        }
+    )
+    held_out_documents: int = 500
+    prompts: int = 1024
+    test_questions: int = 256
+
+
+def write_world(settings: WorldSettings, folder: str | Path, sizes: Sizes | None = None) -> None:
+    """
+    documents_<kind>            token file                          pre-training
+    held_out_<kind>             token file                          validation text
+    tokenizer.json              the world's words
+    prompts.jsonl               {"question", "answer", "id", …}     RL prompts
+    demonstrations.jsonl        {"question", "answers"}             SFT, on the same questions
+    validation.jsonl            as prompts.jsonl                    to choose settings by
+    test.jsonl                  as prompts.jsonl                    to report
+    """
+    sizes, folder = sizes or Sizes(), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    world = World(settings)
+    tokenizer = world.tokenizer()
+    tokenizer.save(folder / "tokenizer.json")
+    for kind, count in sizes.documents.items():
+        texts = (world.document(kind, i) for i in range(count))
+        _write(folder / f"documents_{kind}", texts, tokenizer)
+    for kind in HELD_OUT_KINDS:
+        texts = (world.held_out_document(kind, i) for i in range(sizes.held_out_documents))
+        _write(folder / f"held_out_{kind}", texts, tokenizer)
+    _write_questions(world, folder / "prompts.jsonl", "train", sizes.prompts)
+    _write_questions(world, folder / "validation.jsonl", "validation", sizes.test_questions)
+    _write_questions(world, folder / "test.jsonl", "test", sizes.test_questions)
+    lines = (json.dumps(world.demonstrations(i)) for i in range(sizes.prompts))
+    write_atomically(folder / "demonstrations.jsonl", "\n".join(lines) + "\n")
+
+
+def _write(prefix: Path, texts: Iterator[str], tokenizer: WordTokenizer) -> None:
+    with TokenFileWriter(prefix, dtype_for(tokenizer.vocab_size)) as writer:
+        for text in texts:
+            writer.add([*tokenizer.encode(text), tokenizer.eos_id])
+
+
+def _write_questions(world: World, path: Path, split: Split, count: int) -> None:
+    lines = []
+    for index in range(count):
+        problem = world.problem(split, index)
+        line = {
+            "question": world.writer.question(problem),
+            "answer": world.writer.answer(problem),
+            "id": f"{split}/{index}",
+            "steps": len(problem.steps),
+        }
+        lines.append(json.dumps(line))
+    write_atomically(path, "\n".join(lines) + "\n")

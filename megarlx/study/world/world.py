@@ -1,0 +1,141 @@
+"""A world: every document, question and test of it, each a pure function of its number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+from megarlx.data.draw import Draw, Split
+from megarlx.data.order import key_of, shuffled
+from megarlx.data.tokenizer import WordTokenizer
+from megarlx.study.world import behaviours, solutions, stories
+from megarlx.study.world.facts import Facts
+from megarlx.study.world.problems import Problem, Writer, problem_at
+from megarlx.study.world.settings import QUESTION, WorldError, WorldSettings
+
+
+class World:
+    def __init__(self, settings: WorldSettings) -> None:
+        self.settings = settings
+        self.writer = Writer(settings)
+        self.facts = Facts(settings)
+
+    @cached_property
+    def words(self) -> list[str]:
+        """Every word that can occur, in a fixed order."""
+        settings = self.settings
+        numbers = range(10) if settings.digits else range(settings.largest + 1)
+        found = (
+            *map(str, numbers),
+            *(settings.names + settings.objects + settings.times),
+            *(word for operation in settings.operations for word in operation.words),
+            *solutions.WORDS,
+            *self.facts.vocabulary(),
+            *stories.VOCABULARY,
+            *behaviours.VOCABULARY,
+        )
+        return list(dict.fromkeys(found))
+
+    def tokenizer(self) -> WordTokenizer:
+        return WordTokenizer(self.words, "world")
+
+    def document(self, kind: str, index: int) -> str:
+        """Pre-training text."""
+        if kind == "problems":
+            return self._problem_document(index)
+        if kind == "facts":
+            return self.facts.document(index)
+        if kind == "stories":
+            return stories.story(self.settings, index)
+        if kind == "behaviours":
+            return behaviours.behaviour_document(self.settings, index)
+        raise WorldError(
+            f"world: no documents of kind '{kind}'; allowed problems, facts, stories, behaviours"
+        )
+
+    def held_out_document(self, kind: str, index: int) -> str:
+        """Text of which training text holds nothing word for word: validation questions, held-out
+        paraphrases, and stories of their own draws."""
+        if kind == "problems":
+            return self._problem_document(index, "validation")
+        if kind == "facts":
+            return self.facts.held_out_document(index)
+        if kind == "stories":
+            return stories.story(self.settings, index, "validation")
+        raise WorldError(f"world: no held-out documents of kind '{kind}'")
+
+    def _problem_document(self, index: int, split: Split = "train") -> str:
+        draw = Draw(self.settings.seed, "document", split, index)
+        count = int(draw.share(self.settings.several))
+        # In one document one mode: then earlier answers show what kind of answer follows.
+        mode, parts = draw.share(self.settings.modes), []
+        for number in range(count):
+            problem = problem_at(self.settings, split, index * 16 + number, "text")
+            style = draw.share(self.settings.styles)
+            after = solutions.following(problem, mode, style, self.writer, draw)
+            parts.append(f"{self.prompt(problem)} {after}")
+        return " ".join(parts)
+
+    def problem(self, split: Split, index: int) -> Problem:
+        """Question `index` to train on or to be tested with: none of the training text's draws."""
+        return problem_at(self.settings, split, index, "questions")
+
+    def prompt(self, problem: Problem) -> str:
+        return QUESTION.format(self.writer.question(problem))
+
+    def question(self, split: Split, index: int) -> dict[str, Any]:
+        """What RL and evaluation need: a prompt, and what a completion must end with."""
+        problem = self.problem(split, index)
+        return {
+            "prompt": self.prompt(problem),
+            "reference": self.writer.answer(problem),
+            "metadata": {"steps": len(problem.steps), "split": split, "index": index},
+        }
+
+    def demonstrations(self, index: int) -> dict[str, Any]:
+        """A training question with solutions: the first in the teacher's style, the others in the
+        styles of the pre-training text, no two alike."""
+        problem = self.problem("train", index)
+        draw = Draw(self.settings.seed, "demonstrations", index)
+        others = [name for name, _ in self.settings.styles if name != self.settings.teacher_style]
+        styles = [self.settings.teacher_style, *draw.some(others, len(others))]
+        if self.settings.demonstrations_per_question > len(styles):
+            raise WorldError(
+                f"world: demonstrations_per_question is "
+                f"{self.settings.demonstrations_per_question}; there are {len(styles)} styles"
+            )
+        return {
+            "question": self.writer.question(problem),
+            "answers": [
+                solutions.checkable(problem, style, self.writer)
+                for style in styles[: self.settings.demonstrations_per_question]
+            ],
+        }
+
+    def few_shot(self, count: int, style: str, seed: int = 0) -> str:
+        """`count` solved questions to stand before a prompt, from the training split."""
+        order = shuffled(1000, key_of(self.settings.seed, "few shot", seed))[:count]
+        parts = []
+        for index in order:
+            problem = problem_at(self.settings, "train", int(index), "few shot")
+            answer = solutions.checkable(problem, style, self.writer)
+            parts.append(f"{self.prompt(problem)} {answer} ")
+        return "".join(parts)
+
+    def behaviour_prompt(self, index: int, split: str = "train") -> dict[str, Any]:
+        request = behaviours.request_at(self.settings, index, split)
+        return {
+            "prompt": request.text,
+            "behaviour": request.behaviour,
+            "arguments": dict(request.arguments),
+        }
+
+    def capability_tests(self) -> Iterator[dict[str, Any]]:
+        return self.facts.tests()
+
+
+def is_correct(completion: str, reference: str) -> bool:
+    """Whether a completion (without its stop token) ends in exactly `#### reference`."""
+    before, mark, after = completion.rpartition(solutions.MARK)
+    return mark != "" and after.split() == reference.split() and solutions.MARK not in before

@@ -1,0 +1,1 @@
+"""The step that trains: stages, their objectives' updates, how these are combined and saved."""
