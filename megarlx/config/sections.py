@@ -120,6 +120,11 @@ class TrainingConfig(Section):
     seed: int = Field(
         default=0, ge=0, lt=2**63, description="Seed of the weights, the data order and the samples"
     )
+    z_loss: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weight of the square of log Σ exp(logits) in pre-training's and SFT's loss",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="Where the model runs; auto: cuda where there is a GPU"
     )

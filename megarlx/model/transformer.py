@@ -6,9 +6,6 @@ holds between tensor-parallel parts (T, or T / tp under sequence parallelism), V
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,14 +20,9 @@ from megarlx.model.kv_cache import CacheStep, KVCache
 from megarlx.model.layers import layers
 from megarlx.model.metadata import TensorParallel, parameter_layouts
 from megarlx.model.transformer_layer import Layer, Recompute
+from megarlx.ops import Head, LossInputs
 from megarlx.parallel.metadata import ParameterLayout
-
-
-class TokenLoss(Protocol):
-    """What `megarlx.ops.linear_token_loss` returns, as far as a stage looks at it."""
-
-    @property
-    def loss(self) -> Tensor: ...
+from megarlx.parallel.microbatches import Loss
 
 
 class Stage(nn.Module):
@@ -162,8 +154,8 @@ class Stage(nn.Module):
         longest: int | None = None,
         positions: Tensor | None = None,
         cache: CacheStep | None = None,
-        loss: Callable[..., TokenLoss] | None = None,
-        **loss_inputs: Any,
+        loss_inputs: LossInputs | None = None,
+        loss: Loss | None = None,
     ) -> Tensor:
         """Token ids ([B, S] or [T]) on the first stage, hidden states [t, hidden] on the others.
 
@@ -172,7 +164,7 @@ class Stage(nn.Module):
         without `documents` every row of [B, S] ids is one. `positions` are by default counted from
         each document's beginning.
         Returns hidden states [t, hidden]; on the last stage normalised ones [T, hidden], or with
-        `loss` (the signature of `linear_token_loss`, its spec bound) the loss as shape [1].
+        `loss`, which is told `loss_inputs`, the loss as shape [1].
         """
         documents = self._documents(inputs, documents, longest, cache)
         if self.has_embedding:
@@ -193,26 +185,15 @@ class Stage(nn.Module):
         if not self.has_head:
             return x
         x = self._enter_head(self.norm(x))
-        if loss is None:
+        if loss is None or loss_inputs is None:
             return x
         if self.final_cap is not None:
             raise ValueError(
                 f"stage: final_cap is {self.final_cap}; linear_token_loss has none yet, so nothing "
                 "is trained or scored with it: allowed is absent"
             )
-        flat = {
-            name: value.reshape(-1) if isinstance(value, Tensor) and value.dim() == 2 else value
-            for name, value in loss_inputs.items()
-        }
-        result = loss(
-            x,
-            self.head_weight,
-            **flat,
-            group=self.group,
-            vocab_size=self.config.vocab_size,
-            reduce_hidden_grad=False,  # the way into the head sums it
-        )
-        return result.loss.reshape(1)
+        head = Head(x, self.head_weight, self.group, self.config.vocab_size)
+        return loss(head, loss_inputs).loss.reshape(1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[T, hidden] of the last stage to this rank's [T, V / tp], padding ids at -inf.

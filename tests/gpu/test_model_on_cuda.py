@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +17,7 @@ from megarlx.model.attention_form import AttentionForm
 from megarlx.model.documents import Documents
 from megarlx.model.kv_cache import CacheStep, KVCache
 from megarlx.model.transformer import Stage
+from megarlx.ops import Head, LossInputs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -77,9 +77,9 @@ def test_cached_flash_attention_equals_sdpa(lengths: list[int], slots: list[int]
     assert relative(results["cuda"], results["cpu"]) < 1e-2
 
 
-def plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor, **others: Any) -> SimpleNamespace:
-    logits = F.linear(hidden, weight[: others["vocab_size"]]).float()
-    return SimpleNamespace(loss=F.cross_entropy(logits, targets))
+def plain_loss(head: Head, inputs: LossInputs) -> Any:
+    logits = F.linear(head.hidden, head.weight[: head.vocab_size]).float()
+    return SimpleNamespace(loss=F.cross_entropy(logits, inputs.targets))
 
 
 def trained_once(
@@ -107,7 +107,8 @@ def trained_once(
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(1000, (512,), generator=generator).cuda()
     documents = Documents.of([200, 56, 256], "cuda")
-    loss = partial(stage, loss=plain_loss, documents=documents, targets=tokens.roll(-1))(tokens)
+    learned = LossInputs(tokens.roll(-1))
+    loss = stage(tokens, loss=plain_loss, documents=documents, loss_inputs=learned)
     loss.backward()
     gradients = {name: p.grad for name, p in stage.named_parameters()}
     assert gradients.keys() == stage.layouts.keys()

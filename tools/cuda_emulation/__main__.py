@@ -20,7 +20,10 @@ TESTS = [
     "tests/gpu/test_registration_on_cuda.py",
     *(f"tests/unit/ops/test_{name}.py" for name in ("averaging", "replica_average_halves")),
     *(f"tests/unit/ops/test_{name}.py" for name in ("elementwise", "decode_parts")),
-    *(f"tests/unit/ops/test_{name}.py" for name in ("sample", "token_loss", "linear_token_loss")),
+    *(
+        f"tests/unit/ops/test_{name}.py"
+        for name in ("sample", "token_loss", "loss_seam", "linear_token_loss")
+    ),
 ]
 
 
