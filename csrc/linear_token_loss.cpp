@@ -12,31 +12,20 @@ namespace {
 
 constexpr const char* kOp = "linear_token_loss";
 
-struct Inputs {
-  Tensor targets;
-  OptionalTensor mask, advantages, old_logprobs, ref_logprobs, token_weights;
-  Tensor normalizer, temperature;
-
-  template <typename Change>
-  Inputs each(const Change& change) const {
-    const auto optional = [&](const OptionalTensor& tensor) {
-      return tensor.has_value() ? OptionalTensor(change(*tensor)) : std::nullopt;
-    };
-    return {change(targets),
-            optional(mask),
-            optional(advantages),
-            optional(old_logprobs),
-            optional(ref_logprobs),
-            optional(token_weights),
-            normalizer,
-            temperature};
-  }
-};
-
-struct Spec {
-  c10::string_view mode, kl;
-  double clip_low, clip_high, dual_clip, kl_coefficient, entropy_coefficient;
-};
+template <typename Change>
+TokenTensors each(const TokenTensors& tokens, const Change& change) {
+  const auto optional = [&](const OptionalTensor& tensor) {
+    return tensor.has_value() ? OptionalTensor(change(*tensor)) : std::nullopt;
+  };
+  return {change(tokens.targets),
+          optional(tokens.mask),
+          optional(tokens.advantages),
+          optional(tokens.old_logprobs),
+          optional(tokens.ref_logprobs),
+          optional(tokens.token_weights),
+          tokens.normalizer,
+          tokens.temperature};
+}
 
 struct Outputs {
   Tensor loss, logprobs, entropy, metrics, grad_hidden;
@@ -47,8 +36,8 @@ bool has_mixed_products(const Tensor& hidden) {
   return hidden.is_cuda() && hidden.scalar_type() == at::kBFloat16;
 }
 
-void check(const Tensor& hidden, const Tensor& weight, const Inputs& tokens, int64_t vocab_size,
-           int64_t rows_per_chunk) {
+void check(const Tensor& hidden, const Tensor& weight, const TokenTensors& tokens,
+           int64_t vocab_size, int64_t rows_per_chunk) {
   MEGARLX_CHECK(kOp, hidden.dim() == 2, "hidden's shape", hidden.sizes(), "[tokens, hidden]");
   MEGARLX_CHECK(kOp, weight.dim() == 2 && weight.size(1) == hidden.size(1) && weight.size(0) > 0,
                 "weight's shape", weight.sizes(), "[vocabulary, hidden]");
@@ -87,9 +76,9 @@ void add_product(Tensor& total, const Tensor& gradient, const Tensor& hidden, bo
 }
 
 // grad_weight: undefined for no gradients at all, else [V, d] in fp32 (fp64): replaced or added to.
-Outputs run_chunks(Tensor hidden, Tensor weight, Inputs tokens, int64_t vocab_size,
-                   const Spec& spec, int64_t rows_per_chunk, bool drop_masked, Tensor grad_weight,
-                   bool replace) {
+Outputs run_chunks(Tensor hidden, Tensor weight, TokenTensors tokens, int64_t vocab_size,
+                   const SpecArguments& spec, int64_t rows_per_chunk, bool drop_masked,
+                   Tensor grad_weight, bool replace) {
   check(hidden, weight, tokens, vocab_size, rows_per_chunk);
   const int64_t total = hidden.size(0), vocabulary = weight.size(0);
   Tensor kept;
@@ -99,7 +88,7 @@ Outputs run_chunks(Tensor hidden, Tensor weight, Inputs tokens, int64_t vocab_si
       kept = Tensor();
     } else {
       hidden = hidden.index_select(0, kept);
-      tokens = tokens.each([&](const Tensor& tensor) { return tensor.index_select(0, kept); });
+      tokens = each(tokens, [&](const Tensor& tensor) { return tensor.index_select(0, kept); });
     }
     tokens.mask = std::nullopt;
   }
@@ -124,7 +113,12 @@ Outputs run_chunks(Tensor hidden, Tensor weight, Inputs tokens, int64_t vocab_si
   for (int64_t begin = 0; begin < count; begin += rows) {
     const int64_t n = std::min(rows, count - begin);
     const auto chunk = [&](const Tensor& tensor) { return tensor.narrow(0, begin, n); };
+    const TokenTensors in = each(tokens, chunk);
     Tensor logits = buffer.narrow(0, 0, n), chunk_hidden = chunk(hidden);
+    // Their gradient is 0, and 0 times NaN would be NaN in the weight's.
+    if (in.mask.has_value()) {
+      chunk_hidden = chunk_hidden.masked_fill(in.mask->logical_not().unsqueeze(1), 0);
+    }
     if (mixed) {
       at::mm_out(logits, chunk_hidden, transposed, precision);
     } else {
@@ -133,13 +127,8 @@ Outputs run_chunks(Tensor hidden, Tensor weight, Inputs tokens, int64_t vocab_si
     }
     OptionalTensor gradient;
     if (with_gradient) gradient = gradient_buffer.narrow(0, 0, n);
-    const Inputs in = tokens.each(chunk);
     Tensor of_logprobs = chunk(logprobs), of_entropy = chunk(entropy), of_fields = chunk(fields);
-    token_loss_rows_(logits, std::nullopt, in.targets, in.mask, in.advantages, in.old_logprobs,
-                     in.ref_logprobs, in.token_weights, in.normalizer, in.temperature, 0,
-                     vocab_size, spec.mode, spec.kl, spec.clip_low, spec.clip_high, spec.dual_clip,
-                     spec.kl_coefficient, spec.entropy_coefficient, gradient, of_logprobs,
-                     of_entropy, of_fields);
+    token_loss_chunk(logits, in, vocab_size, spec, gradient, of_logprobs, of_entropy, of_fields);
     if (!with_gradient) continue;
     Tensor out = chunk(grad_hidden);
     if (narrow && !mixed) {
@@ -151,7 +140,7 @@ Outputs run_chunks(Tensor hidden, Tensor weight, Inputs tokens, int64_t vocab_si
   }
   if (with_gradient && replace && count == 0) grad_weight.zero_();
 
-  const auto [loss, metrics] = token_loss_sums(fields);
+  const auto [loss, metrics] = sum_fields(fields);
   if (kept.defined()) {
     logprobs = at::zeros({total}, options).index_copy_(0, kept, logprobs);
     entropy = at::zeros({total}, options).index_copy_(0, kept, entropy);
@@ -169,7 +158,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_token_loss(
     const OptionalTensor& ref_logprobs, const OptionalTensor& token_weights,
     const Tensor& normalizer, const Tensor& temperature, int64_t vocab_size, c10::string_view mode,
     c10::string_view kl, double clip_low, double clip_high, double dual_clip, double kl_coefficient,
-    double entropy_coefficient, int64_t rows_per_chunk, bool drop_masked, bool with_gradient) {
+    double entropy_coefficient, double z_loss, int64_t rows_per_chunk, bool drop_masked,
+    bool with_gradient) {
   Tensor grad_weight;
   if (with_gradient) {
     grad_weight = at::empty(weight.sizes(), weight.options().dtype(precision_of(weight)));
@@ -178,7 +168,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_token_loss(
       hidden, weight,
       {targets, mask, advantages, old_logprobs, ref_logprobs, token_weights, normalizer,
        temperature},
-      vocab_size, {mode, kl, clip_low, clip_high, dual_clip, kl_coefficient, entropy_coefficient},
+      vocab_size,
+      {mode, kl, clip_low, clip_high, dual_clip, kl_coefficient, entropy_coefficient, z_loss},
       rows_per_chunk, drop_masked, grad_weight, /*replace=*/true);
   grad_weight =
       with_gradient ? grad_weight.to(weight.scalar_type()) : at::empty({0}, weight.options());
@@ -191,12 +182,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_token_loss_(
     const OptionalTensor& ref_logprobs, const OptionalTensor& token_weights,
     const Tensor& normalizer, const Tensor& temperature, int64_t vocab_size, c10::string_view mode,
     c10::string_view kl, double clip_low, double clip_high, double dual_clip, double kl_coefficient,
-    double entropy_coefficient, int64_t rows_per_chunk, bool drop_masked, Tensor& grad_weight) {
+    double entropy_coefficient, double z_loss, int64_t rows_per_chunk, bool drop_masked,
+    Tensor& grad_weight) {
   const Outputs out = run_chunks(
       hidden, weight,
       {targets, mask, advantages, old_logprobs, ref_logprobs, token_weights, normalizer,
        temperature},
-      vocab_size, {mode, kl, clip_low, clip_high, dual_clip, kl_coefficient, entropy_coefficient},
+      vocab_size,
+      {mode, kl, clip_low, clip_high, dual_clip, kl_coefficient, entropy_coefficient, z_loss},
       rows_per_chunk, drop_masked, grad_weight, /*replace=*/false);
   return {out.loss, out.logprobs, out.entropy, out.metrics, out.grad_hidden};
 }

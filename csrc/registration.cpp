@@ -20,25 +20,28 @@ TORCH_LIBRARY(megarlx, m) {
   m.def("philox(Tensor counters, Tensor key) -> Tensor");
   m.def("gumbel(Tensor bits) -> Tensor");
 
-  // token_loss. "fields" [tokens, kFields] and "partials" [kPartials, tokens] are those of
-  // math/token_loss.h; targets are global ids; columns whose global id is vocab_size or more are
-  // padding. Gradients are empty where none was asked for.
+  // token_loss. "partials" [kPartials, tokens] are those of math/token_loss.h; targets are global
+  // ids; columns whose global id is vocab_size or more are padding. Gradients are empty where none
+  // was asked for.
   const std::string tokens =
       "Tensor targets, Tensor? mask, Tensor? advantages, Tensor? old_logprobs, "
       "Tensor? ref_logprobs, Tensor? token_weights, Tensor normalizer, Tensor temperature, ";
   const std::string spec =
       "str objective, str kl, float clip_low, float clip_high, float dual_clip, "
-      "float kl_coefficient, float entropy_coefficient, ";
+      "float kl_coefficient, float entropy_coefficient, float z_loss, ";
   const std::string results = "(Tensor loss, Tensor logprobs, Tensor entropy, Tensor metrics, ";
   const auto define = [&m](const std::string& schema) { m.def(schema.c_str()); };
   define("token_loss(Tensor logits, " + tokens + "int vocab_size, " + spec +
          "bool with_gradient) -> " + results + "Tensor gradient)");
+  // The two halves, between which shards are combined and a loss in Python is called. The gradient
+  // replaces the logits where none is given; the by_… are the loss's derivatives, [tokens].
   define(
-      "token_loss_partials(Tensor logits, Tensor targets, Tensor? mask, Tensor temperature, "
-      "int vocab_start, int vocab_size) -> Tensor");
-  define("token_loss_finish(Tensor logits, Tensor partials, " + tokens +
-         "int vocab_start, int vocab_size, " + spec + "bool with_gradient) -> " + results +
-         "Tensor gradient)");
+      "token_loss_sums(Tensor logits, Tensor targets, Tensor? mask, Tensor temperature, "
+      "int vocab_start, int vocab_size) -> Tensor partials");
+  define(
+      "token_loss_gradient_(Tensor(a!) logits, Tensor partials, Tensor targets, Tensor? mask, "
+      "Tensor by_logprob, Tensor by_entropy, Tensor by_log_z, Tensor temperature, "
+      "int vocab_start, int vocab_size, Tensor(b!)? gradient=None) -> ()");
   define("linear_token_loss(Tensor hidden, Tensor weight, " + tokens + "int vocab_size, " + spec +
          "int rows_per_chunk, bool drop_masked, bool with_gradient) -> " + results +
          "Tensor grad_hidden, Tensor grad_weight)");
@@ -46,12 +49,6 @@ TORCH_LIBRARY(megarlx, m) {
   define("_linear_token_loss_(Tensor hidden, Tensor weight, " + tokens + "int vocab_size, " + spec +
          "int rows_per_chunk, bool drop_masked, Tensor(a!) grad_weight) -> " + results +
          "Tensor grad_hidden)");
-  // Private: one chunk of linear_token_loss. The gradient (null: none) may be the logits
-  // themselves where the dtypes agree; given partials are not computed again.
-  define("_token_loss_rows_(Tensor(a!) logits, Tensor? partials, " + tokens +
-         "int vocab_start, int vocab_size, " + spec +
-         "Tensor(b!)? gradient, Tensor(c!) logprobs, Tensor(d!) entropy, Tensor(e!) fields) -> ()");
-  define("_token_loss_sums(Tensor fields) -> (Tensor loss, Tensor metrics)");
   // Private: backward of the losses, and whether the graph it runs in is kept for another one.
   define("_scale_gradient_(Tensor(a!) gradient, Tensor factor) -> ()");
   define("_graph_is_kept() -> bool");

@@ -20,11 +20,6 @@
 namespace megarlx {
 namespace {
 
-struct SpecArguments {
-  c10::string_view mode, kl;
-  double clip_low, clip_high, dual_clip, kl_coefficient, entropy_coefficient;
-};
-
 LossSpec read_spec(const char* op, const SpecArguments& given) {
   LossSpec spec{};
   const c10::string_view mode = given.mode;
@@ -62,6 +57,9 @@ LossSpec read_spec(const char* op, const SpecArguments& given) {
   spec.dual_clip = given.dual_clip;
   spec.kl_coefficient = given.kl_coefficient;
   spec.entropy_coefficient = given.entropy_coefficient;
+  MEGARLX_CHECK(op, given.z_loss >= 0 && std::isfinite(given.z_loss), "z_loss", given.z_loss,
+                "a finite number >= 0");
+  spec.z_loss = given.z_loss;
   return spec;
 }
 
@@ -144,12 +142,7 @@ TokenLossArgs read_logits(const char* op, const Tensor& logits, const Tensor& ta
   return args;
 }
 
-struct TokenArguments {
-  const OptionalTensor &advantages, &old_logprobs, &ref_logprobs, &token_weights;
-  const Tensor& normalizer;
-};
-
-void read_tokens(const char* op, const Tensor& logits, const TokenArguments& given,
+void read_tokens(const char* op, const Tensor& logits, const TokenTensors& given,
                  const SpecArguments& spec, TokenLossArgs& args) {
   args.spec = read_spec(op, spec);
   const auto dtype = precision_of(logits);
@@ -171,18 +164,18 @@ void read_tokens(const char* op, const Tensor& logits, const TokenArguments& giv
   args.normalizer = given.normalizer.const_data_ptr();
 }
 
-void run(const char* op, const Tensor& logits, const TokenLossArgs& args, bool sums_are_given) {
+void run(const char* op, const Tensor& logits, const TokenLossArgs& args, LossStep step) {
   if (args.tokens == 0) return;
   if (logits.is_cpu()) {
     const auto kernel = cpu_kernels().token_loss;
     const int64_t grain = std::max<int64_t>(1, 16384 / args.columns);
     at::parallel_for(0, args.tokens, grain,
-                     [&](int64_t begin, int64_t end) { kernel(args, sums_are_given, begin, end); });
+                     [&](int64_t begin, int64_t end) { kernel(args, step, begin, end); });
     return;
   }
 #ifdef MEGARLX_CUDA
   const cuda::OnDevice device(logits.device());
-  cuda::token_loss(args, sums_are_given, device.stream());
+  cuda::token_loss(args, step, device.stream());
   device.check(op);
 #else
   MEGARLX_CHECK(op, false, "logits's device", logits.device(), "cpu (this build has no CUDA)");
@@ -233,70 +226,71 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_loss(
     const OptionalTensor& ref_logprobs, const OptionalTensor& token_weights,
     const Tensor& normalizer, const Tensor& temperature, int64_t vocab_size, c10::string_view mode,
     c10::string_view kl, double clip_low, double clip_high, double dual_clip, double kl_coefficient,
-    double entropy_coefficient, bool with_gradient) {
+    double entropy_coefficient, double z_loss, bool with_gradient) {
   const char* op = "token_loss";
   TokenLossArgs args = read_logits(op, logits, targets, mask, temperature, 0, vocab_size);
-  read_tokens(op, logits, {advantages, old_logprobs, ref_logprobs, token_weights, normalizer},
-              {mode, kl, clip_low, clip_high, dual_clip, kl_coefficient, entropy_coefficient},
-              args);
+  read_tokens(
+      op, logits,
+      {targets, mask, advantages, old_logprobs, ref_logprobs, token_weights, normalizer,
+       temperature},
+      {mode, kl, clip_low, clip_high, dual_clip, kl_coefficient, entropy_coefficient, z_loss},
+      args);
   MEGARLX_CHECK(op, vocab_size <= args.columns, "vocab_size", vocab_size,
                 "at most the columns of logits, " + std::to_string(args.columns));
   Results results = allocate(logits, args);
   Tensor gradient = allocate_gradient(logits, with_gradient, args);
-  run(op, logits, args, /*sums_are_given=*/false);
-  const auto [loss, metrics] = token_loss_sums(results.fields);
+  run(op, logits, args, LossStep::kWhole);
+  const auto [loss, metrics] = sum_fields(results.fields);
   return {loss, results.logprobs, results.entropy, metrics, gradient};
 }
 
-Tensor token_loss_partials(const Tensor& logits, const Tensor& targets, const OptionalTensor& mask,
-                           const Tensor& temperature, int64_t vocab_start, int64_t vocab_size) {
-  const char* op = "token_loss_partials";
+Tensor token_loss_sums(const Tensor& logits, const Tensor& targets, const OptionalTensor& mask,
+                       const Tensor& temperature, int64_t vocab_start, int64_t vocab_size) {
+  const char* op = "token_loss_sums";
   TokenLossArgs args = read_logits(op, logits, targets, mask, temperature, vocab_start, vocab_size);
   Tensor partials =
       at::empty({kPartials, args.tokens}, logits.options().dtype(precision_of(logits)));
   args.partials = partials.mutable_data_ptr();
-  if (args.tokens == 0) return partials;
-  if (logits.is_cpu()) {
-    const auto kernel = cpu_kernels().token_loss_partials;
-    const int64_t grain = std::max<int64_t>(1, 16384 / args.columns);
-    at::parallel_for(0, args.tokens, grain,
-                     [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-    return partials;
-  }
-#ifdef MEGARLX_CUDA
-  const cuda::OnDevice device(logits.device());
-  cuda::token_loss_partials(args, device.stream());
-  device.check(op);
-#else
-  MEGARLX_CHECK(op, false, "logits's device", logits.device(), "cpu (this build has no CUDA)");
-#endif
+  run(op, logits, args, LossStep::kSums);
   return partials;
 }
 
-void read_partials(const char* op, const Tensor& logits, const Tensor& partials,
+// Where the gradient goes: a matrix like the logits, or the logits themselves.
+void read_gradient(const char* op, const Tensor& logits, const Tensor& gradient,
                    TokenLossArgs& args) {
-  check_tensor(op, "partials", partials, precision_of(logits), {kPartials, args.tokens}, logits);
-  args.partials = const_cast<void*>(partials.const_data_ptr());  // only read
+  check_logits(op, "gradient", gradient);
+  MEGARLX_CHECK(op, gradient.sizes() == logits.sizes(), "gradient's shape", gradient.sizes(),
+                logits.sizes());
+  MEGARLX_CHECK(op, gradient.device() == logits.device(), "gradient's device", gradient.device(),
+                logits.device());
+  args.gradient_dtype = read_dtype(op, "gradient", gradient);
+  const bool narrows = args.logits_dtype == Dtype::kFloat32 &&
+                       args.gradient_dtype == Dtype::kBFloat16 && logits.is_cuda();
+  MEGARLX_CHECK(op, args.gradient_dtype == args.logits_dtype || narrows, "gradient's dtype",
+                gradient.scalar_type(),
+                "the dtype of logits, or on CUDA bfloat16 beside float32 logits");
+  args.gradient = gradient.mutable_data_ptr();
+  args.gradient_stride = gradient.stride(0);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_loss_finish(
-    const Tensor& logits, const Tensor& partials, const Tensor& targets, const OptionalTensor& mask,
-    const OptionalTensor& advantages, const OptionalTensor& old_logprobs,
-    const OptionalTensor& ref_logprobs, const OptionalTensor& token_weights,
-    const Tensor& normalizer, const Tensor& temperature, int64_t vocab_start, int64_t vocab_size,
-    c10::string_view mode, c10::string_view kl, double clip_low, double clip_high, double dual_clip,
-    double kl_coefficient, double entropy_coefficient, bool with_gradient) {
-  const char* op = "token_loss_finish";
+void token_loss_gradient_(const Tensor& logits, const Tensor& partials, const Tensor& targets,
+                          const OptionalTensor& mask, const Tensor& by_logprob,
+                          const Tensor& by_entropy, const Tensor& by_log_z,
+                          const Tensor& temperature, int64_t vocab_start, int64_t vocab_size,
+                          const OptionalTensor& gradient) {
+  const char* op = "token_loss_gradient_";
   TokenLossArgs args = read_logits(op, logits, targets, mask, temperature, vocab_start, vocab_size);
-  read_tokens(op, logits, {advantages, old_logprobs, ref_logprobs, token_weights, normalizer},
-              {mode, kl, clip_low, clip_high, dual_clip, kl_coefficient, entropy_coefficient},
-              args);
-  read_partials(op, logits, partials, args);
-  Results results = allocate(logits, args);
-  Tensor gradient = allocate_gradient(logits, with_gradient, args);
-  run(op, logits, args, /*sums_are_given=*/true);
-  const auto [loss, metrics] = token_loss_sums(results.fields);
-  return {loss, results.logprobs, results.entropy, metrics, gradient};
+  const auto read = [&](const char* argument, const Tensor& tensor) {
+    check_tensor(op, argument, tensor, precision_of(logits), {args.tokens}, logits);
+    return tensor.const_data_ptr();
+  };
+  check_tensor(op, "partials", partials, precision_of(logits), {kPartials, args.tokens}, logits);
+  args.partials = const_cast<void*>(partials.const_data_ptr());  // only read
+  args.by_logprob = read("by_logprob", by_logprob);
+  args.by_entropy = read("by_entropy", by_entropy);
+  args.by_log_z = read("by_log_z", by_log_z);
+  read_gradient(op, logits, gradient.has_value() ? *gradient : logits, args);
+  run(op, logits, args, LossStep::kGradient);
 }
 
 template <typename T>
@@ -312,14 +306,8 @@ void add_fields(const Tensor& fields, double (&sums)[kFields], double& largest_r
 }  // namespace
 
 // In fp64, so that the number of tokens does not limit what a sum can resolve.
-std::tuple<Tensor, Tensor> token_loss_sums(const Tensor& fields) {
-  MEGARLX_CHECK("_token_loss_sums", fields.dim() == 2 && fields.size(1) == kFields,
-                "fields's shape", fields.sizes(), "[tokens, 8]");
+std::tuple<Tensor, Tensor> sum_fields(const Tensor& fields) {
   const auto dtype = fields.scalar_type();
-  MEGARLX_CHECK("_token_loss_sums", dtype == at::kFloat || dtype == at::kDouble, "fields's dtype",
-                dtype, "float32, float64");
-  MEGARLX_CHECK("_token_loss_sums", fields.is_contiguous(), "fields's strides", fields.strides(),
-                "contiguous");
   if (fields.size(0) == 0) {
     return {at::zeros({}, fields.options()), at::zeros({kFields}, fields.options())};
   }
@@ -341,36 +329,14 @@ std::tuple<Tensor, Tensor> token_loss_sums(const Tensor& fields) {
   return {sums.select(0, kLoss).clone(), at::cat({sums.slice(0, kTokens), largest_ratio})};
 }
 
-void token_loss_rows_(Tensor& logits, const OptionalTensor& partials, const Tensor& targets,
-                      const OptionalTensor& mask, const OptionalTensor& advantages,
-                      const OptionalTensor& old_logprobs, const OptionalTensor& ref_logprobs,
-                      const OptionalTensor& token_weights, const Tensor& normalizer,
-                      const Tensor& temperature, int64_t vocab_start, int64_t vocab_size,
-                      c10::string_view mode, c10::string_view kl, double clip_low, double clip_high,
-                      double dual_clip, double kl_coefficient, double entropy_coefficient,
-                      const OptionalTensor& gradient, Tensor& logprobs, Tensor& entropy,
-                      Tensor& fields) {
-  const char* op = "_token_loss_rows_";
-  TokenLossArgs args = read_logits(op, logits, targets, mask, temperature, vocab_start, vocab_size);
-  read_tokens(op, logits, {advantages, old_logprobs, ref_logprobs, token_weights, normalizer},
-              {mode, kl, clip_low, clip_high, dual_clip, kl_coefficient, entropy_coefficient},
-              args);
-  if (partials.has_value()) read_partials(op, logits, *partials, args);
-  if (gradient.has_value()) {
-    check_logits(op, "gradient", *gradient);
-    MEGARLX_CHECK(op, gradient->sizes() == logits.sizes(), "gradient's shape", gradient->sizes(),
-                  logits.sizes());
-    MEGARLX_CHECK(op, gradient->device() == logits.device(), "gradient's device",
-                  gradient->device(), logits.device());
-    args.gradient_dtype = read_dtype(op, "gradient", *gradient);
-    const bool narrows = args.logits_dtype == Dtype::kFloat32 &&
-                         args.gradient_dtype == Dtype::kBFloat16 && logits.is_cuda();
-    MEGARLX_CHECK(op, args.gradient_dtype == args.logits_dtype || narrows, "gradient's dtype",
-                  gradient->scalar_type(),
-                  "the dtype of logits, or on CUDA bfloat16 beside float32 logits");
-    args.gradient = gradient->mutable_data_ptr();
-    args.gradient_stride = gradient->stride(0);
-  }
+void token_loss_chunk(const Tensor& logits, const TokenTensors& tokens, int64_t vocab_size,
+                      const SpecArguments& spec, const OptionalTensor& gradient, Tensor& logprobs,
+                      Tensor& entropy, Tensor& fields) {
+  const char* op = "linear_token_loss";
+  TokenLossArgs args =
+      read_logits(op, logits, tokens.targets, tokens.mask, tokens.temperature, 0, vocab_size);
+  read_tokens(op, logits, tokens, spec, args);
+  if (gradient.has_value()) read_gradient(op, logits, *gradient, args);
   const auto dtype = precision_of(logits);
   check_tensor(op, "logprobs", logprobs, dtype, {args.tokens}, logits);
   check_tensor(op, "entropy", entropy, dtype, {args.tokens}, logits);
@@ -378,17 +344,15 @@ void token_loss_rows_(Tensor& logits, const OptionalTensor& partials, const Tens
   args.logprobs = logprobs.mutable_data_ptr();
   args.entropy = entropy.mutable_data_ptr();
   args.fields = fields.mutable_data_ptr();
-  run(op, logits, args, partials.has_value());
+  run(op, logits, args, LossStep::kWhole);
 }
 
 namespace {
 
 void register_ops(torch::Library& m) {
   m.impl("token_loss", token_loss);
-  m.impl("token_loss_partials", token_loss_partials);
-  m.impl("token_loss_finish", token_loss_finish);
-  m.impl("_token_loss_rows_", token_loss_rows_);
-  m.impl("_token_loss_sums", token_loss_sums);
+  m.impl("token_loss_sums", token_loss_sums);
+  m.impl("token_loss_gradient_", token_loss_gradient_);
 }
 
 TORCH_LIBRARY_IMPL(megarlx, CPU, m) { register_ops(m); }

@@ -15,17 +15,24 @@ inline at::ScalarType precision_of(const Tensor& inputs) {
   return inputs.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-void token_loss_rows_(Tensor& logits, const OptionalTensor& partials, const Tensor& targets,
-                      const OptionalTensor& mask, const OptionalTensor& advantages,
-                      const OptionalTensor& old_logprobs, const OptionalTensor& ref_logprobs,
-                      const OptionalTensor& token_weights, const Tensor& normalizer,
-                      const Tensor& temperature, int64_t vocab_start, int64_t vocab_size,
-                      c10::string_view mode, c10::string_view kl, double clip_low, double clip_high,
-                      double dual_clip, double kl_coefficient, double entropy_coefficient,
-                      const OptionalTensor& gradient, Tensor& logprobs, Tensor& entropy,
-                      Tensor& fields);
+// As the ops' schemas have them.
+struct SpecArguments {
+  c10::string_view mode, kl;
+  double clip_low, clip_high, dual_clip, kl_coefficient, entropy_coefficient, z_loss;
+};
+
+struct TokenTensors {
+  Tensor targets;
+  OptionalTensor mask, advantages, old_logprobs, ref_logprobs, token_weights;
+  Tensor normalizer, temperature;
+};
+
+// Fills log-probs, entropy and fields of a chunk's rows; the gradient may be the logits themselves.
+void token_loss_chunk(const Tensor& logits, const TokenTensors& tokens, int64_t vocab_size,
+                      const SpecArguments& spec, const OptionalTensor& gradient, Tensor& logprobs,
+                      Tensor& entropy, Tensor& fields);
 
 // (loss, metrics) of fields [tokens, kFields].
-std::tuple<Tensor, Tensor> token_loss_sums(const Tensor& fields);
+std::tuple<Tensor, Tensor> sum_fields(const Tensor& fields);
 
 }  // namespace megarlx

@@ -51,9 +51,34 @@ KINDS: dict[str, Kind] = {
             "gymnasium": "megarlx.objectives.environments.gymnasium:TextGym",
         },
     ),
-    "loss": Kind("module:function", {}),
-    "advantage": Kind("module:function", {}),
-    "aggregation": Kind("module:function", {}),
+    "loss": Kind(
+        "module:function",
+        {
+            "reinforce": "megarlx.objectives.losses:reinforce",
+            "ppo_clip": "megarlx.objectives.losses:ppo_clip",
+            "cispo": "megarlx.objectives.losses:cispo",
+            "gspo": "megarlx.objectives.losses:gspo",
+            "sapo": "megarlx.objectives.losses:sapo",
+        },
+    ),
+    "advantage": Kind(
+        "module:function",
+        {
+            "grpo": "megarlx.objectives.advantages:grpo",
+            "dr_grpo": "megarlx.objectives.advantages:dr_grpo",
+            "rloo": "megarlx.objectives.advantages:rloo",
+            "gigpo": "megarlx.objectives.advantages:gigpo",
+        },
+    ),
+    "aggregation": Kind(
+        "module:function",
+        {
+            "token_mean": "megarlx.objectives.aggregations:token_mean",
+            "sequence_mean": "megarlx.objectives.aggregations:sequence_mean",
+            "sequence_sum": "megarlx.objectives.aggregations:sequence_sum",
+            "sequence_sum_fixed": "megarlx.objectives.aggregations:sequence_sum_fixed",
+        },
+    ),
     "update rule": Kind(
         "module:Class",
         {
@@ -70,7 +95,13 @@ KINDS: dict[str, Kind] = {
         },
     ),
     "objective": Kind("module:Class", {}),
-    "family": Kind("module:name", {}),
+    "family": Kind(
+        "module:name",
+        {
+            name: f"megarlx.config.families:{name.upper()}"
+            for name in ("olmo2", "llama3", "qwen2", "qwen3", "gemma2", "gemma3")
+        },
+    ),
     "data maker": Kind(
         "module:Class",
         {

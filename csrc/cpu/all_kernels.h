@@ -22,7 +22,6 @@ extern "C" const megarlx::cpu::Kernels* megarlx_cpu_kernels() {
       megarlx::cpu::sample_combine,
       // token_loss
       megarlx::cpu::token_loss,
-      megarlx::cpu::token_loss_partials,
       // averaging
       megarlx::cpu::average_adamw,
       megarlx::cpu::replica_average_pack,

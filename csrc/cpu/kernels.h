@@ -15,7 +15,7 @@
 namespace megarlx::cpu {
 
 // Changes whenever a signature below does, so that a stale shared object is refused by name.
-constexpr std::int64_t kKernelsVersion = 5;
+constexpr std::int64_t kKernelsVersion = 6;
 
 struct Kernels {
   std::int64_t version;
@@ -25,9 +25,8 @@ struct Kernels {
   void (*sample_combine)(const sampling::SampleArgs&, const sampling::Partial*,
                          std::int64_t shards);
   // token_loss
-  void (*token_loss)(const TokenLossArgs& args, bool sums_are_given, std::int64_t begin,
+  void (*token_loss)(const TokenLossArgs& args, LossStep step, std::int64_t begin,
                      std::int64_t end);
-  void (*token_loss_partials)(const TokenLossArgs& args, std::int64_t begin, std::int64_t end);
   // averaging
   void (*average_adamw)(const AdamWArgs&, const AdamWCoefficients<double>*, std::int64_t begin,
                         std::int64_t end);

@@ -91,9 +91,9 @@ RowSums<T> row_sums(const Logit* row, std::int64_t valid, T inverse_temperature)
   return sums;
 }
 
-template <typename T, typename Logit, typename Gradient>
-void write_gradient(const Logit* row, Gradient* gradient, std::int64_t valid, std::int64_t columns,
-                    T inverse_temperature, T maximum, const TokenTerms<T>& terms) {
+template <typename T, typename Logit>
+void write_gradient(const Logit* row, Logit* gradient, std::int64_t valid, std::int64_t columns,
+                    T inverse_temperature, T maximum, const GradientTerms<T>& terms) {
   using Vec = at::vec::Vectorized<T>;
   const Vec scale(inverse_temperature), top(maximum), lowest{T(kLowestExponent)};
   const Vec flat(-terms.flat), slope(-terms.slope);
@@ -103,7 +103,7 @@ void write_gradient(const Logit* row, Gradient* gradient, std::int64_t valid, st
     const std::int64_t n = std::min(kLossBlock, valid - i);
     const T* block = read_block(row, i, n, buffer);
     T* out;
-    if constexpr (std::is_same_v<T, Gradient>) {
+    if constexpr (std::is_same_v<T, Logit>) {
       out = gradient + i;
     } else {
       out = results;
@@ -117,87 +117,120 @@ void write_gradient(const Logit* row, Gradient* gradient, std::int64_t valid, st
         value.store(out + j, static_cast<int>(lanes));
       }
     });
-    if constexpr (!std::is_same_v<T, Gradient>) at::vec::convert(results, gradient + i, n);
+    if constexpr (!std::is_same_v<T, Logit>) at::vec::convert(results, gradient + i, n);
   }
-  std::fill(gradient + valid, gradient + columns, Gradient(T(0)));
+  std::fill(gradient + valid, gradient + columns, Logit(T(0)));
 }
 
-template <typename T, typename Logit, typename Gradient>
-void token_loss_rows(const TokenLossArgs& args, bool sums_are_given, std::int64_t begin,
-                     std::int64_t end) {
-  const auto* logits = static_cast<const Logit*>(args.logits);
-  auto* gradient = static_cast<Gradient*>(args.gradient);
+// What the walks over rows share.
+template <typename T, typename Logit>
+struct LossRows {
+  const TokenLossArgs& args;
   const std::int64_t valid = valid_columns(args);
   const T inverse_temperature = T(1) / number<T>(args.temperature, 0);
+
+  const Logit* logits(std::int64_t token) const {
+    return static_cast<const Logit*>(args.logits) + token * args.logits_stride;
+  }
+
+  Logit* gradient(std::int64_t token) const {
+    auto* gradient = static_cast<Logit*>(args.gradient);
+    return gradient == nullptr ? nullptr : gradient + token * args.gradient_stride;
+  }
+
+  bool owns_target(std::int64_t token) const {
+    const std::int64_t column = args.targets[token] - args.vocab_start;
+    return column >= 0 && column < valid;
+  }
+
+  T target_logit(std::int64_t token) const {
+    const std::int64_t column = args.targets[token] - args.vocab_start;
+    return owns_target(token) ? T(logits(token)[column]) * inverse_temperature : T(0);
+  }
+
+  RowSums<T> sums(std::int64_t token) const {
+    RowSums<T> sums = row_sums<T>(logits(token), valid, inverse_temperature);
+    sums.target = target_logit(token);
+    return sums;
+  }
+
+  // The gradient may be the logits themselves.
+  void write(std::int64_t token, T maximum, const GradientTerms<T>& terms) const {
+    Logit* out = gradient(token);
+    const T z_target = target_logit(token);
+    write_gradient<T>(logits(token), out, valid, args.columns, inverse_temperature, maximum, terms);
+    if (!owns_target(token)) return;
+    // Added before rounding to the gradient's own type: p near 1 would cancel badly.
+    const T gap = std::max(z_target - maximum, T(kLowestExponent));
+    out[args.targets[token] - args.vocab_start] =
+        Logit(terms.at_target - std::exp(gap) * (terms.flat + terms.slope * gap));
+  }
+
+  void write_zeros(std::int64_t token) const {
+    std::fill_n(gradient(token), args.columns, Logit(T(0)));
+  }
+};
+
+template <typename T, typename Logit>
+void whole_loss(const TokenLossArgs& args, std::int64_t begin, std::int64_t end) {
+  const LossRows<T, Logit> rows{args};
+  const bool with_gradient = args.gradient != nullptr;
   for (std::int64_t token = begin; token < end; ++token) {
-    const Logit* row = logits + token * args.logits_stride;
-    Gradient* out = gradient == nullptr ? nullptr : gradient + token * args.gradient_stride;
     if (is_masked(args, token)) {
       store_terms(args, token, no_terms<T>());
-      if (out != nullptr) std::fill_n(out, args.columns, Gradient(T(0)));
+      if (with_gradient) rows.write_zeros(token);
       continue;
     }
-    const std::int64_t column = args.targets[token] - args.vocab_start;
-    const bool owned = column >= 0 && column < valid;
-    RowSums<T> sums;
-    if (sums_are_given) {
-      sums = stored_sums<T>(args, token);
-    } else {
-      sums = row_sums<T>(row, valid, inverse_temperature);
-      if (owned) sums.target = T(row[column]) * inverse_temperature;
-    }
+    const RowSums<T> sums = rows.sums(token);
     const TokenTerms<T> terms = terms_of_token(args, token, sums);
     store_terms(args, token, terms);
-    if (out == nullptr) continue;
-    const T z_target = owned ? T(row[column]) * inverse_temperature : T(0);
-    write_gradient<T>(row, out, valid, args.columns, inverse_temperature, sums.maximum, terms);
-    if (owned) {
-      // Added before rounding to the gradient's own type: p near 1 would cancel badly.
-      const T gap = std::max(z_target - sums.maximum, T(kLowestExponent));
-      out[column] = Gradient(terms.at_target - std::exp(gap) * (terms.flat + terms.slope * gap));
-    }
+    if (with_gradient) rows.write(token, sums.maximum, terms.gradient);
   }
 }
 
 template <typename T, typename Logit>
-void token_loss_partial_rows(const TokenLossArgs& args, std::int64_t begin, std::int64_t end) {
-  const auto* logits = static_cast<const Logit*>(args.logits);
-  const std::int64_t valid = valid_columns(args);
-  const T inverse_temperature = T(1) / number<T>(args.temperature, 0);
+void only_sums(const TokenLossArgs& args, std::int64_t begin, std::int64_t end) {
+  const LossRows<T, Logit> rows{args};
   for (std::int64_t token = begin; token < end; ++token) {
-    const Logit* row = logits + token * args.logits_stride;
-    RowSums<T> sums{T(0), T(0), T(0), T(0)};
-    if (!is_masked(args, token)) {
-      sums = row_sums<T>(row, valid, inverse_temperature);
-      const std::int64_t column = args.targets[token] - args.vocab_start;
-      if (column >= 0 && column < valid) sums.target = T(row[column]) * inverse_temperature;
+    const RowSums<T> none{T(0), T(0), T(0), T(0)};
+    store_sums(args, token, is_masked(args, token) ? none : rows.sums(token));
+  }
+}
+
+template <typename T, typename Logit>
+void only_gradient(const TokenLossArgs& args, std::int64_t begin, std::int64_t end) {
+  const LossRows<T, Logit> rows{args};
+  for (std::int64_t token = begin; token < end; ++token) {
+    if (is_masked(args, token)) {
+      rows.write_zeros(token);
+      continue;
     }
-    store_sums(args, token, sums);
+    const RowSums<T> sums = stored_sums<T>(args, token);
+    rows.write(token, sums.maximum, given_terms(args, token, sums));
   }
 }
 
-// Sums, terms and gradient of rows [begin, end); with `sums_are_given` the sums are read from
-// args.partials. `gradient` has the dtype of the logits.
-void token_loss(const TokenLossArgs& args, bool sums_are_given, std::int64_t begin,
-                std::int64_t end) {
+// Rows [begin, end). The gradient has the dtype of the logits.
+void token_loss(const TokenLossArgs& args, LossStep step, std::int64_t begin, std::int64_t end) {
+  const auto run = [&](auto precision, auto logit) {
+    using T = decltype(precision);
+    using Logit = decltype(logit);
+    switch (step) {
+      case LossStep::kWhole:
+        return whole_loss<T, Logit>(args, begin, end);
+      case LossStep::kSums:
+        return only_sums<T, Logit>(args, begin, end);
+      case LossStep::kGradient:
+        return only_gradient<T, Logit>(args, begin, end);
+    }
+  };
   switch (args.logits_dtype) {
     case Dtype::kFloat32:
-      return token_loss_rows<float, float, float>(args, sums_are_given, begin, end);
+      return run(float(), float());
     case Dtype::kFloat64:
-      return token_loss_rows<double, double, double>(args, sums_are_given, begin, end);
+      return run(double(), double());
     case Dtype::kBFloat16:
-      return token_loss_rows<float, c10::BFloat16, c10::BFloat16>(args, sums_are_given, begin, end);
-  }
-}
-
-void token_loss_partials(const TokenLossArgs& args, std::int64_t begin, std::int64_t end) {
-  switch (args.logits_dtype) {
-    case Dtype::kFloat32:
-      return token_loss_partial_rows<float, float>(args, begin, end);
-    case Dtype::kFloat64:
-      return token_loss_partial_rows<double, double>(args, begin, end);
-    case Dtype::kBFloat16:
-      return token_loss_partial_rows<float, c10::BFloat16>(args, begin, end);
+      return run(float(), c10::BFloat16());
   }
 }
 

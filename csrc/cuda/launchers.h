@@ -18,8 +18,7 @@ void sample_combine(const sampling::SampleArgs& args, const sampling::Partial* p
                     std::int64_t shards, cudaStream_t stream);
 
 // token_loss
-void token_loss(const TokenLossArgs& args, bool sums_are_given, cudaStream_t stream);
-void token_loss_partials(const TokenLossArgs& args, cudaStream_t stream);
+void token_loss(const TokenLossArgs& args, LossStep step, cudaStream_t stream);
 // gradient *= factor, which lies on the device: fp64 for an fp64 gradient, else fp32.
 void scale_gradient(void* gradient, Dtype dtype, std::int64_t count, const void* factor,
                     cudaStream_t stream);

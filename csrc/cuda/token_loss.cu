@@ -163,7 +163,7 @@ __device__ RowSums<T> block_sums(const Logit* row, int valid, T scale, Logit* ca
 
 template <typename T, typename Logit, typename Gradient, int Width>
 __device__ void write_gradient(const Logit* row, Gradient* out, int valid, int columns, T scale,
-                               T maximum, const TokenTerms<T>& terms, int target_column,
+                               T maximum, const GradientTerms<T>& terms, int target_column,
                                const Logit* cache, int cached) {
   using E = Exponential<T>;
   using P = Pack<Logit, Width>;
@@ -202,16 +202,14 @@ __device__ void write_gradient(const Logit* row, Gradient* out, int valid, int c
   for (int i = valid + threadIdx.x; i < columns; i += kThreads) out[i] = narrow<Gradient>(T(0));
 }
 
-enum class Stage { kPartials, kWhole, kFinish };
-
-template <typename T, typename Logit, typename Gradient, int Width, Stage stage>
+template <typename T, typename Logit, typename Gradient, int Width, LossStep step>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
     token_loss_kernel(TokenLossArgs args, int cached) {
   extern __shared__ __align__(16) unsigned char shared[];
   Logit* cache = reinterpret_cast<Logit*>(shared);
   const std::int64_t token = blockIdx.x;
   const Logit* row = static_cast<const Logit*>(args.logits) + token * args.logits_stride;
-  Gradient* out = args.gradient == nullptr || stage == Stage::kPartials
+  Gradient* out = args.gradient == nullptr || step == LossStep::kSums
                       ? nullptr
                       : static_cast<Gradient*>(args.gradient) + token * args.gradient_stride;
   const int valid = static_cast<int>(valid_columns(args));
@@ -219,9 +217,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
 
   if (is_masked(args, token)) {  // the same for the whole block
     if (threadIdx.x == 0) {
-      if constexpr (stage == Stage::kPartials) {
+      if constexpr (step == LossStep::kSums) {
         store_sums(args, token, RowSums<T>{T(0), T(0), T(0), T(0)});
-      } else {
+      } else if constexpr (step == LossStep::kWhole) {
         store_terms(args, token, no_terms<T>());
       }
     }
@@ -240,35 +238,40 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
   // so that it is never above it.
   const T target =
       owned ? Exponential<T>::in_logarithms(widen(row[column]) * scale_in_units) : T(0);
-  if constexpr (stage == Stage::kFinish) {
+  if constexpr (step == LossStep::kGradient) {
     sums = stored_sums<T>(args, token);
   } else {
     sums = block_sums<T, Logit, Width>(row, valid, scale_in_units, cache, cached);
-    sums.target = target;
+    sums.target = is_outside(args, token) ? T(NAN) : target;
   }
-  if constexpr (stage == Stage::kPartials) {
+  if constexpr (step == LossStep::kSums) {
     if (threadIdx.x == 0) store_sums(args, token, sums);
     return;
   }
 
-  __shared__ TokenTerms<T> terms;
+  __shared__ GradientTerms<T> terms;
   if (threadIdx.x == 0) {
-    terms = terms_of_token(args, token, sums);
-    store_terms(args, token, terms);
+    if constexpr (step == LossStep::kGradient) {
+      terms = given_terms(args, token, sums);
+    } else {
+      const TokenTerms<T> of_token = terms_of_token(args, token, sums);
+      store_terms(args, token, of_token);
+      terms = of_token.gradient;
+    }
   }
   __syncthreads();
   if (out == nullptr) return;
-  const int here = stage == Stage::kFinish ? 0 : cached;
+  const int here = step == LossStep::kGradient ? 0 : cached;
   write_gradient<T, Logit, Gradient, Width>(row, out, valid, columns, scale_in_units, sums.maximum,
                                             terms, owned ? int(column) : -1, cache, here);
 }
 
-template <typename T, typename Logit, typename Gradient, int Width, Stage stage>
+template <typename T, typename Logit, typename Gradient, int Width, LossStep step>
 void launch_width(const TokenLossArgs& args, cudaStream_t stream) {
-  const auto kernel = token_loss_kernel<T, Logit, Gradient, Width, stage>;
+  const auto kernel = token_loss_kernel<T, Logit, Gradient, Width, step>;
   int cached = 0;
   std::size_t bytes = 0;
-  if (stage == Stage::kWhole && args.gradient != nullptr) {
+  if (step == LossStep::kWhole && args.gradient != nullptr) {
     const std::int64_t fit = kCacheBytes / sizeof(Logit);
     cached = static_cast<int>(args.columns < fit ? args.columns : fit);
     bytes = (cached * sizeof(Logit) + 15) / 16 * 16;
@@ -286,7 +289,7 @@ void launch_width(const TokenLossArgs& args, cudaStream_t stream) {
   kernel<<<static_cast<unsigned>(args.tokens), kThreads, bytes, stream>>>(args, cached);
 }
 
-template <typename T, typename Logit, typename Gradient, Stage stage>
+template <typename T, typename Logit, typename Gradient, LossStep step>
 void launch_as(const TokenLossArgs& args, cudaStream_t stream) {
   // Sixteen bytes at a time where every row starts on such an edge, else one element.
   constexpr int kWide = 16 / sizeof(Logit);
@@ -297,43 +300,42 @@ void launch_as(const TokenLossArgs& args, cudaStream_t stream) {
       aligned(args.logits, args.logits_stride, sizeof(Logit)) &&
       (args.gradient == nullptr || aligned(args.gradient, args.gradient_stride, sizeof(Gradient)));
   if (wide) {
-    launch_width<T, Logit, Gradient, kWide, stage>(args, stream);
+    launch_width<T, Logit, Gradient, kWide, step>(args, stream);
   } else {
-    launch_width<T, Logit, Gradient, 1, stage>(args, stream);
+    launch_width<T, Logit, Gradient, 1, step>(args, stream);
   }
 }
 
-template <Stage stage>
-void launch_stage(const TokenLossArgs& args, cudaStream_t stream) {
+template <LossStep step>
+void launch_step(const TokenLossArgs& args, cudaStream_t stream) {
   if (args.tokens == 0) return;
   const bool narrows = args.gradient != nullptr && args.gradient_dtype == Dtype::kBFloat16;
   switch (args.logits_dtype) {
     case Dtype::kFloat32:
       if (narrows) {
-        launch_as<float, float, __nv_bfloat16, stage>(args, stream);
+        launch_as<float, float, __nv_bfloat16, step>(args, stream);
       } else {
-        launch_as<float, float, float, stage>(args, stream);
+        launch_as<float, float, float, step>(args, stream);
       }
       return;
     case Dtype::kFloat64:
-      return launch_as<double, double, double, stage>(args, stream);
+      return launch_as<double, double, double, step>(args, stream);
     case Dtype::kBFloat16:
-      return launch_as<float, __nv_bfloat16, __nv_bfloat16, stage>(args, stream);
+      return launch_as<float, __nv_bfloat16, __nv_bfloat16, step>(args, stream);
   }
 }
 
 }  // namespace
 
-void token_loss(const TokenLossArgs& args, bool sums_are_given, cudaStream_t stream) {
-  if (sums_are_given) {
-    launch_stage<Stage::kFinish>(args, stream);
-  } else {
-    launch_stage<Stage::kWhole>(args, stream);
+void token_loss(const TokenLossArgs& args, LossStep step, cudaStream_t stream) {
+  switch (step) {
+    case LossStep::kWhole:
+      return launch_step<LossStep::kWhole>(args, stream);
+    case LossStep::kSums:
+      return launch_step<LossStep::kSums>(args, stream);
+    case LossStep::kGradient:
+      return launch_step<LossStep::kGradient>(args, stream);
   }
-}
-
-void token_loss_partials(const TokenLossArgs& args, cudaStream_t stream) {
-  launch_stage<Stage::kPartials>(args, stream);
 }
 
 }  // namespace megarlx::cuda

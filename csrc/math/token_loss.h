@@ -1,7 +1,9 @@
 // The token loss: its arguments, and every formula of one token. A row of logits z = logits /
-// temperature is reduced to four sums (RowSums); those and the token's own inputs give the loss,
-// the metrics and two coefficients (token_terms), and with them each logit's gradient is
+// temperature is reduced to four sums (RowSums). They and the token's own inputs give its loss and
+// metrics, and the loss's derivatives by log-prob, entropy and log sum exp(z) (token_terms). With
+// those (GradientTerms) each logit's gradient is
 //   -exp(z - maximum) * (flat + slope * (z - maximum)), plus `at_target` at the target.
+// A loss that is a function in Python (megarlx/ops/policy_loss.py) brings the derivatives along.
 #pragma once
 #include <cmath>
 
@@ -18,15 +20,20 @@ struct LossSpec {
   double clip_low, clip_high;
   double dual_clip;  // 0: none
   double kl_coefficient, entropy_coefficient;
+  double z_loss;  // times the square of log sum exp(z)
 };
 
-// Columns of the `fields` tensor [tokens, kFields]. Their sums over tokens are the loss and, in
+// Columns of the table of fields [tokens, kFields]. Their sums over tokens are the loss and, in
 // this order, the metrics; the largest ratio is one metric more, at the end.
 enum Field { kLoss, kTokens, kClipped, kKl, kOldKl, kRatio, kNll, kEntropy, kFields };
 
 // Rows of the `partials` tensor [kPartials, tokens]: over vocabulary shards the first combines by
 // maximum; the others by sum, after the two exponential sums were moved to the common maximum.
 enum LossPartial { kMaximum, kExpSum, kExpZSum, kTarget, kPartials };
+
+// What is done with rows of logits: all of it, or one half of it where shards, or a function in
+// Python, stand between the sums and the gradient.
+enum class LossStep { kWhole, kSums, kGradient };
 
 template <typename T>
 struct RowSums {
@@ -53,7 +60,8 @@ struct TokenLossArgs {
   const bool* mask;                      // [tokens] or null (all true)
   const void *advantages, *old_logprobs, *ref_logprobs, *token_weights;  // [tokens] or null
   const void *normalizer, *temperature;                                  // one number each
-  void* partials;  // [kPartials, tokens] or null
+  const void *by_logprob, *by_entropy, *by_log_z;  // [tokens], derivatives of the loss
+  void* partials;                                  // [kPartials, tokens] or null
   void *logprobs, *entropy, *fields;
   LossSpec spec;
 };
@@ -64,10 +72,15 @@ MEGARLX_HD std::int64_t valid_columns(const TokenLossArgs& args) {
 }
 
 template <typename T>
+struct GradientTerms {
+  T flat, slope, at_target;
+};
+
+template <typename T>
 struct TokenTerms {
   T logprob, entropy;
   T fields[kFields];
-  T flat, slope, at_target;  // of the gradient of the logits
+  GradientTerms<T> gradient;
 };
 
 // What the token's own inputs are; the missing ones hold the values below.
@@ -85,6 +98,20 @@ MEGARLX_HD T limited_exp(T log_ratio) {
   const T most = T(kLargestLogRatio);
   // Comparisons, not min and max: a NaN passes through.
   return std::exp(log_ratio > most ? most : (log_ratio < -most ? -most : log_ratio));
+}
+
+// d logprob / dz = [target] - p, dH / dz = -p (log p + H) and d log sum exp(z) / dz = p, where
+// p = exp(z - maximum) / exp_sum.
+template <typename T>
+MEGARLX_HD GradientTerms<T> gradient_terms(const RowSums<T>& row, T temperature, T by_logprob,
+                                           T by_entropy, T by_log_z) {
+  by_logprob /= temperature;
+  by_entropy /= temperature;
+  by_log_z /= temperature;
+  const T log_sum = std::log(row.exp_sum);
+  const T entropy = log_sum - row.exp_z_sum / row.exp_sum;
+  const T flat = by_logprob + by_entropy * (entropy - log_sum) - by_log_z;
+  return {flat / row.exp_sum, by_entropy / row.exp_sum, by_logprob};
 }
 
 template <typename T>
@@ -160,10 +187,12 @@ MEGARLX_HD TokenTerms<T> token_terms(const LossSpec& spec, const RowSums<T>& row
 
   // A normaliser of 0 belongs to a batch without tokens: nothing is learned, and nothing is NaN.
   const T scale = in.normalizer == 0 ? T(0) : in.weight / in.normalizer;
+  const T log_z = row.maximum + log_sum;
+  const T z_slope = spec.z_loss == 0 ? T(0) : T(spec.z_loss) * log_z;
   out.logprob = logprob;
   out.entropy = entropy;
-  out.fields[kLoss] =
-      scale * (objective + T(spec.kl_coefficient) * kl - T(spec.entropy_coefficient) * entropy);
+  out.fields[kLoss] = scale * (objective + T(spec.kl_coefficient) * kl -
+                               T(spec.entropy_coefficient) * entropy + z_slope * log_z);
   out.fields[kTokens] = T(1);
   out.fields[kClipped] = clipped ? T(1) : T(0);
   out.fields[kKl] = kl;
@@ -171,13 +200,9 @@ MEGARLX_HD TokenTerms<T> token_terms(const LossSpec& spec, const RowSums<T>& row
   out.fields[kRatio] = ratio;
   out.fields[kNll] = -logprob;
   out.fields[kEntropy] = entropy;
-
-  // d logprob / dz = [target] - p and dH / dz = -p (log p + H), p = exp(z - maximum) / exp_sum.
-  const T by_logprob = scale * (slope + T(spec.kl_coefficient) * kl_slope) / in.temperature;
-  const T by_entropy = -scale * T(spec.entropy_coefficient) / in.temperature;
-  out.at_target = by_logprob;
-  out.flat = (by_logprob + by_entropy * (entropy - log_sum)) / row.exp_sum;
-  out.slope = by_entropy / row.exp_sum;
+  out.gradient =
+      gradient_terms(row, in.temperature, scale * (slope + T(spec.kl_coefficient) * kl_slope),
+                     -scale * T(spec.entropy_coefficient), 2 * scale * z_slope);
   return out;
 }
 
@@ -219,14 +244,28 @@ MEGARLX_HD void store_sums(const TokenLossArgs& args, std::int64_t token, const 
 
 // A target outside the vocabulary poisons its token: everything of it becomes NaN. (The CPU has
 // refused it before; a GPU would have to wait for itself to find it.)
+MEGARLX_HD bool is_outside(const TokenLossArgs& args, std::int64_t token) {
+  return args.targets[token] < 0 || args.targets[token] >= args.vocab_size;
+}
+
 template <typename T>
 MEGARLX_HD TokenTerms<T> terms_of_token(const TokenLossArgs& args, std::int64_t token,
                                         RowSums<T> row) {
-  const std::int64_t target = args.targets[token];
-  const bool outside = target < 0 || target >= args.vocab_size;
+  const bool outside = is_outside(args, token);
   if (outside) row.target = T(NAN);
   TokenTerms<T> terms = token_terms(args.spec, row, token_inputs<T>(args, token));
-  if (outside) terms.flat = T(NAN);  // nll's gradient does not look at the log-prob
+  if (outside) terms.gradient.flat = T(NAN);  // nll's gradient does not look at the log-prob
+  return terms;
+}
+
+// From sums and derivatives that were made elsewhere.
+template <typename T>
+MEGARLX_HD GradientTerms<T> given_terms(const TokenLossArgs& args, std::int64_t token,
+                                        const RowSums<T>& row) {
+  GradientTerms<T> terms =
+      gradient_terms(row, number<T>(args.temperature, 0), number<T>(args.by_logprob, token),
+                     number<T>(args.by_entropy, token), number<T>(args.by_log_z, token));
+  if (is_outside(args, token)) terms.flat = T(NAN);
   return terms;
 }
 
@@ -243,7 +282,8 @@ MEGARLX_HD void store_terms(const TokenLossArgs& args, std::int64_t token,
 template <typename T>
 MEGARLX_HD TokenTerms<T> no_terms() {
   TokenTerms<T> out;
-  out.logprob = out.entropy = out.flat = out.slope = out.at_target = 0;
+  out.logprob = out.entropy = 0;
+  out.gradient = {0, 0, 0};
   for (T& field : out.fields) field = 0;
   return out;
 }

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from megarlx.config.section import Section
+from megarlx.config.section import Named, Section
 
 PresetName = Literal["grpo", "dapo", "dr_grpo", "gspo", "rloo", "cispo", "gigpo", "sampo"]
 
@@ -49,7 +50,7 @@ class PolicyConfig(Section):
     preset: PresetName | None = Field(
         default=None, description="Published method whose settings hold where no others are given"
     )
-    advantage: Literal["grpo", "dr_grpo", "rloo", "gigpo"] = Field(
+    advantage: Annotated[str, Named("advantage")] = Field(
         default="grpo",
         description="Reward less its group's mean; gigpo: also a turn's; see docs/rl.md",
     )
@@ -65,8 +66,11 @@ class PolicyConfig(Section):
     drop_uninformative_after_steps: int = Field(
         default=0, ge=0, description="Steps of a cold start in which no group is dropped"
     )
-    loss: Literal["reinforce", "ppo_clip", "cispo", "gspo", "sapo"] = Field(
+    loss: Annotated[str, Named("loss")] = Field(
         default="ppo_clip", description="How the ratio of new to old probability enters the loss"
+    )
+    loss_options: dict[str, Any] = Field(
+        default={}, description="Settings of a loss, advantage or aggregation of your own"
     )
     clip_low: float = Field(default=0.2, ge=0, description="Ratios count down to 1 - clip_low")
     clip_high: float = Field(default=0.2, ge=0, description="Ratios count up to 1 + clip_high")
@@ -80,11 +84,9 @@ class PolicyConfig(Section):
         strict=False,
         description="Steepness of sapo's soft gate for positive and for other advantages",
     )
-    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum", "sequence_sum_fixed"] = (
-        Field(
-            default="token_mean",
-            description="Mean of tokens; or of sequences' means, sums, or sums by the length limit",
-        )
+    aggregation: Annotated[str, Named("aggregation")] = Field(
+        default="token_mean",
+        description="Mean of tokens; or of sequences' means, sums, or sums by the length limit",
     )
     kl: Literal["none", "k1", "k2", "k3", "reward"] = Field(
         default="none",
@@ -101,7 +103,8 @@ class PolicyConfig(Section):
     sequence_mask: float | None = Field(
         default=None,
         gt=0,
-        description="Bad samples do not count once their mean log-ratio fell by more than this",
+        description="Drops a sequence with negative advantage when its mean log-ratio is below "
+        "minus this",
     )
     overlong: Literal["keep", "mask", "penalty"] = Field(
         default="keep",
@@ -124,17 +127,28 @@ class PolicyConfig(Section):
             found.append(
                 ("kl_coefficient", f"is {self.kl_coefficient}; with kl = '{self.kl}' it is {needs}")
             )
-        if self.dual_clip and (self.dual_clip <= 1 or self.loss not in ("ppo_clip", "gspo")):
+        without = self.loss in ("reinforce", "cispo", "sapo")
+        if self.dual_clip and (self.dual_clip <= 1 or without):
             found.append(
                 (
                     "dual_clip",
                     f"is {self.dual_clip} with loss = '{self.loss}'; allowed are 0, and numbers "
-                    "over 1 with ppo_clip and gspo",
+                    "over 1 with ppo_clip, gspo and losses of your own",
                 )
             )
+        for name in sorted(self.loss_options):
+            taken = {*type(self).model_fields, "max_completion_tokens"}
+            if name in taken or not name.isidentifier():
+                found.append(("loss_options", f"has {name!r}; it must be a name of its own"))
         if min(self.sapo_temperatures) <= 0:
             found.append(("sapo_temperatures", f"are {self.sapo_temperatures}; both must be > 0"))
         return found
+
+    def settings(self, max_completion_tokens: int = 0) -> SimpleNamespace:
+        """The `c` of losses, advantages and aggregations: these keys and loss_options."""
+        own = {name: getattr(self, name) for name in type(self).model_fields}
+        more = {**self.loss_options, "max_completion_tokens": max_completion_tokens}
+        return SimpleNamespace(**own, **more)
 
     @property
     def needs_reference(self) -> bool:
@@ -143,9 +157,3 @@ class PolicyConfig(Section):
     @property
     def kl_of_loss(self) -> Literal["none", "k1", "k2", "k3"]:
         return "none" if self.kl == "reward" else self.kl
-
-    @property
-    def needs_current_logprobs(self) -> bool:
-        """Whether each minibatch takes a pass for its log-probs first, once the policy has moved
-        away from the one that the old log-probs are of."""
-        return self.loss in ("gspo", "sapo") or self.sequence_mask is not None

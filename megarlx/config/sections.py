@@ -120,6 +120,11 @@ class TrainingConfig(Section):
     seed: int = Field(
         default=0, ge=0, lt=2**63, description="Seed of the weights, the data order and the samples"
     )
+    z_loss: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weight of the square of log Σ exp(logits) in pre-training's and SFT's loss",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="Where the model runs; auto: cuda where there is a GPU"
     )
@@ -140,10 +145,10 @@ class TrainingConfig(Section):
         description="What layers are made of: torch, or te: Transformer Engine; auto: te where "
         "it can be had",
     )
-    attention: Literal["auto", "cudnn", "flash", "sdpa"] = Field(
+    attention: Literal["auto", "cudnn", "flash", "sdpa", "blocks"] = Field(
         default="auto",
-        description="cudnn (by Transformer Engine), flash (flash-attn), sdpa (torch's); auto: the "
-        "first there is",
+        description="cudnn, flash (flash-attn), sdpa (torch's), blocks (for windows, caps); auto: "
+        "the first that serves",
     )
     fp8: Literal["none", "delayed", "current", "block", "mxfp8"] = Field(
         default="none", description="Scaling of fp8 matrix products; needs layers = 'te'"

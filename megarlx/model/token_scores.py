@@ -10,16 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megarlx.comm.collectives import all_reduce_
-from megarlx.comm.groups import Group
 from megarlx.model.build import ParallelModel
-from megarlx.ops import LossSpec, TokenLoss, linear_token_loss
+from megarlx.ops import Head, LossInputs, LossSpec, TokenLoss
+from megarlx.parallel.microbatches import Microbatch
 
 TILE = 16  # places of a pass are a multiple of it, for sequence parallelism
 ROWS = 1024  # of logits at once, where the likeliest token is asked for
@@ -66,29 +65,20 @@ def token_scores(
         captured: list[tuple[Tensor, Tensor | None]] = []
 
         def loss(
-            hidden: Tensor,
-            weight: Tensor,
-            *,
+            head: Head,
+            inputs: LossInputs,
             captured: list[tuple[Tensor, Tensor | None]] = captured,
-            targets: Tensor,
-            mask: Tensor,
-            **fields: Any,
         ) -> TokenLoss:
-            result = linear_token_loss(
-                hidden, weight, targets, LossSpec("nll"), mask=mask, **fields
-            )
+            assert inputs.mask is not None
+            result = head.token_loss(inputs, LossSpec("nll"), normalizer=1.0)
+            mask = inputs.mask.reshape(-1)
             best = None
             if likeliest:
-                group, vocab_size = fields["group"], fields["vocab_size"]
-                best = _are_likeliest(hidden[mask], weight, targets[mask], group, vocab_size)
+                best = _are_likeliest(head, head.hidden[mask], inputs.targets.reshape(-1)[mask])
             captured.append((result.logprobs[mask], best))
             return result
 
-        packed = _packed(part, padded)
-        longest_text = int(packed["documents"].diff().max())
-        inputs = {name: value.to(device, non_blocking=True) for name, value in packed.items()}
-        fields = {"longest": longest_text, "normalizer": 1.0, "loss": loss}
-        model.pipeline.forward_only({**inputs, **fields})
+        model.pipeline.forward_only([_packed(part, padded, device)], loss)
         sizes = [len(text.tokens) - text.first for text in part]
         for logprobs, best in captured:
             each = logprobs.float().cpu().split(sizes)
@@ -97,12 +87,11 @@ def token_scores(
     return found
 
 
-def _are_likeliest(
-    hidden: Tensor, weight: Tensor, targets: Tensor, group: Group, vocab_size: int
-) -> Tensor:
+def _are_likeliest(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
     """Whether each target's logit is the largest of its row, over all parts of the vocabulary."""
+    weight, group = head.weight, head.group
     begin = group.rank * len(weight)
-    real = min(max(vocab_size - begin, 0), len(weight))
+    real = min(max(head.vocab_size - begin, 0), len(weight))
     found = []
     for rows, wanted in zip(hidden.split(ROWS), targets.split(ROWS), strict=True):
         # [row's largest, target's], where this rank holds them
@@ -137,7 +126,7 @@ def _passes(texts: Sequence[Text], most_tokens: int) -> list[list[Text]]:
     return passes
 
 
-def _packed(texts: Sequence[Text], padded: int) -> dict[str, Tensor]:
+def _packed(texts: Sequence[Text], padded: int, device: torch.device) -> Microbatch:
     """Documents one after another; only what is scored is looked at."""
     tokens = torch.zeros(padded, dtype=torch.int64)
     targets = torch.zeros(padded, dtype=torch.int64)
@@ -153,4 +142,9 @@ def _packed(texts: Sequence[Text], padded: int) -> dict[str, Tensor]:
     if begin < padded:
         offsets.append(padded)
     documents = torch.tensor(offsets, dtype=torch.int32)
-    return {"tokens": tokens, "targets": targets, "mask": mask, "documents": documents}
+
+    def sent(values: Tensor) -> Tensor:
+        return values.to(device, non_blocking=True)
+
+    inputs = LossInputs(sent(targets), sent(mask))
+    return Microbatch(sent(tokens), inputs, sent(documents), int(documents.diff().max()))

@@ -1,6 +1,9 @@
 """How much better a sample was than its group: pure functions of the rewards.
 
-Letters: P prompts, n samples of each (a group), E episodes, K turns of all episodes.
+An advantage is (rewards [P, n], c) -> [P, n], with the settings of [rl.policy] as its c. One that
+compares the turns of episodes has the attribute `turns = True`, and is (t, c) -> [K] of Turns.
+
+Letters: P prompts, n samples of each (a group), K turns of all episodes.
 A reward of NaN is a sample that was not scored: it counts nowhere, and its advantage is 0. So is
 every advantage of an uninformative group, exactly.
 """
@@ -8,9 +11,14 @@ every advantage of an uninformative group, exactly.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from megarlx import plug
+from megarlx.config.policy import PolicyConfig
 
 # Added to a standard deviation before dividing by it. Rewards are of the order of 1, so it changes
 # an advantage by about one part in ten thousand, and a group that differs by rounding alone is not
@@ -18,6 +26,41 @@ from torch import Tensor
 STD_FLOOR = 1e-4
 # Rewards closer than this are equal: they are sums of weighted parts, and sums round.
 EQUAL = 1e-6
+
+
+@dataclass(frozen=True)
+class Turns:
+    """What an advantage of turns knows of them."""
+
+    rewards: Tensor  # [P, n], of the episodes
+    episodes: Tensor  # int64 [K], which one a turn is of
+    groups: Tensor  # int64 [K], its task
+    observations: Tensor  # int64 [K], a hash of what was seen
+    step_rewards: Tensor  # [K], of each turn alone
+
+
+def advantage_of(policy: PolicyConfig) -> Callable[..., Tensor]:
+    found: Callable[..., Tensor] = plug.resolve("advantage", policy.advantage)
+    return found
+
+
+def compares_turns(policy: PolicyConfig) -> bool:
+    return bool(getattr(advantage_of(policy), "turns", False))
+
+
+def sample_advantages(policy: PolicyConfig, rewards: Tensor) -> Tensor:
+    """[P, n] -> [P, n]; 0 where the reward is not known."""
+    _check(rewards)
+    found = advantage_of(policy)(rewards, policy.settings())
+    _check_shape(policy, found, rewards.shape)
+    return found.where(rewards.isfinite(), 0)
+
+
+def turn_advantages(policy: PolicyConfig, turns: Turns) -> Tensor:
+    """[K]"""
+    found = advantage_of(policy)(turns, policy.settings())
+    _check_shape(policy, found, turns.episodes.shape)
+    return found
 
 
 def uninformative(rewards: Tensor) -> Tensor:
@@ -29,27 +72,24 @@ def uninformative(rewards: Tensor) -> Tensor:
     return (scored.sum(1) < 2) | (highest - lowest <= EQUAL)
 
 
-def grpo(rewards: Tensor, std_floor: float = STD_FLOOR) -> Tensor:
-    """(r - mean) / (std + std_floor) within each group, std with n - 1 in its denominator."""
+def grpo(rewards: Tensor, c: Any) -> Tensor:
+    """(r - mean) / (std + STD_FLOOR) within each group, std with n - 1 in its denominator."""
     centred, scored = _centred(rewards)
     freedom = (scored.sum(1, keepdim=True) - 1).clamp_min(1)
     std = (centred.square().sum(1, keepdim=True) / freedom).sqrt()
-    return _informative(rewards, centred / (std + std_floor))
+    return _informative(rewards, centred / (std + STD_FLOOR))
 
 
-def dr_grpo(rewards: Tensor) -> Tensor:
+def dr_grpo(rewards: Tensor, c: Any) -> Tensor:
     """r - mean: easy and hard groups are not weighted up."""
     return _informative(rewards, _centred(rewards)[0])
 
 
-def rloo(rewards: Tensor) -> Tensor:
+def rloo(rewards: Tensor, c: Any) -> Tensor:
     """r - the mean of the other samples of the group."""
     centred, scored = _centred(rewards)
     count = scored.sum(1, keepdim=True)
     return _informative(rewards, centred * count / (count - 1).clamp_min(1))
-
-
-ADVANTAGES: dict[str, Callable[[Tensor], Tensor]] = {"grpo": grpo, "dr_grpo": dr_grpo, "rloo": rloo}
 
 
 def discounted_returns(rewards: Tensor, episodes: Tensor, gamma: float) -> Tensor:
@@ -89,20 +129,14 @@ def step_advantages(returns: Tensor, groups: Tensor, observations: Tensor) -> Te
     return torch.where(same, 0, centred / (std[anchor] + STD_FLOOR))
 
 
-def gigpo(
-    episode_advantages: Tensor,
-    episodes: Tensor,
-    groups: Tensor,
-    observations: Tensor,
-    step_rewards: Tensor,
-    *,
-    gamma: float = 0.95,
-    omega: float = 1.0,
-) -> Tensor:
-    """[K]: the advantage of a turn's episode ([E], of `grpo` say) + omega · that of the turn."""
-    returns = discounted_returns(step_rewards, episodes, gamma)
-    steps = step_advantages(returns, groups, observations)
-    return episode_advantages.to(steps.dtype)[episodes] + omega * steps
+def gigpo(t: Turns, c: Any) -> Tensor:
+    """[K]: grpo of a turn's episode + omega · the advantage of the turn."""
+    returns = discounted_returns(t.step_rewards, t.episodes, c.gamma)
+    steps = step_advantages(returns, t.groups, t.observations)
+    return grpo(t.rewards, c).flatten().to(steps.dtype)[t.episodes] + c.omega * steps
+
+
+gigpo.turns = True  # type: ignore[attr-defined]
 
 
 def _check(rewards: Tensor) -> None:
@@ -113,6 +147,14 @@ def _check(rewards: Tensor) -> None:
         )
     if rewards.isinf().any():
         raise ValueError("advantages: a reward is infinite; NaN marks one that is not known")
+
+
+def _check_shape(policy: PolicyConfig, found: Any, shape: torch.Size) -> None:
+    if not isinstance(found, Tensor) or found.shape != shape:
+        given = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(
+            f"advantage {policy.advantage}: the result is {given}; it must be {list(shape)}"
+        )
 
 
 def _centred(rewards: Tensor) -> tuple[Tensor, Tensor]:

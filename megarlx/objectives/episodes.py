@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -22,8 +22,14 @@ from torch import Tensor
 from megarlx.comm.collectives import all_reduce_, gather_values
 from megarlx.comm.groups import Group
 from megarlx.config.environment import EnvironmentConfig
+from megarlx.config.policy import PolicyConfig
 from megarlx.generation.requests import NOT_WRITTEN, Trajectory
-from megarlx.objectives.advantages import gigpo, grpo
+from megarlx.objectives.advantages import (
+    Turns,
+    compares_turns,
+    sample_advantages,
+    turn_advantages,
+)
 from megarlx.objectives.environment_process import BrokenEnvironment, Failure
 from megarlx.objectives.exchange import gather_completions, gather_ragged
 from megarlx.objectives.policy_loss import Completions, places_of, select
@@ -223,28 +229,20 @@ class EpisodeBatch:
         )
         return EpisodeBatch.joined([every])
 
-    def token_advantages(
-        self,
-        advantage: Callable[[Tensor], Tensor] = grpo,
-        *,
-        omega: float = 0.0,
-        gamma: float = 0.95,
-    ) -> Tensor:
-        """[T], 0 where not written: of a token's episode and, with `omega`, omega times that of its
-        turn among the turns of its task that saw the same (gigpo)."""
-        of_episode = advantage(self.rewards).flatten()
-        if omega:
-            of_turn = gigpo(
-                of_episode,
+    def token_advantages(self, policy: PolicyConfig) -> Tensor:
+        """[T], 0 where not written: of a token's episode or, if the advantage compares turns, of
+        its turn."""
+        if compares_turns(policy):
+            turns = Turns(
+                self.rewards,
                 self.episode_of_turn,
                 self.episode_of_turn // self.rewards.shape[1],
                 self.observations,
                 self.step_rewards,
-                gamma=gamma,
-                omega=omega,
             )
+            of_turn = turn_advantages(policy, turns)
         else:
-            of_turn = of_episode[self.episode_of_turn]
+            of_turn = sample_advantages(policy, self.rewards).flatten()[self.episode_of_turn]
         return of_turn[self.turn_of_token.clamp_min(0)].where(self.turn != NOT_WRITTEN, 0)
 
 

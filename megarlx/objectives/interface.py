@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,19 +11,20 @@ from typing import Any
 from torch import Tensor
 
 from megarlx.comm.groups import Group
+from megarlx.ops import Head, LossInputs, TokenLoss
+from megarlx.parallel.microbatches import Microbatch
 
 
 @dataclass(frozen=True)
 class Batch:
     """One step's micro-batches of this data-parallel rank.
 
-    `inputs` holds "tokens" and the loss's fields; the first dimension of every tensor splits into
-    `microbatches`. `weight` is this rank's part of what the loss is divided by (its number of
-    valid tokens, say); the trainer sums it over all ranks, and nobody else divides by anything.
+    Their tokens all have one shape. `weight` is this rank's part of what the loss is divided by
+    (its number of valid tokens, say); the trainer sums it over all ranks, and nobody else divides
+    by anything.
     """
 
-    inputs: Mapping[str, Any]
-    microbatches: int
+    microbatches: Sequence[Microbatch]
     weight: Tensor
     tokens: int
 
@@ -59,8 +60,8 @@ class Objective(ABC):
         """The batch of the next step: a function of `state` and, for samples, of the weights."""
 
     @abstractmethod
-    def loss(self, hidden: Tensor, weight: Tensor, **fields: Any) -> Any:
-        """Runs inside the last stage's forward, with the signature of `linear_token_loss`."""
+    def loss(self, head: Head, inputs: LossInputs, normalizer: Tensor) -> TokenLoss:
+        """Runs inside the last stage's forward; usually head.token_loss(…) with a LossSpec."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:

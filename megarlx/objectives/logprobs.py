@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -12,7 +10,7 @@ from megarlx.comm.groups import Group
 from megarlx.model.build import ParallelModel
 from megarlx.objectives.packing import Layout, deal
 from megarlx.objectives.policy_loss import Completions
-from megarlx.ops import LossSpec, TokenLoss, linear_token_loss
+from megarlx.ops import Head, LossInputs, LossSpec, TokenLoss
 
 
 def layout_for(
@@ -44,16 +42,14 @@ def training_logprobs(
     layout = layout_for(model, completions, tokens_per_microbatch, group)
     captured: list[Tensor] = []
 
-    def loss(hidden: Tensor, weight: Tensor, **fields: Any) -> TokenLoss:
-        targets = fields.pop("targets")
-        result = linear_token_loss(
-            hidden, weight, targets, LossSpec("nll"), temperature=temperature, **fields
-        )
+    def loss(head: Head, inputs: LossInputs) -> TokenLoss:
+        spec = LossSpec("nll")
+        result = head.token_loss(inputs, spec, normalizer=1.0, temperature=temperature)
         captured.append(result.logprobs)
         return result
 
-    inputs = {**layout.inputs(completions), "normalizer": 1.0, "loss": loss}
-    model.pipeline.forward_only(inputs, len(layout.source))
+    written = {"mask": layout.place(completions.written)}
+    model.pipeline.forward_only(layout.microbatches(completions, written), loss)
     found = torch.zeros(layout.total, dtype=torch.float64, device=layout.source.device)
     if captured:
         found = layout.take_back(torch.stack(captured).reshape(layout.source.shape).double())

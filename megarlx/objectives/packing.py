@@ -10,7 +10,7 @@ Letters: T tokens of all sequences, N sequences, M micro-batches of a rank, W pl
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from torch import Tensor
 
 from megarlx.objectives.interface import Batch
 from megarlx.objectives.policy_loss import Completions, PolicyFields
+from megarlx.ops import LossInputs, LossSpec
+from megarlx.parallel.microbatches import Microbatch
 
 # Widths come in this many steps up to the budget: full micro-batches are not padded by much, and a
 # pipeline (or a CUDA graph) meets few different shapes.
@@ -98,6 +100,7 @@ class Layout:
     source: Tensor  # int64 [M, W], token at this place in [T]; -1: padding
     documents: Tensor  # int32 [M, documents + 1], offsets
     longest: int  # no document has more tokens
+    most_sequences: int  # in a micro-batch, on any rank
     tokens: int  # of this rank, without padding
     total: int  # T
 
@@ -132,6 +135,7 @@ class Layout:
             sent(rows, torch.int64),
             sent(offsets, torch.int32),
             longest,
+            max(len(microbatch) for of_rank in dealt.ranks for microbatch in of_rank),
             sum(held[i] - 1 for i in mine),
             starts[-1],
         )
@@ -139,6 +143,14 @@ class Layout:
     @property
     def real(self) -> Tensor:
         return self.source >= 0
+
+    @property
+    def sequence(self) -> Tensor:
+        """int64 [M, W]: which of its micro-batch's sequences a place is of; padding -1."""
+        places = torch.arange(self.source.shape[1], dtype=torch.int32, device=self.source.device)
+        everywhere = places.expand(self.source.shape).contiguous()
+        found = torch.searchsorted(self.documents, everywhere, right=True) - 1
+        return found.masked_fill(~self.real, -1)
 
     def place(self, values: Tensor) -> Tensor:
         """[T], at the token's own place -> [M, W], where that token is the target; padding 0."""
@@ -150,29 +162,36 @@ class Layout:
         out[self.source[self.real] + 1] = values[self.real]
         return out
 
-    def inputs(self, completions: Completions) -> dict[str, Tensor | int]:
-        """All that a pass for log-probs needs."""
-        tokens = completions.tokens[self.source.clamp_min(0)]
-        return {
-            "tokens": tokens.masked_fill(~self.real, 0),
-            "targets": self.place(completions.tokens),
-            "mask": self.place(completions.written),
-            "documents": self.documents,
-            "longest": self.longest,
-        }
+    def microbatches(
+        self, completions: Completions, inputs: Mapping[str, Tensor], sequences: int = 0
+    ) -> list[Microbatch]:
+        """`inputs` are fields of LossInputs [M, W], beside the targets."""
+        tokens = completions.tokens[self.source.clamp_min(0)].masked_fill(~self.real, 0)
+        targets = self.place(completions.tokens)
+        return [
+            Microbatch(
+                tokens[i : i + 1],
+                LossInputs(targets[i], **{k: v[i] for k, v in inputs.items()}, sequences=sequences),
+                self.documents[i],
+                self.longest,
+            )
+            for i in range(len(tokens))
+        ]
 
 
-def policy_batch(completions: Completions, fields: PolicyFields, layout: Layout) -> Batch:
+def policy_batch(
+    completions: Completions, fields: PolicyFields, layout: Layout, spec: LossSpec
+) -> Batch:
     """What one rank trains on; the trainer divides by the sum of the weights of all ranks."""
-    inputs = layout.inputs(completions)
-    inputs["mask"] = layout.place(fields.mask)
-    for name in ("advantages", "old_logprobs", "ref_logprobs", "token_weights"):
-        value = getattr(fields, name)
-        if value is not None:
-            inputs[name] = layout.place(value)
+    names = ["mask", "advantages", "old_logprobs", "ref_logprobs", "token_weights"]
+    names += [] if spec.is_native else ["rollout_logprobs"]
+    given = {name: getattr(fields, name) for name in names}
+    inputs = {name: layout.place(value) for name, value in given.items() if value is not None}
+    whole = spec.loss.needs_sequence
+    if whole:
+        inputs["sequence"] = layout.sequence
     return Batch(
-        inputs,
-        microbatches=len(layout.source),
+        layout.microbatches(completions, inputs, layout.most_sequences if whole else 0),
         weight=fields.sequence_weights[layout.sequences].sum(),
         tokens=layout.tokens,
     )

@@ -1,17 +1,10 @@
-"""From sampled sequences and their advantages to the fields of `linear_token_loss`.
+"""From sampled sequences and their advantages to the inputs of a policy loss.
 
-The op knows reinforce, ppo_clip and cispo of single tokens. The rest is made of them here, from
-constants, so that one pass and one kernel serve all losses. With lp the log-prob under the weights
-that are trained now (`current`), r = exp(lp - old) and s = exp(mean of lp - old over a sequence):
-
-gspo            ppo_clip with old = lp - log s: each token's ratio is s, with the gradient s·∇lp
-sapo            reinforce with the advantage 4 σ(1 - σ) r A, σ = sigmoid(τ (r - 1)): the gradient of
-                4 σ A / τ. (The value of the loss is not sapo's; its gradient is.)
+overlong        samples that ended at the limit are not learned from
 importance cap  advantages times min(exp(old - rollout), cap)
-sequence mask   advantage 0
+aggregation     weighs a token's whole loss, KL and entropy too
 
-All of these change advantages and ratios only: KL and entropy keep their weight. The aggregation
-weighs a token's whole loss. Letters: T tokens of all sequences one after another, N sequences.
+Letters: T tokens of all sequences one after another, N sequences.
 """
 
 from __future__ import annotations
@@ -23,10 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megarlx import plug
 from megarlx.config.policy import PolicyConfig
-from megarlx.ops import LossSpec
-
-LARGEST_LOG_RATIO = 80.0  # as in the op: exponentials stay finite
+from megarlx.ops.policy_loss import LARGEST_LOG_RATIO, ratio
 
 
 @dataclass(frozen=True)
@@ -34,7 +26,7 @@ class Completions:
     """What was sampled. A token's log-prob stands at the token's own place, 0 where not `written`.
 
     `old_logprobs` are those of the training pass, before the first update on these sequences.
-    Without them the policy has not moved. `rollout_logprobs` are those of the sampler.
+    None: on-policy, every ratio is 1. `rollout_logprobs` are those of the sampler.
     """
 
     tokens: Tensor  # int64 [T], each prompt with its completion
@@ -109,22 +101,10 @@ class PolicyFields:
     mask: Tensor  # bool
     advantages: Tensor
     old_logprobs: Tensor | None
+    rollout_logprobs: Tensor | None
     ref_logprobs: Tensor | None
     token_weights: Tensor | None
     sequence_weights: Tensor  # fp64 [N], what each sequence adds to the normaliser
-
-
-def loss_spec(config: PolicyConfig) -> LossSpec:
-    mode = {"gspo": "ppo_clip", "sapo": "reinforce"}.get(config.loss, config.loss)
-    return LossSpec(
-        mode=mode,
-        clip_low=config.clip_low,
-        clip_high=config.clip_high,
-        dual_clip=config.dual_clip,
-        kl=config.kl_of_loss,
-        kl_coefficient=0.0 if config.kl_of_loss == "none" else config.kl_coefficient,
-        entropy_coefficient=config.entropy_coefficient,
-    )
 
 
 def policy_fields(
@@ -133,19 +113,13 @@ def policy_fields(
     advantages: Tensor,
     *,
     max_completion_tokens: int,
-    current_logprobs: Tensor | None = None,
 ) -> PolicyFields:
-    """`advantages` are one a sequence [N], or one a token [T] (turns of an episode differ).
-
-    `current_logprobs` [T] are needed where config.needs_current_logprobs, once the policy moved.
-    """
+    """`advantages` are one a sequence [N], or one a token [T] (turns of an episode differ)."""
     made = completions
     mask = made.written
     if config.overlong == "mask":
-        mask = (
-            mask
-            & ~_required(made.truncated, "truncated", "overlong = 'mask'")[made.sequence_of_token]
-        )
+        truncated = _required(made.truncated, "truncated", "overlong = 'mask'")
+        mask = mask & ~truncated[made.sequence_of_token]
     if advantages.shape == made.lengths.shape and advantages.shape != made.tokens.shape:
         advantages = advantages[made.sequence_of_token]
     if advantages.shape != made.tokens.shape or not advantages.isfinite().all():
@@ -160,40 +134,30 @@ def policy_fields(
     if config.importance_cap is not None:
         reason = f"importance_cap = {config.importance_cap}"
         sampled = _required(made.rollout_logprobs, "rollout_logprobs", reason)
-        weights = _ratio(_required(old, "old_logprobs", reason), sampled)
+        weights = ratio(_required(old, "old_logprobs", reason), sampled)
         advantages = advantages * weights.clamp_max(config.importance_cap)
-    if config.needs_current_logprobs and current_logprobs is not None:
-        before = _required(old, "old_logprobs", "current_logprobs")
-        if config.sequence_mask is not None:
-            sampled = before if made.rollout_logprobs is None else made.rollout_logprobs
-            fallen = sequence_mean(sampled - current_logprobs, mask, made)
-            gone = (fallen > config.sequence_mask)[made.sequence_of_token] & (advantages < 0)
-            advantages = advantages.masked_fill(gone, 0)
-        if config.loss == "gspo":
-            mean = sequence_mean(current_logprobs - before, mask, made)
-            old = current_logprobs - mean[made.sequence_of_token]
-        elif config.loss == "sapo":
-            advantages = advantages * _sapo_gate(config, advantages, current_logprobs, before)
-    if config.loss == "sapo":
-        old = None  # its ratio is in the advantage
-    counts = sequence_sum(mask.double(), made)
-    weights_of_token, per_sequence = None, counts
-    if config.aggregation != "token_mean":
-        per_sequence = (counts > 0).double()
-    if config.aggregation == "sequence_mean":
-        weights_of_token = (1 / counts.clamp_min(1))[made.sequence_of_token]
-    elif config.aggregation == "sequence_sum_fixed":
-        weights_of_token = torch.full_like(advantages, 1 / max_completion_tokens)
+    weights_of_token, per_sequence = _aggregated(config, made, mask, max_completion_tokens)
     if weights_of_token is not None:
         weights_of_token = weights_of_token.to(advantages.dtype)
     return PolicyFields(
-        mask,
-        advantages,
-        old,
-        ref,
-        weights_of_token,
-        per_sequence,
+        mask, advantages, old, made.rollout_logprobs, ref, weights_of_token, per_sequence
     )
+
+
+def _aggregated(
+    config: PolicyConfig, made: Completions, mask: Tensor, max_completion_tokens: int
+) -> tuple[Tensor | None, Tensor]:
+    aggregation = plug.resolve("aggregation", config.aggregation)
+    counts, sequence = sequence_sum(mask.double(), made), made.sequence_of_token
+    of_token, of_sequence = aggregation(counts, sequence, config.settings(max_completion_tokens))
+    shapes = [None if x is None else tuple(x.shape) for x in (of_token, of_sequence)]
+    if shapes not in ([None, (len(counts),)], [(len(sequence),), (len(counts),)]):
+        raise ValueError(
+            f"aggregation {config.aggregation}: weights of shape {shapes[0]} and {shapes[1]}; they "
+            f"must be one for each of {len(sequence)} tokens (or None) and each of {len(counts)} "
+            "sequences"
+        )
+    return of_token, of_sequence.double()
 
 
 def log_ratios(completions: Completions) -> Tensor:
@@ -207,12 +171,6 @@ def log_ratios(completions: Completions) -> Tensor:
 def sequence_sum(values: Tensor, completions: Completions) -> Tensor:
     """[T] -> [N]"""
     return torch.segment_reduce(values, "sum", lengths=completions.lengths)
-
-
-def sequence_mean(values: Tensor, mask: Tensor, completions: Completions) -> Tensor:
-    """[T] -> [N], over the tokens in `mask`; 0 without any."""
-    total = sequence_sum(values.where(mask, 0), completions)
-    return total / sequence_sum(mask.to(values.dtype), completions).clamp_min(1)
 
 
 def places_of(lengths: Tensor, chosen: Tensor) -> Tensor:
@@ -258,18 +216,6 @@ def overlong_penalty(tokens: Tensor, max_tokens: int, buffer: float) -> Tensor:
     """0 down to -1 over the last `buffer` (a share) of the `max_tokens` a completion may have."""
     width = buffer * max_tokens
     return -((tokens - (max_tokens - width)) / width).clamp(0, 1)
-
-
-def _ratio(new: Tensor, old: Tensor) -> Tensor:
-    return (new - old).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
-
-
-def _sapo_gate(config: PolicyConfig, advantages: Tensor, current: Tensor, old: Tensor) -> Tensor:
-    ratio = _ratio(current, old)
-    positive, other = config.sapo_temperatures
-    temperature = torch.where(advantages > 0, positive, other).to(ratio.dtype)
-    gate = torch.sigmoid(temperature * (ratio - 1))
-    return 4 * gate * (1 - gate) * ratio
 
 
 def _required(value: Tensor | None, name: str, reason: str) -> Tensor:

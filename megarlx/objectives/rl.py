@@ -19,24 +19,23 @@ from megarlx.config.objectives import RL, RlConfig
 from megarlx.config.policy import PolicyConfig
 from megarlx.data.order import key_of, shuffled
 from megarlx.model.build import ParallelModel
-from megarlx.objectives.advantages import ADVANTAGES
+from megarlx.objectives.advantages import compares_turns, sample_advantages
 from megarlx.objectives.interface import Batch, Objective
 from megarlx.objectives.json_tensors import from_json, to_json
 from megarlx.objectives.logprobs import layout_for, training_logprobs
+from megarlx.objectives.losses import loss_spec, try_loss
 from megarlx.objectives.packing import Layout, policy_batch
 from megarlx.objectives.policy_loss import (
     Completions,
     gap_sums,
     log_ratios,
-    loss_spec,
     places_of,
     policy_fields,
     select,
 )
 from megarlx.objectives.reference import frozen_copy, weights_in_place
 from megarlx.objectives.rollout import Rollout, RolloutSource
-from megarlx.ops import TokenLoss, linear_token_loss
-from megarlx.ops.loss_spec import METRICS
+from megarlx.ops import Head, LossInputs, TokenLoss
 
 KeepSamples = Callable[[int, list[dict[str, Any]]], bool]  # rollout's number, examples: kept?
 
@@ -53,6 +52,12 @@ class Reinforcement(Objective):
     ) -> None:
         self.name, self.config, self.model, self.sampler = name, config, model, sampler
         self.spec = loss_spec(config.policy)
+        try_loss(self.spec, self._precision, model.pipeline.device)
+        if compares_turns(config.policy) and config.environment is None:
+            raise ValueError(
+                f"{name}.policy.advantage is '{config.policy.advantage}', which compares turns; it "
+                "needs an environment"
+            )
         self.keep_samples = keep_samples
         self.reference: Tensor | None = None
         self.rollouts = 0  # made so far
@@ -97,28 +102,23 @@ class Reinforcement(Objective):
         assert rollout is not None
         chosen = self._sequences_of(rollout, step)
         minibatch = select(rollout.completions, chosen)
-        policy, config = self.config.policy, self.config
-        now = None
-        if policy.needs_current_logprobs and step > 0:
-            now = self._logprobs(minibatch, self.trainers)
+        config = self.config
         chosen_fields = policy_fields(
-            policy,
+            config.policy,
             minibatch,
             _advantages_of(rollout, chosen).to(self._precision),
             max_completion_tokens=config.most_written_tokens,
-            current_logprobs=now,
         )
         self._layout = layout_for(
             self.model, minibatch, config.tokens_per_microbatch, self.trainers
         )
         self._minibatch, self._seen = minibatch, []
         self._first_of_rollout = step == 0
-        return policy_batch(minibatch, chosen_fields, self._layout)
+        return policy_batch(minibatch, chosen_fields, self._layout, self.spec)
 
-    def loss(self, hidden: Tensor, weight: Tensor, **given: Any) -> TokenLoss:
-        targets = given.pop("targets")
-        result = linear_token_loss(
-            hidden, weight, targets, self.spec, temperature=self.config.temperature, **given
+    def loss(self, head: Head, inputs: LossInputs, normalizer: Tensor) -> TokenLoss:
+        result = head.token_loss(
+            inputs, self.spec, normalizer=normalizer, temperature=self.config.temperature
         )
         self._seen.append(
             TokenLoss(
@@ -203,7 +203,7 @@ class Reinforcement(Objective):
         made = rollout.completions
         moves = self.config.steps_of_a_rollout > 1
         off_reward = policy.kl == "reward"
-        if moves or off_reward or policy.importance_cap or policy.needs_current_logprobs:
+        if moves or off_reward or policy.importance_cap:
             made = replace(made, old_logprobs=self._logprobs(made, makers))
         if policy.needs_reference:
             assert self.reference is not None
@@ -250,12 +250,13 @@ class Reinforcement(Objective):
         mesh, layout, minibatch = self.model.mesh, self._layout, self._minibatch
         assert layout is not None
         assert minibatch is not None
-        sums = torch.zeros(len(METRICS) + 3, dtype=torch.float64)
+        names = self.spec.metrics
+        sums = torch.zeros(len(names) + 3, dtype=torch.float64)
         most = torch.zeros(2, dtype=torch.float64)
         if self._seen:
             table = torch.stack([s.metrics.double() for s in self._seen]).cpu()
-            sums[: len(METRICS)] = table.sum(0)
-            most[0] = table[:, METRICS.index("ratio_max")].max()
+            sums[: len(names)] = table.sum(0)
+            most[0] = table[:, names.index("ratio_max")].max()
             if self._first_of_rollout and minibatch.rollout_logprobs is not None:
                 # Only before the policy has moved are both of the same policy.
                 trained = torch.stack([s.logprobs for s in self._seen]).reshape(layout.source.shape)
@@ -263,27 +264,28 @@ class Reinforcement(Objective):
                 written = layout.place(minibatch.written) & (trained != 0)
                 gap = gap_sums(sampled, trained, written)
                 for at, key in enumerate(("gap", "kl", "tokens")):
-                    sums[len(METRICS) + at] = gap[key].cpu()
+                    sums[len(names) + at] = gap[key].cpu()
                 most[1] = gap["gap_max"].cpu()
         for group in (self.trainers, mesh.pp):
             all_reduce_(sums, group)
             all_reduce_(most, group, op="max")
-        total = dict(zip(METRICS, sums.tolist(), strict=False))
+        total = dict(zip(names, sums.tolist(), strict=False))
         tokens = max(total["tokens"], 1.0)
         found = {
             "rl/entropy": total["entropy"] / tokens,
-            "rl/clip_fraction": total["clipped"] / tokens,
+            "rl/clip_fraction": total["clip_fraction"] / tokens,
             "rl/ratio_max": float(most[0]),
             "rl/trained_tokens": total["tokens"],
+            **{f"rl/{name}": total[name] / tokens for name in self.spec.loss.metrics},
         }
         if self.config.policy.kl != "reward":  # which knows it of the rollout
             found["rl/kl"] = total["kl" if self.spec.kl != "none" else "old_kl"] / tokens
         gap_tokens = float(sums[-1])
         if gap_tokens:
             found |= {
-                "rl/logprob_gap": float(sums[len(METRICS)]) / gap_tokens,
+                "rl/logprob_gap": float(sums[len(names)]) / gap_tokens,
                 "rl/logprob_gap_max": float(most[1]),
-                "rl/logprob_gap_kl": float(sums[len(METRICS) + 1]) / gap_tokens,
+                "rl/logprob_gap_kl": float(sums[len(names) + 1]) / gap_tokens,
             }
         return found
 
@@ -295,7 +297,7 @@ def _less_divergence(rollout: Rollout, policy: PolicyConfig) -> Rollout:
     tokens = rollout.completions.written.sum()
     return replace(
         rollout,
-        advantages=ADVANTAGES[policy.advantage](rewards).reshape(-1),
+        advantages=sample_advantages(policy, rewards).reshape(-1),
         metrics={**rollout.metrics, "rl/kl": float(away.sum() / tokens)},
     )
 

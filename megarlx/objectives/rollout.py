@@ -22,7 +22,7 @@ from megarlx.data.order import key_of
 from megarlx.data.prompts import PromptData
 from megarlx.data.tokenizer import Tokenizer
 from megarlx.generation.requests import SamplingSettings
-from megarlx.objectives.advantages import ADVANTAGES, grpo, uninformative
+from megarlx.objectives.advantages import compares_turns, sample_advantages, uninformative
 from megarlx.objectives.environment_process import BrokenEnvironment
 from megarlx.objectives.episodes import Episode, EpisodeBatch
 from megarlx.objectives.player import Player, Start
@@ -201,9 +201,9 @@ class Sampler:
 
     def _advantages(self, used: EpisodeBatch) -> Tensor:
         policy = self.config.policy
-        if policy.advantage == "gigpo":
-            return used.token_advantages(grpo, omega=policy.omega, gamma=policy.gamma)
-        return ADVANTAGES[policy.advantage](used.rewards).flatten()[used.kept]
+        if compares_turns(policy):
+            return used.token_advantages(policy)
+        return sample_advantages(policy, used.rewards).flatten()[used.kept]
 
     def _metrics(
         self, sampled: EpisodeBatch, used: EpisodeBatch, sums: Sums, rounds: int

@@ -12,57 +12,57 @@ import torch
 from torch import Tensor
 
 from megarlx.comm.groups import Group
+from megarlx.data.loader import Batch as Part
 from megarlx.data.loader import Loader
 from megarlx.objectives.interface import Batch, Objective
-from megarlx.ops import LossSpec, TokenLoss, linear_token_loss
+from megarlx.ops import Head, LossInputs, LossSpec, TokenLoss
+from megarlx.parallel.microbatches import Microbatch
 
 
 class Supervised(Objective):
     """What a loader deals out, as micro-batches of one shape."""
 
-    def __init__(self, name: str, loader: Loader, *, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        name: str,
+        loader: Loader,
+        *,
+        device: torch.device | str = "cpu",
+        z_loss: float = 0.0,
+    ) -> None:
         self.name, self.loader, self.device = name, loader, torch.device(device)
-        self.spec = LossSpec("nll")
+        self.spec = LossSpec("nll", z_loss=z_loss)
 
     def deal_over(self, trainers: Group, makers: Group) -> None:
         self.loader.deal_to(trainers.rank, trainers.size)
 
     def next_batch(self) -> Batch:
         parts = self.loader.next_step()
-        targets = torch.cat([part.targets for part in parts])
-        documents = _stacked([self._offsets(p.cu_seqlens, *p.inputs.shape) for p in parts])
-        fields = {
-            "tokens": torch.cat([part.inputs for part in parts]),
-            "targets": targets,
-            "documents": documents,
-        }
-        # Where every token counts there is no mask: nobody need look through one on the device.
-        masks = [part.mask for part in parts if part.mask is not None]
-        counted: Tensor | None = None
-        if masks:
-            fields["mask"] = torch.cat(masks)
-            counted = fields["mask"].sum(dtype=torch.float64)
-        inputs = {name: self._sent(field) for name, field in fields.items()}
-        everything = torch.full((), targets.numel(), dtype=torch.float64, device=self.device)
+        counted = [p.targets.numel() if p.mask is None else int(p.mask.sum()) for p in parts]
         return Batch(
-            {**inputs, "longest": int(documents.diff().max())},
-            microbatches=len(parts),
-            weight=everything if counted is None else self._sent(counted),
-            tokens=targets.numel(),
+            [self._microbatch(part) for part in parts],
+            weight=torch.full((), sum(counted), dtype=torch.float64, device=self.device),
+            tokens=sum(part.targets.numel() for part in parts),
+        )
+
+    def _microbatch(self, part: Part) -> Microbatch:
+        rows, length = part.inputs.shape
+        offsets = part.cu_seqlens
+        if offsets is None:
+            offsets = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32)
+        mask = None if part.mask is None else self._sent(part.mask)
+        return Microbatch(
+            self._sent(part.inputs),
+            LossInputs(self._sent(part.targets), mask),
+            self._sent(offsets),
+            int(offsets.diff().max()),
         )
 
     def _sent(self, field: Tensor) -> Tensor:
         return field.to(self.device, non_blocking=True)
 
-    @staticmethod
-    def _offsets(cu_seqlens: Tensor | None, rows: int, length: int) -> Tensor:
-        if cu_seqlens is not None:
-            return cu_seqlens
-        return torch.arange(0, (rows + 1) * length, length, dtype=torch.int32)
-
-    def loss(self, hidden: Tensor, weight: Tensor, **fields: Any) -> TokenLoss:
-        targets = fields.pop("targets")
-        return linear_token_loss(hidden, weight, targets, self.spec, **fields)
+    def loss(self, head: Head, inputs: LossInputs, normalizer: Tensor) -> TokenLoss:
+        return head.token_loss(inputs, self.spec, normalizer=normalizer)
 
     def metrics(self) -> dict[str, float]:
         consumed = self.loader.consumed_sequences
@@ -77,9 +77,3 @@ class Supervised(Objective):
 
     def close(self) -> None:
         self.loader.close()
-
-
-def _stacked(offsets: list[Tensor]) -> Tensor:
-    """Micro-batches with fewer documents than others get empty ones at their end."""
-    most = max(map(len, offsets))
-    return torch.stack([torch.cat((o, o[-1:].expand(most - len(o)))) for o in offsets])

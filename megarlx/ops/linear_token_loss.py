@@ -2,19 +2,29 @@
 
 The logits of a chunk, `hidden @ weight.T` in fp32, are overwritten by their own gradient, which
 gives the chunk's part of both gradients: three products, and never more than a chunk of logits.
-The formulas are token_loss's. Letters: T tokens, d hidden size, V vocabulary (this rank's slice).
+A loss that looks at whole sequences is called once for all chunks; where there are several, their
+logits are made again for the gradient, a fourth product. The formulas are token_loss's.
+
+There are two loops: csrc/linear_token_loss.cpp for the formulas that the op has, and one here, for
+functions and for vocabulary shards, with collectives in it.
+
+Letters: T tokens, d hidden size, V vocabulary (this rank's slice).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from megarlx.comm.collectives import all_reduce_
+from megarlx.ops.loss_seam import Derivatives, RowTerms, add_sums, row_terms
 from megarlx.ops.loss_spec import LossSpec, TokenLoss, refuse
 from megarlx.ops.token_inputs import (
+    LossInputs,
     TokenInputs,
     check_floats,
     check_vocab_size,
@@ -31,7 +41,6 @@ from megarlx.ops.token_loss import (
 if TYPE_CHECKING:
     from megarlx.comm.groups import Group
 
-FIELDS = 8  # of math/token_loss.h
 # A chunk of logits is written by one product and read by two more: at this many rows the products
 # are at full rate, and what a chunk costs besides (reading and writing the whole weight gradient)
 # is small beside them.
@@ -51,6 +60,9 @@ def linear_token_loss(
     old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     token_weights: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    sequence: Tensor | None = None,
+    sequences: int = 0,
     temperature: Tensor | float = 1.0,
     group: Group | None = None,
     vocab_size: int | None = None,
@@ -69,7 +81,8 @@ def linear_token_loss(
                         this very call; autograd then gives `weight` none. Only for a loss whose
                         upstream gradient is 1, and whose backward is sure to follow
     drop_masked         masked rows are left out of the products. On a GPU their number has to be
-                        waited for: False computes them and does not wait
+                        waited for: False computes them, does not wait, and makes no shape that
+                        depends on data
     rows_per_chunk      rows of logits that exist at one time
     """
     op = "linear_token_loss"
@@ -85,19 +98,13 @@ def linear_token_loss(
     if weight.shape[0] == 0:
         refuse(op, "weight's shape", tuple(weight.shape), "a vocabulary of at least 1")
     vocab_size = check_vocab_size(op, vocab_size, weight.shape[0] * size)
+    inputs = LossInputs(
+        *(targets, mask, advantages, old_logprobs, ref_logprobs, token_weights),
+        *(rollout_logprobs, sequence, sequences),
+    )
+    shape = hidden.shape[:-1]
     tokens = prepare(
-        op,
-        spec,
-        hidden,
-        hidden.shape[:-1],
-        targets=targets,
-        mask=mask,
-        advantages=advantages,
-        old_logprobs=old_logprobs,
-        ref_logprobs=ref_logprobs,
-        token_weights=token_weights,
-        normalizer=normalizer,
-        temperature=temperature,
+        op, spec, hidden, shape, inputs, normalizer=normalizer, temperature=temperature
     )
     if rows_per_chunk is None:
         rows_per_chunk = default_rows(hidden, weight)
@@ -109,7 +116,7 @@ def linear_token_loss(
     if weight_grad_ is not None:
         check_weight_grad(op, weight, weight_grad_)
     whole = group is None or size == 1
-    if whole and (weight_grad_ is None or not with_gradient):
+    if spec.is_native and whole and (weight_grad_ is None or not with_gradient):
         result = torch.ops.megarlx.linear_token_loss(
             rows,
             weight,
@@ -135,6 +142,49 @@ def linear_token_loss(
             reduce_hidden_grad,
         )
     return shaped(result, targets.shape)
+
+
+@dataclass(frozen=True)
+class Head:
+    """What the last stage hands to a loss: its hidden states, and what makes logits of them."""
+
+    hidden: Tensor  # [T, d], entered into `group`: its backward sums the gradient over it
+    weight: Tensor  # [V, d]
+    group: Group
+    vocab_size: int
+
+    def token_loss(
+        self,
+        inputs: LossInputs,
+        spec: LossSpec,
+        *,
+        normalizer: Tensor | float,
+        temperature: Tensor | float = 1.0,
+        rows_per_chunk: int | None = None,
+    ) -> TokenLoss:
+        def flat(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.reshape(-1)
+
+        return linear_token_loss(
+            self.hidden,
+            self.weight,
+            inputs.targets.reshape(-1),
+            spec,
+            normalizer=normalizer,
+            mask=flat(inputs.mask),
+            advantages=flat(inputs.advantages),
+            old_logprobs=flat(inputs.old_logprobs),
+            ref_logprobs=flat(inputs.ref_logprobs),
+            token_weights=flat(inputs.token_weights),
+            rollout_logprobs=flat(inputs.rollout_logprobs),
+            sequence=flat(inputs.sequence),
+            sequences=inputs.sequences,
+            temperature=temperature,
+            group=self.group,
+            vocab_size=self.vocab_size,
+            reduce_hidden_grad=False,
+            rows_per_chunk=rows_per_chunk,
+        )
 
 
 def default_rows(hidden: Tensor, weight: Tensor) -> int:
@@ -165,7 +215,109 @@ def check_weight_grad(op: str, weight: Tensor, weight_grad_: Tensor) -> None:
                 refuse(op, f"weight_grad_'s {name}", value, str(allowed))
 
 
-def sharded_chunks(
+class _Rows:
+    """Hidden rows, the weight and a buffer of a chunk's logits: the three products."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        tokens: TokenInputs,
+        group: Group | None,
+        vocab_size: int,
+        rows: int,
+        grad_weight: Tensor | None,
+    ) -> None:
+        self.hidden, self.tokens, self.group = hidden, tokens, group
+        self.grad_weight, self.count, self.rows = grad_weight, len(hidden), rows
+        self.precision = precision_of(hidden.dtype)
+        narrow = hidden.dtype != self.precision
+        self.mixed = narrow and hidden.device.type == "cuda"  # products of bf16 with fp32 results
+        self.weight = weight.to(self.precision) if narrow and not self.mixed else weight
+        most = min(rows, max(self.count, 1))
+        self.buffer = hidden.new_empty(most, len(weight), dtype=self.precision)
+        self.narrow = torch.empty_like(self.buffer, dtype=hidden.dtype) if self.mixed else None
+        self.grad_hidden = torch.empty_like(hidden)
+        self.place = (0 if group is None else group.rank * len(weight), vocab_size)
+
+    def chunks(self) -> Iterator[slice]:
+        for begin in range(0, self.count, self.rows):
+            yield slice(begin, min(begin + self.rows, self.count))
+
+    def hidden_of(self, chunk: slice) -> Tensor:
+        found, mask = self.hidden[chunk], self.tokens.mask
+        if mask is not None:  # their gradient is 0, and 0 times NaN would be NaN in the weight's
+            found = found.where(mask[chunk, None], 0)
+        return found if self.mixed else found.to(self.precision)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        out = self.buffer[: len(hidden)]
+        if self.mixed:
+            return torch.mm(hidden, self.weight.t(), out_dtype=self.precision, out=out)
+        return torch.mm(hidden, self.weight.t(), out=out)
+
+    def sums(self, logits: Tensor, tokens: TokenInputs) -> Tensor:
+        of_rows = (tokens.targets, tokens.mask, tokens.temperature)
+        partials: Tensor = torch.ops.megarlx.token_loss_sums(logits, *of_rows, *self.place)
+        return partials
+
+    def go_back(
+        self,
+        chunk: slice,
+        hidden: Tensor,
+        logits: Tensor,
+        partials: Tensor,
+        derivatives: Derivatives,
+    ) -> None:
+        """Adds the chunk's part of the weight's gradient, and sets that of its hidden rows."""
+        tokens = self.tokens.rows(chunk.start, chunk.stop)
+        into = None if self.narrow is None else self.narrow[: len(hidden)]
+        of_rows = (tokens.targets, tokens.mask, *derivatives, tokens.temperature)
+        torch.ops.megarlx.token_loss_gradient_(logits, partials, *of_rows, *self.place, into)
+        gradient = logits if into is None else into
+        self.grad_hidden[chunk] = torch.mm(gradient, self.weight)
+        total = self.grad_weight
+        assert total is not None
+        if self.mixed:
+            torch.addmm(total, gradient.t(), hidden, out_dtype=self.precision, out=total)
+        else:
+            total.addmm_(gradient.t(), hidden)
+
+
+def by_chunks(rows: _Rows, spec: LossSpec) -> list[RowTerms]:
+    """Each chunk by itself: three products."""
+    found = []
+    for chunk in rows.chunks():
+        hidden, tokens = rows.hidden_of(chunk), rows.tokens.rows(chunk.start, chunk.stop)
+        logits = rows.logits(hidden)
+        partials = combine_partials_(rows.sums(logits, tokens), rows.group)
+        with_gradient = rows.grad_weight is not None
+        terms = row_terms(partials, tokens, spec, with_gradient=with_gradient)
+        if with_gradient:
+            rows.go_back(chunk, hidden, logits, partials, terms.derivatives)
+        found.append(terms)
+    return found
+
+
+def by_sequences(rows: _Rows, spec: LossSpec) -> list[RowTerms]:
+    """All chunks together, between two walks over them: four products."""
+    parts = [
+        rows.sums(rows.logits(rows.hidden_of(chunk)), rows.tokens.rows(chunk.start, chunk.stop))
+        for chunk in rows.chunks()
+    ]
+    partials = combine_partials_(torch.cat(parts, 1), rows.group)
+    with_gradient = rows.grad_weight is not None
+    terms = row_terms(partials, rows.tokens, spec, with_gradient=with_gradient)
+    if with_gradient:
+        for chunk in rows.chunks():
+            hidden = rows.hidden_of(chunk)
+            of_chunk = Derivatives(*(slope[chunk] for slope in terms.derivatives))
+            in_chunk = partials[:, chunk].contiguous()
+            rows.go_back(chunk, hidden, rows.logits(hidden), in_chunk, of_chunk)
+    return [terms]
+
+
+def python_loop(
     hidden: Tensor,
     weight: Tensor,
     tokens: TokenInputs,
@@ -173,82 +325,35 @@ def sharded_chunks(
     vocab_size: int,
     rows_per_chunk: int,
     drop_masked: bool,
-    group: Group,
+    group: Group | None,
     grad_weight: Tensor | None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """((loss, log-probs, entropy, metrics), this rank's part of grad_hidden).
 
-    The chunk loop of csrc/linear_token_loss.cpp with two collectives in each chunk, which make the
-    partial sums of the shards whole. The weight's gradient is added to `grad_weight`; without one
-    there are no gradients.
+    The weight's gradient is added to `grad_weight`; without one there are no gradients.
     """
-    total = hidden.shape[0]
-    kept: Tensor | None = None
+    total, kept = len(hidden), None
     if tokens.mask is not None and drop_masked:
         kept = tokens.mask.nonzero()[:, 0]
         hidden, tokens = hidden.index_select(0, kept), tokens.select(kept)
-    count, vocabulary = hidden.shape[0], weight.shape[0]
-    precision = precision_of(hidden.dtype)
-    narrow = hidden.dtype != precision
-    mixed = narrow and hidden.device.type == "cuda"
-    if narrow and not mixed:
-        weight = weight.to(precision)
-    rows = min(rows_per_chunk, max(count, 1))
-    buffer = torch.empty(rows, vocabulary, dtype=precision, device=hidden.device)
-    gradient_buffer = torch.empty_like(buffer, dtype=hidden.dtype) if mixed else buffer
-    _, logprobs, entropy, _ = empty_results(hidden, count)
-    fields = logprobs.new_empty(count, FIELDS)
-    grad_hidden = torch.empty_like(hidden)
-    vocab_start = group.rank * vocabulary
-    ops = torch.ops.megarlx
-
-    for begin in range(0, count, rows):
-        end = min(begin + rows, count)
-        logits, in_chunk = buffer[: end - begin], tokens.rows(begin, end)
-        chunk_hidden = hidden[begin:end]
-        if mixed:
-            torch.mm(chunk_hidden, weight.t(), out_dtype=precision, out=logits)
-        else:
-            chunk_hidden = chunk_hidden.to(precision)
-            torch.mm(chunk_hidden, weight.t(), out=logits)
-        partials = ops.token_loss_partials(
-            logits, in_chunk.targets, in_chunk.mask, tokens.temperature, vocab_start, vocab_size
-        )
-        combine_partials_(partials, group)
-        gradient = None if grad_weight is None else gradient_buffer[: end - begin]
-        ops._token_loss_rows_(
-            logits,
-            partials,
-            *in_chunk.arguments,
-            vocab_start,
-            vocab_size,
-            *spec.arguments,
-            gradient,
-            logprobs[begin:end],
-            entropy[begin:end],
-            fields[begin:end],
-        )
-        if gradient is None or grad_weight is None:
-            continue
-        grad_hidden[begin:end] = torch.mm(gradient, weight)
-        if mixed:
-            torch.addmm(
-                grad_weight, gradient.t(), chunk_hidden, out_dtype=precision, out=grad_weight
-            )
-        else:
-            grad_weight.addmm_(gradient.t(), chunk_hidden)
-
-    loss, metrics = ops._token_loss_sums(fields)
+    rows = _Rows(hidden, weight, tokens, group, vocab_size, rows_per_chunk, grad_weight)
+    walk = by_sequences if spec.loss.needs_sequence and rows.count > rows.rows else by_chunks
+    found = walk(rows, spec)
+    sums = hidden.new_zeros(1 + len(spec.metrics), dtype=torch.float64)
+    for terms in found:
+        sums = add_sums(sums, terms.sums)
+    empty = hidden.new_zeros(0, dtype=rows.precision)
+    logprobs = torch.cat([empty, *(terms.logprobs for terms in found)])
+    entropy = torch.cat([empty, *(terms.entropy for terms in found)])
+    spread = [logprobs, entropy, rows.grad_hidden]
     if kept is not None:
-        logprobs = logprobs.new_zeros(total).index_copy_(0, kept, logprobs)
-        entropy = entropy.new_zeros(total).index_copy_(0, kept, entropy)
-        spread = grad_hidden.new_zeros(total, hidden.shape[1])
-        grad_hidden = spread.index_copy_(0, kept, grad_hidden)
-    return (loss, logprobs, entropy, metrics), grad_hidden
+        spread = [x.new_zeros(total, *x.shape[1:]).index_copy_(0, kept, x) for x in spread]
+    sums = sums.to(rows.precision)
+    return (sums[0].clone(), spread[0], spread[1], sums[1:]), spread[2]
 
 
 class _LinearTokenLoss(torch.autograd.Function):
-    """Over vocabulary shards, and with a weight gradient that is added to a buffer."""
+    """Functions, vocabulary shards, and a weight gradient that is added to a buffer."""
 
     @staticmethod
     def forward(
@@ -267,7 +372,7 @@ class _LinearTokenLoss(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.accumulated = weight_grad_ is not None
         ctx.weight_dtype = weight.dtype
-        if group is None:
+        if spec.is_native and group is None:
             *result, grad_hidden = torch.ops.megarlx._linear_token_loss_(
                 hidden,
                 weight,
@@ -281,7 +386,7 @@ class _LinearTokenLoss(torch.autograd.Function):
         else:
             if with_gradient and weight_grad_ is None:
                 weight_grad_ = torch.zeros_like(weight, dtype=precision_of(weight.dtype))
-            shared, grad_hidden = sharded_chunks(
+            found, grad_hidden = python_loop(
                 hidden,
                 weight,
                 tokens,
@@ -292,8 +397,8 @@ class _LinearTokenLoss(torch.autograd.Function):
                 group,
                 weight_grad_ if with_gradient else None,
             )
-            result = list(shared)
-            if with_gradient and reduce_hidden_grad:
+            result = list(found)
+            if group is not None and with_gradient and reduce_hidden_grad:
                 all_reduce_(grad_hidden, group)
         if with_gradient:
             saved = (grad_hidden,) if ctx.accumulated else (grad_hidden, weight_grad_)
@@ -304,7 +409,8 @@ class _LinearTokenLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        if ctx.accumulated and upstream.device.type == "cpu" and upstream.item() != 1:
+        is_known = type(upstream) is Tensor and upstream.device.type == "cpu"
+        if ctx.accumulated and is_known and upstream.item() != 1:
             refuse(
                 "linear_token_loss",
                 "the upstream gradient",

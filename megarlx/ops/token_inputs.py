@@ -1,4 +1,4 @@
-"""The per-token arguments of the token losses: checked, flattened and converted once."""
+"""The per-token inputs of a loss: as a micro-batch has them, and as the native ops take them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,23 @@ def precision_of(dtype: torch.dtype) -> torch.dtype:
 
 
 @dataclass(frozen=True)
+class LossInputs:
+    """What the loss of a micro-batch is told of its tokens, each in the shape of `targets`."""
+
+    targets: Tensor  # int64
+    mask: Tensor | None = None  # bool; None: every token counts
+    advantages: Tensor | None = None
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    token_weights: Tensor | None = None
+    rollout_logprobs: Tensor | None = None
+    sequence: Tensor | None = None  # int64, which of the micro-batch's a token is of; -1: padding
+    sequences: int = 0  # the most in any micro-batch of the batch
+
+
+@dataclass(frozen=True)
 class TokenInputs:
-    """In the order of the native ops. All [tokens], the last two 0-dim; None is left out."""
+    """All [tokens], normaliser and temperature 0-dim; None is left out."""
 
     targets: Tensor  # int64
     mask: Tensor | None  # bool
@@ -31,9 +46,14 @@ class TokenInputs:
     token_weights: Tensor | None
     normalizer: Tensor
     temperature: Tensor
+    # Only functions see these.
+    rollout_logprobs: Tensor | None = None
+    sequence: Tensor | None = None  # int64
+    sequences: int = 0
 
     @property
     def arguments(self) -> tuple[Tensor | None, ...]:
+        """In the order of the native ops."""
         return (
             self.targets,
             self.mask,
@@ -52,11 +72,9 @@ class TokenInputs:
         return replace(self._each(lambda tensor: tensor.index_select(0, index)), mask=None)
 
     def _each(self, change: Any) -> TokenInputs:
-        values = (
-            value if value is None or value.dim() == 0 else change(value)
-            for value in self.arguments
-        )
-        return TokenInputs(*values)  # type: ignore[arg-type]
+        given = ((name, getattr(self, name)) for name in self.__dataclass_fields__)
+        tensors = {k: v for k, v in given if isinstance(v, Tensor) and v.dim()}
+        return replace(self, **{name: change(value) for name, value in tensors.items()})
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -92,13 +110,8 @@ def prepare(
     spec: LossSpec,
     like: Tensor,
     shape: Sequence[int],
+    inputs: LossInputs,
     *,
-    targets: Tensor,
-    mask: Tensor | None,
-    advantages: Tensor | None,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    token_weights: Tensor | None,
     normalizer: Tensor | float,
     temperature: Tensor | float,
 ) -> TokenInputs:
@@ -118,11 +131,19 @@ def prepare(
         if tensor.device != like.device:
             refuse(op, f"{argument}'s device", tensor.device, str(like.device))
 
-    def floats(argument: str, tensor: Tensor | None) -> Tensor | None:
+    def floats(argument: str) -> Tensor | None:
+        tensor = getattr(inputs, argument)
         if tensor is None:
             return None
         check(argument, tensor, "floating")
         return flat(tensor.detach().to(precision))
+
+    def others(argument: str, dtype: str) -> Tensor | None:
+        tensor = getattr(inputs, argument)
+        if tensor is None:
+            return None
+        check(argument, tensor, dtype)
+        return flat(tensor)
 
     def number(argument: str, value: Tensor | float) -> Tensor:
         if isinstance(value, Tensor):
@@ -135,24 +156,31 @@ def prepare(
             refuse(op, argument, repr(value), "a number, or a 0-dim tensor")
         return torch.full((), value, dtype=precision, device=like.device)
 
-    check("targets", targets, "torch.int64")
-    if mask is not None:
-        check("mask", mask, "torch.bool")
-        mask = flat(mask)
-    if (advantages is None) != (spec.mode == "nll"):
-        given = "missing" if advantages is None else "given"
-        refuse(op, "advantages", given, "one a token for reinforce, ppo_clip, cispo; none for nll")
-    if ref_logprobs is None and spec.kl != "none":
+    check("targets", inputs.targets, "torch.int64")
+    if (inputs.advantages is None) != (spec.mode == "nll"):
+        given = "missing" if inputs.advantages is None else "given"
+        refuse(op, "advantages", given, "one a token for a policy loss; none for nll")
+    count = inputs.sequences
+    if spec.loss.needs_sequence and (inputs.sequence is None or count < 1):
+        given = "missing" if inputs.sequence is None else f"given with sequences = {count}"
+        allowed = (
+            f"the number of each token's sequence, and sequences above it, for {spec.loss.name}"
+        )
+        refuse(op, "sequence", given, allowed)
+    if inputs.ref_logprobs is None and spec.kl != "none":
         refuse(op, "ref_logprobs", "missing", "one a token when kl is k1, k2 or k3")
     if isinstance(temperature, int | float) and not 0 < temperature < float("inf"):
         refuse(op, "temperature", temperature, "a number > 0")
     return TokenInputs(
-        flat(targets),
-        mask,
-        floats("advantages", advantages),
-        floats("old_logprobs", old_logprobs),
-        floats("ref_logprobs", ref_logprobs),
-        floats("token_weights", token_weights),
+        flat(inputs.targets),
+        others("mask", "torch.bool"),
+        floats("advantages"),
+        floats("old_logprobs"),
+        floats("ref_logprobs"),
+        floats("token_weights"),
         number("normalizer", normalizer),
         number("temperature", temperature),
+        floats("rollout_logprobs"),
+        others("sequence", "torch.int64"),
+        count,
     )

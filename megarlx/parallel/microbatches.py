@@ -1,28 +1,35 @@
-"""Inputs cut into micro-batches, a stage called on one of them, and what comes back.
-
-A stage is an ordinary module, called as
-
-    stage(tokens or hidden, **fields)
+"""One micro-batch, a stage called on it, and what comes back.
 
 The first stage is given the micro-batch's tokens, every other one the hidden states of the stage
-before it. The fields (targets, masks, advantages, positions, cu_seqlens ...) are the micro-batch's
-slice of the inputs along their first dimension; numbers and tensors without dimensions go to each
-micro-batch whole. The last stage's forward ends in norm, head and token loss. It returns the loss
-with shape [1], or (loss, outputs) where `outputs` is a dict of tensors to hand to the caller
-(log-probs, metrics), or in an evaluation the dict alone. It must live in `forward` because split
-schedules see only gradients of what a stage's own forward used.
+before it; all are told the same of its documents. The last stage's forward ends in norm, head and
+the loss that it is given. It returns the loss with shape [1], or (loss, outputs) where `outputs` is
+a dict of tensors to hand to the caller (log-probs, metrics), or in an evaluation the dict alone.
+The loss must live in `forward`, because split schedules see only gradients of what a stage's own
+forward used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-Inputs = Mapping[str, Any]
-Microbatch = dict[str, Any]
+from megarlx.ops import Head, LossInputs, TokenLoss
+
+Loss = Callable[[Head, LossInputs], TokenLoss]
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """What a rank takes through the model at once."""
+
+    tokens: Tensor  # int64 [rows, length]
+    inputs: LossInputs  # for the loss
+    documents: Tensor | None = None  # int32, offsets in the tokens one after another; None: rows
+    longest: int | None = None  # no document has more tokens
+    positions: Tensor | None = None  # of each token; None: from its document's beginning
 
 
 @dataclass
@@ -50,26 +57,22 @@ class Results:
         return loss
 
 
-def split_microbatches(inputs: Inputs, count: int) -> list[Microbatch]:
-    """Cuts every tensor's first dimension into `count` equal views."""
-    if "tokens" not in inputs:
-        raise ValueError(f"pipeline: inputs are {sorted(inputs)}; 'tokens' is missing")
-    parts: list[Microbatch] = [{} for _ in range(count)]
-    for name, value in inputs.items():
-        if not isinstance(value, Tensor) or value.ndim == 0:
-            slices: Sequence[Any] = [value] * count
-        elif len(value) % count or len(value) == 0:
-            raise ValueError(
-                f"pipeline: inputs['{name}'] has the shape {list(value.shape)}; the first "
-                f"dimension must be a multiple of the {count} micro-batches"
-            )
-        else:
-            slices = value.split(len(value) // count)
-        for part, piece in zip(parts, slices, strict=True):
-            part[name] = piece
-    return parts
+def check_microbatches(parts: Sequence[Microbatch]) -> None:
+    if not parts:
+        raise ValueError("pipeline: there are 0 micro-batches; at least 1 is needed")
+    shapes = sorted({tuple(part.tokens.shape) for part in parts})
+    if len(shapes) > 1:
+        raise ValueError(
+            f"pipeline: micro-batches have tokens of the shapes {shapes}; all must have the same"
+        )
 
 
-def call_stage(stage: nn.Module, hidden: Tensor | None, part: Microbatch) -> Any:
-    fields = {name: value for name, value in part.items() if name != "tokens"}
-    return stage(part["tokens"] if hidden is None else hidden, **fields)
+def call_stage(stage: nn.Module, hidden: Tensor | None, part: Microbatch, loss: Loss | None) -> Any:
+    return stage(
+        part.tokens if hidden is None else hidden,
+        documents=part.documents,
+        longest=part.longest,
+        positions=part.positions,
+        loss_inputs=part.inputs,
+        loss=loss,
+    )

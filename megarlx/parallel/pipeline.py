@@ -1,7 +1,7 @@
 """Forward and backward over micro-batches, on one rank or through a pipeline of ranks.
 
-What a stage is, and how inputs become micro-batches: microbatches.py. Losses are summed over
-micro-batches and gradients added up, never averaged: the normaliser is one of the fields.
+What a stage is given: microbatches.py. Losses are summed over micro-batches and gradients added up,
+never averaged: the normaliser is the loss's.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from megarlx.comm.groups import Group
 from megarlx.parallel.microbatches import (
-    Inputs,
+    Loss,
     Microbatch,
     Results,
     call_stage,
-    split_microbatches,
+    check_microbatches,
 )
 from megarlx.parallel.pipeline_actions import rank_actions
 from megarlx.parallel.pipeline_plan import PipelinePlan
@@ -71,8 +71,8 @@ class Pipeline:
 
     def forward_backward(
         self,
-        inputs: Inputs,
-        microbatches: int,
+        parts: Sequence[Microbatch],
+        loss: Loss | None,
         *,
         on_gradient_ready: OnGradientReady | None = None,
     ) -> Results:
@@ -82,44 +82,49 @@ class Pipeline:
         in the backward of the last micro-batch, or, where backward is split, after the last
         weight gradient of the stage. (Gradients of tied weights are this stage's share only.)
         """
-        self.plan.check_microbatches(microbatches)
-        parts = split_microbatches(inputs, microbatches)
+        check_microbatches(parts)
+        self.plan.check_microbatches(len(parts))
         if on_gradient_ready is None:
-            return self._train(parts, None)
-        watch = _GradientWatch(self.stages, microbatches, on_gradient_ready)
+            return self._train(parts, loss, None)
+        watch = _GradientWatch(self.stages, len(parts), on_gradient_ready)
         with nullcontext() if self.plan.splits_backward else watch.hooks():
-            results = self._train(parts, watch)
+            results = self._train(parts, loss, watch)
         watch.finish()
         return results
 
-    def forward_only(self, inputs: Inputs, microbatches: int = 1) -> Results:
+    def forward_only(self, parts: Sequence[Microbatch], loss: Loss | None) -> Results:
         """An evaluation or log-prob pass, without gradients. Any number of micro-batches."""
-        if microbatches < 1:
-            raise ValueError(f"pipeline: microbatches is {microbatches}; it must be at least 1")
-        parts = split_microbatches(inputs, microbatches)
+        check_microbatches(parts)
         with torch.no_grad():
             if self.plan.size > 1:
-                return self._scheduled(parts, training=False)
+                return self._scheduled(parts, loss, training=False)
             results = Results()
             for part in parts:
-                results.take(call_stage(self.stages[0], None, part), needs_loss=False)
+                results.take(call_stage(self.stages[0], None, part, loss), needs_loss=False)
             return results
 
-    def _train(self, parts: list[Microbatch], watch: _GradientWatch | None) -> Results:
+    def _train(
+        self, parts: Sequence[Microbatch], loss: Loss | None, watch: _GradientWatch | None
+    ) -> Results:
         if self.plan.size > 1:
-            return self._scheduled(parts, training=True, watch=watch)
+            return self._scheduled(parts, loss, training=True, watch=watch)
         results = Results()
         for part in parts:
-            loss = results.take(call_stage(self.stages[0], None, part), needs_loss=True)
-            torch.autograd.backward(loss)
+            found = results.take(call_stage(self.stages[0], None, part, loss), needs_loss=True)
+            torch.autograd.backward(found)
         return results
 
     def _scheduled(
-        self, parts: list[Microbatch], *, training: bool, watch: _GradientWatch | None = None
+        self,
+        parts: Sequence[Microbatch],
+        loss: Loss | None,
+        *,
+        training: bool,
+        watch: _GradientWatch | None = None,
     ) -> Results:
         step = PipelineStep(
-            *(self.stages, self.plan, self.group, parts),
-            shape=torch.Size(self.hidden_shape(parts[0]["tokens"].shape)),
+            *(self.stages, self.plan, self.group, parts, loss),
+            shape=torch.Size(self.hidden_shape(parts[0].tokens.shape)),
             dtype=self.dtype,
             device=self.device,
             training=training,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from megarlx.comm.collectives import CollectiveError, Pending, start_receive, start_send
 from megarlx.comm.groups import Group
-from megarlx.parallel.microbatches import Microbatch, Results, call_stage
+from megarlx.parallel.microbatches import Loss, Microbatch, Results, call_stage
 from megarlx.parallel.pipeline_actions import Actions
 from megarlx.parallel.pipeline_plan import PipelinePlan
 
@@ -31,7 +31,8 @@ class PipelineStep:
         stages: Sequence[nn.Module],  # those of plan.stages_of(group.rank), in that order
         plan: PipelinePlan,
         group: Group,
-        parts: list[Microbatch],
+        parts: Sequence[Microbatch],
+        loss: Loss | None,
         *,
         shape: torch.Size,  # of the hidden states between stages
         dtype: torch.dtype,
@@ -41,7 +42,7 @@ class PipelineStep:
     ) -> None:
         held = plan.stages_of(group.rank)
         self.stages = dict(zip(held, stages, strict=True))
-        self.plan, self.group, self.parts = plan, group, parts
+        self.plan, self.group, self.parts, self.loss = plan, group, parts, loss
         self.shape, self.dtype, self.device = shape, dtype, device
         self.training, self.stage_is_complete = training, stage_is_complete
         self.what = "pipeline forward and backward" if training else "pipeline forward"
@@ -83,7 +84,7 @@ class PipelineStep:
         hidden = None if stage == 0 else self._take("hidden", stage, part)
         if self.training and hidden is not None:
             hidden.requires_grad_()
-        output = call_stage(self.stages[stage], hidden, self.parts[part])
+        output = call_stage(self.stages[stage], hidden, self.parts[part], self.loss)
         if stage == self.last:
             output = self.results.take(output, needs_loss=self.training)
         elif output.shape != self.shape or output.dtype != self.dtype:

@@ -23,7 +23,8 @@ from megarlx.comm.launch import start_fake
 from megarlx.model.build import ParallelModel, build_model
 from megarlx.model.transformer_layer import Recompute
 from megarlx.objectives.interface import Batch, Objective
-from megarlx.ops import LossSpec, TokenLoss, linear_token_loss
+from megarlx.ops import Head, LossInputs, LossSpec, TokenLoss
+from megarlx.parallel.microbatches import Microbatch
 from megarlx.planning.job import Job
 from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage
 
@@ -57,22 +58,18 @@ class Shapes(Objective):
     def next_batch(self) -> Batch:
         job, count = self.job, self.job.microbatches
         rows, length = job.sequences_per_microbatch, job.sequence_length
-        tokens = torch.zeros(count * rows, length, dtype=torch.int64, device=self.device)
+        tokens = torch.zeros(rows, length, dtype=torch.int64, device=self.device)
         # Where documents begin is read on the host, so it holds numbers on every device.
         offsets = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32)
-        positions = torch.arange(length, device=self.device).expand(count * rows, length)
-        inputs = {
-            "tokens": tokens,
-            "targets": torch.zeros_like(tokens),
-            "documents": offsets.expand(count, rows + 1).contiguous(),
-            "positions": positions.contiguous(),
-        }
-        weight = torch.ones((), dtype=torch.float64, device=self.device) * tokens.numel()
-        return Batch(inputs, microbatches=count, weight=weight, tokens=tokens.numel())
+        positions = torch.arange(length, device=self.device).expand(rows, length).contiguous()
+        part = Microbatch(tokens, LossInputs(tokens), offsets, positions=positions)
+        total = count * tokens.numel()
+        weight = torch.ones((), dtype=torch.float64, device=self.device) * total
+        return Batch([part] * count, weight=weight, tokens=total)
 
-    def loss(self, hidden: Tensor, weight: Tensor, **fields: Any) -> TokenLoss:
-        targets, rows = fields.pop("targets"), self.job.loss_rows
-        return linear_token_loss(hidden, weight, targets, self.spec, rows_per_chunk=rows, **fields)
+    def loss(self, head: Head, inputs: LossInputs, normalizer: Tensor) -> TokenLoss:
+        rows = self.job.loss_rows
+        return head.token_loss(inputs, self.spec, normalizer=normalizer, rows_per_chunk=rows)
 
     def state(self) -> dict[str, Any]:
         return {}

@@ -38,7 +38,7 @@ from megarlx.run.reference import RunReference, tokens_of
 INHERITED = ("model", "data", "template", "evaluation", "sft", "rl", "objectives")
 OF_TRAINING = (
     *("sequences_per_step", "sequences_per_microbatch", "sequence_length"),
-    *("seed", "precision", "recompute", "layers", "fp8", "device"),
+    *("z_loss", "seed", "precision", "recompute", "layers", "fp8", "device"),
 )
 
 

@@ -130,6 +130,7 @@ class ObjectiveMaker:
         *,
         prefetch_steps: int = 2,
         group: Group | None = None,
+        z_loss: float | None = None,
     ) -> Supervised:
         training = self.config.training
         group = group or self.mesh.dp  # at least these; a stage may deal to more
@@ -147,7 +148,8 @@ class ObjectiveMaker:
             documents_at_most=most_documents,
             prefetch_steps=prefetch_steps,
         )
-        return Supervised(name, loader, device=self.device)
+        weight = training.z_loss if z_loss is None else z_loss
+        return Supervised(name, loader, device=self.device, z_loss=weight)
 
     def validation(self) -> dict[str, Supervised]:
         """One small dataset a source; its first sequences, the same at every validation."""
@@ -166,6 +168,7 @@ class ObjectiveMaker:
                 count,
                 prefetch_steps=0,
                 group=everyone,
+                z_loss=0.0,
             )
         return found
 

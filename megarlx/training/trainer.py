@@ -105,8 +105,8 @@ class Trainer:
         shard = self.optimizer.gradient_shard(objective.name)
         data_parallel.begin(shard)
         results = self.model.pipeline.forward_backward(
-            {**batch.inputs, "normalizer": normalizer, "loss": objective.loss},
             batch.microbatches,
+            partial(objective.loss, normalizer=normalizer),
             on_gradient_ready=data_parallel.ready,
         )
         data_parallel.finish()
@@ -184,7 +184,7 @@ class Trainer:
         batch = objective.next_batch()
         normalizer = all_reduce_(batch.weight, self.mesh.data)
         results = self.model.pipeline.forward_only(
-            {**batch.inputs, "normalizer": normalizer, "loss": objective.loss}, batch.microbatches
+            batch.microbatches, partial(objective.loss, normalizer=normalizer)
         )
         loss = _total(results.losses, normalizer)
         return self.global_loss({objective.name: loss})[objective.name]

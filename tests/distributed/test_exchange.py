@@ -12,6 +12,7 @@ from megarlx.comm.collectives import all_reduce_
 from megarlx.comm.groups import Group, Mesh
 from megarlx.config.policy import PolicyConfig
 from megarlx.objectives.exchange import gather_completions, gather_ragged
+from megarlx.objectives.losses import loss_spec
 from megarlx.objectives.packing import Layout as Places
 from megarlx.objectives.packing import deal, policy_batch
 from megarlx.objectives.policy_loss import Completions, policy_fields, select
@@ -48,14 +49,16 @@ def exchange() -> dict[str, Any]:
     config = PolicyConfig(preset="grpo", kl="none", kl_coefficient=0.0)
     of_tokens = policy_fields(config, everything, all_advantages, max_completion_tokens=16)
     dealt = deal(everything.lengths.tolist(), tokens_per_microbatch=16, ranks=group.size)
-    batch = policy_batch(everything, of_tokens, Places.of(everything.lengths, dealt, group.rank))
-    weighted = batch.inputs["advantages"] * batch.inputs["token_weights"] * batch.inputs["mask"]
+    places = Places.of(everything.lengths, dealt, group.rank)
+    batch = policy_batch(everything, of_tokens, places, loss_spec(config))
+    each = [part.inputs for part in batch.microbatches]
+    weighted = torch.stack([x.advantages * x.token_weights * x.mask for x in each])  # type: ignore[operator]
     return {
         "everything": everything,
         "advantages": all_advantages,
         "normalizer": all_reduce_(batch.weight.clone(), group),
         "weighted": all_reduce_(weighted.sum(), group),
-        "microbatches": batch.microbatches,
+        "microbatches": len(batch.microbatches),
     }
 
 

@@ -22,8 +22,9 @@ from torch.utils.checkpoint import checkpoint
 
 from megarlx.comm.collectives import CollectiveError, all_reduce_
 from megarlx.comm.groups import Mesh
+from megarlx.ops import LossInputs
 from megarlx.ops.delayed_linear import DelayedGradients, delayed_linear
-from megarlx.parallel.microbatches import Results
+from megarlx.parallel.microbatches import Microbatch, Results, call_stage
 from megarlx.parallel.pipeline import Pipeline
 from megarlx.parallel.pipeline_plan import PipelinePlan
 
@@ -117,23 +118,24 @@ class Stage(nn.Module):
         self,
         x: Tensor,
         *,
-        targets: Tensor,
-        weights: Tensor,
-        normalizer: Tensor,
-        cu_seqlens: Tensor | None = None,
+        loss_inputs: LossInputs,
+        documents: Tensor | None = None,
+        **others: Any,
     ) -> Any:
+        assert others == {"longest": None, "positions": None, "loss": None}
         x = self.embedding[x] if hasattr(self, "embedding") else x
         length = x.shape[1]
         position = torch.arange(length)
         mask = position[:, None] >= position
-        if cu_seqlens is not None:  # [1, documents + 1], padded with the length
-            document = torch.searchsorted(cu_seqlens[0].contiguous(), position, right=True)
+        if documents is not None:  # [documents + 1], padded with the length
+            document = torch.searchsorted(documents, position, right=True)
             mask = mask & (document[:, None] == document)
         for layer in self.layers:
             x = layer(x, mask)
         if not hasattr(self, "head"):
             return x
-        loss, logprobs = HeadLoss.apply(x, self.head, targets, weights / normalizer)
+        targets, weights = loss_inputs.targets, loss_inputs.token_weights
+        loss, logprobs = HeadLoss.apply(x, self.head, targets, weights)
         return loss, {"logprobs": logprobs}
 
     def named_globally(self) -> dict[str, nn.Parameter]:
@@ -160,6 +162,24 @@ def batch(rows: int, length: int, seed: int = 0) -> dict[str, Any]:
         "weights": torch.randn(rows, length, generator=draw, dtype=torch.float64),
         "normalizer": torch.tensor(float(rows * length), dtype=torch.float64),
     }
+
+
+def split(inputs: dict[str, Any], count: int) -> list[Microbatch]:
+    """The rows in equal parts; documents are one row's."""
+    scaled = inputs["weights"] / inputs["normalizer"]
+    parts = zip(
+        *(t.chunk(count) for t in (inputs["tokens"], inputs["targets"], scaled)), strict=True
+    )
+    documents = inputs.get("cu_seqlens", [None] * count)
+    return [
+        Microbatch(tokens, LossInputs(targets, token_weights=weights), offsets)
+        for (tokens, targets, weights), offsets in zip(parts, documents, strict=True)
+    ]
+
+
+def in_one_piece(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    result: tuple[Tensor, dict[str, Tensor]] = call_stage(model, None, split(inputs, 1)[0], None)
+    return result
 
 
 class Rank:
@@ -217,8 +237,7 @@ def preset_gradients(stages: list[Any]) -> Tensor:
 def reference(layers: int, inputs: dict[str, Any]) -> tuple[Stage, Tensor, Tensor]:
     """The whole model over the whole batch in one piece: model, loss, log-probs."""
     model = Stage((0, layers), True, True, torch.float64, tied=False)
-    fields = {name: value for name, value in inputs.items() if name != "tokens"}
-    loss, outputs = model(inputs["tokens"], **fields)
+    loss, outputs = in_one_piece(model, inputs)
     loss.sum().backward()
     return model, loss.detach(), outputs["logprobs"]
 
@@ -255,12 +274,14 @@ def equals_one_process(p: int, schedule: str, v: int) -> list[int]:
         for seed, (rows, length) in enumerate([(2 * m, 5), (m, 3), (2 * m, 5)]):
             inputs = batch(rows, length, seed)
             model, loss, logprobs = reference(rank.plan.layers[-1][1], inputs)
-            check_results(rank, rank.pipeline.forward_only(inputs, m), loss, logprobs, m)
+            check_results(
+                rank, rank.pipeline.forward_only(split(inputs, m), None), loss, logprobs, m
+            )
             rank.buffer.zero_()
-            results = rank.pipeline.forward_backward(inputs, m)
+            results = rank.pipeline.forward_backward(split(inputs, m), None)
             check_results(rank, results, loss, logprobs, m)
             check_gradients(rank, model)
-        check_results(rank, rank.pipeline.forward_only(inputs, 1), loss, logprobs, 1)
+        check_results(rank, rank.pipeline.forward_only(split(inputs, 1), None), loss, logprobs, 1)
     return counts
 
 
@@ -276,7 +297,7 @@ def uneven_equals_one_process(schedule: str, v: int, layers_per_stage: tuple[int
     )  # fmt: skip
     inputs = batch(4, 5)
     model, loss, logprobs = reference(sum(layers_per_stage), inputs)
-    check_results(rank, rank.pipeline.forward_backward(inputs, 4), loss, logprobs, 4)
+    check_results(rank, rank.pipeline.forward_backward(split(inputs, 4), None), loss, logprobs, 4)
     check_gradients(rank, model)
 
 
@@ -295,7 +316,7 @@ def gradients_when_ready(schedule: str, v: int, m: int) -> list[tuple[bool, int]
     """For each parameter as it became ready: was its gradient final, how many others were not."""
     rank = Rank(2, schedule, v)
     inputs = batch(m, 5)
-    rank.pipeline.forward_backward(inputs, m)
+    rank.pipeline.forward_backward(split(inputs, m), None)
     final = {p: p.grad.clone() for p in rank.parameters()}
     seen: list[tuple[nn.Parameter, bool, int]] = []
 
@@ -306,7 +327,7 @@ def gradients_when_ready(schedule: str, v: int, m: int) -> list[tuple[bool, int]
     for _ in range(2):  # the hooks of the first step must be gone in the second
         rank.buffer.zero_()
         seen.clear()
-        rank.pipeline.forward_backward(inputs, m, on_gradient_ready=ready)
+        rank.pipeline.forward_backward(split(inputs, m), None, on_gradient_ready=ready)
         assert len(seen) == len(final)
         assert {p for p, _, _ in seen} == set(final)
     kept = weakref.ref(ready)
@@ -335,7 +356,7 @@ def unused_parameter_is_announced(schedule: str, v: int) -> None:
         stage.unused = nn.Parameter(torch.ones(3, dtype=torch.float64))
         stage.unused.grad = torch.zeros(3, dtype=torch.float64)
     seen: list[nn.Parameter] = []
-    rank.pipeline.forward_backward(batch(4, 5), 4, on_gradient_ready=seen.append)
+    rank.pipeline.forward_backward(split(batch(4, 5), 4), None, on_gradient_ready=seen.append)
     assert len(seen) == len(set(seen)) == len(rank.parameters())
 
 
@@ -349,14 +370,15 @@ def packed_equals_separate(schedule: str, v: int) -> None:
     # Four micro-batches of one row; documents of 7 tokens in all, cu_seqlens padded with 7.
     edges = [[0, 3, 7, 7], [0, 7, 7, 7], [0, 2, 4, 7], [0, 1, 7, 7]]
     inputs = batch(4, 7)
-    results = rank.pipeline.forward_backward({**inputs, "cu_seqlens": torch.tensor(edges)}, 4)
+    parts = split({**inputs, "cu_seqlens": torch.tensor(edges)}, 4)
+    results = rank.pipeline.forward_backward(parts, None)
     model = Stage((0, rank.plan.layers[-1][1]), True, True, torch.float64, tied=False)
     logprobs = []
     for row, row_edges in enumerate(edges):
         for start, end in itertools.pairwise(row_edges):
             if start < end:
                 part = {k: t[row : row + 1, start:end] for k, t in inputs.items() if t.ndim}
-                loss, outputs = model(part.pop("tokens"), normalizer=inputs["normalizer"], **part)
+                loss, outputs = in_one_piece(model, {**inputs, **part})
                 loss.sum().backward()
                 logprobs.append(outputs["logprobs"])
     check_gradients(rank, model)
@@ -381,7 +403,7 @@ def tied_difference(rank: Rank, m: int) -> float:
         rank.stages[1].head = rank.stages[0].embedding
     rank.buffer = preset_gradients(rank.stages)
     announced: list[nn.Parameter] = []
-    rank.pipeline.forward_backward(inputs, m, on_gradient_ready=announced.append)
+    rank.pipeline.forward_backward(split(inputs, m), None, on_gradient_ready=announced.append)
     assert len(announced) == len(set(announced)) == len(set(rank.parameters()))
     own = [
         value for stage in rank.stages for name, value in stage.named_parameters()
@@ -391,8 +413,7 @@ def tied_difference(rank: Rank, m: int) -> float:
     total = sum({id(p): p.grad for p in own}.values(), torch.zeros(VOCABULARY, HIDDEN).double())
     all_reduce_(total, rank.mesh.embedding)
     model = Stage((0, rank.plan.layers[-1][1]), True, True, torch.float64, tied=True)
-    fields = {name: value for name, value in inputs.items() if name != "tokens"}
-    model(inputs["tokens"], **fields)[0].sum().backward()
+    in_one_piece(model, inputs)[0].sum().backward()
     return difference(total, model.embedding.grad)
 
 
@@ -408,7 +429,7 @@ def bfloat16_gradients(p: int, schedule: str, v: int, m: int) -> dict[str, Tenso
     inputs["normalizer"] = inputs["normalizer"].bfloat16()
     for _ in range(2):
         rank.buffer.zero_()
-        rank.pipeline.forward_backward(inputs, m)
+        rank.pipeline.forward_backward(split(inputs, m), None)
     assert all(p.grad.dtype == torch.float32 for p in rank.parameters())
     named = {name: p for stage in rank.stages for name, p in stage.named_globally().items()}
     return {name: p.grad.clone() for name, p in named.items()}
@@ -431,7 +452,7 @@ def bytes_of_calls(p: int, schedule: str, v: int, m: int) -> list[dict[str, tupl
     calls = [rank.pipeline.forward_backward] * 2 + [rank.pipeline.forward_only] * 2
     for call in calls:
         rank.mesh.traffic.reset()
-        call(inputs, m)
+        call(split(inputs, m), None)
         counts.append({op: (c.calls, c.bytes) for (_, op), c in rank.mesh.traffic.counts.items()})
     return counts
 
@@ -473,11 +494,11 @@ class Expanded(Stage):
 def any_strides(schedule: str, v: int) -> None:
     inputs = batch(4, 5)
     rank = Rank(2, schedule, v, stage=Transposed)
-    rank.pipeline.forward_backward(inputs, 2)
+    rank.pipeline.forward_backward(split(inputs, 2), None)
     check_gradients(rank, reference(rank.plan.layers[-1][1], inputs)[0])
 
     rank = Rank(2, schedule, v, stage=Expanded, mesh=rank.mesh)
-    rank.pipeline.forward_backward(inputs, 2)
+    rank.pipeline.forward_backward(split(inputs, 2), None)
     before_last = 2 * v - 2
     assert before_last not in rank.held or all(
         p.grad.norm() > 0 for p in rank.stages[rank.held.index(before_last)].parameters()
@@ -493,7 +514,7 @@ def exchanged_tensors(p: int, schedule: str, v: int) -> tuple[int, int, int]:
     """Tensors of the hidden states' shape alive in the middle of a step, near its end, after."""
     rank = Rank(p, schedule, v)
     inputs = batch(32, 13)
-    rank.pipeline.forward_backward(inputs, 32)  # makes the schedule
+    rank.pipeline.forward_backward(split(inputs, 32), None)  # makes the schedule
     seen: list[int] = []
 
     def alive() -> int:
@@ -512,7 +533,7 @@ def exchanged_tensors(p: int, schedule: str, v: int) -> tuple[int, int, int]:
             return plain(*args, **kwargs)
 
         stage.forward = counted
-    rank.pipeline.forward_backward(inputs, 32)
+    rank.pipeline.forward_backward(split(inputs, 32), None)
     return seen[0], seen[1], alive()
 
 
@@ -533,7 +554,7 @@ def scores_only(p: int, schedule: str, v: int) -> list[Any]:
     rank = Rank(p, schedule, v, layers=4, stage=ScoresOnly)
     found = []
     for m in (1, 3, 5):
-        results = rank.pipeline.forward_only(batch(15, 5), m)
+        results = rank.pipeline.forward_only(split(batch(15, 5), m), None)
         assert results.losses == []
         found.append(torch.cat([o["logprobs"] for o in results.outputs]) if results.outputs else 0)
     return found
@@ -572,7 +593,7 @@ def meets_a_fault(fault: str, schedule: str, v: int) -> tuple[str, str, list[str
     rank = Rank(2, schedule, v, timeout_seconds=1.0, stage=Wrong)
     rank.mesh.traffic.step = 17
     with pytest.raises((CollectiveError, KeyError, ValueError)) as error:
-        rank.pipeline.forward_backward(batch(4, 5), 4)
+        rank.pipeline.forward_backward(split(batch(4, 5), 4), None)
     notes = getattr(error.value, "__notes__", [])
     return type(error.value).__name__, str(error.value), notes
 
@@ -600,17 +621,14 @@ def alone(**overrides: Any) -> Rank:
     return Rank(1, "1f1b", 1, **overrides)
 
 
-def test_inputs_that_cannot_be_split_are_refused():
+def test_micro_batches_that_do_not_go_together_are_refused():
     rank = alone()
-    inputs = batch(4, 5)
-    with pytest.raises(ValueError, match=r"inputs\['tokens'\] has the shape \[4, 5\]; .* of the 3"):
-        rank.pipeline.forward_backward(inputs, 3)
-    with pytest.raises(ValueError, match=r"inputs\['weights'\] has the shape \[3\]"):
-        rank.pipeline.forward_only({**inputs, "weights": torch.ones(3)}, 2)
-    with pytest.raises(ValueError, match="'tokens' is missing"):
-        rank.pipeline.forward_only({"targets": inputs["targets"]}, 1)
-    with pytest.raises(ValueError, match="microbatches is 0"):
-        rank.pipeline.forward_only(inputs, 0)
+    parts = split(batch(4, 5), 2)
+    with pytest.raises(ValueError, match=r"tokens of the shapes \[\(1, 5\), \(2, 5\)\]; all must"):
+        rank.pipeline.forward_backward([*parts, *split(batch(1, 5), 1)], None)
+    for call in (rank.pipeline.forward_backward, rank.pipeline.forward_only):
+        with pytest.raises(ValueError, match="there are 0 micro-batches; at least 1 is needed"):
+            call([], None)
 
 
 class Reentrant(Stage):
@@ -634,7 +652,7 @@ class Reentrant(Stage):
 def test_a_last_stage_without_a_loss_is_refused(monkeypatch, fault, message):
     monkeypatch.setattr(Wrong, "fault", fault)
     with pytest.raises(ValueError, match=message):
-        alone(stage=Wrong).pipeline.forward_backward(batch(4, 5), 4)
+        alone(stage=Wrong).pipeline.forward_backward(split(batch(4, 5), 4), None)
 
 
 def test_a_gradient_that_grows_after_it_was_announced_is_an_error():
@@ -642,7 +660,9 @@ def test_a_gradient_that_grows_after_it_was_announced_is_an_error():
     with pytest.raises(
         RuntimeError, match=r"shape \[\d+.*\] was added to after .* of 2 micro-batch"
     ):
-        rank.pipeline.forward_backward(batch(2, 5), 2, on_gradient_ready=lambda _: None)
+        rank.pipeline.forward_backward(
+            split(batch(2, 5), 2), None, on_gradient_ready=lambda _: None
+        )
 
 
 def test_modules_that_do_not_fit_the_plan_are_refused():
@@ -663,7 +683,7 @@ def meets_a_bad_peer(p: int, schedule: str, v: int, peer: str, step: int) -> Any
     bad = rank.mesh.pp.rank == 1
     for number in range(step):
         rank.mesh.traffic.step = number
-        rank.pipeline.forward_backward(inputs, p)
+        rank.pipeline.forward_backward(split(inputs, p), None)
     rank.mesh.traffic.step = step
     dist.barrier()
     if bad and peer == "killed":
@@ -673,7 +693,7 @@ def meets_a_bad_peer(p: int, schedule: str, v: int, peer: str, step: int) -> Any
         return None
     begin = time.monotonic()
     with pytest.raises(CollectiveError) as error:
-        rank.pipeline.forward_backward(inputs, p)
+        rank.pipeline.forward_backward(split(inputs, p), None)
     return time.monotonic() - begin, str(error.value)
 
 

@@ -12,14 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megarlx.comm import collectives
-from megarlx.comm.groups import Group, Mesh
+from megarlx.comm.groups import Mesh
 from megarlx.config.model import ModelConfig, RopeScaling, family_config
 from megarlx.model.documents import Documents
 from megarlx.model.kv_cache import CacheStep
 from megarlx.model.transformer import Stage
+from megarlx.ops import Head, LossInputs
 from megarlx.parallel.metadata import sum_partial_gradients_
 
-FAMILIES = ("olmo2", "llama3", "qwen2", "qwen3")
+FAMILIES = ("olmo2", "llama3", "qwen2", "qwen3", "gemma2", "gemma3")
+OF_FAMILY: dict[str, Any] = {
+    "gemma2": {"window": 5, "attention_cap": 2.0, "final_cap": 0.0},
+    "gemma3": {"window": 5, "full_attention_every": 2, "window_rope_theta": 100.0},
+}
 LENGTHS = [9, 4, 15]  # 28 tokens: split evenly by 1, 2 and 4
 
 
@@ -40,22 +45,15 @@ def small(family: str, kv_heads: int) -> ModelConfig:
         intermediate_size=36,
         rope_scaling=scaling,
         init_std=0.3,
+        **OF_FAMILY.get(family, {}),
     )
 
 
-def split_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    group: Group,
-    vocab_size: int,
-    reduce_hidden_grad: bool,
-) -> SimpleNamespace:
-    """Cross entropy over a split vocabulary, from the definition; stands for linear_token_loss."""
-    assert not reduce_hidden_grad
-    logits = collectives.gather_from_group(F.linear(hidden, weight), group)[:, :vocab_size]
-    return SimpleNamespace(loss=F.cross_entropy(logits, targets, reduction="sum"))
+def split_loss(head: Head, inputs: LossInputs) -> Any:
+    """Cross entropy over a split vocabulary, from the definition; stands for head.token_loss."""
+    logits = collectives.gather_from_group(F.linear(head.hidden, head.weight), head.group)
+    logits = logits[:, : head.vocab_size]
+    return SimpleNamespace(loss=F.cross_entropy(logits, inputs.targets, reduction="sum"))
 
 
 def model_space(stage: Stage, of: Callable[[Tensor], Tensor | None]) -> list[tuple]:
@@ -119,7 +117,7 @@ def one_step(
     loss = stage(
         tokens,
         documents=documents,
-        targets=targets,
+        loss_inputs=LossInputs(targets),
         loss=split_loss,
     )
     loss.backward()

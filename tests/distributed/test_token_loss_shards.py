@@ -16,6 +16,8 @@ SPECS = [
     LossSpec(),
     LossSpec("ppo_clip", kl="k3", kl_coefficient=0.2, entropy_coefficient=0.05),
     LossSpec("cispo", kl="k2", kl_coefficient=0.1),
+    LossSpec("nll", z_loss=0.3),
+    LossSpec("reinforce", z_loss=0.3),
 ]
 TOKENS, SIZE, VOCABULARY, WIDTH = 19, 6, 41, 48  # 48 padded ids: 16 or 12 or 24 a rank
 
@@ -70,7 +72,7 @@ def sharded(size: int, spec: LossSpec, reduce_hidden_grad: bool, into: bool) -> 
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.mode)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.mode}-{spec.z_loss}")
 @pytest.mark.parametrize(("reduced", "into"), [(True, False), (False, True)])
 def test_any_number_of_shards_gives_the_single_process_result(
     run, size: int, spec: LossSpec, reduced: bool, into: bool

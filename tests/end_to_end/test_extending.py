@@ -39,13 +39,14 @@ def test_every_python_block_runs_in_order(tmp_path: Path, monkeypatch: pytest.Mo
             exec(compile(block, f"{DOCUMENT.name}: {block[:60]}", "exec"), shared)
     assert set(files) >= {
         *("my_rewards", "my_rooms", "my_sums", "my_suites", "my_claims", "counting"),
-        *("my_muon", "my_projection", "my_generator"),
+        *("my_losses", "my_advantages", "my_aggregations"),
+        *("my_muon", "my_projection", "my_generator", "my_families"),
     }
     assert all(name not in sys.modules for name in ("my_rewards", "my_rooms"))  # not in here
 
 
 def test_its_configurations_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second, third, fourth, rule, average = (
+    first, second, loss, third, fourth, rule, average = (
         tomllib.loads(block) for block in fenced(DOCUMENT, "toml")
     )
     (reward,) = RlConfig.model_validate(first["rl"]).rewards
@@ -53,6 +54,8 @@ def test_its_configurations_are_taken(tmp_path: Path, monkeypatch: pytest.Monkey
     environment = RlConfig.model_validate(second["rl"]).environment
     assert environment is not None
     assert environment.options == {"rooms": 3}
+    policy = RlConfig.model_validate(loss["rl"]).policy
+    assert (policy.loss, policy.loss_options) == ("my_losses:two_bounds", {"worst": 3.0})
     (tmp_path / "my_sums.py").write_text(
         next(block for block in fenced(DOCUMENT, "python") if block.startswith("# my_sums.py"))
     )
@@ -68,7 +71,9 @@ def test_its_configurations_are_taken(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_its_claim_judges_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_claims.py").write_text(fenced(DOCUMENT, "python")[8])
+    (tmp_path / "my_claims.py").write_text(
+        next(block for block in fenced(DOCUMENT, "python") if block.startswith("# my_claims.py"))
+    )
     monkeypatch.chdir(tmp_path)
     name = "my_claims.py:finished"
     found = judge_all(Study(tmp_path, []), [name])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,9 +13,11 @@ from torch import Tensor
 
 from megarlx.config.model import family_config
 from megarlx.model.attention import attention
+from megarlx.model.attention_form import AttentionForm
 from megarlx.model.documents import Documents
 from megarlx.model.kv_cache import CacheStep, KVCache
 from megarlx.model.transformer import Stage
+from megarlx.ops import Head, LossInputs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,8 +47,8 @@ def random_qkv(tokens: int, kv_heads: int, device: str) -> list[Tensor]:
 def test_flash_attention_equals_sdpa_forward_and_backward(kv_heads: int) -> None:
     ours = random_qkv(sum(LENGTHS), kv_heads, "cuda")
     theirs = [x.detach().double().cpu().requires_grad_() for x in ours]
-    out = attention(*ours, documents=Documents.of(LENGTHS, "cuda"), scale=SCALE)
-    expected = attention(*theirs, documents=Documents.of(LENGTHS), scale=SCALE)
+    out = attention(*ours, documents=Documents.of(LENGTHS, "cuda"), form=AttentionForm(SCALE))
+    expected = attention(*theirs, documents=Documents.of(LENGTHS), form=AttentionForm(SCALE))
     assert relative(out, expected) < 1e-2
     upstream = torch.randn_like(expected)
     gradients = torch.autograd.grad(out, ours, upstream.to(out))
@@ -69,14 +70,16 @@ def test_cached_flash_attention_equals_sdpa(lengths: list[int], slots: list[int]
         documents = Documents.of(lengths, device)
         index = torch.tensor(slots, device=device)
         step = CacheStep(cache, documents, index, torch.tensor(starts, device=device), 256)
-        out = attention(q, k, v, documents=documents, scale=SCALE, cache=step.layer(0))
+        out = attention(
+            q, k, v, documents=documents, form=AttentionForm(SCALE), cache=step.layer(0)
+        )
         results[device] = out
     assert relative(results["cuda"], results["cpu"]) < 1e-2
 
 
-def plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor, **others: Any) -> SimpleNamespace:
-    logits = F.linear(hidden, weight[: others["vocab_size"]]).float()
-    return SimpleNamespace(loss=F.cross_entropy(logits, targets))
+def plain_loss(head: Head, inputs: LossInputs) -> Any:
+    logits = F.linear(head.hidden, head.weight[: head.vocab_size]).float()
+    return SimpleNamespace(loss=F.cross_entropy(logits, inputs.targets))
 
 
 def trained_once(
@@ -104,7 +107,8 @@ def trained_once(
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(1000, (512,), generator=generator).cuda()
     documents = Documents.of([200, 56, 256], "cuda")
-    loss = partial(stage, loss=plain_loss, documents=documents, targets=tokens.roll(-1))(tokens)
+    learned = LossInputs(tokens.roll(-1))
+    loss = stage(tokens, loss=plain_loss, documents=documents, loss_inputs=learned)
     loss.backward()
     gradients = {name: p.grad for name, p in stage.named_parameters()}
     assert gradients.keys() == stage.layouts.keys()

@@ -17,8 +17,9 @@ from megarlx.config.model import family_config
 from megarlx.model.documents import Documents
 from megarlx.model.transformer import Stage
 from megarlx.ops import sample
-from megarlx.ops.linear_token_loss import linear_token_loss
-from megarlx.ops.loss_spec import LossSpec
+from megarlx.ops.linear_token_loss import Head
+from megarlx.ops.loss_spec import LossSpec, TokenLoss
+from megarlx.ops.token_inputs import LossInputs
 from megarlx.parallel.data_parallel import DataParallel
 
 pytestmark = pytest.mark.gpu
@@ -56,7 +57,6 @@ def check_losses(card: Any) -> None:
     tokens = (targets, mask, torch.rand(9), -torch.rand(9), -torch.rand(9), torch.rand(9))
     numbers = (number(3), number(0.9))
     whole = (*tokens, *numbers, 31, *SPEC.arguments)
-    of_shard = (*tokens, *numbers, 0, 31, *SPEC.arguments)
     logits, hidden, weight = torch.rand(9, 32), torch.rand(9, 16), torch.rand(32, 16)
     for with_gradient in (True, False):
 
@@ -71,15 +71,12 @@ def check_losses(card: Any) -> None:
         )
     into = torch.zeros(32, 16)
     check(card, ops._linear_token_loss_, hidden, weight, *whole, 4, True, into)
-    place = (targets, mask, number(0.9), 0, 31)
-    check(card, ops.token_loss_partials, logits, *place)
-    partials = ops.token_loss_partials(*card.moved([logits, *place]))
-    results = (torch.empty(9), torch.empty(9), torch.empty(9, 8))
-    for with_gradient in (True, False):
-        check(card, ops.token_loss_finish, logits, partials, *of_shard, with_gradient)
-        gradient = torch.empty(9, 32) if with_gradient else None
-        check(card, ops._token_loss_rows_, logits, partials, *of_shard, gradient, *results)
-    check(card, ops._token_loss_sums, torch.rand(9, 8))
+    place = (number(0.9), 0, 31)
+    check(card, ops.token_loss_sums, logits, targets, mask, *place)
+    partials = ops.token_loss_sums(*card.moved([logits, targets, mask, *place]))
+    slopes = (partials, targets, mask, *torch.rand(3, 9), *place)
+    for gradient in (None, torch.empty(9, 32), torch.empty(9, 32, dtype=torch.bfloat16)):
+        check(card, ops.token_loss_gradient_, logits, *slopes, gradient)
     for factor in (1.0, 0.5):
         check(card, ops._scale_gradient_, torch.rand(9, 32), number(factor))
 
@@ -160,12 +157,13 @@ def test_gradients_of_bf16_parameters_are_summed_in_preset_fp32_views() -> None:
     tokens = torch.randint(0, 203, (64,), device="cuda")
     documents = Documents.of([40, 24], "cuda")
 
-    def loss(*given: Any, **more: Any) -> Any:
-        return linear_token_loss(*given, spec=LossSpec(), normalizer=64.0, **more)
+    def loss(head: Head, inputs: LossInputs) -> TokenLoss:
+        return head.token_loss(inputs, LossSpec(), normalizer=64.0)
 
     once: dict[str, torch.Tensor] = {}
     for number_done in (1, 2):
-        stage(tokens, documents=documents, loss=loss, targets=tokens.roll(-1)).backward()
+        learned = LossInputs(tokens.roll(-1))
+        stage(tokens, documents=documents, loss=loss, loss_inputs=learned).backward()
         for name, parameter in parameters.items():
             gradient = parameter.grad
             assert gradient is views[name]

@@ -9,7 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megarlx.ops.linear_token_loss import linear_token_loss
+from megarlx.ops.loss_seam import row_terms
 from megarlx.ops.loss_spec import KL_ESTIMATORS, MODES, LossSpec
+from megarlx.ops.policy_loss import NATIVE
+from megarlx.ops.token_inputs import TokenInputs
 from megarlx.ops.token_loss import move_to_maximum_, token_loss
 
 pytestmark = pytest.mark.gpu
@@ -104,34 +107,69 @@ def test_linear_loss_equals_cross_entropy_in_fp64(on_card: Any, dtype: torch.dty
             assert (ours.double() - expected).norm() <= bound * expected.norm()
 
 
+@pytest.mark.parametrize("spec", SPECS[4::5], ids=lambda spec: f"{spec.mode}-{spec.kl}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("shards", [2, 4])
-def test_vocabulary_shards_equal_the_whole(on_card: Any, shards: int) -> None:
-    spec, vocabulary, width = SPECS[-1], 1000, 1024 // shards
-    logits, targets, inputs = example(spec, vocabulary, torch.float32)
+def test_vocabulary_shards_equal_the_whole(
+    on_card: Any, shards: int, dtype: torch.dtype, spec: LossSpec
+) -> None:
+    """The two ops around the seam, also with a gradient in bf16 beside logits in fp32."""
+    vocabulary, width = 1000, 1024 // shards
+    logits, targets, inputs = example(spec, vocabulary, dtype)
     x = on_card.moved(logits).requires_grad_()
     targets, given = on_card.moved(targets), on_card.moved(inputs)
-    whole = token_loss(x, targets, spec, normalizer=2.0, **given)
+    whole = token_loss(x, targets, spec, normalizer=2.0, temperature=0.9, **given)
     whole.loss.backward()
-    one = torch.ones((), device=on_card.device)
     padded = F.pad(x.detach(), (0, 24), value=50.0)
     pieces = [piece.contiguous() for piece in padded.split(width, 1)]
-    ops = torch.ops.megarlx
+    ops, of_rows = torch.ops.megarlx, (targets, given["mask"])
+    precision = whole.loss.dtype
+    one, heat = (torch.tensor(v, device=on_card.device, dtype=precision) for v in (2.0, 0.9))
     partials = [
-        ops.token_loss_partials(p, targets, given["mask"], one, i * width, vocabulary)
-        for i, p in enumerate(pieces)
+        ops.token_loss_sums(p, *of_rows, heat, i * width, vocabulary) for i, p in enumerate(pieces)
     ]
     maximum = torch.stack([p[0] for p in partials]).amax(0)
     combined = torch.stack([move_to_maximum_(p, maximum) for p in partials]).sum(0)
     combined[0] = maximum
-    gradients = []
-    for i, piece in enumerate(pieces):
-        place = (i * width, vocabulary, *spec.arguments, True)
-        out = ops.token_loss_finish(piece, combined, targets, *given.values(), one * 2, one, *place)
-        torch.testing.assert_close(out[0], whole.loss.detach(), rtol=1e-5, atol=1e-5)
-        gradients.append(out[4])
-    gradient = torch.cat(gradients, 1)
-    torch.testing.assert_close(gradient[:, :vocabulary], x.grad, rtol=1e-4, atol=1e-6)
-    assert (gradient[:, vocabulary:] == 0).all()
+    tokens = TokenInputs(targets, *given.values(), one, heat)
+    terms = row_terms(combined, tokens, spec, with_gradient=True)
+    bound = 1e-9 if dtype == torch.float64 else 1e-5
+    close = {"rtol": bound, "atol": bound}
+    torch.testing.assert_close(terms.sums[0].to(precision), whole.loss.detach(), **close)
+    torch.testing.assert_close(terms.sums[1:].to(precision), whole.metrics, **close)
+    types = [dtype, torch.bfloat16] if dtype == torch.float32 else [dtype]
+    for kind in types:
+        parts = []
+        for i, piece in enumerate(pieces):
+            into = torch.empty_like(piece, dtype=kind)
+            place = (*terms.derivatives, heat, i * width, vocabulary)
+            ops.token_loss_gradient_(piece, combined, *of_rows, *place, into)
+            parts.append(into)
+        gradient = torch.cat(parts, 1).double()
+        bound = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 6e-3}[kind]
+        expected = x.grad.double()
+        assert (gradient[:, :vocabulary] - expected).norm() <= bound * expected.norm()
+        assert (gradient[:, vocabulary:] == 0).all()
+
+
+def test_a_function_equals_the_native_loss(on_card: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(60, 16, generator=generator).to(on_card.device).requires_grad_()
+    weight = (torch.randn(100, 16, generator=generator) / 4).to(on_card.device).requires_grad_()
+    _, targets, inputs = example(SPECS[-1], 100, torch.float32, 60)
+    targets, given = on_card.moved(targets), on_card.moved(inputs)
+    found = []
+    for mode in ("ppo_clip", NATIVE["ppo_clip"]):
+        for drop in (True, False):
+            spec = LossSpec(mode, kl="k3", kl_coefficient=0.1, settings=LossSpec())
+            result = linear_token_loss(
+                hidden, weight, targets, spec,
+                normalizer=9, rows_per_chunk=17, drop_masked=drop, **given,
+            )  # fmt: skip
+            gradients = torch.autograd.grad(result.loss, (hidden, weight))
+            found.append([x.detach() for x in (*result, *gradients)])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -16,7 +16,7 @@ from megarlx.data.loader import BatchLayout, Loader
 from megarlx.data.samples import Sample
 from megarlx.model.build import ParallelModel, build_model
 from megarlx.objectives.supervised import Supervised
-from megarlx.ops import TokenLoss
+from megarlx.ops import Head, LossInputs, TokenLoss
 from megarlx.training.parts import UpdateSettings
 from megarlx.training.shares import Shares
 from megarlx.training.stages import TrainedObjective, TrainingStage
@@ -65,8 +65,8 @@ class Scaled(Supervised):
         self.steps += 1
         return super().next_batch()
 
-    def loss(self, hidden: Tensor, weight: Tensor, **fields: Any) -> TokenLoss:
-        result = super().loss(hidden, weight, **fields)
+    def loss(self, head: Head, inputs: LossInputs, normalizer: Tensor) -> TokenLoss:
+        result = super().loss(head, inputs, normalizer)
         return TokenLoss(
             result.loss * self.scale(self.steps - 1),
             result.logprobs,
@@ -178,8 +178,10 @@ class Textbook:
                 parameter.copy_(self.weights[name])
         held.gradients.zero_()
         (stage,) = self.copy.stages
-        logits = stage.logits(stage(batch.inputs["tokens"]))[:, :VOCABULARY]
-        loss = F.cross_entropy(logits, batch.inputs["targets"].reshape(-1))
+        tokens = torch.cat([part.tokens for part in batch.microbatches])
+        targets = torch.cat([part.inputs.targets for part in batch.microbatches])
+        logits = stage.logits(stage(tokens))[:, :VOCABULARY]
+        loss = F.cross_entropy(logits, targets.reshape(-1))
         (loss * one.scale(one.steps - 1)).backward()
         grads = {n: p.grad for n, p in held.parameters.items()}
         return {n: g.clone() for n, g in grads.items() if g is not None}

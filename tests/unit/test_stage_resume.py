@@ -14,6 +14,7 @@ from torch import Tensor
 from megarlx.checkpoint import CheckpointError, Saver
 from megarlx.comm.groups import Group
 from megarlx.objectives.interface import Objective
+from megarlx.ops import Head, LossInputs, TokenLoss
 from megarlx.training.parts import UpdateSettings
 from megarlx.training.shares import Adaptation, Course, Shares
 from megarlx.training.trainer import Trainer, TrainingStage
@@ -217,8 +218,8 @@ class Keeper(Objective):
     def next_batch(self) -> Any:
         return self.inner.next_batch()
 
-    def loss(self, hidden: Tensor, weight: Tensor, **fields: Any) -> Any:
-        return self.inner.loss(hidden, weight, **fields)
+    def loss(self, head: Head, inputs: LossInputs, normalizer: Tensor) -> TokenLoss:
+        return self.inner.loss(head, inputs, normalizer)
 
     def state(self) -> dict[str, Any]:
         return self.inner.state()

@@ -18,7 +18,10 @@ TESTS = [
     *(f"tests/gpu/test_{name}_cuda.py" for name in ("averaging", "sample", "token_loss")),
     "tests/gpu/test_registration_on_cuda.py",
     *(f"tests/unit/ops/test_{name}.py" for name in ("averaging", "replica_average_halves")),
-    *(f"tests/unit/ops/test_{name}.py" for name in ("sample", "token_loss", "linear_token_loss")),
+    *(
+        f"tests/unit/ops/test_{name}.py"
+        for name in ("sample", "token_loss", "loss_seam", "linear_token_loss")
+    ),
 ]
 
 

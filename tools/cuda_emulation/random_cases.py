@@ -164,6 +164,7 @@ def losses(draw: Draw, ops: Any) -> None:
         torch.tensor(draw.of(1.0, 0.9, 2.0), dtype=precision),
         vocabulary,
         *(mode, kl, 0.2, 0.3, draw.of(0.0, 3.0), draw.of(0.0, 0.3), draw.of(0.0, 0.1, -0.2)),
+        draw.of(0.0, 0.1),
         draw.chance(0.8),
     )
     before = arguments[0].clone()
@@ -174,10 +175,31 @@ def losses(draw: Draw, ops: Any) -> None:
         size = max(1.0, b.double().nan_to_num(0, 0, 0).abs().max().item())
         near(a, b, relative, relative * size, name)
     if arguments[-1]:
-        assert torch.equal(ours[4].isnan(), theirs[4].isnan()), "gradient's NaNs"
-        a, b = (gradient.double().nan_to_num(0, 0, 0) for gradient in (ours[4], theirs[4]))
-        bound = {DOUBLE: 1e-9, FLOAT: 2e-4, BFLOAT16: 8e-3}[dtype]
-        assert (a - b).norm() <= bound * b.norm() + 1e-6, f"gradient {(a - b).norm()} apart"
+        same_gradients(ours[4], theirs[4])
+    half_losses(ops, arguments, draw.normal(3, tokens, dtype=precision))
+
+
+def same_gradients(ours: Tensor, theirs: Tensor) -> None:
+    assert torch.equal(ours.isnan(), theirs.isnan()), "gradient's NaNs"
+    a, b = (gradient.double().nan_to_num(0, 0, 0) for gradient in (ours, theirs))
+    bound = {DOUBLE: 1e-9, FLOAT: 2e-4, BFLOAT16: 8e-3}[ours.dtype]
+    assert (a - b).norm() <= bound * b.norm() + 1e-6, f"gradient {(a - b).norm()} apart"
+
+
+def half_losses(ops: Any, arguments: tuple[Any, ...], slopes: Tensor) -> None:
+    """The same rows through the two ops around the seam; the second writes over the logits."""
+    logits, targets, mask = arguments[:3]
+    place = (arguments[8], 0, arguments[9])
+    found = []
+    for of in (ops, CPU):
+        sums = of.token_loss_sums(logits, targets, mask, *place)
+        gradient = logits.clone()
+        of.token_loss_gradient_(gradient, sums, targets, mask, *slopes, *place)
+        found.append((sums, gradient))
+    relative = 1e-9 if sums.dtype == DOUBLE else 1e-4
+    size = max(1.0, found[1][0].double().nan_to_num(0, 0, 0).abs().max().item())
+    near(found[0][0], found[1][0], relative, relative * size, "sums")
+    same_gradients(found[0][1], found[1][1])
 
 
 def updates(draw: Draw, ops: Any) -> None:
@@ -264,7 +286,7 @@ def linear_losses(draw: Draw, ops: Any) -> None:
         None,
         *(torch.tensor(value, dtype=precision) for value in (3.0, 0.9)),
         vocabulary,
-        *(mode, kl, 0.2, 0.3, 0.0, 0.2, 0.1),
+        *(mode, kl, 0.2, 0.3, 0.0, 0.2, 0.1, draw.of(0.0, 0.1)),
         *(draw.of(4, 16, 1000), draw.chance(0.5), True),
     )
     bound = {FLOAT: 2e-4, BFLOAT16: 1e-2, DOUBLE: 1e-10}[dtype]

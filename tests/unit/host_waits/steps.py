@@ -28,9 +28,9 @@ from megarlx.config.model import family_config  # noqa: E402
 from megarlx.data.loader import BatchLayout, Loader, Sample  # noqa: E402
 from megarlx.generation import engine as engines  # noqa: E402
 from megarlx.generation import run as runs  # noqa: E402
-from megarlx.generation import stage_decode  # noqa: E402
+from megarlx.generation.decoders import stage as stage_decode  # noqa: E402
 from megarlx.generation.requests import Request, SamplingSettings  # noqa: E402
-from megarlx.model import attention  # noqa: E402
+from megarlx.model import attention, attention_flash  # noqa: E402
 from megarlx.model.build import ParallelModel, build_model  # noqa: E402
 from megarlx.objectives.supervised import Supervised  # noqa: E402
 from megarlx.planning.dry_run import fake_world  # noqa: E402
@@ -271,8 +271,7 @@ SCENARIOS = (
 
 
 def main() -> None:
-    attention._flash.cache_clear()
-    attention._flash = lambda: attention._Flash(2, varlen, with_cache)  # type: ignore[assignment]
+    attention.flash = lambda: attention_flash.Flash(2, varlen, with_cache)  # type: ignore[assignment]
     stage_decode.captured = captured  # type: ignore[assignment]
     torch.cuda.Event = Event  # type: ignore[misc, assignment]
     told = {}

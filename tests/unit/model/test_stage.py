@@ -16,15 +16,14 @@ from torch import Tensor
 from megarlx.model.documents import Documents
 from megarlx.model.kv_cache import CacheStep
 from megarlx.model.transformer import Stage
+from megarlx.ops import Head, LossInputs
 
 
-def summed_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int, **others: Any
-) -> SimpleNamespace:
-    """Stands for linear_token_loss."""
-    assert others.keys() == {"group", "reduce_hidden_grad"}
-    logits = F.linear(hidden, weight[:vocab_size])
-    return SimpleNamespace(loss=F.cross_entropy(logits, targets, reduction="sum"))
+def summed_loss(head: Head, inputs: LossInputs) -> Any:
+    """Stands for head.token_loss."""
+    logits = F.linear(head.hidden, head.weight[: head.vocab_size])
+    loss = F.cross_entropy(logits, inputs.targets.reshape(-1), reduction="sum")
+    return SimpleNamespace(loss=loss)
 
 
 def stage_of(family: str, **options: Any) -> Stage:
@@ -44,12 +43,14 @@ def test_gradients_of_packed_documents_are_the_sum_of_separate_ones(family: str)
     lengths = [5, 17, 33, 17, 1]
     tokens, targets = random_tokens(sum(lengths)), random_tokens(sum(lengths) + 1)[1:]
     packed, separate = stage_of(family), stage_of(family)
-    loss = packed(tokens, documents=Documents.of(lengths), loss=summed_loss, targets=targets)
+    learned = LossInputs(targets)
+    documents = Documents.of(lengths)
+    loss = packed(tokens, documents=documents, loss=summed_loss, loss_inputs=learned)
     assert loss.shape == (1,)
     loss.backward()
     total = torch.zeros(1, dtype=torch.float64)
     for part, target in zip(tokens.split(lengths), targets.split(lengths), strict=True):
-        one = separate(part[None], loss=summed_loss, targets=target[None])
+        one = separate(part[None], loss=summed_loss, loss_inputs=LossInputs(target[None]))
         one.backward()
         total += one.detach()
     torch.testing.assert_close(loss.detach(), total, rtol=1e-12, atol=0)
@@ -78,7 +79,7 @@ def test_recomputing_changes_no_gradient(family: str, recompute: Any) -> None:
     tokens, targets = random_tokens(40).view(2, 20), random_tokens(40).flip(0).view(2, 20)
     kept, again = stage_of(family), stage_of(family, recompute=recompute)
     for stage in (kept, again):
-        stage(tokens, loss=summed_loss, targets=targets).backward()
+        stage(tokens, loss=summed_loss, loss_inputs=LossInputs(targets)).backward()
     expected = gradients(kept)
     for name, gradient in gradients(again).items():
         assert torch.equal(gradient, expected[name]), name
@@ -160,11 +161,13 @@ def test_stages_one_after_another_are_the_model(family: str, cut: int) -> None:
     back = stage_of(family, first=cut, last=3, embedding=False, head=True)
     documents = Documents.of([11, 4, 9])
     tokens, targets = random_tokens(24), random_tokens(24).flip(0)
-    whole(tokens, documents=documents, loss=summed_loss, targets=targets).backward()
+    learned = LossInputs(targets)
+    whole(tokens, documents=documents, loss=summed_loss, loss_inputs=learned).backward()
     # a pipeline sends offsets as a tensor, cut into rows a micro-batch
     offsets = torch.tensor([[0, 11, 15, 24, 24]], dtype=torch.int32)
     hidden = front(tokens[None], documents=offsets, longest=11)
-    back(hidden, documents=offsets, loss=summed_loss, targets=targets[None]).backward()
+    learned = LossInputs(targets[None])
+    back(hidden, documents=offsets, loss=summed_loss, loss_inputs=learned).backward()
     expected = gradients(whole)
     parts = gradients(front)
     for name, gradient in gradients(back).items():

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from megarlx.config.policy import PolicyConfig
-from megarlx.objectives.policy_loss import Completions, loss_spec, policy_fields
+from megarlx.objectives.losses import loss_spec
+from megarlx.objectives.policy_loss import Completions, policy_fields
 from megarlx.ops import token_loss
 
 MAX_COMPLETION_TOKENS = 11
@@ -28,7 +29,7 @@ class Rectangle:
     old: Tensor  # [N, L] like the following
     ref: Tensor
     rollout: Tensor
-    advantages: Tensor  # [N]
+    advantages: Tensor  # [N], or [tokens] where the turns of a sequence differ
     truncated: Tensor  # bool [N]
 
     def logprobs(self, logits: Tensor) -> Tensor:
@@ -76,17 +77,12 @@ def rectangle(sequences: int = 6, vocabulary: int = 9, spread: float = 0.4) -> R
     return replace(at, old=noisy[0], ref=noisy[1], rollout=noisy[2])
 
 
-def ours(config: PolicyConfig, case: Rectangle, *, moved: bool = True) -> tuple[Tensor, Tensor]:
+def ours(config: PolicyConfig, case: Rectangle) -> tuple[Tensor, Tensor]:
     """(loss, its gradient in the logits [N, L, V])."""
     logits = case.logits.detach().requires_grad_()
-    current = case.logprobs(case.logits).where(case.written, 0)
     completions = case.completions
     fields = policy_fields(
-        config,
-        completions,
-        case.advantages,
-        max_completion_tokens=MAX_COMPLETION_TOKENS,
-        current_logprobs=case.flat(current) if moved else None,
+        config, completions, case.advantages, max_completion_tokens=MAX_COMPLETION_TOKENS
     )
     loss = token_loss(
         logits[case.real],
@@ -96,7 +92,10 @@ def ours(config: PolicyConfig, case: Rectangle, *, moved: bool = True) -> tuple[
         mask=fields.mask,
         advantages=fields.advantages,
         old_logprobs=fields.old_logprobs,
+        rollout_logprobs=fields.rollout_logprobs,
         ref_logprobs=fields.ref_logprobs,
         token_weights=fields.token_weights,
+        sequence=completions.sequence_of_token,
+        sequences=len(case.ids),
     ).loss
     return loss.detach(), torch.autograd.grad(loss, logits)[0]

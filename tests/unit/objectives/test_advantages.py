@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from typing import Any
 
 import pytest
 import torch
@@ -9,19 +10,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megarlx.config.policy import PolicyConfig
 from megarlx.objectives.advantages import (
-    ADVANTAGES,
     STD_FLOOR,
+    Turns,
+    compares_turns,
     discounted_returns,
     dr_grpo,
     gigpo,
     grpo,
     rloo,
+    sample_advantages,
     step_advantages,
+    turn_advantages,
     uninformative,
 )
 
 NAN = math.nan
+C = PolicyConfig().settings()
+ADVANTAGES = {"grpo": grpo, "dr_grpo": dr_grpo, "rloo": rloo}
 
 
 def by_hand(kind: str, group: list[float]) -> list[float]:
@@ -54,7 +61,7 @@ def by_hand(kind: str, group: list[float]) -> list[float]:
 )
 def test_each_advantage_is_its_formula_in_any_group(rewards: list[list[float]]) -> None:
     for kind, advantage in ADVANTAGES.items():
-        ours = advantage(torch.tensor(rewards, dtype=torch.float64))
+        ours = advantage(torch.tensor(rewards, dtype=torch.float64), C)
         theirs = torch.tensor([by_hand(kind, group) for group in rewards], dtype=torch.float64)
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
@@ -67,7 +74,7 @@ def test_uninformative_groups_are_found_and_get_exactly_zero() -> None:
     )
     assert uninformative(rewards).tolist() == [True, False, True, True, True, False]
     for advantage in ADVANTAGES.values():
-        values = advantage(rewards)
+        values = advantage(rewards, C)
         assert (values[uninformative(rewards)] == 0).all()
         assert (values[~uninformative(rewards)] != 0).any(1).all()
 
@@ -75,16 +82,16 @@ def test_uninformative_groups_are_found_and_get_exactly_zero() -> None:
 def test_advantages_sum_to_zero_and_do_not_depend_on_other_groups() -> None:
     rewards = torch.rand(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for advantage in ADVANTAGES.values():
-        together = advantage(rewards)
+        together = advantage(rewards, C)
         torch.testing.assert_close(together.sum(1), torch.zeros(7).double(), atol=1e-12, rtol=0)
-        torch.testing.assert_close(together[3:4], advantage(rewards[3:4]), rtol=0, atol=0)
+        torch.testing.assert_close(together[3:4], advantage(rewards[3:4], C), rtol=0, atol=0)
 
 
 def test_grpo_is_indifferent_to_the_scale_of_rewards_up_to_its_floor() -> None:
     rewards = torch.tensor([[0.0, 1.0, 1.0, 0.0]], dtype=torch.float64)
-    torch.testing.assert_close(grpo(10 * rewards), grpo(rewards), rtol=2 * STD_FLOOR, atol=0)
-    torch.testing.assert_close(dr_grpo(10 * rewards), 10 * dr_grpo(rewards))
-    torch.testing.assert_close(rloo(rewards), dr_grpo(rewards) * 4 / 3)
+    torch.testing.assert_close(grpo(10 * rewards, C), grpo(rewards, C), rtol=2 * STD_FLOOR, atol=0)
+    torch.testing.assert_close(dr_grpo(10 * rewards, C), 10 * dr_grpo(rewards, C))
+    torch.testing.assert_close(rloo(rewards, C), dr_grpo(rewards, C) * 4 / 3)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +99,7 @@ def test_grpo_is_indifferent_to_the_scale_of_rewards_up_to_its_floor() -> None:
 )
 def test_what_is_no_group_of_rewards_is_refused(rewards: Tensor) -> None:
     with pytest.raises(ValueError, match=r"^advantages: "):
-        grpo(rewards)
+        grpo(rewards, C)
 
 
 def test_trl_computes_the_same_advantages() -> None:
@@ -102,8 +109,8 @@ def test_trl_computes_the_same_advantages() -> None:
     rewards[2, 1] = NAN
     mean = torch.nanmean(rewards, dim=1, keepdim=True)
     theirs = torch.nan_to_num((rewards - mean) / (utils.nanstd(rewards, dim=1)[:, None] + 1e-4))
-    torch.testing.assert_close(grpo(rewards), theirs)
-    torch.testing.assert_close(dr_grpo(rewards), torch.nan_to_num(rewards - mean))
+    torch.testing.assert_close(grpo(rewards, C), theirs)
+    torch.testing.assert_close(dr_grpo(rewards, C), torch.nan_to_num(rewards - mean))
 
 
 # Two tasks; the observation 7 was seen twice in task 0's group and once in task 1's.
@@ -129,14 +136,33 @@ def test_turns_are_compared_where_a_group_saw_the_same() -> None:
 
 
 def test_gigpo_adds_turns_to_episodes_and_is_grpo_without_them() -> None:
-    episode = torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64)
-    plain = gigpo(episode, EPISODES, GROUPS, OBSERVATIONS, REWARDS, omega=0.0)
-    assert torch.equal(plain, episode[EPISODES])
+    rewards = torch.tensor([[1.0, -1.0], [0.5, 2.0]], dtype=torch.float64)
+    turns = Turns(rewards, EPISODES, GROUPS, OBSERVATIONS, REWARDS)
+    episode = grpo(rewards, C).flatten()
+    assert torch.equal(gigpo(turns, PolicyConfig(omega=0.0).settings()), episode[EPISODES])
     steps = step_advantages(discounted_returns(REWARDS, EPISODES, 0.95), GROUPS, OBSERVATIONS)
-    both = gigpo(episode, EPISODES, GROUPS, OBSERVATIONS, REWARDS, omega=0.5)
+    half = PolicyConfig(advantage="gigpo", omega=0.5)
+    both = turn_advantages(half, turns)
     torch.testing.assert_close(both, episode[EPISODES] + 0.5 * steps)
     order = torch.tensor([1, 0, 3, 2, 4, 5, 6])  # episodes interleaved otherwise
-    mixed = gigpo(
-        episode, *(x[order] for x in (EPISODES, GROUPS, OBSERVATIONS, REWARDS)), omega=0.5
-    )
-    torch.testing.assert_close(mixed, both[order])
+    mixed = Turns(rewards, *(x[order] for x in (EPISODES, GROUPS, OBSERVATIONS, REWARDS)))
+    torch.testing.assert_close(turn_advantages(half, mixed), both[order])
+
+
+def over_half(rewards: Tensor, c: Any) -> Tensor:
+    return rewards - c.threshold
+
+
+def of_groups(rewards: Tensor, c: Any) -> Tensor:
+    return rewards.nanmean(1)
+
+
+def test_an_advantage_of_ones_own_is_named_in_the_configuration() -> None:
+    rewards = torch.tensor([[0.0, 1.0, NAN], [0.75, 0.75, 0.75]], dtype=torch.float64)
+    own = PolicyConfig(advantage=f"{__name__}:over_half", loss_options={"threshold": 0.5})
+    found = sample_advantages(own, rewards)
+    assert found.tolist() == [[-0.5, 0.5, 0.0], [0.25, 0.25, 0.25]]
+    with pytest.raises(ValueError, match=r"advantage .*: the result is \[2\]; .*\[2, 3\]"):
+        sample_advantages(PolicyConfig(advantage=f"{__name__}:of_groups"), rewards)
+    assert compares_turns(PolicyConfig(preset="gigpo"))
+    assert not compares_turns(own)

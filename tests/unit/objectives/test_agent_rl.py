@@ -20,7 +20,8 @@ from megarlx.config.policy import PolicyConfig
 from megarlx.generation.requests import Request, Trajectory
 from megarlx.objectives.environment_process import BrokenEnvironment, Failure
 from megarlx.objectives.episodes import Episode, EpisodeBatch, Turn
-from megarlx.objectives.policy_loss import loss_spec, policy_fields
+from megarlx.objectives.losses import loss_spec
+from megarlx.objectives.policy_loss import policy_fields
 from megarlx.objectives.rl import Reinforcement
 from megarlx.ops import linear_token_loss
 from megarlx.training.trainer import Trainer
@@ -185,9 +186,8 @@ def test_sampo_is_its_definition() -> None:
     fields = policy_fields(
         policy,
         made,
-        batch.token_advantages(omega=policy.omega, gamma=policy.gamma),
+        batch.token_advantages(policy),
         max_completion_tokens=9,
-        current_logprobs=now.detach(),
     )
     result = linear_token_loss(
         hidden,
@@ -200,6 +200,8 @@ def test_sampo_is_its_definition() -> None:
         old_logprobs=fields.old_logprobs,
         ref_logprobs=fields.ref_logprobs,
         token_weights=fields.token_weights,
+        sequence=made.sequence_of_token,
+        sequences=len(made.lengths),
     )
     torch.testing.assert_close(result.loss.squeeze(), expected, rtol=1e-10, atol=1e-12)
     found = torch.autograd.grad(result.loss.sum(), (hidden, head))
@@ -226,7 +228,7 @@ def test_groups_of_a_batch_are_the_same_chosen_and_joined_again() -> None:
     for name in ("kept", "turns", "step_rewards", "observations", "turn", "turn_of_token"):
         assert torch.equal(getattr(again, name), getattr(whole, name)), name
     assert torch.equal(again.completions.tokens, whole.completions.tokens)
-    a, b = (batch.token_advantages(omega=1.0) for batch in (again, whole))
+    a, b = (batch.token_advantages(PolicyConfig(advantage="gigpo")) for batch in (again, whole))
     assert torch.equal(a, b)
     assert whole.groups.tolist() == [0, 0, 1, 1, 2, 3, 3]
 

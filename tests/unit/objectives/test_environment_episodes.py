@@ -22,7 +22,7 @@ from megarlx.data.tokenizer import WordTokenizer
 from megarlx.generation.engine import Engine
 from megarlx.generation.requests import NOT_WRITTEN, Request, SamplingSettings, Trajectory
 from megarlx.model.transformer import Stage
-from megarlx.objectives.advantages import dr_grpo, grpo
+from megarlx.objectives.advantages import sample_advantages
 from megarlx.objectives.environment_game import EnvironmentGame
 from megarlx.objectives.environment_process import BrokenEnvironment, Failure
 from megarlx.objectives.episodes import (
@@ -172,7 +172,7 @@ def test_lost_episodes_leave_the_others_as_they_were(misbehave: str) -> None:
     assert kinds == {"error" if misbehave == "raise" else "not_encodable"}
     batch = EpisodeBatch.of(found, 0.1)
     assert batch.rewards.isnan().flatten().tolist() == lost
-    advantages = batch.token_advantages(omega=1.0)
+    advantages = batch.token_advantages(PolicyConfig(advantage="gigpo"))
     assert advantages.isfinite().all()
     of_lost = torch.tensor(lost)[batch.episode_of_turn][batch.turn_of_token.clamp_min(0)]
     assert advantages[of_lost].abs().sum() == 0
@@ -203,7 +203,11 @@ def test_a_first_observation_without_room_for_an_answer_loses_the_episode_and_sa
         "the first observation has 8 tokens; max_episode_tokens less max_turn_tokens allows 7",
     )
     batch = EpisodeBatch.of([episode])
-    assert len(batch.completions.lengths) == len(batch.token_advantages(omega=1.0)) == 0
+    assert (
+        len(batch.completions.lengths)
+        == len(batch.token_advantages(PolicyConfig(advantage="gigpo")))
+        == 0
+    )
 
 
 def trajectory(sequence_id: int, tokens: list[int], turn: list[int], seed: int = 0) -> Trajectory:
@@ -241,7 +245,6 @@ def test_single_turns_give_exactly_what_prompts_and_completions_give(
         for i, (p, s) in enumerate(zip(prompts, sampled, strict=True))
     ]
     config = PolicyConfig(**settings)
-    advantage = {"grpo": grpo, "dr_grpo": dr_grpo}[config.advantage]
     batch = EpisodeBatch.of(episodes)
     assert torch.equal(batch.rewards, rewards) or torch.equal(
         batch.rewards.nan_to_num(-9), rewards.nan_to_num(-9)
@@ -258,8 +261,8 @@ def test_single_turns_give_exactly_what_prompts_and_completions_give(
     fields = [
         policy_fields(config, replace(made, **old), given, max_completion_tokens=9)
         for made, given in (
-            (single, advantage(rewards).flatten()),
-            (batch.completions, batch.token_advantages(advantage)),
+            (single, sample_advantages(config, rewards).flatten()),
+            (batch.completions, batch.token_advantages(config)),
         )
     ]
     mask = fields[0].mask
@@ -312,11 +315,11 @@ def test_advantages_of_turns_are_gigpo_by_its_definition() -> None:
             same = [returns[j][m] for j in pair for m, t in enumerate(texts[j]) if t == text]
             both = whole + omega * normalised(returns[i][k], same)
             expected += [both, both, 0.0]
-    found = batch.token_advantages(gamma=gamma, omega=omega)
+    found = batch.token_advantages(PolicyConfig(advantage="gigpo", gamma=gamma, omega=omega))
     torch.testing.assert_close(
         found.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-5
     )
-    assert not torch.equal(found, batch.token_advantages())
+    assert not torch.equal(found, batch.token_advantages(PolicyConfig()))
 
 
 def test_metrics_are_sums_and_counts() -> None:

@@ -118,8 +118,7 @@ def test_trl_computes_the_same_loss_and_gradient(name: str, trainer_class: Any) 
     loss, gradient = ours(PolicyConfig(**settings), case)
     expected, expected_gradient = trls(trainer_class, case, **theirs)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-8, atol=1e-12)
-    if name != "sapo":  # whose value we do not compute
-        torch.testing.assert_close(loss, expected, rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(loss, expected, rtol=1e-8, atol=1e-12)
     # and the comparison would see a difference
     moved = replace(case, old=case.old + 0.3 * case.written)
     assert not torch.allclose(trls(trainer_class, moved, **theirs)[1], gradient, rtol=1e-6)

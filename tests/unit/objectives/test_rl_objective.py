@@ -24,8 +24,9 @@ from torch import Tensor
 
 from megarlx.checkpoint import Saver
 from megarlx.comm.groups import Group
+from megarlx.config.policy import PolicyConfig
 from megarlx.model.build import ParallelModel
-from megarlx.objectives.advantages import ADVANTAGES
+from megarlx.objectives.advantages import sample_advantages
 from megarlx.objectives.rewards import RewardError
 from megarlx.objectives.rl import Reinforcement
 from megarlx.training.trainer import Trainer
@@ -364,7 +365,8 @@ def test_a_masked_sample_at_the_limit_changes_nothing() -> None:
     assert 0 < int(made.truncated.sum()) < len(made.truncated)
     finished = made.written & ~made.truncated[made.sequence_of_token]
     assert float(batch.weight) == int(finished.sum())
-    assert int(batch.inputs["mask"].sum()) == int(finished.sum())
+    learned = [part.inputs for part in batch.microbatches]
+    assert sum(int(x.mask.sum()) for x in learned) == int(finished.sum())
 
 
 def test_a_step_whose_samples_are_all_masked_moves_nothing() -> None:
@@ -396,7 +398,8 @@ def test_the_stop_token_is_learned() -> None:
     last = made.offsets[1:] - 1
     assert torch.equal(made.tokens[last] == 0, ~made.truncated)
     assert bool(made.written[last].all())
-    assert int(((batch.inputs["targets"] == 0) & batch.inputs["mask"]).sum()) == int(
+    learned = [part.inputs for part in batch.microbatches]
+    assert sum(int(((x.targets == 0) & x.mask).sum()) for x in learned) == int(
         (~made.truncated).sum()
     )
 
@@ -406,7 +409,8 @@ def test_a_prompt_is_never_learned_and_what_was_said_always_is() -> None:
     batch = one.next_batch()
     assert one.current is not None
     made = one.current.completions
-    assert int(batch.inputs["mask"].sum()) == int(made.written.sum())
+    learned = [part.inputs for part in batch.microbatches]
+    assert sum(int(x.mask.sum()) for x in learned) == int(made.written.sum())
     for row in range(len(made.lengths)):
         start, stop = int(made.offsets[row]), int(made.offsets[row + 1])
         said = made.written[start:stop].tolist()
@@ -465,7 +469,7 @@ def test_a_sample_without_a_reward_counts_nowhere() -> None:
     known = rollout.rewards.isfinite()
     assert int((~known).sum()) == 2
     assert not rollout.advantages.reshape(4, 4)[~known].any()
-    expected = ADVANTAGES["grpo"](rollout.rewards[:1, :3])
+    expected = sample_advantages(PolicyConfig(), rollout.rewards[:1, :3])
     torch.testing.assert_close(rollout.advantages.reshape(4, 4)[:1, :3], expected)
     trainer = trainer_of(one)
     _, report = trainer.step()

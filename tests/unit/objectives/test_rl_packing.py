@@ -1,6 +1,6 @@
 """Packing changes no number: only where it is computed. Letters: T tokens, N sequences."""
 
-from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +11,11 @@ from torch import Tensor
 from megarlx.config.model import family_config
 from megarlx.config.policy import PolicyConfig
 from megarlx.model.transformer import Stage
+from megarlx.objectives.losses import loss_spec
 from megarlx.objectives.packing import Deal, Layout, deal, policy_batch
-from megarlx.objectives.policy_loss import Completions, loss_spec, policy_fields, sequence_mean
-from megarlx.ops import linear_token_loss
-from megarlx.parallel.microbatches import split_microbatches
+from megarlx.objectives.policy_loss import Completions, policy_fields
+from megarlx.ops import LossSpec, linear_token_loss
+from megarlx.parallel.microbatches import Loss, call_stage
 
 MODEL = family_config(
     "olmo2", vocab_size=23, hidden_size=20, layers=2, heads=2, kv_heads=1, head_dim=8,
@@ -43,6 +44,10 @@ def completions(seed: int = 0) -> tuple[Completions, Tensor]:
         lengths, written, logprobs(), logprobs(), logprobs(),
     )  # fmt: skip
     return made, torch.randn(len(lengths), generator=generator, dtype=torch.float64)
+
+
+def head_loss(spec: LossSpec, normalizer: Tensor, **more: Any) -> Loss:
+    return lambda head, inputs: head.token_loss(inputs, spec, normalizer=normalizer, **more)
 
 
 def gradients(model: Stage) -> dict[str, Tensor]:
@@ -93,17 +98,18 @@ def test_packed_ranks_together_equal_each_sequence_alone(config: PolicyConfig, r
     expected, expected_gradients = one_by_one(config, made, advantages)
     fields = policy_fields(config, made, advantages, max_completion_tokens=16)
     dealt = deal(LENGTHS, tokens_per_microbatch=24, ranks=ranks)
+    spec = loss_spec(config)
     batches = [
-        policy_batch(made, fields, Layout.of(made.lengths, dealt, rank)) for rank in range(ranks)
+        policy_batch(made, fields, Layout.of(made.lengths, dealt, rank), spec)
+        for rank in range(ranks)
     ]
     normalizer = torch.stack([batch.weight for batch in batches]).sum()
     assert normalizer == fields.sequence_weights.sum()
     model, total = stage(), 0.0
-    head = partial(linear_token_loss, spec=loss_spec(config))
     for batch in batches:
-        assert batch.microbatches == dealt.microbatches > 1 or ranks > 1
-        for part in split_microbatches(batch.inputs, batch.microbatches):
-            loss = model(part.pop("tokens"), loss=head, normalizer=normalizer, **part)
+        assert len(batch.microbatches) == dealt.microbatches > 1 or ranks > 1
+        for part in batch.microbatches:
+            loss = call_stage(model, None, part, head_loss(spec, normalizer))
             loss.backward()
             total += loss.item()
     assert total == pytest.approx(expected, rel=1e-11)
@@ -112,27 +118,16 @@ def test_packed_ranks_together_equal_each_sequence_alone(config: PolicyConfig, r
         assert (gradient - other).norm() <= 1e-10 * other.norm(), name
 
 
-def test_gspo_over_two_passes_equals_its_definition_on_whole_sequences() -> None:
-    """Pass one takes log-probs back out of the packing; pass two trains with them."""
+def test_gspo_in_packed_sequences_equals_its_definition_on_whole_ones() -> None:
+    """The model runs once: the loss sees the log-probs of whole sequences."""
     made, advantages = completions()
     config = PolicyConfig(preset="gspo", clip_low=0.3, clip_high=0.4)
     layout = Layout.of(made.lengths, deal(LENGTHS, tokens_per_microbatch=24))
-    model = stage()
-    inputs = layout.inputs(made)
-    with torch.no_grad():
-        found = []
-        for part in split_microbatches(inputs, len(layout.source)):
-            hidden = model(part["tokens"], documents=part["documents"])
-            logp = model.logits(hidden).log_softmax(-1)
-            found.append(logp.gather(1, part["targets"].reshape(-1, 1)).view_as(part["targets"]))
-        current = layout.take_back(torch.cat(found)) * made.written
-    fields = policy_fields(
-        config, made, advantages, max_completion_tokens=16, current_logprobs=current
-    )
-    batch = policy_batch(made, fields, layout)
-    head = partial(linear_token_loss, spec=loss_spec(config))
-    for part in split_microbatches(batch.inputs, batch.microbatches):
-        model(part.pop("tokens"), loss=head, normalizer=batch.weight, **part).backward()
+    spec, model = loss_spec(config), stage()
+    fields = policy_fields(config, made, advantages, max_completion_tokens=16)
+    batch = policy_batch(made, fields, layout, spec)
+    for part in batch.microbatches:
+        call_stage(model, None, part, head_loss(spec, batch.weight, rows_per_chunk=7)).backward()
 
     other = stage()
     loss = torch.zeros((), dtype=torch.float64)
@@ -145,7 +140,8 @@ def test_gspo_over_two_passes_equals_its_definition_on_whole_sequences() -> None
         lp = logp.gather(1, made.tokens[a + 1 : b, None])[:, 0][made.written[a + 1 : b]]
         ratio = (lp - made.old_logprobs[a:b][made.written[a:b]]).mean().exp()
         loss = loss - torch.minimum(ratio * advantages[i], ratio.clamp(0.7, 1.4) * advantages[i])
-    (loss / sequence_mean(torch.ones(len(current)), made.written, made).sum()).backward()
+    learned = sum(bool(w.any()) for w in made.written.split(LENGTHS))
+    (loss / learned).backward()
     expected = gradients(other)
     assert max(g.norm() for g in expected.values()) > 0
     for name, gradient in gradients(model).items():

@@ -14,7 +14,7 @@ from torch import Tensor
 from megarlx.comm.groups import Group
 from megarlx.ops.linear_token_loss import linear_token_loss
 from megarlx.ops.loss_spec import KL_ESTIMATORS, MODES, LossSpec
-from megarlx.ops.token_loss import move_to_maximum_, token_loss
+from megarlx.ops.token_loss import token_loss
 
 GRID = [
     LossSpec(mode, 0.2, 0.3, 0.0, kl, 0.0 if kl == "none" else 0.3, 0.1)
@@ -161,43 +161,6 @@ def test_only_the_input_that_needs_a_gradient_gets_one() -> None:
     assert fixed.grad is None
     expected = gradients(F.cross_entropy(hidden @ fixed.t(), targets, reduction="sum"), hidden)
     torch.testing.assert_close(hidden.grad, expected[0])
-
-
-@pytest.mark.parametrize("shards", [2, 4])
-@pytest.mark.parametrize("spec", GRID[::3], ids=lambda spec: f"{spec.mode}-{spec.kl}")
-def test_vocabulary_shards_equal_the_whole_in_one_process(spec: LossSpec, shards: int) -> None:
-    """Also where the last shard holds nothing but padding (4 shards of 16 for 41 ids)."""
-    vocabulary, width = 41, 16 if shards == 4 else 32
-    hidden, weight, targets, inputs = example(spec, vocabulary=vocabulary)
-    logits = (hidden @ weight.t()).detach().requires_grad_()
-    whole = token_loss(logits, targets, spec, normalizer=5.0, **inputs)
-    (expected,) = gradients(whole.loss, logits)
-    padded = F.pad(logits.detach(), (0, shards * width - vocabulary), value=99.0)
-    pieces = [piece.contiguous() for piece in padded.split(width, 1)]
-    ops = torch.ops.megarlx
-    one = torch.ones((), dtype=torch.float64)
-    mask = inputs["mask"]
-    partials = [
-        ops.token_loss_partials(piece, targets, mask, one, i * width, vocabulary)
-        for i, piece in enumerate(pieces)
-    ]
-    maximum = torch.stack([p[0] for p in partials]).amax(0)
-    moved = [move_to_maximum_(p, maximum) for p in partials]
-    combined = torch.stack(moved).sum(0)
-    combined[0] = maximum
-    results = [
-        ops.token_loss_finish(
-            piece, combined, targets, *inputs.values(), one * 5.0, one, i * width, vocabulary,
-            *spec.arguments, True,
-        )
-        for i, piece in enumerate(pieces)
-    ]  # fmt: skip
-    for result in results:
-        for a, b in zip(result[:4], whole, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    gradient = torch.cat([result[4] for result in results], 1)
-    torch.testing.assert_close(gradient[:, :vocabulary], expected, rtol=1e-10, atol=1e-12)
-    assert (gradient[:, vocabulary:] == 0).all()
 
 
 def test_group_of_one_is_no_group() -> None:
