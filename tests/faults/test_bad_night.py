@@ -34,6 +34,7 @@ from training_runs import train
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit" / "objectives"))
 from test_reward_http import serving
 
+from megarlx.data.token_files import TokenFileWriter
 from megarlx.training.metrics import read_metrics
 
 NIGHTS = Path(__file__).with_name("nights.py")
@@ -57,6 +58,7 @@ assistant = "{{content}}"
 
 [data]
 tokenizer = "bytes"
+sources = [{{ name = "text", prefix = "{folder}/text" }}]
 
 [rl]
 prompts = "{folder}/prompts.jsonl"
@@ -67,7 +69,7 @@ reward_failures_allowed = 1.0
 [[rl.rewards]]
 function = "{nights}:reward"
 options = {{ one_in = {one_in} }}
-time_limit_seconds = 3.0
+time_limit_seconds = 2.0
 memory_limit_mb = 4096
 
 [objectives.play.rl]
@@ -91,6 +93,9 @@ lr = 1e-3
 [stages.objectives.play]
 lr = 1e-3
 
+[evaluation]
+readiness_prompts = 0
+
 [checkpoints]
 save_every_steps = 2
 
@@ -102,6 +107,8 @@ log_every_steps = 1
 def write(folder: Path, steps: int, one_in: int) -> Path:
     lines = [{"question": f"w{number}", "answer": "1"} for number in range(40)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with TokenFileWriter(folder / "text", "u2") as writer:
+        writer.add(list(range(200)))
     path = folder / "night.toml"
     path.write_text(CONFIG.format(folder=folder, nights=NIGHTS, one_in=one_in, steps=steps))
     return path
