@@ -72,8 +72,8 @@ def write_model(folder: Path, megabytes: float) -> float:
     from safetensors.torch import save_file
 
     from megarlx.config.model import family_config
+    from megarlx.config.parameters import published_names
     from megarlx.hf.config_map import hugging_face_config
-    from megarlx.hf.families import family_of, tensor_names
 
     hidden, inner = 768, 2048
     each = 4 * hidden * hidden + 3 * hidden * inner
@@ -90,7 +90,7 @@ def write_model(folder: Path, megabytes: float) -> float:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(hugging_face_config(config, "bfloat16")))
     shapes = config.tensor_shapes()
-    names = tensor_names(config, family_of(config))
+    names = published_names(config)
     held = {theirs: torch.randn(shapes[o]).bfloat16() for o, theirs in names.items()}
     save_file(held, folder / "model.safetensors", {"format": "pt"})
     return sum(tensor.nbytes for tensor in held.values()) * 2 / 1e6

@@ -4,10 +4,20 @@ asks here too, also where everything else is broken.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
-Attention = Literal["cudnn", "flash", "sdpa"]
+Attention = Literal["cudnn", "flash", "sdpa", "blocks"]
+# What a kernel may have to do besides: a token sees a window; scores are soft-capped; query heads
+# share key heads; keys of a cache stand before the new ones.
+Served = Literal["window", "cap", "grouped", "cached"]
+SERVES: dict[Attention, tuple[Served, ...]] = {
+    "cudnn": ("grouped",),
+    "flash": ("grouped", "cached"),
+    "sdpa": ("grouped", "cached"),
+    "blocks": ("window", "cap", "grouped", "cached"),
+}
 
 # Prompt tokens of one prefill: on a CPU two short prompts fill the caches; on a GPU so few are over
 # before the next kernel is launched.
@@ -57,6 +67,7 @@ class Needs:
     precision: str
     head_dim: int
     splits_backward: bool = False  # a schedule that computes weight gradients later
+    of_attention: frozenset[Served] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -98,7 +109,9 @@ def choose_layers(machine: Machine, needs: Needs) -> Choice:
 
 def without_attention(kind: Attention, machine: Machine, needs: Needs) -> str:
     """Why this kind of attention cannot run here; empty where it can."""
-    if kind == "sdpa":
+    if why := unserved(kind, needs.of_attention):
+        return why
+    if kind in ("sdpa", "blocks"):
         return ""
     name = "Transformer Engine" if kind == "cudnn" else "flash-attn"
     package = machine.transformer_engine if kind == "cudnn" else machine.flash_attention
@@ -112,7 +125,10 @@ def without_attention(kind: Attention, machine: Machine, needs: Needs) -> str:
 
 
 def choose_attention(machine: Machine, needs: Needs) -> Choice:
-    """The fastest that is here: cuDNN through Transformer Engine, flash-attn, torch's SDPA."""
+    """The fastest that is here and serves the model: cuDNN through Transformer Engine, flash-attn,
+    torch's SDPA, plain torch by blocks of queries."""
+    if why := unserved("sdpa", needs.of_attention):
+        return Choice("blocks", why)
     if not machine.gpu:
         return Choice("sdpa", "this is a CPU")
     cudnn = without_attention("cudnn", machine, needs)
@@ -122,6 +138,18 @@ def choose_attention(machine: Machine, needs: Needs) -> Choice:
     if not flash:
         return Choice("flash", f"flash-attn {machine.flash_attention.version} is here; {cudnn}")
     return Choice("sdpa", f"{cudnn}; {flash}")
+
+
+def unserved(kind: Attention, needs: Collection[Served]) -> str:
+    """What this kind of attention lacks of what is needed; empty where it lacks nothing."""
+    lacking = sorted(set(needs) - set(SERVES[kind]))
+    if not lacking:
+        return ""
+    allowed = [name for name, serves in SERVES.items() if set(needs) <= set(serves)]
+    return (
+        f"{kind} serves {', '.join(SERVES[kind])}, and this needs {', '.join(lacking)}; allowed: "
+        f"auto, {', '.join(allowed)}"
+    )
 
 
 def _unfit_head(kind: Attention, needs: Needs) -> str:

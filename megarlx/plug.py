@@ -11,6 +11,7 @@ import importlib.util
 import sys
 from dataclasses import dataclass
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,13 @@ KINDS: dict[str, Kind] = {
         },
     ),
     "objective": Kind("module:Class", {}),
-    "family": Kind("module:name", {}),
+    "family": Kind(
+        "module:name",
+        {
+            name: f"megarlx.config.families:{name.upper()}"
+            for name in ("olmo2", "llama3", "qwen2", "qwen3", "gemma2", "gemma3")
+        },
+    ),
     "data maker": Kind(
         "module:Class",
         {
@@ -102,7 +109,7 @@ KINDS: dict[str, Kind] = {
             "agents": "megarlx.study.environments.maker:AgentsMaker",
         },
     ),
-    "generator": Kind("module:Class", {}),
+    "generator": Kind("module:Class", {"engine": "megarlx.generation.engine:Engine.of"}),
     "suite": Kind(
         "module:function",
         {
@@ -158,7 +165,7 @@ def load(name: str) -> Any:
     """What `module:name` or `file.py:name` names."""
     place, _, attribute = name.rpartition(":")
     module = _of_file(place) if place.endswith(".py") else importlib.import_module(place)
-    return getattr(module, attribute)
+    return attrgetter(attribute)(module)
 
 
 @cache

@@ -17,6 +17,7 @@ from gpu.clock import Call, interleaved
 from gpu.pieces import Context, Failed, Piece, Result, need, note
 from gpu.trace import traced
 from megarlx.model.attention import attention
+from megarlx.model.attention_form import AttentionForm
 from megarlx.model.documents import Documents
 
 SHAPE, SMALL = (4, 4096, 16, 128), (2, 24, 3, 16)  # B, S, H, D
@@ -40,7 +41,7 @@ def ours(documents: Documents) -> Attend:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         shape, scale = q.shape, q.shape[-1] ** -0.5
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        return attention(q, k, v, documents=documents, scale=scale).view(shape)
+        return attention(q, k, v, documents=documents, form=AttentionForm(scale)).view(shape)
 
     return attend
 

@@ -64,7 +64,9 @@ def cases(context: Context) -> dict[str, Case]:
     def drawn(*shape: int) -> Tensor:
         return torch.randn(shape, device=device, dtype=dtype)
 
-    radians = frequencies(c.model_copy(update={"head_dim": hidden // heads})).to(device)
+    radians = frequencies(c.model_copy(update={"head_dim": hidden // heads}), c.rope_theta).to(
+        device
+    )
     cos, sin = rotation(torch.arange(tokens, device=device), radians, dtype)
     qkv = drawn(tokens, 3 * hidden)
     attend = attention_heads if is_native(qkv) else attention_heads_reference

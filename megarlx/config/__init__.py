@@ -2,7 +2,7 @@
 
 from megarlx.config.describe import describe
 from megarlx.config.load import CHOSEN, ConfigError, as_asked, load_config
-from megarlx.config.model import FAMILIES, ModelConfig, RopeScaling, family_config
+from megarlx.config.model import ModelConfig, RopeScaling, family_config
 from megarlx.config.objectives import RlConfig, SftConfig, StageConfig, StageObjective
 from megarlx.config.optimizer import OptimizerConfig
 from megarlx.config.section import Section
@@ -10,7 +10,6 @@ from megarlx.config.sections import Config, LayoutConfig, TrainingConfig
 
 __all__ = [
     "CHOSEN",
-    "FAMILIES",
     "Config",
     "ConfigError",
     "LayoutConfig",

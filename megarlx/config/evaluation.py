@@ -53,6 +53,9 @@ class SuiteConfig(Section):
     ks: Annotated[tuple[Count, ...], Field(strict=False)] = Field(
         default=(1, 8, 32), description="The k of pass@k; those above `samples` are left out"
     )
+    generator: Annotated[str, Named("generator")] = Field(
+        default="engine", description="What draws the samples"
+    )
     temperature: float = Field(default=0.6, ge=0, description="Temperature of sampling; 0: greedy")
     top_p: float = Field(default=1.0, gt=0, le=1, description="Share of the probability kept")
     max_new_tokens: int = Field(default=256, ge=1, description="Longest completion")

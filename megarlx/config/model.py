@@ -3,49 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, TypeGuard
+from typing import Annotated, Any, Literal, TypeGuard
 
 from pydantic import Field, model_validator
 
-from megarlx.config.section import Section
-
-Family = Literal["olmo2", "llama3", "qwen2", "qwen3"]
-
-# What a family fixes. A key given in the configuration wins over its family's value.
-FAMILIES: dict[str, dict[str, Any]] = {
-    "olmo2": {
-        "norm_position": "post",
-        "qk_norm": "full",
-        "qkv_bias": False,
-        "tied_embeddings": False,
-        "rope_theta": 500_000.0,
-        "norm_eps": 1e-6,
-    },
-    "llama3": {
-        "norm_position": "pre",
-        "qk_norm": "none",
-        "qkv_bias": False,
-        "tied_embeddings": False,
-        "rope_theta": 500_000.0,
-        "norm_eps": 1e-5,
-    },
-    "qwen2": {
-        "norm_position": "pre",
-        "qk_norm": "none",
-        "qkv_bias": True,
-        "tied_embeddings": True,
-        "rope_theta": 1_000_000.0,
-        "norm_eps": 1e-6,
-    },
-    "qwen3": {
-        "norm_position": "pre",
-        "qk_norm": "per_head",
-        "qkv_bias": False,
-        "tied_embeddings": True,
-        "rope_theta": 1_000_000.0,
-        "norm_eps": 1e-6,
-    },
-}
+from megarlx import plug
+from megarlx.choices import Served
+from megarlx.config import parameters
+from megarlx.config.families import PLAIN
+from megarlx.config.section import TRUSTED, Named, Section, may_import
 
 
 def _from(source: str, **limits: Any) -> Any:
@@ -84,7 +50,9 @@ def _is_size(value: Any) -> TypeGuard[int]:
 class ModelConfig(Section):
     """The transformer. A family sets what its members share; any key can still be given."""
 
-    family: Family = Field(default="olmo2", description="Family whose form the transformer takes")
+    family: Annotated[str, Named("family")] = Field(
+        default="olmo2", description="Family whose form the transformer takes"
+    )
     vocab_size: int = Field(ge=1, description="Token ids of the tokenizer, padding not counted")
     hidden_size: int = Field(ge=1, description="Width of the residual stream")
     layers: int = Field(ge=1, description="Transformer layers")
@@ -101,8 +69,12 @@ class ModelConfig(Section):
         description="Width of one head; even, because rotary embedding turns pairs",
     )
     intermediate_size: int = Field(ge=1, description="Width inside the gated MLP")
-    norm_position: Literal["pre", "post"] = _from(
-        "by family", description="Norm before attention and MLP, or after them on their output"
+    norm_position: Literal["pre", "post", "both"] = _from(
+        "by family",
+        description="Norm before attention and MLP, after them on their output, or both",
+    )
+    norm_plus_one: bool = _from(
+        "by family", description="Whether norms multiply by 1 + weight, which then begins at 0"
     )
     qk_norm: Literal["none", "per_head", "full"] = _from(
         "by family",
@@ -111,12 +83,36 @@ class ModelConfig(Section):
     qkv_bias: bool = _from(
         "by family", description="Whether the query, key, value projections have a bias"
     )
+    activation: Literal["silu", "gelu_tanh"] = _from(
+        "by family", description="Of the gate inside the MLP: SwiGLU, or GeGLU by tanh"
+    )
+    scaled_embedding: bool = _from(
+        "by family", description="Whether embeddings are multiplied by the root of hidden_size"
+    )
     tied_embeddings: bool = _from(
         "by family", description="Whether the output head is the embedding's own weight"
     )
     rope_theta: float = _from("by family", gt=0, description="Base of the rotary wavelengths")
     rope_scaling: RopeScaling | None = Field(
         default=None, description="Llama 3's rotary scaling; absent: none"
+    )
+    query_scalar: float = _from(
+        "head_dim", gt=0, description="Attention scores are divided by its root"
+    )
+    attention_cap: float = Field(
+        default=0.0, ge=0, description="Scores become cap tanh(score / cap); 0: they stay"
+    )
+    final_cap: float = Field(
+        default=0.0, ge=0, description="Logits become cap tanh(logit / cap); 0: they stay"
+    )
+    window: int | None = Field(
+        default=None, ge=1, description="Tokens that a layer with a window sees, its own included"
+    )
+    full_attention_every: int = Field(
+        default=1, ge=1, description="Every so many layers one sees all tokens, others a window"
+    )
+    window_rope_theta: float | None = Field(
+        default=None, gt=0, description="rope_theta of layers with a window; absent: the same"
     )
     norm_eps: float = _from("by family", gt=0, description="Added to the mean square inside a norm")
     init_std: float = Field(
@@ -132,9 +128,8 @@ class ModelConfig(Section):
         """Puts in what follows from the family and from other fields, wrong values left alone."""
         if not isinstance(values, dict):
             return values
-        family = values.get("family", cls.model_fields["family"].default)
-        known = isinstance(family, str) and family in FAMILIES
-        filled = dict(FAMILIES[family if known else "olmo2"])
+        given = values.get("family", cls.model_fields["family"].default)
+        filled = {**PLAIN, **_family_values(given, complete=values.keys() >= PLAIN.keys())}
         hidden, heads = values.get("hidden_size"), values.get("heads")
         if _is_size(hidden) and _is_size(heads):
             filled["kv_heads"] = heads
@@ -143,18 +138,28 @@ class ModelConfig(Section):
         else:
             # These are errors of their own; what would follow from them is not reported as well.
             filled |= {"kv_heads": 1, "head_dim": 2}
-        return filled | values
+        filled |= values
+        width = filled.get("head_dim")
+        return {"query_scalar": float(width) if _is_size(width) else 1.0} | filled
 
     def problems(self) -> list[tuple[str, str]]:
-        if self.heads % self.kv_heads == 0:
-            return []
-        return [
-            (
-                "kv_heads",
-                f"is {self.kv_heads}; it must divide heads = {self.heads}, as "
-                f"{math.gcd(self.heads, self.kv_heads)} does",
-            )
-        ]
+        found = []
+        if self.heads % self.kv_heads:
+            near = math.gcd(self.heads, self.kv_heads)
+            wrong = f"is {self.kv_heads}; it must divide heads = {self.heads}, as {near} does"
+            found.append(("kv_heads", wrong))
+        if self.full_attention_every > 1 and self.window is None:
+            every = f"full_attention_every = {self.full_attention_every}"
+            found.append(("window", f"is absent; {every} gives the other layers one"))
+        return found
+
+    def window_of(self, layer: int) -> int | None:
+        """Tokens that this layer sees; None: all."""
+        return None if (layer + 1) % self.full_attention_every == 0 else self.window
+
+    def rope_theta_of(self, layer: int) -> float:
+        own = self.window_rope_theta if self.window_of(layer) is not None else None
+        return self.rope_theta if own is None else own
 
     @property
     def query_size(self) -> int:
@@ -175,35 +180,17 @@ class ModelConfig(Section):
         tile = 128 * tensor
         return -(-self.vocab_size // tile) * tile
 
+    def local_kv_heads(self, tensor: int) -> int:
+        """Key heads that a rank holds."""
+        return max(self.kv_heads // tensor, 1)
+
+    def kv_copies(self, tensor: int) -> int:
+        """How many ranks hold the same key head."""
+        return max(tensor // self.kv_heads, 1)
+
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the model by its global name, in model space (no padding, no copies)."""
-        hidden, inner, q, kv = (
-            self.hidden_size,
-            self.intermediate_size,
-            self.query_size,
-            self.kv_size,
-        )
-        shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (self.vocab_size, hidden)}
-        for index in range(self.layers):
-            attention, mlp = f"layers.{index}.attention", f"layers.{index}.mlp"
-            for name, rows in (("q", q), ("k", kv), ("v", kv)):
-                shapes[f"{attention}.{name}.weight"] = (rows, hidden)
-                if self.qkv_bias:
-                    shapes[f"{attention}.{name}.bias"] = (rows,)
-            shapes[f"{attention}.o.weight"] = (hidden, q)
-            if self.qk_norm != "none":
-                full = self.qk_norm == "full"
-                shapes[f"{attention}.q_norm.weight"] = (q if full else self.head_dim,)
-                shapes[f"{attention}.k_norm.weight"] = (kv if full else self.head_dim,)
-            shapes[f"{mlp}.gate.weight"] = (inner, hidden)
-            shapes[f"{mlp}.up.weight"] = (inner, hidden)
-            shapes[f"{mlp}.down.weight"] = (hidden, inner)
-            shapes[f"layers.{index}.attention_norm.weight"] = (hidden,)
-            shapes[f"layers.{index}.mlp_norm.weight"] = (hidden,)
-        shapes["norm.weight"] = (hidden,)
-        if not self.tied_embeddings:
-            shapes["head.weight"] = (self.vocab_size, hidden)
-        return shapes
+        return parameters.tensor_shapes(self)
 
     def parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.tensor_shapes().values())
@@ -216,9 +203,48 @@ class ModelConfig(Section):
     def flops_per_token(self, sequence_length: int) -> float:
         """Forward and backward of one token: its matrix products, the head, causal attention."""
         products = self.non_embedding_parameters() + self.vocab_size * self.hidden_size
-        # A token sees (S + 1) / 2 keys on average; scores and weighted sum are 2 products each.
-        attention = self.layers * 4 * self.query_size * (sequence_length + 1) / 2
+        # Scores and weighted sum are 2 products each.
+        attention = self.layers * 4 * self.query_size * self.keys_seen(sequence_length)
         return 6.0 * products + 3.0 * attention
+
+    @property
+    def needs_of_attention(self) -> frozenset[Served]:
+        """What every layer's attention has to serve besides shared key heads and a cache."""
+        window = any(self.window_of(layer) is not None for layer in range(self.layers))
+        needs: dict[Served, bool] = {"window": window, "cap": self.attention_cap > 0}
+        return frozenset(name for name, needed in needs.items() if needed)
+
+    def keys_seen(self, sequence_length: int) -> float:
+        """By a token of a sequence, in the mean over tokens and layers."""
+        total = 0.0
+        for layer in range(self.layers):
+            window = min(self.window_of(layer) or sequence_length, sequence_length)
+            total += window - window * (window - 1) / (2 * sequence_length)
+        return total / self.layers
+
+
+def _family_values(name: Any, complete: bool) -> dict[str, Any]:
+    """Of a family that there is; another name is an error of its own. One out of another run's
+    configuration is not imported: there all that it says stands beside it."""
+    if not isinstance(name, str) or plug.problem("family", name) is not None:
+        return {}
+    if may_import("family", name):
+        return dict(plug.resolve("family", name).values)
+    if complete:
+        return {}
+    raise ValueError(
+        f"family is {name!r}, which is not imported for a configuration that another run made, and "
+        f"keys of it are missing; allowed are {', '.join(plug.ours('family'))}"
+    )
+
+
+def resolved_model(values: Any) -> ModelConfig:
+    """Of another run's resolved.json: nothing that it names is imported."""
+    reading = TRUSTED.set(())
+    try:
+        return ModelConfig.model_validate(values)
+    finally:
+        TRUSTED.reset(reading)
 
 
 def family_config(family: str, **shape: Any) -> ModelConfig:

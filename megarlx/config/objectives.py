@@ -107,6 +107,9 @@ class RlConfig(Section):
     tokens_per_microbatch: int = Field(
         default=4096, ge=1, description="Tokens a process takes through the model at once"
     )
+    generator: Annotated[str, Named("generator")] = Field(
+        default="engine", description="What draws the samples"
+    )
     slots: int = Field(
         default=256, ge=1, description="Sequences that are generated at once by a process"
     )

@@ -145,10 +145,10 @@ class TrainingConfig(Section):
         description="What layers are made of: torch, or te: Transformer Engine; auto: te where "
         "it can be had",
     )
-    attention: Literal["auto", "cudnn", "flash", "sdpa"] = Field(
+    attention: Literal["auto", "cudnn", "flash", "sdpa", "blocks"] = Field(
         default="auto",
-        description="cudnn (by Transformer Engine), flash (flash-attn), sdpa (torch's); auto: the "
-        "first there is",
+        description="cudnn, flash (flash-attn), sdpa (torch's), blocks (for windows, caps); auto: "
+        "the first that serves",
     )
     fp8: Literal["none", "delayed", "current", "block", "mxfp8"] = Field(
         default="none", description="Scaling of fp8 matrix products; needs layers = 'te'"

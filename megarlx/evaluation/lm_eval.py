@@ -15,7 +15,7 @@ from lm_eval.api.model import TemplateLM
 from megarlx.data.tokenizer import Tokenizer
 from megarlx.evaluation.capability import score_texts, windows
 from megarlx.evaluation.sampled import gathered
-from megarlx.generation.engine import Engine
+from megarlx.generation.interface import generator_of
 from megarlx.generation.requests import Request, SamplingSettings
 from megarlx.generation.stop import text_of
 from megarlx.model.build import ParallelModel
@@ -33,8 +33,10 @@ class MegarlxLM(TemplateLM):
         tokens_per_pass: int = 4096,
         slots: int = 64,
         seed: int = 0,
+        generator: str = "engine",
     ) -> None:
         super().__init__()
+        self.generator = generator
         self.model, self.words = model, tokenizer
         self.tokens_per_pass, self.slots, self.seed = tokens_per_pass, slots, seed
 
@@ -126,7 +128,8 @@ class MegarlxLM(TemplateLM):
         )
         prompts = [(self.tok_encode(c) or [self.prefix_token_id])[-room:] for c in contexts]
         dp = self.model.mesh.dp
-        engine = Engine.of(
+        generator = generator_of(
+            self.generator,
             self.model,
             slots=min(self.slots, -(-len(prompts) // dp.size)),
             longest=max(map(len, prompts)) + new,
@@ -134,7 +137,7 @@ class MegarlxLM(TemplateLM):
         )
         mine = range(dp.rank, len(prompts), dp.size)
         asked = [Request(prompts[i], (i,), new) for i in mine]
-        completions = engine.generate(asked, sampling, self.seed) if asked else []
+        completions = generator.generate(asked, sampling, self.seed) if asked else []
         texts = [
             text_of(c.tokens.tolist(), sampling, self.words.decode_sampled) for c in completions
         ]

@@ -43,6 +43,7 @@ def readiness_suite(
         "samples": group,
         "group_size": group,
         "ks": sorted({1, *(k for k in (8, 32) if k < group), group}),
+        "generator": rl.generator,
         "temperature": rl.temperature,
         "top_p": rl.top_p,
         "stop_strings": rl.stop_strings,

@@ -24,7 +24,7 @@ from megarlx.data.tokenizer import Tokenizer
 from megarlx.evaluation.interface import Progress
 from megarlx.evaluation.pass_at_k import mean_and_error
 from megarlx.evaluation.questions import Question, SuiteError
-from megarlx.generation.engine import Engine
+from megarlx.generation.interface import generator_of
 from megarlx.generation.requests import SamplingSettings
 from megarlx.model.build import ParallelModel
 from megarlx.objectives.environment_game import EnvironmentGame, task_of
@@ -83,14 +83,15 @@ def play(
     n, group = suite.samples, model.mesh.dp
     mine = range(group.rank, len(questions), group.size)
     most = -(-len(questions) // group.size)  # of any rank
-    engine = Engine.of(
+    generator = generator_of(
+        suite.generator,
         model,
         slots=min(slots, most * n),
         longest=_longest(model, suite, prompts),
         detokenize=tokenizer.decode_sampled,
         prefill_tokens=prefill_tokens,
     )
-    player = Player(lambda: engine, _game(suite, template, tokenizer, model.mesh), tokenizer)
+    player = Player(lambda: generator, _game(suite, template, tokenizer, model.mesh), tokenizer)
     settings = settings_of(suite, tokenizer)
     # Every data-parallel rank plays as often as the others: they stop together.
     per_round = max(1, ROUNDS * slots // n)

@@ -19,8 +19,9 @@ import torch
 from megarlx.choices import PREFILL_TOKENS
 from megarlx.comm.collectives import all_reduce_
 from megarlx.comm.groups import Mesh
-from megarlx.generation.fused_decode import FusedDecoder, can_decode_fused
-from megarlx.generation.packed_decode import PackedDecoder, can_decode_packed
+from megarlx.generation.decoders.choose import decoder_of
+from megarlx.generation.decoders.interface import Decoder
+from megarlx.generation.decoders.stage import StageDecoder
 from megarlx.generation.requests import (
     Completion,
     NewToken,
@@ -31,7 +32,6 @@ from megarlx.generation.requests import (
 )
 from megarlx.generation.rows import Rows
 from megarlx.generation.run import Counts, Run
-from megarlx.generation.stage_decode import StageDecoder
 from megarlx.generation.stop import Detokenize
 from megarlx.generation.widths import NARROW, ladder, rows_agree
 from megarlx.model.build import ParallelModel
@@ -86,12 +86,17 @@ class Engine:
             self.widths, self.prefill_tokens = self.widths[-1:], 0
         most, places = self.widths[-1], padded_length(longest)
         self.caches = [stage.kv_cache(self.idle_slot + 1, places) for stage in self.stages]
-        self.decoders: list[PackedDecoder | FusedDecoder | StageDecoder] = [
+        self.decoders: list[Decoder] = [
             decoder_of(stage)(stage, cache, most)
             for stage, cache in zip(self.stages, self.caches, strict=True)
         ]
-        # a packed step gives a row the same bits at any width, so it pads none
-        self.pads = not all(isinstance(decoder, PackedDecoder) for decoder in self.decoders)
+        self.pads = any(decoder.pads for decoder in self.decoders)
+        # of those that are faster than the model's own layers, until their first step
+        self.unchecked = {
+            index: StageDecoder(self.stages[index], self.caches[index], most)
+            for index, decoder in enumerate(self.decoders)
+            if not isinstance(decoder, StageDecoder)
+        }
         self.rows = [Rows(most, self.idle_slot, self.device) for _ in self.slots]
         shape = (self.idle_slot + 1, places + 1)
         # What was drawn for each slot, by position. Tokens are known on every rank.
@@ -151,10 +156,3 @@ class Engine:
                 f"{last} heads; allowed: stages dealt round, so that the first rank embeds and the "
                 "last one has the head (schedules 1f1b, interleaved, zero_bubble)"
             )
-
-
-def decoder_of(stage: Stage) -> type[PackedDecoder | FusedDecoder | StageDecoder]:
-    """The fastest of what this stage can decode with."""
-    if can_decode_packed(stage):
-        return PackedDecoder
-    return FusedDecoder if can_decode_fused(stage) else StageDecoder

@@ -1,7 +1,9 @@
 """What draws tokens from the weights that are trained. The engine is one; another needs a file.
 
-A generator is made once for a copy of the model, and reads its weights anew at each call. All ranks
-of the copy call a method together, with the same requests, and all return the same.
+A name of a generator stands for a class, or a function, that is called as `generator_of` does. What
+it makes reads the model's weights anew at each call. All ranks of a copy of the model call a method
+together, with the same requests, and all return the same. turn_by_turn.py makes episodes and
+streams of a `generate` alone.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from typing import Protocol
 
 import torch
 
+from megarlx import plug
 from megarlx.generation.requests import (
     Completion,
     NewToken,
@@ -19,6 +22,8 @@ from megarlx.generation.requests import (
     SamplingSettings,
     Trajectory,
 )
+from megarlx.generation.stop import Detokenize
+from megarlx.model.build import ParallelModel
 
 
 class Generator(Protocol):
@@ -57,3 +62,27 @@ class Generator(Protocol):
         max_tokens   of a whole episode, the prompt included; by default `longest`
         """
         ...
+
+
+def generator_of(
+    name: str,
+    model: ParallelModel,
+    *,
+    slots: int,
+    longest: int,
+    detokenize: Detokenize | None = None,
+    prefill_tokens: int | None = None,
+) -> Generator:
+    """slots           sequences at once
+    longest         tokens of a sequence
+    detokenize      for stop strings
+    prefill_tokens  of prompts at once; None: as the generator thinks best
+    """
+    made: Generator = plug.resolve("generator", name)(
+        model,
+        slots=slots,
+        longest=longest,
+        detokenize=detokenize,
+        prefill_tokens=prefill_tokens,
+    )
+    return made

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megarlx.comm.collectives import broadcast_
 from megarlx.generation import rows as decoding
+from megarlx.generation.decoders.interface import checked_forward
 from megarlx.generation.prefill import Chunk, chunks_of, copy_prompts_, prefill
 from megarlx.generation.requests import (
     NOT_WRITTEN,
@@ -282,7 +283,11 @@ class Run:
         stage, decoder = engine.stages[item.chunk], engine.decoders[item.chunk]
         rows, width = engine.rows[group], self._width(group)
         self._prefill(item)
-        decoder.forward(rows, width)
+        if item.chunk in engine.unchecked:
+            checked_forward(decoder, engine.unchecked[item.chunk], rows, width)
+            del engine.unchecked[item.chunk]
+        else:
+            decoder.forward(rows, width)
         if not stage.has_head:
             self.ring.outgoing.append(decoder.hidden(width).clone())
             return False

@@ -1,6 +1,6 @@
 """Checkpoints of Hugging Face and of megarlx turned into each other, a slice at a time.
 
-    families.py      what the families are called there: keys, tensors, class names (data)
+    families.py      which class of theirs a model is, and what that lacks
     config_map.py    config.json <-> ModelConfig
     tensor_file.py   a safetensors file read in slices
     sources.py       a folder of either kind as tensors in model space

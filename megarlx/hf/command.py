@@ -17,11 +17,12 @@ from megarlx.checkpoint.verify import check_digests
 from megarlx.comm.groups import Layout
 from megarlx.comm.share import Share
 from megarlx.config.model import ModelConfig
+from megarlx.config.parameters import published_names
 from megarlx.data.tokenizer import Tokenizer, load_tokenizer
 from megarlx.hf import export
 from megarlx.hf.conversion import Conversion, begin, to_do, work
 from megarlx.hf.errors import ConversionError
-from megarlx.hf.families import family_of, tensor_names
+from megarlx.hf.families import published_as
 from megarlx.hf.plan import (
     PlannedFile,
     files_by_layout,
@@ -138,8 +139,7 @@ class Converter:
 
     def _to_hugging_face(self, source: CheckpointSource, model: ModelConfig) -> int:
         asked, share = self.asked, self.share
-        family = family_of(model)
-        names = tensor_names(model, family)
+        published, names = published_as(model), published_names(model)
         held = {name: source.dtypes[name] for name in names}
         dtypes = export.export_types(asked.dtype, source.manifest.state, held)
         shapes = {name: source.shapes[name] for name in names}
@@ -165,7 +165,7 @@ class Converter:
         template = export.learned_template(run, source.manifest.state)
         export.write_beside_tensors(job, model, kept, tokenizer, template)
         export.give_name(job, asked.target)
-        self._say(f"{asked.target}: {family.architecture}, {job.bytes / 1e6:,.1f} MB")
+        self._say(f"{asked.target}: {published.architecture}, {job.bytes / 1e6:,.1f} MB")
         if kept is None and tokenizer is None:
             self._say(f"{run} has no tokenizer: none was written")
         return self._compare(model, source, dtypes, asked.target) if asked.verify else 0

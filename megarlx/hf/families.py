@@ -1,165 +1,91 @@
-"""The families as Hugging Face has them: data, and the look-ups in it.
+"""The family that Hugging Face has for a model, and what a class of theirs cannot say of it.
 
-What a family *is* (where its norms stand, whether it has biases) is in `FAMILIES` of
-megarlx/config/model.py. Here is only what it is called there. In model space both sides have the
-same tensors, one a projection, with the same shapes: nothing is transposed, fused or padded.
+What a family is and is called stands in megarlx/config/families.py, the names of its tensors in
+megarlx/config/parameters.py.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
-from megarlx.config.model import FAMILIES, ModelConfig
+from megarlx import plug
+from megarlx.config.families import ACTIVATIONS, ON_NO_DEVICE, PLAIN, Published, listed
+from megarlx.config.model import ModelConfig
 from megarlx.hf.errors import ConversionError
+from megarlx.model.features import features_of
 
-# {n} is the layer. The two norms of a layer are named by family.
-TENSORS = {
-    "embedding.weight": "model.embed_tokens.weight",
-    "layers.{n}.attention.q.weight": "model.layers.{n}.self_attn.q_proj.weight",
-    "layers.{n}.attention.k.weight": "model.layers.{n}.self_attn.k_proj.weight",
-    "layers.{n}.attention.v.weight": "model.layers.{n}.self_attn.v_proj.weight",
-    "layers.{n}.attention.q.bias": "model.layers.{n}.self_attn.q_proj.bias",
-    "layers.{n}.attention.k.bias": "model.layers.{n}.self_attn.k_proj.bias",
-    "layers.{n}.attention.v.bias": "model.layers.{n}.self_attn.v_proj.bias",
-    "layers.{n}.attention.q_norm.weight": "model.layers.{n}.self_attn.q_norm.weight",
-    "layers.{n}.attention.k_norm.weight": "model.layers.{n}.self_attn.k_norm.weight",
-    "layers.{n}.attention.o.weight": "model.layers.{n}.self_attn.o_proj.weight",
-    "layers.{n}.mlp.gate.weight": "model.layers.{n}.mlp.gate_proj.weight",
-    "layers.{n}.mlp.up.weight": "model.layers.{n}.mlp.up_proj.weight",
-    "layers.{n}.mlp.down.weight": "model.layers.{n}.mlp.down_proj.weight",
-    "norm.weight": "model.norm.weight",
-    "head.weight": "lm_head.weight",
-}
-PRE_NORMS = {
-    "layers.{n}.attention_norm.weight": "model.layers.{n}.input_layernorm.weight",
-    "layers.{n}.mlp_norm.weight": "model.layers.{n}.post_attention_layernorm.weight",
-}
-POST_NORMS = {
-    "layers.{n}.attention_norm.weight": "model.layers.{n}.post_attention_layernorm.weight",
-    "layers.{n}.mlp_norm.weight": "model.layers.{n}.post_feedforward_layernorm.weight",
-}
 # Old files hold these beside the weights; they follow from the configuration.
 NOT_WEIGHTS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
-# Our field: the key in config.json. Rotary settings are not here: they are nested, in two forms.
-CONFIG_KEYS = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "intermediate_size": "intermediate_size",
-    "tied_embeddings": "tie_word_embeddings",
-    "norm_eps": "rms_norm_eps",
-    "init_std": "initializer_range",
-    "max_sequence_length": "max_position_embeddings",
-}
-# What a config.json that leaves a key out means; a key without a default must be there.
-DEFAULTS: dict[str, Any] = {
-    "tie_word_embeddings": False,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10_000.0,
-    "initializer_range": 0.02,
-    "max_position_embeddings": 2048,
-}
-# Keys that, where they are there, must have one of these values: we have no other form of them.
-ONLY: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "use_sliding_window": (False, None),
-    "clip_qkv": (None,),
-    "partial_rotary_factor": (1.0, None),
-    "quantization_config": (None,),
+# What makes two transformers different programs.
+FORM = ("norm_position", "norm_plus_one", "qk_norm", "qkv_bias", "scaled_embedding")
+# Keys that only some classes have, and the value that says nothing.
+EXTRA: dict[str, Any] = {
+    "attention_cap": 0.0,
+    "final_cap": 0.0,
+    "window_rope_theta": None,
 }
 
 
-@dataclass(frozen=True)
-class HuggingFaceFamily:
-    model_type: str
-    architecture: str
-    family: str  # ours
-    norms: dict[str, str]
-    defaults: dict[str, Any] = field(default_factory=dict)  # over DEFAULTS
-    written: dict[str, Any] = field(default_factory=dict)  # in every config.json, besides the rest
-
-    @property
-    def tensors(self) -> dict[str, str]:
-        return TENSORS | self.norms
-
-    def default(self, key: str) -> Any:
-        return self.defaults.get(key, DEFAULTS.get(key))
+def families() -> dict[str, tuple[str, dict[str, Any], Published]]:
+    """By their model_type: our name, the values of its keys, and what Hugging Face calls it."""
+    found = {}
+    for name in plug.ours("family"):
+        family = plug.resolve("family", name)
+        if family.published is not None:
+            values = {**PLAIN, **family.values}
+            found[family.published.model_type] = (name, values, family.published)
+    return found
 
 
-NO_BIAS = {"attention_bias": False}
-HUGGING_FACE = {
-    f.model_type: f
-    for f in (
-        HuggingFaceFamily(
-            "olmo2",
-            "Olmo2ForCausalLM",
-            "olmo2",
-            POST_NORMS,
-            {"rms_norm_eps": 1e-5},
-            NO_BIAS,
-        ),
-        HuggingFaceFamily(
-            "llama",
-            "LlamaForCausalLM",
-            "llama3",
-            PRE_NORMS,
-            {},
-            NO_BIAS | {"mlp_bias": False},
-        ),
-        HuggingFaceFamily(
-            "qwen2",
-            "Qwen2ForCausalLM",
-            "qwen2",
-            PRE_NORMS,
-            {"max_position_embeddings": 32768},
-            {"use_sliding_window": False},
-        ),
-        HuggingFaceFamily(
-            "qwen3",
-            "Qwen3ForCausalLM",
-            "qwen3",
-            PRE_NORMS,
-            {"max_position_embeddings": 32768, "head_dim": 128},
-            NO_BIAS | {"use_sliding_window": False},
-        ),
-    )
-}
-FORM = ("norm_position", "qk_norm", "qkv_bias")  # what makes two transformers different programs
-
-
-def family_of(config: ModelConfig) -> HuggingFaceFamily:
+def published_as(config: ModelConfig) -> Published:
     """By the form of the transformer: any key of a family can have been overridden."""
-    form = {key: getattr(config, key) for key in FORM}
-    for candidate in HUGGING_FACE.values():
-        if all(FAMILIES[candidate.family][key] == value for key, value in form.items()):
-            return candidate
-    allowed = "; ".join(
-        f"{name}: " + ", ".join(f"{key} {FAMILIES[f.family][key]}" for key in FORM)
-        for name, f in HUGGING_FACE.items()
+    every = sorted(families().values(), key=lambda one: one[0] != config.family)
+    known = [(values, published) for _, values, published in every]
+    reasons = []
+    for values, published in known:
+        lacks = _lacks(config, values, published)
+        if not lacks:
+            _check_built(config, published)
+            return published
+        reasons.append(f"{published.model_type}: {lacks}")
+    raise ConversionError(
+        f"no Hugging Face class has this form; {'; '.join(dict.fromkeys(reasons))}"
     )
-    given = ", ".join(f"{key} {value}" for key, value in form.items())
-    raise ConversionError(f"no Hugging Face class has this form: {given}; allowed are {allowed}")
 
 
-def tensor_names(config: ModelConfig, family: HuggingFaceFamily) -> dict[str, str]:
-    """Our name of every tensor of the model: the name there, in our order."""
-    return dict(_names(config, family))
+def _lacks(config: ModelConfig, values: dict[str, Any], published: Published) -> str:
+    """What this class does not have of the model."""
+    wrong = [
+        f"{key} is {values[key]} and not {getattr(config, key)}"
+        for key in FORM
+        if values[key] != getattr(config, key)
+    ]
+    extra = EXTRA | {"query_scalar": config.head_dim}
+    given = [key for key, plain in extra.items() if getattr(config, key) != plain]
+    given += ["window"] if "window" in config.needs_of_attention else []
+    wrong += [
+        f"it has no {key} (the model's is {getattr(config, key)})"
+        for key in given
+        if key not in published.keys
+    ]
+    return ", ".join(wrong)
 
 
-def _names(config: ModelConfig, family: HuggingFaceFamily) -> Iterator[tuple[str, str]]:
-    for ours in config.tensor_shapes():
-        layer = re.match(r"layers\.(\d+)\.", ours)
-        if layer is None:
-            yield ours, family.tensors[ours]
-        else:
-            template = ours.replace(layer.group(), "layers.{n}.", 1)
-            yield ours, family.tensors[template].format(n=layer[1])
+def _check_built(config: ModelConfig, published: Published) -> None:
+    """That the layers, as they are built now, compute what the class of theirs does."""
+    said = listed(
+        MLP=f"activation={ACTIVATIONS[config.activation][1]}",
+        RMSNorm=f"plus_one={config.norm_plus_one}",
+        Layer=f"norm_position={config.norm_position}",
+        Attention=f"qk_norm={config.qk_norm}",
+    )
+    places = {feature.partition("=")[0] for feature in said}
+    known = {f for f in ON_NO_DEVICE if f.partition("=")[0] not in places} | said
+    unknown = features_of(config) - known
+    if unknown:
+        raise ConversionError(
+            f"{published.architecture} does not compute what the layers do: "
+            f"{', '.join(sorted(unknown))}"
+        )

@@ -26,7 +26,7 @@ def open_source(text: str) -> CheckpointSource | HuggingFaceFolder:
 def describe(source: CheckpointSource | HuggingFaceFolder) -> Iterator[str]:
     """Line by line; the tensors come last."""
     if isinstance(source, HuggingFaceFolder):
-        yield f"{source.folder}: {source.family.architecture}"
+        yield f"{source.folder}: {source.published.architecture}"
         yield f"model     {json.dumps(source.config.model_dump(exclude_none=True))}"
     else:
         yield from _describe_checkpoint(source)

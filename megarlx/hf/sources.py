@@ -14,9 +14,10 @@ from megarlx.checkpoint.folder import check_sizes
 from megarlx.checkpoint.loading import WEIGHTS_ONLY
 from megarlx.checkpoint.manifest import DTYPES, Manifest, entry_name, read_manifest
 from megarlx.config.model import ModelConfig
+from megarlx.config.parameters import published_names
 from megarlx.hf.config_map import model_config, read_family, read_json
 from megarlx.hf.errors import ConversionError
-from megarlx.hf.families import NOT_WEIGHTS, tensor_names
+from megarlx.hf.families import NOT_WEIGHTS
 from megarlx.hf.tensor_file import TensorFile
 
 INDEX = "model.safetensors.index.json"
@@ -43,14 +44,14 @@ class HuggingFaceFolder:
         self.folder = folder
         self.content = read_json(folder / "config.json")
         source = str(folder / "config.json")
-        self.family = read_family(self.content, source)
+        self.published = read_family(self.content, source)[1]
         self.config = model_config(self.content, source)
         files = {name: TensorFile(folder / name) for name in _files(folder)}
         place = {name: file for file in files.values() for name in file.tensors}
         held = sum(len(file.tensors) for file in files.values())
         if held != len(place):
             raise ConversionError(f"{folder}: {held - len(place)} tensors are in two files")
-        names = tensor_names(self.config, self.family)
+        names = published_names(self.config)
         self._check_index(place)
         self._check_names(place, names)
         self.shapes = self.config.tensor_shapes()
@@ -94,7 +95,7 @@ class HuggingFaceFolder:
             problems.append(f"it holds {_shown(extra)}, for which there is no place")
         if problems:
             raise ConversionError(
-                f"{self.folder} is no {self.family.architecture}: {'; '.join(problems)}"
+                f"{self.folder} is no {self.published.architecture}: {'; '.join(problems)}"
             )
 
     def _check_tied(self, place: Mapping[str, TensorFile]) -> None:

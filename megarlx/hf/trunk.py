@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from megarlx import __version__
+from megarlx import __version__, plug
 from megarlx.checkpoint.files import sync_folder, write_new
 from megarlx.checkpoint.folder import (
     checkpoint_name,
@@ -30,7 +30,8 @@ from megarlx.checkpoint.folder import (
 )
 from megarlx.checkpoint.manifest import NAME, Manifest, read_manifest, render
 from megarlx.config import load_config
-from megarlx.config.model import FAMILIES, ModelConfig
+from megarlx.config.families import PLAIN
+from megarlx.config.model import ModelConfig, resolved_model
 from megarlx.data.token_files import write_atomically
 from megarlx.data.tokenizer import Tokenizer, load_tokenizer
 from megarlx.hf.conversion import Conversion
@@ -95,7 +96,7 @@ def model_of_run(run: Path) -> ModelConfig:
     """From resolved.json; its other sections are not looked at."""
     path = run / "resolved.json"
     try:
-        return ModelConfig.model_validate(json.loads(path.read_text(encoding="utf-8"))["model"])
+        return resolved_model(json.loads(path.read_text(encoding="utf-8"))["model"])
     except (OSError, ValueError, KeyError) as error:
         raise ConversionError(f"{path} has no model that can be read: {error}") from error
 
@@ -242,9 +243,9 @@ def _new_lineage() -> dict[str, Any]:
 
 def _toml(model: ModelConfig) -> str:
     """The model and the least that a configuration needs besides; nothing else is known."""
-    family = FAMILIES[model.family]
-    values = model.model_dump()
-    scaling = values.pop("rope_scaling")
+    family = {**PLAIN, **plug.resolve("family", model.family).values}
+    values = model.model_dump(exclude_none=True)
+    scaling = values.pop("rope_scaling", None)
     lines = [
         "# A trunk of converted checkpoints. Its training was somebody else's: [training] says no",
         "# more than how long a sequence may be.",

@@ -18,7 +18,9 @@ from megarlx.model.documents import Documents, padded_length
 class CudnnAttention(torch.nn.Module):
     """q [T, heads of this rank, head_dim] with k and v [T, kv_heads of this rank, head_dim]."""
 
-    def __init__(self, heads: int, kv_heads: int, head_dim: int, *, layer_number: int) -> None:
+    def __init__(
+        self, heads: int, kv_heads: int, head_dim: int, *, layer_number: int, scale: float
+    ) -> None:
         super().__init__()
         os.environ.update(ONLY_CUDNN)
         # sizes are this rank's already, hence tp_size 1
@@ -31,7 +33,7 @@ class CudnnAttention(torch.nn.Module):
             attn_mask_type="padding_causal",
             tp_size=1,
             layer_number=layer_number,
-            softmax_scale=head_dim**-0.5,
+            softmax_scale=scale,
         )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:

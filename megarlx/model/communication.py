@@ -118,7 +118,7 @@ def _stage(
     enter_and_leave(layers, layers, 2, 2)
     if full:
         # Run again up to the last thing that backward needs: behind the MLP that is only a norm.
-        enter_and_leave(layers, 0, 2, 2 if config.norm_position == "post" else 1)
+        enter_and_leave(layers, 0, 2, 1 if config.norm_position == "pre" else 2)
     if config.qk_norm == "full":
         sums = step.tokens_per_microbatch * 2 * step.wide_bytes
         add("all_reduce", sums, layers * (3 if full or selective else 2))

@@ -10,13 +10,15 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from megarlx.model.attention import attention
+from megarlx.choices import unserved
+from megarlx.model.attention import Kernel, attention
+from megarlx.model.attention_form import AttentionForm
 from megarlx.model.documents import Documents
 from megarlx.model.kv_cache import LayerCache
 
-# cudnn: through Transformer Engine; flash: flash-attn; sdpa: torch's own; auto: flash-attn where it
-# is installed and computes in this precision, else SDPA.
-AttentionKind = Literal["auto", "cudnn", "flash", "sdpa"]
+# cudnn: through Transformer Engine; flash: flash-attn; sdpa: torch's own; blocks: plain torch,
+# which alone has windows and soft-caps; auto: the fastest of the last three that serves the layer.
+AttentionKind = Literal["auto", "cudnn", "flash", "sdpa", "blocks"]
 
 
 class CoreAttention(nn.Module):
@@ -26,14 +28,26 @@ class CoreAttention(nn.Module):
     """
 
     def __init__(
-        self, heads: int, kv_heads: int, head_dim: int, *, layer_number: int, kind: AttentionKind
+        self,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        layer_number: int,
+        form: AttentionForm,
+        kind: AttentionKind,
     ) -> None:
         super().__init__()
-        self.scale, self.kind = head_dim**-0.5, kind
+        self.form, self.kind, self.attend = form, kind, attention
+        if kind != "auto" and (why := unserved(kind, form.needs)):
+            raise ValueError(f"attention of layer {layer_number - 1}, {form}: {why}")
+        self.kernel: Kernel = "auto" if kind == "cudnn" else kind
         self.packed: nn.Module | None = None
         if kind == "cudnn":
             te = importlib.import_module("megarlx.model.attention_te")
-            self.packed = te.CudnnAttention(heads, kv_heads, head_dim, layer_number=layer_number)
+            self.packed = te.CudnnAttention(
+                heads, kv_heads, head_dim, layer_number=layer_number, scale=form.scale
+            )
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, cache: LayerCache | None
@@ -41,12 +55,6 @@ class CoreAttention(nn.Module):
         if self.packed is not None and cache is None:
             out: Tensor = self.packed(q, k, v, documents)
             return out
-        return attention(
-            q,
-            k,
-            v,
-            documents=documents,
-            scale=self.scale,
-            cache=cache,
-            use_flash=self.kind != "sdpa",
+        return self.attend(
+            q, k, v, documents=documents, form=self.form, cache=cache, kernel=self.kernel
         )

@@ -16,10 +16,10 @@ from torch import Tensor
 from megarlx.parallel.metadata import ParameterLayout, fill_
 
 
-def draw(name: str, shape: tuple[int, ...], *, seed: int, std: float) -> Tensor:
-    """The initial value of one global tensor: norms 1, biases 0, matrices normal."""
+def draw(name: str, shape: tuple[int, ...], *, seed: int, std: float, norms: float = 1.0) -> Tensor:
+    """The initial value of one global tensor: `norms`, biases 0, matrices normal."""
     if name.endswith("norm.weight"):
-        return torch.ones(shape)
+        return torch.full(shape, norms)
     if name.endswith(".bias"):
         return torch.zeros(shape)
     key = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
@@ -34,6 +34,7 @@ def initialise_(
     *,
     seed: int,
     std: float,
+    norms: float = 1.0,
 ) -> None:
     """Fill local parameters with their slices of what `seed` means for the whole model.
 
@@ -41,4 +42,8 @@ def initialise_(
     """
     if all(parameter.is_meta for parameter in parameters.values()):
         return
-    fill_(parameters, layouts, lambda p: draw(p.name, p.global_shape, seed=seed, std=std))
+    fill_(
+        parameters,
+        layouts,
+        lambda p: draw(p.name, p.global_shape, seed=seed, std=std, norms=norms),
+    )

@@ -133,17 +133,32 @@ class RMSNorm(te.RMSNorm):
         size: int,
         *,
         eps: float,
+        plus_one: bool,
         sequence_parallel: bool,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
         super().__init__(
-            size, eps=eps, sequence_parallel=sequence_parallel, dtype=dtype, device=device
+            size,
+            eps=eps,
+            zero_centered_gamma=plus_one,
+            sequence_parallel=sequence_parallel,
+            dtype=dtype,
+            device=device,
         )
+        self.plus_one = plus_one
+
+    @property
+    def scale(self) -> Tensor:
+        return 1 + self.weight.float() if self.plus_one else self.weight
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y: Tensor = super().forward(x)
         return y if residual is None else residual + y
+
+    def given_mean_square(self, x: Tensor, mean_square: Tensor) -> Tensor:
+        """Where x is a part of what is normalised."""
+        return x * (mean_square + self.eps).rsqrt() * self.scale
 
 
 def recompute(function: Callable[..., Tensor], *arguments: Any) -> Tensor:

@@ -143,16 +143,29 @@ class RMSNorm(nn.Module):
         size: int,
         *,
         eps: float,
+        plus_one: bool,
         sequence_parallel: bool,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
         super().__init__()
-        self.eps, self.sequence_parallel = eps, sequence_parallel
+        self.eps, self.sequence_parallel, self.plus_one = eps, sequence_parallel, plus_one
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device))
 
+    @property
+    def scale(self) -> Tensor:
+        """What is multiplied by. 1 + weight is in fp32 at least: bf16 would round the weight."""
+        if not self.plus_one:
+            return self.weight
+        half = self.weight.dtype in (torch.bfloat16, torch.float16)
+        return 1 + (self.weight.float() if half else self.weight)
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return rms_norm(x, self.weight, self.eps, residual)
+        return rms_norm(x, self.scale, self.eps, residual)
+
+    def given_mean_square(self, x: Tensor, mean_square: Tensor) -> Tensor:
+        """Where x is a part of what is normalised."""
+        return x * (mean_square + self.eps).rsqrt() * self.scale
 
 
 def enter(x: Tensor, group: Group, sequence_parallel: bool) -> Tensor:

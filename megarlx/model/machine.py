@@ -8,7 +8,7 @@ import importlib.util
 import torch
 
 from megarlx.choices import Machine, Package
-from megarlx.model.attention import flash_version
+from megarlx.model.attention_flash import flash_version
 
 
 def this_machine(device: torch.device) -> Machine:

@@ -1,9 +1,8 @@
 """What each local parameter is in the model that nobody holds whole.
 
-Model space has one tensor a projection (q, k, v, o, gate, up, down, embedding, head, norms), with
-no padding and no copies: the names and shapes of `ModelConfig.tensor_shapes`. A process holds
-parameters that are slices of those tensors, several fused into one (megarlx/parallel/metadata.py).
-Everything here is arithmetic on sizes: nothing needs a process.
+The table of parameters (megarlx/config/parameters.py) put on a rank: a process holds slices of its
+tensors, several fused into one parameter (megarlx/parallel/metadata.py). Everything here is
+arithmetic on sizes: nothing needs a process.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megarlx.config.model import ModelConfig
+from megarlx.config.parameters import Parameter, local_sizes, rows_of, sizes
 from megarlx.parallel.metadata import ParameterLayout, Piece
 
 
@@ -23,15 +23,6 @@ class TensorParallel:
     sequence_parallel: bool = False
 
 
-def local_kv_heads(config: ModelConfig, tp: int) -> int:
-    return max(config.kv_heads // tp, 1)
-
-
-def kv_copies(config: ModelConfig, tp: int) -> int:
-    """How many ranks hold the same key/value head."""
-    return max(tp // config.kv_heads, 1)
-
-
 def parameter_layouts(
     config: ModelConfig,
     tp: TensorParallel,
@@ -42,110 +33,81 @@ def parameter_layouts(
     head: bool,
 ) -> dict[str, ParameterLayout]:
     """Layouts of the parameters of the layers [first, last), by local parameter name."""
-    shapes = config.tensor_shapes()
-    everyone = tuple(range(tp.size))
-    dim, copies = config.head_dim, kv_copies(config, tp.size)
-    q_size = config.heads // tp.size * dim
-    kv_size = local_kv_heads(config, tp.size) * dim
-    kv_begin = tp.rank // copies * copies
-    kv_holders = tuple(range(kv_begin, kv_begin + copies))
-    inner = config.intermediate_size // tp.size
+    place = _Place(config, tp)
+    layouts: dict[str, ParameterLayout] = {}
+    for row, layer in rows_of(config, first, last, embedding=embedding, head=head):
+        local = row.local.format(n=layer)
+        layouts[local] = place.with_row(layouts.get(local), row, layer)
+    if config.tied_embeddings and embedding != head:
+        _mark_tied(layouts, embedding, place)
+    return layouts
 
-    def piece(
+
+def _mark_tied(layouts: dict[str, ParameterLayout], embedding: bool, place: _Place) -> None:
+    """The embedding, which the first and the last stage each hold: it counts on the first."""
+    (row, layer), *_ = rows_of(place.config, 0, 0, embedding=True, head=False)
+    held = place.with_row(None, row, layer, counts=embedding)
+    name = row.name if embedding else "head.weight"
+    layouts[name] = ParameterLayout(held.shape, held.pieces, held.weight_decay, tied=True)
+
+
+class _Place:
+    """A rank of tensor parallelism: which part of each tensor it holds."""
+
+    def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
+        self.config, self.tp = config, tp
+        self.whole, self.local = sizes(config), local_sizes(config, tp.size)
+        self.copies = config.kv_copies(tp.size)
+
+    def with_row(
+        self, before: ParameterLayout | None, row: Parameter, layer: int, counts: bool = True
+    ) -> ParameterLayout:
+        """A local parameter with one more tensor in it, behind those that it has."""
+        shape = tuple(self.whole[name] for name in row.shape)
+        split = 0 if row.split is None else row.split
+        rows, offset = shape[split], 0
+        if row.split is not None:
+            rows = self.local[row.shape[split]]
+            offset = (self.tp.rank // (self.copies if row.copies == "kv_heads" else 1)) * rows
+        start = 0 if before is None else before.shape[split]
+        local_shape = (*shape[:split], start + rows, *shape[split + 1 :])
+        size = min(max(shape[split] - offset, 0), rows)  # behind the vocabulary is padding
+        pieces = () if before is None else before.pieces
+        if size:
+            piece = self._piece(row, row.name.format(n=layer), shape, start, offset, size, counts)
+            pieces = (*pieces, piece)
+        return ParameterLayout(local_shape, pieces, row.decay)
+
+    def _piece(
+        self,
+        row: Parameter,
         name: str,
-        split: int = 0,
-        start: int = 0,
-        offset: int = 0,
-        size: int | None = None,
-        holders: tuple[int, ...] = (tp.rank,),
-        partial: bool = False,
+        shape: tuple[int, ...],
+        start: int,
+        offset: int,
+        size: int,
+        counts: bool,
     ) -> Piece:
-        shape = shapes[name]
+        tp, holders = self.tp, self._holders(row)
+        summed = row.copies in ("kv_heads", "heads") or (
+            row.copies == "ranks" and tp.sequence_parallel
+        )
         return Piece(
             name,
             shape,
-            split,
+            0 if row.split is None else row.split,
             start,
             offset,
-            shape[split] if size is None else size,
-            holders,
-            partial and len(holders) > 1,
-            holders[0] == tp.rank,
+            size,
+            replicated_over=holders,
+            sum_gradients=summed and len(holders) > 1,
+            counts_in_norm=counts and holders[0] == tp.rank,
         )
 
-    def matrix(*pieces: Piece) -> ParameterLayout:
-        rows = sum(p.size for p in pieces)
-        shape = pieces[0].shape if pieces[0].dim == 1 else (rows, pieces[0].global_shape[1])
-        return ParameterLayout(shape, pieces, weight_decay=True)
-
-    def vector(*pieces: Piece) -> ParameterLayout:
-        return ParameterLayout((sum(p.size for p in pieces),), pieces, weight_decay=False)
-
-    def norm(name: str) -> ParameterLayout:
-        # each rank sees its own tokens under sequence parallelism, all of them otherwise
-        return vector(piece(name, holders=everyone, partial=tp.sequence_parallel))
-
-    def qkv(prefix: str, kind: str) -> tuple[Piece, ...]:
-        kv = {"offset": tp.rank // copies * kv_size, "size": kv_size, "holders": kv_holders}
-        return (
-            piece(f"{prefix}.q.{kind}", offset=tp.rank * q_size, size=q_size),
-            piece(f"{prefix}.k.{kind}", start=q_size, partial=True, **kv),  # type: ignore[arg-type]
-            piece(f"{prefix}.v.{kind}", start=q_size + kv_size, partial=True, **kv),  # type: ignore[arg-type]
-        )
-
-    def vocabulary(name: str, tied: bool, counted: bool) -> ParameterLayout:
-        rows = config.padded_vocab(tp.size) // tp.size
-        offset = tp.rank * rows
-        size = min(max(config.vocab_size - offset, 0), rows)
-        shape = shapes[name]
-        held = Piece(name, shape, 0, 0, offset, size, (tp.rank,), False, counted)
-        pieces = (held,) if size else ()
-        return ParameterLayout((rows, shape[1]), pieces, weight_decay=True, tied=tied)
-
-    layouts: dict[str, ParameterLayout] = {}
-    tied_apart = config.tied_embeddings and embedding != head
-    if embedding:
-        layouts["embedding.weight"] = vocabulary("embedding.weight", tied_apart, counted=True)
-    for index in range(first, last):
-        layer = f"layers.{index}"
-        attention, mlp = f"{layer}.attention", f"{layer}.mlp"
-        layouts[f"{attention}.qkv.weight"] = matrix(*qkv(attention, "weight"))
-        if config.qkv_bias:
-            layouts[f"{attention}.qkv.bias"] = vector(*qkv(attention, "bias"))
-        if config.qk_norm == "per_head":
-            # the same weight serves every head, and a rank sees only its own heads
-            for name in (f"{attention}.q_norm.weight", f"{attention}.k_norm.weight"):
-                layouts[name] = vector(piece(name, holders=everyone, partial=True))
-        elif config.qk_norm == "full":
-            q, k, _ = qkv(attention, "weight")
-            layouts[f"{attention}.q_norm.weight"] = vector(
-                piece(f"{attention}.q_norm.weight", offset=q.offset, size=q.size)
-            )
-            layouts[f"{attention}.k_norm.weight"] = vector(
-                piece(
-                    f"{attention}.k_norm.weight",
-                    offset=k.offset,
-                    size=k.size,
-                    holders=kv_holders,
-                    partial=True,
-                )
-            )
-        layouts[f"{attention}.o.weight"] = matrix(
-            piece(f"{attention}.o.weight", split=1, offset=tp.rank * q_size, size=q_size)
-        )
-        layouts[f"{layer}.attention_norm.weight"] = norm(f"{layer}.attention_norm.weight")
-        layouts[f"{mlp}.gate_up.weight"] = matrix(
-            piece(f"{mlp}.gate.weight", offset=tp.rank * inner, size=inner),
-            piece(f"{mlp}.up.weight", start=inner, offset=tp.rank * inner, size=inner),
-        )
-        layouts[f"{mlp}.down.weight"] = matrix(
-            piece(f"{mlp}.down.weight", split=1, offset=tp.rank * inner, size=inner)
-        )
-        layouts[f"{layer}.mlp_norm.weight"] = norm(f"{layer}.mlp_norm.weight")
-    if head:
-        layouts["norm.weight"] = norm("norm.weight")
-        if not config.tied_embeddings:
-            layouts["head.weight"] = vocabulary("head.weight", tied=False, counted=True)
-        elif tied_apart:
-            layouts["head.weight"] = vocabulary("embedding.weight", tied=True, counted=False)
-    return layouts
+    def _holders(self, row: Parameter) -> tuple[int, ...]:
+        if row.copies == "no":
+            return (self.tp.rank,)
+        if row.copies == "kv_heads":
+            begin = self.tp.rank // self.copies * self.copies
+            return tuple(range(begin, begin + self.copies))
+        return tuple(range(self.tp.size))

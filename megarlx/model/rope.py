@@ -14,14 +14,18 @@ from torch import Tensor
 from megarlx.config.model import ModelConfig, RopeScaling
 
 
-def frequencies(config: ModelConfig) -> Tensor:
+def frequencies(config: ModelConfig, theta: float) -> Tensor:
     """[D/2] radians per position, in fp32 as every published model computes them.
+
+    A base that layers with a window have for themselves is not scaled: they see no farther.
 
     Made on the CPU whatever the model runs on: powers differ in the last bit between devices.
     """
     steps = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu").float()
-    plain = 1.0 / (config.rope_theta ** (steps / config.head_dim))
-    return _scaled(plain, config.rope_scaling) if config.rope_scaling else plain
+    plain = 1.0 / (theta ** (steps / config.head_dim))
+    if config.rope_scaling is None or theta != config.rope_theta:
+        return plain
+    return _scaled(plain, config.rope_scaling)
 
 
 def _scaled(plain: Tensor, scaling: RopeScaling) -> Tensor:
@@ -38,7 +42,10 @@ def _scaled(plain: Tensor, scaling: RopeScaling) -> Tensor:
     return torch.where(between, blended, slowed)
 
 
-def rotation(positions: Tensor, radians: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+Rotation = tuple[Tensor, Tensor]
+
+
+def rotation(positions: Tensor, radians: Tensor, dtype: torch.dtype) -> Rotation:
     """cos and sin, each [T, 1, D/2], of the given positions.
 
     In fp64 where the model is: fp32 cos and sin differ by 1e-7 between a CPU and a GPU.

@@ -18,7 +18,7 @@ from megarlx.model.documents import Documents
 from megarlx.model.initialise import initialise_
 from megarlx.model.kv_cache import CacheStep, KVCache
 from megarlx.model.layers import layers
-from megarlx.model.metadata import TensorParallel, local_kv_heads, parameter_layouts
+from megarlx.model.metadata import TensorParallel, parameter_layouts
 from megarlx.model.transformer_layer import Layer, Recompute
 from megarlx.ops import Head, LossInputs
 from megarlx.parallel.metadata import ParameterLayout
@@ -86,6 +86,7 @@ class Stage(nn.Module):
             self.norm = self.backend.RMSNorm(
                 config.hidden_size,
                 eps=config.norm_eps,
+                plus_one=config.norm_plus_one,
                 sequence_parallel=self.sequence_parallel,
                 dtype=dtype,
                 device=device,
@@ -94,8 +95,13 @@ class Stage(nn.Module):
                 # rows of the vocabulary, like the embedding; `head_weight` is used, not its forward
                 self.head = self.backend.VocabEmbedding(padded, config.hidden_size, **options)
         self.layouts = self.layouts_at(group.rank)
-        # not a buffer: moving the stage to another dtype must not round it
-        self.radians = rope.frequencies(config)
+        self.embedding_scale: float | None = None
+        if config.scaled_embedding:  # rounded to the type of the weights, as published models are
+            self.embedding_scale = torch.tensor(config.hidden_size**0.5, dtype=dtype).item()
+        self.final_cap = config.final_cap or None
+        # by rotary base; not buffers: moving the stage to another dtype must not round them
+        bases = {config.rope_theta_of(layer) for layer in range(first, last)}
+        self.radians = {base: rope.frequencies(config, base) for base in sorted(bases)}
 
     def layouts_at(self, tp_rank: int) -> dict[str, ParameterLayout]:
         """Of the parameters that a tensor-parallel rank holds of this stage."""
@@ -118,7 +124,13 @@ class Stage(nn.Module):
     def initialise_(self, seed: int) -> Stage:
         """Draw this stage's slices of the weights that `seed` means for the whole model."""
         parameters = dict(self.named_parameters())
-        initialise_(parameters, self.layouts, seed=seed, std=self.config.init_std)
+        initialise_(
+            parameters,
+            self.layouts,
+            seed=seed,
+            std=self.config.init_std,
+            norms=0.0 if self.config.norm_plus_one else 1.0,
+        )
         return self
 
     def kv_cache(self, slots: int, longest: int) -> KVCache:
@@ -128,7 +140,7 @@ class Stage(nn.Module):
             self.last - self.first,
             slots,
             longest,
-            local_kv_heads(self.config, self.group.size),
+            self.config.local_kv_heads(self.group.size),
             self.config.head_dim,
             dtype=some.dtype,
             device=some.device,
@@ -160,13 +172,12 @@ class Stage(nn.Module):
         self._check_tokens(inputs, documents)
         if positions is None:
             positions = documents.positions if cache is None else cache.positions
-        if self.radians.device != inputs.device:
-            self.radians = self.radians.to(inputs.device, non_blocking=True)
         with self.backend.precision(self.fp8, self.group):
-            x = self.embedding(inputs) if self.has_embedding else inputs
-            rotation = rope.rotation(positions.reshape(-1), self.radians, x.dtype)
+            x = self._embedded(inputs) if self.has_embedding else inputs
+            rotations = self._rotations(positions.reshape(-1), x.dtype)
             for index, layer in enumerate(self.layers.values()):
                 held = None if cache is None else cache.layer(index)
+                rotation = rotations[layer.rope_theta]  # type: ignore[index]
                 if self.recompute == "full" and torch.is_grad_enabled():
                     x = self.backend.recompute(layer, x, rotation, documents, held)
                 else:
@@ -176,6 +187,11 @@ class Stage(nn.Module):
         x = self._enter_head(self.norm(x))
         if loss is None or loss_inputs is None:
             return x
+        if self.final_cap is not None:
+            raise ValueError(
+                f"stage: final_cap is {self.final_cap}; linear_token_loss has none yet, so nothing "
+                "is trained or scored with it: allowed is absent"
+            )
         head = Head(x, self.head_weight, self.group, self.config.vocab_size)
         return loss(head, loss_inputs).loss.reshape(1)
 
@@ -186,11 +202,26 @@ class Stage(nn.Module):
         """
         out = F.linear(hidden, self.head_weight)
         out = out if out.dtype == torch.float64 else out.float()
+        if self.final_cap is not None:
+            out = self.final_cap * torch.tanh(out / self.final_cap)
         rows = len(self.head_weight)
         real = min(max(self.config.vocab_size - self.group.rank * rows, 0), rows)
         if real < rows:
             out[:, real:] = -torch.inf
         return out
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        x: Tensor = self.embedding(tokens)
+        return x if self.embedding_scale is None else x * self.embedding_scale
+
+    def _rotations(self, positions: Tensor, dtype: torch.dtype) -> dict[float, rope.Rotation]:
+        """By rotary base, of all layers that have it."""
+        for base, radians in self.radians.items():
+            if radians.device != positions.device:
+                self.radians[base] = radians.to(positions.device, non_blocking=True)
+        return {
+            base: rope.rotation(positions, radians, dtype) for base, radians in self.radians.items()
+        }
 
     def _enter_head(self, x: Tensor) -> Tensor:
         entered: Tensor = self.backend.enter(x, self.group, self.sequence_parallel)

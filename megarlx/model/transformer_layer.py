@@ -5,6 +5,7 @@ Letters: T tokens one after another, H query heads and K key/value heads of this
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -14,18 +15,32 @@ from torch import Tensor, nn
 from megarlx.comm import collectives
 from megarlx.config.model import ModelConfig
 from megarlx.model import rope
+from megarlx.model.attention_form import AttentionForm
 from megarlx.model.core_attention import AttentionKind, CoreAttention
 from megarlx.model.documents import Documents
 from megarlx.model.kv_cache import LayerCache
-from megarlx.model.metadata import kv_copies, local_kv_heads
-from megarlx.ops.elementwise import attention_heads, is_native, swiglu
+from megarlx.model.layers_torch import RMSNorm
+from megarlx.ops.elementwise import attention_heads, geglu, is_native, swiglu
 
 # none: keep every activation. full: keep a layer's input and run the layer again in backward.
 # selective: run again only what has no weight matrix: QK-norm, rotation and attention from the
 # fused projection, and SwiGLU from gate and up; they are many bytes and few operations.
 Recompute = Literal["none", "selective", "full"]
 
-Rotation = tuple[Tensor, Tensor]
+# What a module computes with stands in its attributes, and is called through them: features.py
+# reads there what the faster decoders, planning and conversion have to know.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": swiglu, "gelu_tanh": geglu}
+
+
+def _norm(config: ModelConfig, options: dict[str, Any], sequence_parallel: bool) -> dict[str, Any]:
+    """How every norm of the model is made."""
+    return {
+        "eps": config.norm_eps,
+        "plus_one": config.norm_plus_one,
+        "sequence_parallel": sequence_parallel,
+        "dtype": options["dtype"],
+        "device": options["device"],
+    }
 
 
 class Attention(nn.Module):
@@ -41,11 +56,13 @@ class Attention(nn.Module):
         kind: AttentionKind,
     ) -> None:
         super().__init__()
-        self.config, self.group = config, options["group"]
+        self.group = options["group"]
         self.recompute = backend.recompute if recompute == "selective" else None
         tp = self.group.size
-        self.heads, self.kv_heads = config.heads // tp, local_kv_heads(config, tp)
-        dim = config.head_dim
+        self.heads, self.kv_heads = config.heads // tp, config.local_kv_heads(tp)
+        self.head_dim = dim = config.head_dim
+        self.qk_norm, self.spans_ranks = config.qk_norm, config.qk_norm == "full" and tp > 1
+        self.rotate = rope.rotate
         self.qkv = backend.ColumnLinear(
             config.hidden_size,
             (self.heads + 2 * self.kv_heads) * tp * dim,
@@ -53,20 +70,21 @@ class Attention(nn.Module):
             **options,
         )
         self.o = backend.RowLinear(config.heads * dim, config.hidden_size, **options)
-        self.core = CoreAttention(self.heads, self.kv_heads, dim, layer_number=index + 1, kind=kind)
+        form = AttentionForm(
+            config.query_scalar**-0.5, config.window_of(index), config.attention_cap or None
+        )
+        self.core = CoreAttention(
+            self.heads, self.kv_heads, dim, layer_number=index + 1, form=form, kind=kind
+        )
         if config.qk_norm != "none":
-            full = config.qk_norm == "full"
-            norm = {
-                "eps": config.norm_eps,
-                "sequence_parallel": False,
-                "dtype": options["dtype"],
-                "device": options["device"],
-            }
+            full, norm = config.qk_norm == "full", _norm(config, options, False)
             self.q_norm = backend.RMSNorm(self.heads * dim if full else dim, **norm)
             self.k_norm = backend.RMSNorm(self.kv_heads * dim if full else dim, **norm)
+        # of queries and keys: numbers of all ranks that a norm over the projection counts
+        self.spanned = (config.heads * dim, config.kv_heads * config.kv_copies(tp) * dim)
 
     def forward(
-        self, x: Tensor, rotation: Rotation, documents: Documents, cache: LayerCache | None
+        self, x: Tensor, rotation: rope.Rotation, documents: Documents, cache: LayerCache | None
     ) -> Tensor:
         qkv = self.qkv(x)
         if self.recompute is not None and torch.is_grad_enabled():
@@ -77,39 +95,47 @@ class Attention(nn.Module):
         return out
 
     def _attend(
-        self, qkv: Tensor, rotation: Rotation, documents: Documents, cache: LayerCache | None
+        self, qkv: Tensor, rotation: rope.Rotation, documents: Documents, cache: LayerCache | None
     ) -> Tensor:
-        dim = self.config.head_dim
+        dim = self.head_dim
         qk_heads = self.heads + self.kv_heads
-        spans_ranks = self.config.qk_norm == "full" and self.group.size > 1
-        if is_native(qkv) and not spans_ranks:
+        if is_native(qkv) and self._in_one_op():
             q, k, v = attention_heads(
                 qkv, *rotation, self.heads, self.kv_heads, **self._norm_weights()
             )
-        elif self.config.qk_norm == "none":
+        elif self.qk_norm == "none":
             qk, v = qkv.view(len(qkv), -1, dim).split((qk_heads, self.kv_heads), dim=1)
-            q, k = rope.rotate(qk, *rotation).split((self.heads, self.kv_heads), dim=1)
+            q, k = self.rotate(qk, *rotation).split((self.heads, self.kv_heads), dim=1)
         else:
             widths = (self.heads * dim, self.kv_heads * dim, self.kv_heads * dim)
             q, k, v = qkv.split(widths, dim=1)
             q, k = self._normalise(q, k)
-            q = rope.rotate(q.view(len(q), -1, dim), *rotation)
-            k = rope.rotate(k.view(len(k), -1, dim), *rotation)
+            q = self.rotate(q.view(len(q), -1, dim), *rotation)
+            k = self.rotate(k.view(len(k), -1, dim), *rotation)
             v = v.unflatten(1, (-1, dim))
         out: Tensor = self.core(q, k, v, documents, cache)
         return out.flatten(1)
 
+    def _in_one_op(self) -> bool:
+        """Whether norms and rotation are those that `attention_heads` has."""
+        if self.spans_ranks or self.rotate is not rope.rotate:
+            return False
+        return self.qk_norm == "none" or type(self.q_norm) is type(self.k_norm) is RMSNorm
+
     def _norm_weights(self) -> dict[str, Any]:
-        if self.config.qk_norm == "none":
+        if self.qk_norm == "none":
             return {}
-        weights = {"q_weight": self.q_norm.weight, "k_weight": self.k_norm.weight}
-        return weights | {"eps": self.config.norm_eps}
+        return {
+            "q_weight": self.q_norm.scale,
+            "k_weight": self.k_norm.scale,
+            "eps": self.q_norm.eps,
+        }
 
     def _normalise(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        if self.config.qk_norm == "per_head":
-            dim = self.config.head_dim
+        if self.qk_norm == "per_head":
+            dim = self.head_dim
             return self.q_norm(q.unflatten(1, (-1, dim))), self.k_norm(k.unflatten(1, (-1, dim)))
-        if self.group.size == 1:
+        if not self.spans_ranks:
             return self.q_norm(q), self.k_norm(k)
         # the norm spans the heads of all ranks: both sums of squares in one reduction. Every
         # rank's output depends on them, so their gradient is summed over the ranks as well
@@ -118,39 +144,39 @@ class Attention(nn.Module):
         sums = collectives.copy_to_group(
             collectives.reduce_from_group(sums, self.group), self.group
         )
-        config = self.config
-        counted = config.kv_heads * kv_copies(config, self.group.size)  # copies were summed too
-        inverse_q = (sums[:, :1] / (config.heads * config.head_dim) + config.norm_eps).rsqrt()
-        inverse_k = (sums[:, 1:] / (counted * config.head_dim) + config.norm_eps).rsqrt()
-        q = (wide_q * inverse_q * self.q_norm.weight).to(q.dtype)
-        return q, (wide_k * inverse_k * self.k_norm.weight).to(k.dtype)
+        of_q, of_k = self.spanned  # copies were summed too
+        q = self.q_norm.given_mean_square(wide_q, sums[:, :1] / of_q).to(q.dtype)
+        return q, self.k_norm.given_mean_square(wide_k, sums[:, 1:] / of_k).to(k.dtype)
 
 
 class MLP(nn.Module):
-    """SwiGLU between a fused gate and up projection and the projection down."""
+    """A gated activation between a fused gate and up projection and the projection down."""
 
     def __init__(
         self, config: ModelConfig, backend: Any, options: dict[str, Any], recompute: Recompute
     ) -> None:
         super().__init__()
         self.recompute = recompute == "selective"
+        self.activation = ACTIVATIONS[config.activation]
         hidden, inner = config.hidden_size, config.intermediate_size
         self.gate_up = backend.ColumnLinear(hidden, 2 * inner, bias=False, **options)
         self.down = backend.RowLinear(inner, hidden, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         gate_up = self.gate_up(x)
-        inner = swiglu(gate_up)
+        inner = self.activation(gate_up)
         again = self.recompute and torch.is_grad_enabled()
-        with _made_again(inner, gate_up) if again else nullcontext():
+        with _made_again(self.activation, inner, gate_up) if again else nullcontext():
             out: Tensor = self.down(inner)
         return out
 
 
-def _made_again(inner: Tensor, gate_up: Tensor) -> AbstractContextManager[None]:
+def _made_again(
+    activation: Callable[[Tensor], Tensor], inner: Tensor, gate_up: Tensor
+) -> AbstractContextManager[None]:
     """Whoever keeps `inner` for backward keeps gate and up in its place, which are kept anyway.
 
-    A checkpoint around `swiglu` would save nothing: it is the projection down that keeps its input.
+    A checkpoint around the activation would save nothing: the projection down keeps its input.
     """
     source, place, shape = gate_up.detach(), inner.data_ptr(), inner.shape
 
@@ -158,13 +184,13 @@ def _made_again(inner: Tensor, gate_up: Tensor) -> AbstractContextManager[None]:
         return None if saved.data_ptr() == place and saved.shape == shape else saved
 
     def unpack(kept: Tensor | None) -> Tensor:
-        return swiglu(source) if kept is None else kept
+        return activation(source) if kept is None else kept
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each with its norm before it (pre) or behind it (post, OLMo2)."""
+    """Attention and MLP, each with its norm before it (pre), behind it (post) or both."""
 
     def __init__(
         self,
@@ -176,21 +202,29 @@ class Layer(nn.Module):
         attention: AttentionKind,
     ) -> None:
         super().__init__()
-        self.post = config.norm_position == "post"
-        norm = {"eps": config.norm_eps}
-        norm |= {key: options[key] for key in ("sequence_parallel", "dtype", "device")}
+        self.norm_position, self.rope_theta = config.norm_position, config.rope_theta_of(index)
+        norm = _norm(config, options, options["sequence_parallel"])
         self.attention = Attention(config, index, backend, options, recompute, attention)
         self.mlp = MLP(config, backend, options, recompute)
         self.attention_norm = backend.RMSNorm(config.hidden_size, **norm)
         self.mlp_norm = backend.RMSNorm(config.hidden_size, **norm)
+        if config.norm_position == "both":
+            self.attention_out_norm = backend.RMSNorm(config.hidden_size, **norm)
+            self.mlp_out_norm = backend.RMSNorm(config.hidden_size, **norm)
 
     def forward(
-        self, x: Tensor, rotation: Rotation, documents: Documents, cache: LayerCache | None
+        self, x: Tensor, rotation: rope.Rotation, documents: Documents, cache: LayerCache | None
     ) -> Tensor:
-        if self.post:
+        out: Tensor
+        if self.norm_position == "post":
             attended = self.attention(x, rotation, documents, cache)
             x = self.attention_norm(attended, residual=x)
-            out: Tensor = self.mlp_norm(self.mlp(x), residual=x)
+            out = self.mlp_norm(self.mlp(x), residual=x)
             return out
-        x = x + self.attention(self.attention_norm(x), rotation, documents, cache)
-        return x + self.mlp(self.mlp_norm(x))
+        attended = self.attention(self.attention_norm(x), rotation, documents, cache)
+        if self.norm_position == "pre":
+            x = x + attended
+            return x + self.mlp(self.mlp_norm(x))
+        x = self.attention_out_norm(attended, residual=x)
+        out = self.mlp_out_norm(self.mlp(self.mlp_norm(x)), residual=x)
+        return out

@@ -1,8 +1,9 @@
-"""The elementwise parts of a layer: RMSNorm, SwiGLU, and the heads that attention looks at.
+"""The elementwise parts of a layer: RMSNorm, SwiGLU, GeGLU, and the heads that attention looks at.
 
 On a CPU these passes over memory are what the products of a small model wait for: each op reads
 its input once and writes its result once, in fp32 and fp64. On CUDA, and in other dtypes, the same
 functions are torch's own kernels (`F.rms_norm`, `F.silu`): there is no native kernel for them.
+GeGLU is torch's kernels everywhere.
 Backward reads what forward saved and never writes it, since pipeline schedules may run it twice.
 The gradient of a norm's weight is summed over fixed blocks of rows, so that no result depends on
 the number of threads.
@@ -38,7 +39,10 @@ def refuse_second_derivative(op: str, upstream: Tensor) -> None:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
-    """weight · x / rms(x) over the last dimension, plus `residual`, of the shape of x."""
+    """weight · x / rms(x) over the last dimension, plus `residual`, of the shape of x.
+
+    A weight of a wider type than x is multiplied in it, before the result is rounded.
+    """
     if not is_native(x):
         return rms_norm_reference(x, weight, eps, residual)
     if x.dim() == 2:
@@ -52,7 +56,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
 def rms_norm_reference(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
 ) -> Tensor:
-    y = F.rms_norm(x, (x.shape[-1],), weight, eps)
+    y = F.rms_norm(x.to(weight.dtype), (x.shape[-1],), weight, eps).to(x.dtype)
     return y if residual is None else residual + y
 
 
@@ -90,6 +94,36 @@ class _TorchSwiGLU(torch.autograd.Function):
         torch.mul(grads[0], F.silu(gate), out=grad_up)
         torch.mul(grads[0], up, out=grad_gate)
         torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
+        return (out,)
+
+
+def geglu(gate_up: Tensor) -> Tensor:
+    """gelu(gate) · up, by the approximation with tanh: [T, 2F], gate before up, to [T, F]."""
+    out: Tensor = _TorchGeGLU.apply(gate_up)
+    return out
+
+
+class _TorchGeGLU(torch.autograd.Function):
+    """With torch's kernels, keeping gate and up alone; backward fills one [T, 2F]."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.gelu(gate, approximate="tanh").mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor]:
+        refuse_second_derivative("geglu", grads[0])
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        out = torch.empty_like(gate_up)
+        grad_gate, grad_up = out.chunk(2, dim=-1)
+        torch.mul(grads[0], F.gelu(gate, approximate="tanh"), out=grad_up)
+        upstream = grads[0] * up
+        torch.ops.aten.gelu_backward.grad_input(
+            upstream, gate, approximate="tanh", grad_input=grad_gate
+        )
         return (out,)
 
 

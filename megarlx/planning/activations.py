@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megarlx.model.metadata import local_kv_heads
+from megarlx.config.families import ON_NO_DEVICE
+from megarlx.config.model import ModelConfig
+from megarlx.model.features import features_of
 from megarlx.planning.job import Job, StagePart
 
 FIELDS_OF_A_TOKEN = 8  # of the loss's table, beside log-prob and entropy
@@ -37,7 +39,8 @@ class Widths:
     @staticmethod
     def of(job: Job) -> Widths:
         model = job.model
-        heads, kv_heads = model.heads // job.tp, local_kv_heads(model, job.tp)
+        check_known(model)
+        heads, kv_heads = model.heads // job.tp, model.local_kv_heads(job.tp)
         return Widths(
             T=job.tokens_per_microbatch,
             t=job.tokens_between,
@@ -53,11 +56,22 @@ class Widths:
         )
 
 
+def check_known(model: ModelConfig) -> None:
+    """Refuses layers that compute, and so may keep, something else than what is counted here."""
+    unknown = features_of(model) - ON_NO_DEVICE
+    if unknown:
+        raise ValueError(
+            f"plan: the layers are built with {', '.join(sorted(unknown))}; what that keeps and "
+            "costs is not known"
+        )
+
+
 def _attention_core(job: Job, n: Widths) -> int:
     """From the fused projection to the attended values, those not counted: what selective
     recomputation computes again."""
     kept = n.T * (n.q + n.k) * n.e  # queries and keys, normalised and rotated
-    kept += n.T * n.heads * n.w  # log-sum-exp
+    if not job.model.needs_of_attention:
+        kept += n.T * n.heads * n.w  # log-sum-exp; by blocks of queries it is made again
     if job.model.qk_norm == "full" and job.tp > 1:
         copies = 2 if n.e != n.w else 1  # in fp32 the wide projection is the projection
         kept += copies * n.T * (n.q + n.k) * n.w
@@ -72,7 +86,8 @@ def layer_whole(job: Job, n: Widths) -> int:
     """A layer that keeps everything."""
     entering = n.T * n.h * n.e  # what a column-parallel product multiplies
     normed = n.t * (n.h * n.e + n.w)  # a norm's input and its inverse
-    kept = 2 * entering + 2 * normed
+    norms = 4 if job.model.norm_position == "both" else 2
+    kept = 2 * entering + norms * normed
     kept += n.T * (n.q + 2 * n.k) * n.e  # the fused projection; values stay in it
     kept += _attention_core(job, n)
     kept += n.T * n.q * n.e  # attended values, which the output projection multiplies
@@ -95,7 +110,7 @@ def stage_kept(job: Job, n: Widths, stage: StagePart) -> int:
     kept = stage.layers * layer_kept(job, n)
     kept += n.T * job.model.head_dim * n.e  # cos and sin of every position
     hidden = n.t * n.h * n.e
-    post = job.model.norm_position == "post"
+    post = job.model.norm_position != "pre"
     if stage.head:
         kept += hidden + n.t * n.w  # the final norm's input and inverse
     elif job.pp > 1:
@@ -146,7 +161,7 @@ def layer_backward_workspace(job: Job, n: Widths) -> int:
     inner = n.T * n.F * n.e
     # The product of gate and up is freed behind the down projection, or was made again for it.
     again = inner if job.recompute == "selective" else 0
-    post = job.model.norm_position == "post"
+    post = job.model.norm_position != "pre"
     # Backward of the down projection, of SwiGLU, and of gate and up, in that order. The gradient
     # of the residual stream is there all along, and the upper norm's is its own.
     coming = hidden + (gathered if post or job.splits_sequence else 0)

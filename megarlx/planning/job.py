@@ -26,6 +26,7 @@ from megarlx.parallel.pipeline_plan import PipelinePlan, Schedule
 from megarlx.planning.hardware import Arithmetic
 from megarlx.training.combine import Combination, is_linear
 from megarlx.training.parts import UpdateSettings
+from megarlx.training.update_rules import rule_of
 
 # Of one objective; what else changes is the layout, and common to all objectives of a step.
 OF_ONE = ("sequences_per_microbatch", "objectives", "held", "others", "model", "update")
@@ -228,7 +229,9 @@ class Job:
 
     @property
     def kept(self) -> Held:
-        return self.held or Held(self.objectives, 2 * self.objectives)
+        if self.held is not None:
+            return self.held
+        return Held(self.objectives, self.objectives * len(rule_of(self.update).state))
 
     @cached_property
     def plan(self) -> PipelinePlan:

@@ -18,7 +18,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from megarlx.model.documents import padded_length
-from megarlx.model.metadata import local_kv_heads
 from megarlx.parallel.pipeline_actions import computations, most_held
 from megarlx.planning.activations import (
     Widths,
@@ -127,7 +126,7 @@ def kv_cache_bytes(job: Job, pp_rank: int, rollouts: Rollouts) -> int:
     """`Engine`'s caches: its slots and an idle one, at a padded length."""
     slots = -(-rollouts.slots // job.pp) * job.pp + 1
     layers = sum(stage.layers for stage in job.stages(pp_rank))
-    kv = local_kv_heads(job.model, job.tp) * job.model.head_dim
+    kv = job.model.local_kv_heads(job.tp) * job.model.head_dim
     return 2 * layers * slots * padded_length(rollouts.longest) * kv * job.element_bytes
 
 

@@ -85,7 +85,9 @@ def _prefill(job: Job, gpu: Gpu, rollouts: Rollouts) -> float:
     shapes = ((n.h, n.q + 2 * n.k), (n.q, n.h), (n.h, 2 * n.F), (n.F, n.h))
     kind = job.arithmetic
     layer = sum(gpu.product_seconds(tokens, a, b, n.e, kind) for a, b in shapes)
-    layer += gpu.attention_seconds(4 * n.q * tokens * (rollouts.prompt_tokens + 1) / 2, kind)
+    layer += gpu.attention_seconds(
+        4 * n.q * tokens * job.model.keys_seen(rollouts.prompt_tokens), kind
+    )
     layers = max(sum(s.layers for s in job.stages(pp)) for pp in job.kinds())
     return layers * layer + _sums(job, gpu, tokens, 2 * layers)
 

@@ -119,12 +119,13 @@ def _microbatch(job: Job, gpu: Gpu, rank: int) -> _Microbatch:
     shapes = ((n.h, n.q + 2 * n.k), (n.q, n.h), (n.h, 2 * n.F), (n.F, n.h))
     kind: Arithmetic = "fp8" if job.fp8 else job.arithmetic
     forward = layers * sum(gpu.product_seconds(n.T, a, b, n.e, kind) for a, b in shapes)
-    seen = (job.seen_length + 1) / 2
+    seen = job.model.keys_seen(job.seen_length)
     attention = layers * gpu.attention_seconds(4 * n.q * n.T * seen, job.arithmetic)
     heads = n.T * (3 * n.q + 5 * n.k) * n.e if job.model.qk_norm != "none" else 0
     heads += n.T * (2 * n.q + 3 * n.k) * n.e  # rotation
     swiglu = n.T * 5 * n.F * n.e
-    passes = layers * gpu.pass_seconds(6 * n.t * n.h * n.e + heads + swiglu)
+    norms = (10 if job.model.norm_position == "both" else 6) * n.t * n.h * n.e
+    passes = layers * gpu.pass_seconds(norms + heads + swiglu)
     again = {
         "none": 0.0,
         "selective": attention + layers * gpu.pass_seconds(heads + swiglu),

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
-from megarlx.config.model import ModelConfig
+from megarlx.config.model import resolved_model
 from megarlx.report.runs import Run
 
 
@@ -62,7 +62,7 @@ def parameters(run: Run) -> int | None:
     if not isinstance(model, Mapping):
         return None
     try:
-        return ModelConfig.model_validate(model).parameters()
+        return resolved_model(model).parameters()
     except ValueError:  # settings of another version: the report can do without
         return None
 

@@ -253,7 +253,7 @@ def replay(
             print(f"replaying {run} from iteration {nearest} to {wanted}")
         while made.trainer.steps_done < wanted:
             made.trainer.step()
-        made.trainer.share_counts()
+        made.trainer.replicas.share_counts()
         tokens = made.trainer.tokens
         state = {"tokens": {name: int(count) for name, count in tokens.items()}, "cost": {}}
         inherited = RunDirectory(run).parent

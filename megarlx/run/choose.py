@@ -13,6 +13,7 @@ from typing import Any
 
 from megarlx.choices import (
     PREFILL_TOKENS,
+    SERVES,
     Attention,
     Choice,
     Machine,
@@ -49,7 +50,10 @@ def choose(config: Config, machine: Machine, recorded: Mapping[str, str] | None 
     _choose_precision(made, machine, before)
     training = made.config.training
     needs = Needs(
-        training.precision, config.model.head_dim, config.layout.schedule in SPLIT_BACKWARD
+        training.precision,
+        config.model.head_dim,
+        config.layout.schedule in SPLIT_BACKWARD,
+        config.model.needs_of_attention,
     )
     _choose_layers(made, machine, needs, before)
     _choose_attention(made, machine, needs, before)
@@ -90,12 +94,13 @@ def _choose_attention(
 ) -> None:
     given = made.config.training.attention
     if given != "auto":
+        fits = "blocks" if needs.of_attention else "sdpa"
         if why := without_attention(given, machine, needs):
-            raise RunError(f"training.attention is '{given}', but {why}; allowed: 'auto', 'sdpa'")
+            raise RunError(f"training.attention is '{given}', but {why}; allowed: 'auto', '{fits}'")
         return
     choice = choose_attention(machine, needs)
     kept: Attention
-    for kept in ("cudnn", "flash", "sdpa"):
+    for kept in SERVES:
         same = before.get("training.attention") == kept
         if same and kept != choice.value and not without_attention(kept, machine, needs):
             choice = Choice(kept, "the run began with it")

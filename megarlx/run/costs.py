@@ -24,7 +24,7 @@ class Costs:
 
     def _totals(self) -> dict[str, float]:
         """Since this run began, on all ranks together; they all call it."""
-        self.trainer.share_counts()
+        self.trainer.replicas.share_counts()
         trained = {name: float(tokens) for name, tokens in self.trainer.tokens.items()}
         generated = forwarded = 0.0
         for objective in self.trainer.objectives.values():
@@ -56,7 +56,7 @@ class Costs:
         return self.inherited.get(PRETRAINING, 0) + (0 if own is None else int(own))
 
     def tokens(self) -> dict[str, int]:
-        self.trainer.share_counts()
+        self.trainer.replicas.share_counts()
         found = dict(self.inherited)
         for name, tokens in self.trainer.tokens.items():
             found[name] = found.get(name, 0) + int(tokens)

@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from megarlx import plug
 from megarlx.config.arguments import add_overrides, add_trust
 
 if TYPE_CHECKING:
@@ -23,6 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=1.0, help="share of the probability kept")
     parser.add_argument("--max-new-tokens", type=int, help="default: as many as the model can take")
     parser.add_argument("--seed", type=int, default=0, help="of the samples")
+    parser.add_argument(
+        "--generator",
+        default="engine",
+        metavar="NAME",
+        help=f"what draws the samples: {plug.allowed('generator')}; default: engine",
+    )
     parser.add_argument(
         "--logprobs", action="store_true", help="a token a line, behind its log-probability"
     )
@@ -68,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _generate(arguments: argparse.Namespace, opened: OpenedRun) -> None:
     from megarlx.data.conversations import Turn
-    from megarlx.generation.engine import Engine
+    from megarlx.generation.interface import generator_of
     from megarlx.generation.requests import SamplingSettings
     from megarlx.generation.text import stream_text
 
@@ -90,12 +97,12 @@ def _generate(arguments: argparse.Namespace, opened: OpenedRun) -> None:
         top_p=arguments.top_p,
         stop_tokens=(tokenizer.eos_id,),
     )
-    engine = Engine.of(opened.model, slots=1, longest=len(ids) + new)
+    generator = generator_of(arguments.generator, opened.model, slots=1, longest=len(ids) + new)
     # Tokens are known as they come where the last stage is; one such rank prints them.
     prints = mesh.pp.is_last and mesh.tp.is_first and mesh.dp.is_first
     for number in range(arguments.samples):
         pieces = stream_text(
-            engine,
+            generator,
             arguments.prompt,
             encode=lambda _: ids,
             decode=tokenizer.decode_sampled,

@@ -116,8 +116,8 @@ class StepLog:
         values |= {f"lr/{n}": one.learning_rate for n, one in recent.items()}
         values |= {f"share/{n}": share for n, share in (trainer.last_shares or {}).items()}
         values |= self._performance()
-        values |= trainer.metrics(losses)
-        for name, examples in trainer.new_examples(losses).items():
+        values |= trainer.replicas.metrics(losses)
+        for name, examples in trainer.replicas.new_examples(losses).items():
             self.screen.show(trainer.steps_done, f"samples/{name}", examples)
         self.screen.say(
             trainer.steps_done, self._headline(losses, values), values, self.costs.trunk_tokens
@@ -135,7 +135,7 @@ class StepLog:
             "perf/mfu": spent["flop"] / seconds / self._peak,
             "perf/skipped_updates": float(self.guard.skipped),
             **self.costs.metrics(),
-            **trainer.idle_share(seconds),
+            **trainer.replicas.idle_share(seconds),
         }
 
     def _headline(self, losses: Mapping[str, Tensor], values: Mapping[str, float]) -> str:

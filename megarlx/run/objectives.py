@@ -22,7 +22,7 @@ from megarlx.data.prompts import FewShot, PromptData, PromptKeys, read_prompts
 from megarlx.data.samples import Dataset, TokenSource
 from megarlx.data.token_files import TokenFile, check_tokenizer
 from megarlx.data.tokenizer import Tokenizer
-from megarlx.generation.engine import Engine
+from megarlx.generation.interface import Generator, generator_of
 from megarlx.model.build import ParallelModel
 from megarlx.objectives.environment_game import EnvironmentGame
 from megarlx.objectives.interface import Objective
@@ -206,7 +206,7 @@ class ObjectiveMaker:
         room = most - environment.max_turn_tokens
         tasks = self._prompts(name, config, min(config.max_prompt_tokens or room, room))
         game = EnvironmentGame(environment, self.template, self.tokenizer, self.mesh)
-        return Player(self._engine(config, most), game, self.tokenizer), tasks
+        return Player(self._generator(config, most), game, self.tokenizer), tasks
 
     def _questions(self, name: str, config: RlConfig) -> tuple[Player, PromptData]:
         length = self.config.model.max_sequence_length
@@ -226,7 +226,7 @@ class ObjectiveMaker:
             )
         rewards = Rewards(config.rewards, config.reward_failures_allowed)
         game = QuestionGame(rewards, config.max_completion_tokens, self.mesh)
-        return Player(self._engine(config, longest), game, self.tokenizer), prompts
+        return Player(self._generator(config, longest), game, self.tokenizer), prompts
 
     def _prompts(self, name: str, config: RlConfig, most: int) -> PromptData:
         keys = PromptKeys(config.question_key, config.answer_key)
@@ -244,9 +244,10 @@ class ObjectiveMaker:
             name=name,
         )
 
-    def _engine(self, config: RlConfig, longest: int) -> Callable[[], Engine]:
+    def _generator(self, config: RlConfig, longest: int) -> Callable[[], Generator]:
         return _once(
-            lambda: Engine.of(
+            lambda: generator_of(
+                config.generator,
                 self.model,
                 slots=config.slots,
                 longest=longest,
@@ -272,11 +273,11 @@ class ObjectiveMaker:
         return keep
 
 
-def _once(make: Callable[[], Engine]) -> Callable[[], Engine]:
+def _once(make: Callable[[], Generator]) -> Callable[[], Generator]:
     """Caches are made when something is first generated, and only then."""
-    made: list[Engine] = []
+    made: list[Generator] = []
 
-    def get() -> Engine:
+    def get() -> Generator:
         if not made:
             made.append(make())
         return made[0]

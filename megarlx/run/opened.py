@@ -18,7 +18,7 @@ from megarlx.config.objectives import PRETRAINING
 from megarlx.config.trust import check_trust, names_in
 from megarlx.data.conversations import Template, Turn
 from megarlx.data.tokenizer import Tokenizer
-from megarlx.generation.engine import Engine
+from megarlx.generation.interface import generator_of
 from megarlx.generation.requests import Request, SamplingSettings
 from megarlx.generation.stop import text_of
 from megarlx.model.build import ParallelModel, build_model
@@ -62,6 +62,7 @@ class OpenedRun:
         temperature: float = 1.0,
         max_new_tokens: int = 128,
         seed: int = 0,
+        generator: str = "engine",
     ) -> list[list[str]]:
         """Samples of each prompt, asked in the run's template, or as it stands where there is none.
 
@@ -73,10 +74,10 @@ class OpenedRun:
             for at, prompt in enumerate(prompts)
         ]
         longest = max((len(one.prompt) for one in requests), default=0) + max_new_tokens
-        engine = Engine.of(
-            self.model, slots=max(1, min(64, len(prompts) * samples)), longest=longest
+        slots = max(1, min(64, len(prompts) * samples))
+        made = generator_of(generator, self.model, slots=slots, longest=longest).generate(
+            requests, sampling, seed
         )
-        made = engine.generate(requests, sampling, seed)
         decode = self.tokenizer.decode_sampled
         texts = [text_of(one.tokens.tolist(), sampling, decode) for one in made]
         return [texts[at * samples : (at + 1) * samples] for at in range(len(prompts))]

@@ -389,6 +389,6 @@ def _without_skipped(every: Mapping[str, Tensor], report: StepReport) -> dict[st
         return dict(every)
     return {
         name: delta
-        for (name, delta), skipped in zip(every.items(), flags.tolist(), strict=True)
+        for (name, delta), skipped in zip(every.items(), flags.cpu().tolist(), strict=True)
         if not skipped
     }

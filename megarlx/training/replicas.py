@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megarlx.comm.collectives import all_reduce_, barrier, gather_values
 from megarlx.comm.groups import Group, Mesh
@@ -129,10 +128,3 @@ class Replicas:
         for name, state in self.states().items():
             if not self.trains(name):
                 self.objectives[name].load_state(state)
-
-
-def global_loss(losses: Mapping[str, Tensor], mesh: Mesh) -> dict[str, float]:
-    """The same numbers on every rank; waits for the device, so for logging only."""
-    together = torch.stack([loss.double().reshape(()) for loss in losses.values()])
-    all_reduce_(all_reduce_(together, mesh.data), mesh.pp)
-    return dict(zip(losses, together.tolist(), strict=True))

@@ -30,7 +30,7 @@ def save(trainer: Trainer, saver: Saver, run: Mapping[str, Any], *, blocking: bo
             "stage, between two averages; allowed are multiples of "
             f"{trainer.stage.times.sync_every}"
         )
-    trainer.share_counts()
+    trainer.replicas.share_counts()
     state = {
         "steps_done": trainer.steps_done,
         "stage": trainer.stage_index,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from megarlx.objectives.interface import Objective
 from megarlx.training import run_state
 from megarlx.training.optimizer import SHARED, Optimizer, StepReport
 from megarlx.training.parts import first_non_finite
-from megarlx.training.replicas import Replicas, global_loss
+from megarlx.training.replicas import Replicas
 from megarlx.training.stages import (
     TrainedObjective,
     TrainingStage,
@@ -112,9 +112,7 @@ class Trainer:
         data_parallel.finish()
         if not self.stage.in_replicas:
             all_reduce_(shard, self.mesh.replica)  # where replicas have nothing else to be
-        if not results.losses:
-            return torch.zeros(1, device=normalizer.device)
-        return torch.stack(results.losses).sum(0)
+        return _total(results.losses, normalizer)
 
     # From stage to stage.
 
@@ -125,10 +123,10 @@ class Trainer:
         self.replicas.enter(stage)
         waiting = sorted(self.timeline.waiting(index))
         data_parallel = self.model.data_parallel
-        goes_on = {name: trained.goes_on for name, trained in stage.members.items()}
+        continued = {name: trained.goes_on for name, trained in stage.members.items()}
         frozen: dict[str, Tensor] = {}
-        for name, continued in {**goes_on, **dict.fromkeys(waiting, True)}.items():
-            kept = self.objectives[name].begin(data_parallel.shard_of_weights(), continued)
+        for name, goes_on in {**continued, **dict.fromkeys(waiting, True)}.items():
+            kept = self.objectives[name].begin(data_parallel.shard_of_weights(), goes_on)
             if kept is not None:
                 frozen[name] = kept
         self.optimizer = Optimizer(
@@ -188,9 +186,7 @@ class Trainer:
         results = self.model.pipeline.forward_only(
             batch.microbatches, partial(objective.loss, normalizer=normalizer)
         )
-        loss = torch.zeros(1, device=normalizer.device)
-        if results.losses:
-            loss = torch.stack(results.losses).sum(0)
+        loss = _total(results.losses, normalizer)
         return self.global_loss({objective.name: loss})[objective.name]
 
     def learning_rate(self, name: str) -> float:
@@ -205,16 +201,11 @@ class Trainer:
 
     def global_loss(self, losses: Mapping[str, Tensor]) -> dict[str, float]:
         """The same numbers on every rank; waits for the device, so for logging only."""
-        return global_loss(losses, self.mesh)
+        together = torch.stack([loss.double().reshape(()) for loss in losses.values()])
+        all_reduce_(all_reduce_(together, self.mesh.data), self.mesh.pp)
+        return dict(zip(losses, together.tolist(), strict=True))
 
-    def idle_share(self, seconds: float) -> dict[str, float]:
-        return self.replicas.idle_share(seconds)
 
-    def metrics(self, names: Iterable[str]) -> dict[str, float]:
-        return self.replicas.metrics(names)
-
-    def new_examples(self, names: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
-        return self.replicas.new_examples(names)
-
-    def share_counts(self) -> None:
-        self.replicas.share_counts()
+def _total(losses: Sequence[Tensor], like: Tensor) -> Tensor:
+    """[1], of all micro-batches; 0 where another rank has the last stage."""
+    return torch.stack(list(losses)).sum(0) if losses else torch.zeros(1, device=like.device)

@@ -68,6 +68,12 @@ class Case:
         return "-".join([*parts, self.precision])
 
 
+OF_FAMILY: dict[str, Any] = {
+    "gemma2": {"window": 5, "attention_cap": 2.0, "final_cap": 0.0},
+    "gemma3": {"window": 5, "full_attention_every": 3, "window_rope_theta": 100.0},
+}
+
+
 def model(family: str, tied: bool) -> ModelConfig:
     # No two dimensions equal; two key heads, so that tp 4 and 8 hold copies of them.
     return family_config(
@@ -80,6 +86,7 @@ def model(family: str, tied: bool) -> ModelConfig:
         head_dim=6,
         intermediate_size=40,
         tied_embeddings=tied,
+        **OF_FAMILY.get(family, {}),
     )
 
 

@@ -19,6 +19,7 @@ def small(family: str = "olmo2") -> ModelConfig:
         head_dim=6,
         intermediate_size=36,
         init_std=0.3,
+        **({"window": 7, "full_attention_every": 2} if family == "gemma3" else {}),
     )
 
 

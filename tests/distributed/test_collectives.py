@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megarlx.comm import collectives as c
+from megarlx.comm.exchange import all_to_all
 from megarlx.comm.groups import Group, Mesh
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64]
@@ -192,6 +193,27 @@ def test_every_byte_is_counted_backward_included(run, n):
         "reduce_scatter": (2, (n - 1) * x // n + (n - 1) * x),
     }
     assert run(n, traffic_of_everything, n) == [expected if n > 1 else {}] * n
+
+
+def uneven(n: int, dtype: torch.dtype) -> tuple[bool, int]:
+    """Rank a sends a + 2 b numbers to rank b; the first nothing to itself."""
+    group = tp_group(n)
+
+    def part(a: int, b: int) -> Tensor:
+        return torch.arange(a + 2 * b, dtype=dtype) + 10 * a + b
+
+    sizes = [a + 2 * group.rank for a in range(n)]
+    found = all_to_all([part(group.rank, b) for b in range(n)], sizes, group)
+    right = all(torch.equal(one, part(a, group.rank)) for a, one in enumerate(found))
+    return right, group.traffic.bytes_on("tp")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_different_numbers_of_elements_go_between_every_two_ranks(run, n, dtype):
+    for rank, (right, sent) in enumerate(run(n, uneven, n, dtype)):
+        assert right
+        assert sent == dtype.itemsize * sum(rank + 2 * b for b in range(n) if b != rank)
 
 
 # Gradients. Every case says how one process computes the loss from all ranks' inputs.

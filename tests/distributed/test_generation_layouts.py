@@ -74,8 +74,16 @@ LAYOUTS = {
 def test_layouts_give_the_samples_of_one_process(
     run: Callable, name: str, settings: SamplingSettings
 ) -> None:
+    compare(run, name, settings, "qwen3" if settings.top_k else "olmo2")
+
+
+@pytest.mark.parametrize("name", ["tp2-sp", "tp2-pp2"])
+def test_layouts_with_windows_give_the_samples_of_one_process(run: Callable, name: str) -> None:
+    compare(run, name, STOPS, "gemma3")
+
+
+def compare(run: Callable, name: str, settings: SamplingSettings, family: str) -> None:
     layout, options = LAYOUTS[name]
-    family = "qwen3" if settings.top_k else "olmo2"
     (alone,) = run(1, generated, family, {}, {}, settings)
     world = 1
     for size in layout.values():

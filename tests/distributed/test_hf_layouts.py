@@ -18,10 +18,10 @@ from megarlx.checkpoint import Saver
 from megarlx.comm.groups import Mesh
 from megarlx.comm.share import Share
 from megarlx.config.model import ModelConfig
+from megarlx.config.parameters import published_names
 from megarlx.data.loader import BatchLayout, Loader
 from megarlx.hf.command import Asked, Converter
 from megarlx.hf.config_map import hugging_face_config
-from megarlx.hf.families import family_of, tensor_names
 from megarlx.hf.trunk import find_checkpoint
 from megarlx.model.build import build_model
 from megarlx.objectives.supervised import Supervised
@@ -103,7 +103,7 @@ def test_a_converted_model_is_itself_in_every_layout(
         logits = theirs(input_ids=tokens).logits
     expected = F.cross_entropy(logits.flatten(0, 1).double(), targets.flatten()).item()
     state = theirs.state_dict()
-    names = tensor_names(config, family_of(config))
+    names = published_names(config)
     checkpoint = find_checkpoint(str(tmp_path / "run"))
     for tp, pp in LAYOUTS:
         results = run(tp * pp, loaded, config, case(family, tp=tp, pp=pp, tied=tied), checkpoint)

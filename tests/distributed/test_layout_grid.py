@@ -44,7 +44,8 @@ def compare(run: Callable[..., list[Any]], case: Case) -> None:
         np.testing.assert_allclose(rank["norms"], expected["norms"], rtol=tolerance * 10)
 
 
-FAMILIES = ("olmo2", "llama3", "qwen2", "qwen3")
+FAMILIES = ("olmo2", "llama3", "qwen2", "qwen3", "gemma2", "gemma3")
+TIED = ("qwen2", "gemma2")
 SIZES = [
     (tp, pp, dp)
     for tp, pp, dp in itertools.product((1, 2, 4, 8), range(1, 9), range(1, 9))
@@ -57,7 +58,7 @@ EVERY_LAYOUT = [
         pp,
         dp,
         microbatches=2,
-        tied=family == "qwen2",
+        tied=family in TIED,
         sequences=2 * dp * -(-SEQUENCES // (2 * dp)),
     )
     for (tp, pp, dp), family in itertools.product(SIZES, FAMILIES)
@@ -78,16 +79,20 @@ PAIRS = [
     Case("qwen3", tp=8, microbatches=1, tied=True),
     Case("qwen3", pp=3, layers_per_stage=(4, 1, 3), dp=2, microbatches=4),
     Case("olmo2", pp=4, schedule="interleaved", virtual_stages=2, microbatches=4, tied=True),
+    Case("gemma2", tp=2, pp=2, sequence_parallel=True, microbatches=2, tied=True),
+    Case("gemma2", pp=2, schedule="zero_bubble", microbatches=4, tied=True, recompute="selective"),
+    Case("gemma3", tp=4, dp=2, sequence_parallel=True, microbatches=2, recompute="full"),
+    Case("gemma3", tp=2, pp=2, schedule="zbv", virtual_stages=2, microbatches=4),
 ]
 OTHERS = [
     *(Case("llama3", dp=d, microbatches=m) for d in (1, 2) for m in (1, 2, 4)),
     *(Case("olmo2", tp=2, sequence_parallel=s, microbatches=2) for s in (False, True)),
     *(
-        Case(f, pp=2, schedule=s, virtual_stages=v, microbatches=4, tied=f == "qwen2")
+        Case(f, pp=2, schedule=s, virtual_stages=v, microbatches=4, tied=f in TIED)
         for f in FAMILIES
         for s, v in (("interleaved", 2), ("zero_bubble", 1), ("zero_bubble", 2), ("zbv", 2))
     ),
-    *(Case(f, 2, 2, 2, microbatches=2, precision="fp32", tied=f == "qwen2") for f in FAMILIES),
+    *(Case(f, 2, 2, 2, microbatches=2, precision="fp32", tied=f in TIED) for f in FAMILIES),
 ]
 
 

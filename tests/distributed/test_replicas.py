@@ -112,7 +112,7 @@ def go_on(trainer: Trainer, steps: int) -> dict[str, Any]:
         norms += [float(norm) for norm in report.gradient_norms.values()]
         flags += [int(flag) for flag in report.found_inf.values()]
         shares += (trainer.last_shares or {}).values()
-    trainer.share_counts()
+    trainer.replicas.share_counts()
     return {
         "losses": losses,
         "norms": norms,
@@ -120,7 +120,7 @@ def go_on(trainer: Trainer, steps: int) -> dict[str, Any]:
         "shares": shares,
         "tokens": {name: float(count) for name, count in trainer.tokens.items()},
         "steps": trainer.optimizer.state(),
-        "metrics": trainer.metrics(trainer.stage.members),
+        "metrics": trainer.replicas.metrics(trainer.stage.members),
         "moments": {
             n: chunks(trainer, m["exp_avg_sq"]) for n, m in trainer.optimizer.kept.shards.items()
         },

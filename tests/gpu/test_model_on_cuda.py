@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megarlx.config.model import family_config
 from megarlx.model.attention import attention
+from megarlx.model.attention_form import AttentionForm
 from megarlx.model.documents import Documents
 from megarlx.model.kv_cache import CacheStep, KVCache
 from megarlx.model.transformer import Stage
@@ -46,8 +47,8 @@ def random_qkv(tokens: int, kv_heads: int, device: str) -> list[Tensor]:
 def test_flash_attention_equals_sdpa_forward_and_backward(kv_heads: int) -> None:
     ours = random_qkv(sum(LENGTHS), kv_heads, "cuda")
     theirs = [x.detach().double().cpu().requires_grad_() for x in ours]
-    out = attention(*ours, documents=Documents.of(LENGTHS, "cuda"), scale=SCALE)
-    expected = attention(*theirs, documents=Documents.of(LENGTHS), scale=SCALE)
+    out = attention(*ours, documents=Documents.of(LENGTHS, "cuda"), form=AttentionForm(SCALE))
+    expected = attention(*theirs, documents=Documents.of(LENGTHS), form=AttentionForm(SCALE))
     assert relative(out, expected) < 1e-2
     upstream = torch.randn_like(expected)
     gradients = torch.autograd.grad(out, ours, upstream.to(out))
@@ -69,7 +70,9 @@ def test_cached_flash_attention_equals_sdpa(lengths: list[int], slots: list[int]
         documents = Documents.of(lengths, device)
         index = torch.tensor(slots, device=device)
         step = CacheStep(cache, documents, index, torch.tensor(starts, device=device), 256)
-        out = attention(q, k, v, documents=documents, scale=SCALE, cache=step.layer(0))
+        out = attention(
+            q, k, v, documents=documents, form=AttentionForm(SCALE), cache=step.layer(0)
+        )
         results[device] = out
     assert relative(results["cuda"], results["cpu"]) < 1e-2
 

@@ -15,7 +15,7 @@ CONFINED = {
     "transformer_engine": {
         *("model/layers_te.py", "model/attention_te.py", "model/machine.py", "doctor/child.py")
     },
-    "flash_attn": {"model/attention.py", "doctor/child.py"},
+    "flash_attn": {"model/attention_flash.py", "doctor/child.py"},
     "mpi4py": {"comm/launch.py"},
     "megarlx._C": {"ops/native.py"},
 }

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import generators_for_tests
 import pytest
 from environments_for_tests import Letters
 from evaluated_models import subject
@@ -66,6 +67,17 @@ def test_items_count_what_the_kept_episodes_show(tmp_path: Path) -> None:
     assert found["metrics"]["lost"] == 0
     again = evaluate(subject(), chosen)
     assert again[0]["items"] == found["items"]
+
+
+def test_a_generator_that_only_completes_prompts_plays_the_same_episodes(tmp_path: Path) -> None:
+    generators_for_tests.asked.clear()
+    path = tmp_path / "t.jsonl"
+    other = suite(path, generator="generators_for_tests:Counting")
+    one, two = (
+        evaluate(subject(), EvaluationConfig(suites=(which,)))[0] for which in (suite(path), other)
+    )
+    assert len(generators_for_tests.asked) == 3  # turns
+    assert one["items"] == two["items"]
 
 
 def test_the_share_of_informative_groups_is_of_tasks_solved_at_times(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ def test_informative_groups_are_those_with_both_outcomes() -> None:
 def test_the_probe_draws_as_training_will() -> None:
     rl = RlConfig(
         samples_per_prompt=16,
+        generator="my_engine:Fast",
         temperature=0.7,
         max_completion_tokens=9,
         rewards=(
@@ -36,6 +37,7 @@ def test_the_probe_draws_as_training_will() -> None:
     assert (probe.name, probe.questions, probe.path) == ("rl-readiness", 5, "q.jsonl")
     assert (probe.samples, probe.group_size, probe.ks) == (16, 16, (1, 8, 16))
     assert (probe.temperature, probe.max_new_tokens, probe.max_prompt_tokens) == (0.7, 9, 40)
+    assert probe.generator == "my_engine:Fast"
     assert (probe.few_shot, probe.few_shot_trained, probe.few_shot_path) == (2, 2, "d.jsonl")
     assert [(one.function, one.weight) for one in probe.rewards] == [("marked_answer", 1.0)]
 

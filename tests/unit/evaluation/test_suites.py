@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import generators_for_tests
 import pytest
 import torch
 from evaluated_models import MADE, TEMPLATE, WORLD, logits_behind, small_model, subject
@@ -82,6 +83,16 @@ def test_greedy_samples_are_what_one_pass_a_token_says() -> None:
             ids.append(int(logits_behind(model, ids).argmax()))
         text = TOKENIZER.decode_sampled([i for i in ids[begin:] if i != TOKENIZER.eos_id])
         assert one.episodes[0].turns[0].action == text
+
+
+def test_another_generator_is_asked_and_gives_the_same_result() -> None:
+    generators_for_tests.asked.clear()
+    chosen = suite(rewards=[EVEN], stop_strings=("ann",))
+    other = suite(**{**chosen.model_dump(), "generator": "generators_for_tests:Counting"})
+    one, two = (evaluate(subject(), config(which))[0] for which in (chosen, other))
+    assert generators_for_tests.asked == [5]
+    assert one["items"] == two["items"]
+    assert one["settings"] != two["settings"]  # it may give others
 
 
 def test_base_models_see_examples_and_trained_ones_do_not() -> None:

@@ -13,7 +13,12 @@ from megarlx.generation.requests import Completion, Request
 from megarlx.model.transformer import Stage
 from megarlx.ops import sample
 
-FAMILIES = ("olmo2", "llama3", "qwen2", "qwen3")
+FAMILIES = ("olmo2", "llama3", "qwen2", "qwen3", "gemma2", "gemma3")
+GEMMA: dict[str, Any] = {"window": 9, "query_scalar": 13.0}
+OF_FAMILY: dict[str, dict[str, Any]] = {
+    "gemma2": {**GEMMA, "attention_cap": 2.0, "final_cap": 3.0},
+    "gemma3": {**GEMMA, "full_attention_every": 2, "window_rope_theta": 100.0},
+}
 
 
 def small(family: str, **changes: Any) -> ModelConfig:
@@ -28,7 +33,7 @@ def small(family: str, **changes: Any) -> ModelConfig:
         "rope_theta": 10_000.0,
         "init_std": 0.2,
     }
-    return family_config(family, **{**shape, **changes})
+    return family_config(family, **{**shape, **OF_FAMILY.get(family, {}), **changes})
 
 
 def small_stage(family: str = "olmo2", dtype: torch.dtype = torch.float32, **changes: Any) -> Stage:

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from generation_cases import FAMILIES, engine, mixed_requests, prompt, small_stage
+from generation_cases import FAMILIES, OF_FAMILY, engine, mixed_requests, prompt, small_stage
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megarlx.generation.fused_decode import FusedDecoder
+from megarlx.generation.decoders.fused import FusedDecoder
 from megarlx.generation.requests import Request, SamplingSettings
 from megarlx.generation.rows import Rows, Sequence
+
+NATIVE = [family for family in FAMILIES if family not in OF_FAMILY]
 
 
 class Recorded(TorchDispatchMode):
@@ -36,7 +38,7 @@ class Recorded(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NATIVE)
 def test_a_decode_step_makes_no_tensor_and_few_calls(family: str) -> None:
     stage = small_stage(family)
     kept = engine(stage)
@@ -51,7 +53,7 @@ def test_a_decode_step_makes_no_tensor_and_few_calls(family: str) -> None:
 
 def test_a_step_of_parts_equals_the_step_in_one_call_and_makes_no_tensor() -> None:
     """FusedDecoder serves tensor parallelism; on a group of one it can be compared."""
-    for family in FAMILIES:
+    for family in NATIVE:
         stage = small_stage(family, torch.float64)
         kept = engine(stage)
         kept.generate(mixed_requests(4, 4), SamplingSettings(), seed=1)

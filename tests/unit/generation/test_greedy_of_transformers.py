@@ -6,21 +6,23 @@ from typing import Any
 
 import pytest
 import torch
-from generation_cases import engine, prompt, small_stage
+from generation_cases import FAMILIES, engine, prompt, small_stage
 
+from megarlx.config.parameters import published_names
 from megarlx.generation.requests import Request, SamplingSettings
 from megarlx.hf.config_map import hugging_face_config
-from megarlx.hf.families import family_of, tensor_names
 
 transformers = pytest.importorskip("transformers")
 
 
-def their_olmo2(stage: Any) -> Any:
+def their_model(stage: Any) -> Any:
     config = stage.config
     settings = hugging_face_config(config, "float32")
-    theirs = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
+    theirs = transformers.AutoConfig.for_model(
+        settings.pop("model_type"), **settings, attn_implementation="eager"
+    )
     model = transformers.AutoModelForCausalLM.from_config(theirs).eval()
-    names = tensor_names(config, family_of(config))
+    names = published_names(config)
     ours = {name: tensor.detach() for name, tensor in stage.named_parameters()}
     state = {
         names[piece.name]: piece.of_parameter(ours[name])
@@ -31,9 +33,10 @@ def their_olmo2(stage: Any) -> Any:
     return model
 
 
-def test_greedy_tokens_equal_those_of_transformers() -> None:
-    stage = small_stage("olmo2", hidden_size=40, init_std=0.3)
-    model = their_olmo2(stage)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_equal_those_of_transformers(family: str) -> None:
+    stage = small_stage(family, hidden_size=40, init_std=0.3, tied_embeddings=False)
+    model = their_model(stage)
     prompts = [prompt(11, seed) for seed in range(8)]
     with torch.no_grad():
         theirs = model.generate(

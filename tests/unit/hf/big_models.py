@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from megarlx.config.model import ModelConfig, family_config
+from megarlx.config.parameters import published_names
 from megarlx.hf.config_map import hugging_face_config
-from megarlx.hf.families import family_of, tensor_names
 
 ROOT = Path(__file__).resolve().parents[3]
 TOOL = ROOT / "tools" / "convert_checkpoint.py"
@@ -37,7 +37,7 @@ def write_folder(folder: Path, megabytes: float, dtype: torch.dtype = torch.bflo
     generator = torch.Generator().manual_seed(0)
     held = {
         theirs: torch.randn(shapes[ours], generator=generator).to(dtype)
-        for ours, theirs in tensor_names(config, family_of(config)).items()
+        for ours, theirs in published_names(config).items()
     }
     save_file(held, folder / "model.safetensors")
     return folder

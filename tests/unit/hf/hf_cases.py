@@ -13,12 +13,26 @@ from megarlx.hf.command import Asked, Converter
 
 transformers = pytest.importorskip("transformers")
 
-FAMILIES = ("olmo2", "llama", "qwen2", "qwen3")
+FAMILIES = ("olmo2", "llama", "qwen2", "qwen3", "gemma2", "gemma3_text")
 CLASSES = {
     "olmo2": ("Olmo2Config", "Olmo2ForCausalLM"),
     "llama": ("LlamaConfig", "LlamaForCausalLM"),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM"),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
+    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM"),
+    "gemma3_text": ("Gemma3TextConfig", "Gemma3ForCausalLM"),
+}
+SLIDING, FULL = "sliding_attention", "full_attention"
+GEMMA = {"sliding_window": 9, "query_pre_attn_scalar": 13, "layer_types": [SLIDING, FULL, SLIDING]}
+OF_FAMILY: dict[str, dict[str, Any]] = {
+    "gemma2": {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "gemma3_text": {
+        **GEMMA,
+        "rope_parameters": {
+            FULL: {"rope_type": "default", "rope_theta": 10_000.0},
+            SLIDING: {"rope_type": "default", "rope_theta": 100.0},
+        },
+    },
 }
 LLAMA_SCALING = {
     "rope_type": "llama3",
@@ -53,7 +67,7 @@ def published(family: str, *, dtype: torch.dtype = torch.float32, **changes: Any
         "eos_token_id": None,
         "attn_implementation": "eager",
     }
-    config = config_class(**{**values, **changes})
+    config = config_class(**{**values, **OF_FAMILY.get(family, {}), **changes})
     torch.manual_seed(7)
     model = model_class(config).eval()
     with torch.no_grad():

@@ -11,7 +11,7 @@ from hf_cases import CLASSES, FAMILIES, published, transformers
 from megarlx.config.model import ModelConfig, RopeScaling, family_config
 from megarlx.hf.config_map import hugging_face_config, model_config
 from megarlx.hf.errors import ConversionError
-from megarlx.hf.families import HUGGING_FACE, family_of
+from megarlx.hf.families import families, published_as
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 97,
@@ -32,7 +32,7 @@ SCALING = RopeScaling(
 
 
 def of(family: str, **changes: Any) -> ModelConfig:
-    return family_config(HUGGING_FACE[family].family, **{**SHAPE, **changes})
+    return family_config(families()[family][0], **{**SHAPE, **changes})
 
 
 @pytest.mark.parametrize("scaling", [None, SCALING])
@@ -42,7 +42,7 @@ def test_there_and_back_gives_the_same_config(
     family: str, tied: bool, scaling: RopeScaling | None
 ) -> None:
     config = of(family, tied_embeddings=tied, rope_scaling=scaling)
-    assert family_of(config).model_type == family
+    assert published_as(config).model_type == family
     written = json.loads(json.dumps(hugging_face_config(config, "float32")))
     assert model_config(written, "here") == config
     # The older form alone, and the newer form alone.
@@ -68,15 +68,28 @@ def test_what_is_left_out_means_what_transformers_takes_it_for(family: str) -> N
     assert ours.tied_embeddings == theirs.tie_word_embeddings
     assert ours.max_sequence_length == theirs.max_position_embeddings
     assert ours.init_std == theirs.initializer_range
-    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    rope = theirs.rope_parameters
+    of_windows = rope.get("sliding_attention", {"rope_theta": None})
+    assert ours.rope_theta == rope.get("full_attention", rope)["rope_theta"]
+    assert ours.window_rope_theta == of_windows["rope_theta"]
+    assert [ours.window_of(layer) for layer in range(3)] == [
+        theirs.sliding_window if kind == "sliding_attention" else None
+        for kind in getattr(theirs, "layer_types", None) or ["full_attention"] * 3
+    ]
+    assert ours.query_scalar == getattr(theirs, "query_pre_attn_scalar", ours.head_dim)
+    for cap, their_cap in (
+        (ours.attention_cap, "attn_logit_softcapping"),
+        (ours.final_cap, "final_logit_softcapping"),
+    ):
+        assert cap == (getattr(theirs, their_cap, None) or 0.0)
     assert ours.head_dim == getattr(theirs, "head_dim", 14)
 
 
 def test_a_model_takes_the_class_of_its_form_whatever_its_family_is_called() -> None:
-    assert family_of(of("llama", qkv_bias=True)).model_type == "qwen2"
-    assert family_of(of("olmo2", norm_position="pre", qk_norm="per_head")).model_type == "qwen3"
+    assert published_as(of("llama", qkv_bias=True)).model_type == "qwen2"
+    assert published_as(of("olmo2", norm_position="pre", qk_norm="per_head")).model_type == "qwen3"
     with pytest.raises(ConversionError, match=r"no Hugging Face class has this form.*post"):
-        family_of(of("olmo2", qk_norm="none"))
+        published_as(of("olmo2", qk_norm="none"))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +100,7 @@ def test_a_model_takes_the_class_of_its_form_whatever_its_family_is_called() -> 
         ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequence"),
         ("llama", {"attention_bias": True}, "attention_bias is True; allowed is false"),
         ("llama", {"mlp_bias": True}, "mlp_bias is True"),
-        ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; allowed is \"silu\""),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; allowed are \"silu\""),
         ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "type 'yarn'; allowed are default"),
         ("llama", {"rope_parameters": {"rope_type": "llama3"}}, "the rotary scaling lacks factor"),
         ("qwen2", {"use_sliding_window": True}, "use_sliding_window is True"),

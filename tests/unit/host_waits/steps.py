@@ -28,13 +28,14 @@ from megarlx.config.model import family_config  # noqa: E402
 from megarlx.data.loader import BatchLayout, Loader, Sample  # noqa: E402
 from megarlx.generation import engine as engines  # noqa: E402
 from megarlx.generation import run as runs  # noqa: E402
-from megarlx.generation import stage_decode  # noqa: E402
+from megarlx.generation.decoders import stage as stage_decode  # noqa: E402
 from megarlx.generation.requests import Request, SamplingSettings  # noqa: E402
-from megarlx.model import attention  # noqa: E402
+from megarlx.model import attention, attention_flash  # noqa: E402
 from megarlx.model.build import ParallelModel, build_model  # noqa: E402
 from megarlx.objectives.supervised import Supervised  # noqa: E402
 from megarlx.planning.dry_run import fake_world  # noqa: E402
 from megarlx.run.finite import FoundInf  # noqa: E402
+from megarlx.training.combine import projection, weighted_sum  # noqa: E402
 from megarlx.training.parts import UpdateSettings  # noqa: E402
 from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage  # noqa: E402
 
@@ -90,7 +91,14 @@ def model(mesh: Mesh, **options: Any) -> ParallelModel:
     return build_model(CONFIG, mesh, seed=0, dtype=torch.bfloat16, device="cuda", **options)
 
 
-def train(found: watch.Watched, mesh: Mesh, *masked: bool, **options: Any) -> None:
+def train(
+    found: watch.Watched,
+    mesh: Mesh,
+    *masked: bool,
+    rule: str = "adamw",
+    combination: Any = weighted_sum,
+    **options: Any,
+) -> None:
     """The second step: the first one makes what is kept."""
     objectives = [
         Supervised(
@@ -100,8 +108,10 @@ def train(found: watch.Watched, mesh: Mesh, *masked: bool, **options: Any) -> No
         )
         for i, one in enumerate(masked)
     ]
+    settings = UpdateSettings(rule=rule)
     stage = TrainingStage(
-        [TrainedObjective(one, UpdateSettings(), lambda step: 1e-3) for one in objectives]
+        [TrainedObjective(one, settings, lambda step: 1e-3) for one in objectives],
+        combination=combination,
     )
     trainer = Trainer(model(mesh, **options), [stage])
     trainer.step()
@@ -121,6 +131,20 @@ def recomputing(found: watch.Watched) -> None:
 def averaging(found: watch.Watched) -> None:
     """Of pre-training and SFT, whose mask is not full."""
     train(found, Mesh.alone(), False, True)
+
+
+def muon(found: watch.Watched) -> None:
+    train(found, Mesh.alone(), False, rule="muon")
+
+
+def projecting(found: watch.Watched) -> None:
+    train(found, Mesh.alone(), False, False, combination=projection)
+
+
+def muon_in_a_layout(found: watch.Watched) -> None:
+    with fake_world(1, 4):
+        mesh = Mesh.build(1, 1, 2, 2, backend="fake", device="cuda")
+        train(found, mesh, False, rule="muon")
 
 
 def in_a_layout(found: watch.Watched) -> None:
@@ -231,6 +255,9 @@ SCENARIOS = (
         training,
         recomputing,
         averaging,
+        muon,
+        muon_in_a_layout,
+        projecting,
         in_a_layout,
         first_of_a_pipeline,
         last_of_a_pipeline,
@@ -244,8 +271,7 @@ SCENARIOS = (
 
 
 def main() -> None:
-    attention._flash.cache_clear()
-    attention._flash = lambda: attention._Flash(2, varlen, with_cache)  # type: ignore[assignment]
+    attention.flash = lambda: attention_flash.Flash(2, varlen, with_cache)  # type: ignore[assignment]
     stage_decode.captured = captured  # type: ignore[assignment]
     torch.cuda.Event = Event  # type: ignore[misc, assignment]
     told = {}

@@ -33,6 +33,14 @@ ALLOWED: dict[str, dict[tuple[str, str], str]] = {
             "megarlx.linear_token_loss.default that drops masked rows",
         ): "most of an SFT batch may be masked; how many rows are left the device alone knows"
     },
+    "muon": {},
+    "muon_in_a_layout": {},
+    "projecting": {
+        (
+            "training/optimizer.py: _without_skipped",
+            "copy to the host",
+        ): "which updates are combined is known on the host"
+    },
     "prefill": {TOKENS: "what the scheduler does next follows from the drawn tokens"},
     "decode": {TOKENS: "as in a prefill"},
     "admission": {

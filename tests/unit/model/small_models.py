@@ -6,7 +6,23 @@ from typing import Any
 
 from megarlx.config.model import ModelConfig, RopeScaling, family_config
 
-FAMILIES = ("olmo2", "llama3", "qwen2", "qwen3")
+FAMILIES = ("olmo2", "llama3", "qwen2", "qwen3", "gemma2", "gemma3")
+# Windows shorter than the texts, and caps that are felt.
+OF_FAMILY: dict[str, dict[str, Any]] = {
+    "gemma2": {
+        "window": 9,
+        "attention_cap": 2.0,
+        "final_cap": 0.0,
+        "query_scalar": 13.0,
+        "rope_theta": 10_000.0,
+    },
+    "gemma3": {
+        "window": 9,
+        "full_attention_every": 2,
+        "window_rope_theta": 100.0,
+        "query_scalar": 13.0,
+    },
+}
 LLAMA_SCALING = RopeScaling(
     factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=64
 )
@@ -27,4 +43,4 @@ def small(family: str, **changes: Any) -> ModelConfig:
     }
     if family == "llama3":
         shape["rope_scaling"] = LLAMA_SCALING
-    return family_config(family, **{**shape, **changes})
+    return family_config(family, **{**shape, **OF_FAMILY.get(family, {}), **changes})

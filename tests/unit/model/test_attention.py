@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from megarlx.model.attention import attention
+from megarlx.model.attention_form import AttentionForm
 from megarlx.model.documents import Documents, padded_length
 from megarlx.model.kv_cache import CacheStep, KVCache
 
 SCALE = 0.37
+FORM = AttentionForm(SCALE)
 
 
 def masked_softmax(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
@@ -46,7 +48,7 @@ def test_packed_equals_masked_softmax_forward_and_backward(
     lengths: list[int], kv_heads: int
 ) -> None:
     inputs = random_qkv(sum(lengths), 4, kv_heads, torch.float64)
-    out = attention(*inputs, documents=Documents.of(lengths), scale=SCALE)
+    out = attention(*inputs, documents=Documents.of(lengths), form=FORM)
     expected = masked_softmax(*inputs, same_document_and_past(lengths))
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
     upstream = torch.randn_like(out)
@@ -59,7 +61,7 @@ def test_packed_equals_masked_softmax_forward_and_backward(
 def test_padded_offsets_of_a_micro_batch_are_empty_documents() -> None:
     offsets = torch.tensor([0, 5, 12, 12, 12], dtype=torch.int32)
     inputs = random_qkv(12, 4, 2, torch.float64)
-    out = attention(*inputs, documents=Documents(offsets, 12, 12), scale=SCALE)
+    out = attention(*inputs, documents=Documents(offsets, 12, 12), form=FORM)
     torch.testing.assert_close(out, masked_softmax(*inputs, same_document_and_past([5, 7])))
 
 
@@ -68,10 +70,10 @@ def test_no_document_feels_its_neighbour(changed: str) -> None:
     lengths = [9, 40, 9, 23]
     inputs = dict(zip("qkv", random_qkv(sum(lengths), 4, 2, torch.float32), strict=True))
     documents = Documents.of(lengths)
-    before = attention(**inputs, documents=documents, scale=SCALE)
+    before = attention(**inputs, documents=documents, form=FORM)
     inputs[changed] = inputs[changed].detach().clone()
     inputs[changed][9:49] = torch.nan
-    after = attention(**inputs, documents=documents, scale=SCALE)
+    after = attention(**inputs, documents=documents, form=FORM)
     assert torch.equal(before[:9], after[:9])
     assert torch.equal(before[49:], after[49:])
     assert not torch.equal(before[9:49], after[9:49])
@@ -80,10 +82,10 @@ def test_no_document_feels_its_neighbour(changed: str) -> None:
 def test_no_token_feels_its_future() -> None:
     q, k, v = random_qkv(50, 4, 2, torch.float32)
     documents = Documents.of([20, 30])
-    before = attention(q, k, v, documents=documents, scale=SCALE)
+    before = attention(q, k, v, documents=documents, form=FORM)
     k, v = k.detach().clone(), v.detach().clone()
     k[35:], v[35:] = 9.0, 9.0
-    after = attention(q, k, v, documents=documents, scale=SCALE)
+    after = attention(q, k, v, documents=documents, form=FORM)
     assert torch.equal(before[:35], after[:35])
     assert not torch.equal(before[35:], after[35:])
 
@@ -115,7 +117,7 @@ def test_cached_attention_is_bottom_right_aligned(lengths: list[int], slots: lis
         if isinstance(index, slice) and slots != [0, 1, 2]:
             continue
         step = CacheStep(cache, documents, index, torch.tensor(starts), span)
-        out = attention(q, k, v, documents=documents, scale=SCALE, cache=step.layer(1))
+        out = attention(q, k, v, documents=documents, form=FORM, cache=step.layer(1))
         begin = 0
         for slot, start, length in zip(slots, starts, lengths, strict=True):
             rows = slice(begin, begin + length)
@@ -135,7 +137,7 @@ def test_fresh_slots_take_the_packed_path_and_are_filled() -> None:
     documents = Documents.of(lengths)
     q, k, v = (x.detach() for x in random_qkv(14, 4, 2, torch.float64))
     step = CacheStep(cache, documents, slots, torch.zeros(2, dtype=torch.int64), 9, fresh=True)
-    out = attention(q, k, v, documents=documents, scale=SCALE, cache=step.layer(0))
+    out = attention(q, k, v, documents=documents, form=FORM, cache=step.layer(0))
     torch.testing.assert_close(out, masked_softmax(q, k, v, same_document_and_past(lengths)))
     assert torch.equal(cache.keys[0, 3, :5], k[:5])
     assert torch.equal(cache.values[0, 1, :9], v[5:])
@@ -145,7 +147,7 @@ def test_fresh_slots_take_the_packed_path_and_are_filled() -> None:
 def test_wrong_sizes_are_refused_with_the_numbers() -> None:
     q, k, v = random_qkv(8, 4, 2, torch.float32)
     with pytest.raises(ValueError, match="8 tokens, documents 9"):
-        attention(q, k, v, documents=Documents.of([9]), scale=SCALE)
+        attention(q, k, v, documents=Documents.of([9]), form=FORM)
     cache, _, _ = filled_cache([], [])
     with pytest.raises(ValueError, match="span is 301; allowed: 1 to 300"):
         CacheStep(cache, Documents.of([1]), slice(0, 1), torch.tensor([300]), 301)

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from megarlx.model import attention as paths
+from megarlx.model.attention_form import AttentionForm
 from megarlx.model.core_attention import CoreAttention
 from megarlx.model.documents import Documents, padded_length
 from megarlx.model.kv_cache import CacheStep, KVCache
 
 HEADS, KV_HEADS, DIM = 4, 2, 24
+FORM = AttentionForm(DIM**-0.5)
 LENGTHS = [130, 7, 63]
 
 
@@ -29,7 +31,9 @@ class Fused(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, **told: Any) -> Tensor:
         self.told = told
         documents = Documents(told["cu_seqlens_q"], told["max_seqlen_q"], len(q))
-        out = paths.attention(q, k, v, documents=documents, scale=self.made["softmax_scale"])
+        out = paths.attention(
+            q, k, v, documents=documents, form=AttentionForm(self.made["softmax_scale"])
+        )
         return out.flatten(1)  # as Transformer Engine returns it
 
 
@@ -53,10 +57,10 @@ def projections(tokens: int = sum(LENGTHS)) -> list[Tensor]:
 
 
 def test_cudnn_goes_through_transformer_engine_and_no_other_kernel_of_it(engine: None) -> None:
-    core = CoreAttention(HEADS, KV_HEADS, DIM, layer_number=3, kind="cudnn")
+    core = CoreAttention(HEADS, KV_HEADS, DIM, layer_number=3, form=FORM, kind="cudnn")
     documents, (q, k, v) = Documents.of(LENGTHS), projections()
     out = core(q, k, v, documents, None)
-    expected = paths.attention(q, k, v, documents=documents, scale=DIM**-0.5)
+    expected = paths.attention(q, k, v, documents=documents, form=FORM)
     assert out.shape == q.shape
     torch.testing.assert_close(out, expected)
     assert core.packed.packed.made["num_gqa_groups"] == KV_HEADS
@@ -68,7 +72,7 @@ def test_cudnn_goes_through_transformer_engine_and_no_other_kernel_of_it(engine:
 
 def test_few_bounds_are_told_to_cudnn_and_none_above_the_tokens(engine: None) -> None:
     """It plans for each anew."""
-    core = CoreAttention(HEADS, KV_HEADS, DIM, layer_number=1, kind="cudnn")
+    core = CoreAttention(HEADS, KV_HEADS, DIM, layer_number=1, form=FORM, kind="cudnn")
     told = set()
     for longest in range(100, 180):
         documents = Documents.of([longest, 100])
@@ -82,7 +86,7 @@ def test_few_bounds_are_told_to_cudnn_and_none_above_the_tokens(engine: None) ->
 
 
 def test_generation_goes_past_transformer_engine_since_it_owns_the_cache(engine: None) -> None:
-    core = CoreAttention(HEADS, KV_HEADS, DIM, layer_number=1, kind="cudnn")
+    core = CoreAttention(HEADS, KV_HEADS, DIM, layer_number=1, form=FORM, kind="cudnn")
     cache = KVCache.empty(1, 3, 16, KV_HEADS, DIM, dtype=torch.float32)
     step = CacheStep(cache, Documents.of([5, 4]), torch.tensor([2, 0]), torch.zeros(2).long(), 16)
     out = core(*projections(9), Documents.of([5, 4]), step.layer(0))
@@ -91,14 +95,14 @@ def test_generation_goes_past_transformer_engine_since_it_owns_the_cache(engine:
 
 
 def test_sdpa_asks_for_no_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[bool] = []
+    asked: list[str] = []
 
     def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        asked.append(options["use_flash"])
+        asked.append(options["kernel"])
         return q
 
     monkeypatch.setattr("megarlx.model.core_attention.attention", attention)
     for kind in ("auto", "flash", "sdpa"):
-        core = CoreAttention(HEADS, KV_HEADS, DIM, layer_number=1, kind=kind)  # type: ignore[arg-type]
+        core = CoreAttention(HEADS, KV_HEADS, DIM, layer_number=1, form=FORM, kind=kind)  # type: ignore[arg-type]
         core(*projections(), Documents.of(LENGTHS), None)
-    assert asked == [True, True, False]
+    assert asked == ["auto", "flash", "sdpa"]

@@ -39,6 +39,20 @@ def qwen3() -> ModelConfig:
     )
 
 
+def gemma3() -> ModelConfig:
+    return family_config(
+        "gemma3",
+        vocab_size=1000,
+        hidden_size=128,
+        layers=6,
+        heads=4,
+        kv_heads=2,
+        intermediate_size=384,
+        window=24,
+        full_attention_every=3,
+    )
+
+
 def seventy_billion() -> ModelConfig:
     return family_config(
         "olmo2",

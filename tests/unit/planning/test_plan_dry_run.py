@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from planned_jobs import llama3, olmo2, qwen3, seventy_billion
+from planned_jobs import gemma3, llama3, olmo2, qwen3, seventy_billion
 
 from megarlx.config.model import ModelConfig
 from megarlx.planning.dry_run import build, dry_run, fake_world
@@ -35,7 +35,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("model", [short(olmo2()), short(qwen3())], ids=["olmo2", "qwen3 tied"])
+@pytest.mark.parametrize(
+    "model",
+    [short(olmo2()), short(qwen3()), short(gemma3())],
+    ids=["olmo2", "qwen3 tied", "gemma3"],
+)
 def test_a_walked_step_sends_what_the_formula_says(
     model: ModelConfig, layout: dict[str, Any]
 ) -> None:

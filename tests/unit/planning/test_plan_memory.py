@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from planned_jobs import cpu_job, llama3, olmo2, seventy_billion
+from planned_jobs import cpu_job, gemma3, llama3, olmo2, seventy_billion
 
 from megarlx.comm.groups import Mesh
 from megarlx.generation.engine import Engine
@@ -32,6 +32,8 @@ MEASURED = {
         cpu_job(olmo2(), tp=2, sequence_parallel=True, recompute="selective"),
         1,
     ),
+    "windows and four norms": (cpu_job(gemma3()), 0),
+    "windows, layers computed again": (cpu_job(gemma3(), recompute="full", tp=2), 1),
     "first of two pipeline ranks": (
         cpu_job(llama3(), pp=2, sequences_per_step=16, sequence_length=64),
         0,

@@ -42,6 +42,32 @@ def test_two_seeds_give_numbers_verdicts_and_the_agreed_summary(
     assert len(found["results"]) == 8
 
 
+CLAIM = """
+from megarlx.report.claims import Finding
+
+
+def seeds(study):
+    return Finding("held" if len(study.seeds) == 2 else "not held", {"claim": "two <seeds>"})
+"""
+
+
+def test_a_claim_of_ones_own_is_judged_beside_ours(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.py").write_text(CLAIM)
+    name = f"{tmp_path / 'mine.py'}:seeds"
+    assert main(["report", str(root), "--claim", name, "--claim", "P3"]) == 0
+    assert "two <seeds>" in capsys.readouterr().out
+    found = json.loads((root / "report" / "summary.json").read_text())
+    assert {name: one["held"] for name, one in found["predicates"].items()} == {
+        name: True,
+        "P3": True,
+    }
+    assert "two &lt;seeds&gt;" in (root / "report" / "index.html").read_text()
+    assert main(["report", str(root), "--claim", "P99"]) == 1
+    assert "megarlx report: claim is 'P99'; allowed are" in capsys.readouterr().err
+
+
 def test_one_seed_prints_numbers_and_no_verdicts(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,10 +10,12 @@ Samples of one prompt all hold its keys and values in their slots, and read them
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from megarlx.config.families import PLAIN_LAYERS, listed
 from megarlx.generation.rows import Rows
 from megarlx.model import rope
 from megarlx.model.kv_cache import KVCache
@@ -22,22 +24,19 @@ from megarlx.model.transformer_layer import Layer
 from megarlx.ops.decode import PackedHead, PackedLayers, decode_step_, packed, packed_gate_up
 
 
-def can_decode_packed(stage: Stage) -> bool:
-    """Plain torch layers on a CPU in fp32 or fp64, all heads on this rank, at least one layer."""
-    some = next(stage.parameters())
-    plain = stage.backend.__name__.endswith("layers_torch")
-    native = some.device.type == "cpu" and some.dtype in (torch.float32, torch.float64)
-    return plain and native and stage.group.size == 1 and len(stage.layers) > 0
-
-
 class PackedDecoder:
-    """A stage's decode step; the interface of `StageDecoder`."""
+    """A decoder (interface.py)."""
+
+    implements: ClassVar[frozenset[str] | None] = PLAIN_LAYERS | listed(
+        Stage="device=cpu dtype=float32|float64 splits_heads=False"
+    )
+    pads: ClassVar[bool] = False
 
     def __init__(self, stage: Stage, cache: KVCache, most_rows: int) -> None:
         self.stage, self.cache, config = stage, cache, stage.config
         dtype = next(stage.parameters()).dtype
         places = torch.arange(cache.keys.shape[2])
-        cosines, sines = rope.rotation(places, stage.radians, dtype)
+        cosines, sines = rope.rotation(places, next(iter(stage.radians.values())), dtype)
         self.cosines, self.sines = cosines[:, 0].contiguous(), sines[:, 0].contiguous()
         attended = config.heads * config.head_dim
         a_row = 2 * config.hidden_size + 2 * attended + config.intermediate_size
@@ -79,7 +78,7 @@ class PackedDecoder:
             intermediate=config.intermediate_size,
             post=config.norm_position == "post",
             eps=config.norm_eps,
-            scale=config.head_dim**-0.5,
+            scale=config.query_scalar**-0.5,
             tokens=rows.tokens if first else None,
             embedding=self.stage.embedding.weight.detach() if first else None,
             head=self.head,
@@ -98,7 +97,7 @@ def packed_layers(layers: Sequence[Layer]) -> PackedLayers:
         return torch.stack([of(layer).detach() for layer in layers])
 
     some = layers[0].attention
-    normed = some.config.qk_norm != "none"
+    normed = some.qk_norm != "none"
     with torch.no_grad():
         return PackedLayers(
             qkv=stacked(lambda layer: packed(layer.attention.qkv.weight)),

@@ -1,6 +1,6 @@
 """One token a row through the layers of a stage on a CPU, on the live weights, a part at a time.
 
-For tensor parallelism, where ranks have to meet between the parts (packed_decode.py: alone).
+For tensor parallelism, where ranks have to meet between the parts (packed.py: alone).
 
 The model's own forward makes a tensor for everything it computes and serves packed documents; for
 one token a row that is most of the time. Here a layer is four matrix products into buffers kept
@@ -13,25 +13,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from megarlx.comm.collectives import all_reduce_
+from megarlx.config.families import PLAIN_LAYERS, listed
 from megarlx.generation.rows import Rows
 from megarlx.model import rope
 from megarlx.model.kv_cache import KVCache
-from megarlx.model.metadata import kv_copies
 from megarlx.model.transformer import Stage
 from megarlx.model.transformer_layer import Layer
 from megarlx.ops.decode import decode_attention_, decode_norm_, decode_swiglu_
-
-
-def can_decode_fused(stage: Stage) -> bool:
-    """Plain torch layers on a CPU in fp32 or fp64; everything else decodes through `Stage`."""
-    some = next(stage.parameters())
-    plain = stage.backend.__name__.endswith("layers_torch")
-    return plain and some.device.type == "cpu" and some.dtype in (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -53,7 +47,7 @@ class _Layer:
     @staticmethod
     def of(layer: Layer, cache: KVCache, index: int) -> _Layer:
         attention, mlp = layer.attention, layer.mlp
-        normed = attention.config.qk_norm != "none"
+        normed = attention.qk_norm != "none"
         return _Layer(
             attention.qkv.weight.detach().t(),
             attention.qkv.bias.detach() if attention.qkv.bias is not None else None,
@@ -70,19 +64,29 @@ class _Layer:
 
 
 class FusedDecoder:
-    """A stage's decode step. Weights are read where training writes them, so nothing is copied."""
+    """A decoder (interface.py). Weights are read where training writes them: nothing is copied."""
+
+    implements: ClassVar[frozenset[str] | None] = PLAIN_LAYERS | listed(
+        Stage="device=cpu dtype=float32|float64 splits_heads=True sequence_parallel=True",
+        Attention="spans_ranks=True",
+        ColumnLinear="sequence_parallel=True",
+        RowLinear="sequence_parallel=True",
+        RMSNorm="sequence_parallel=True",
+        VocabEmbedding="sequence_parallel=True",
+    )
+    pads: ClassVar[bool] = True
 
     def __init__(self, stage: Stage, cache: KVCache, most_rows: int) -> None:
         self.stage, self.config, self.group = stage, stage.config, stage.group
         some = next(stage.parameters())
         self.dtype = some.dtype
         places = torch.arange(cache.keys.shape[2])
-        cosines, sines = rope.rotation(places, stage.radians, some.dtype)
+        cosines, sines = rope.rotation(places, next(iter(stage.radians.values())), some.dtype)
         self.cosines, self.sines = cosines[:, 0].contiguous(), sines[:, 0].contiguous()
         self.cache = cache
         self.begin()
         config, tp = self.config, self.group.size
-        self.scale = config.head_dim**-0.5
+        self.scale = config.query_scalar**-0.5
         heads, kv_heads = config.heads // tp, cache.keys.shape[3]
         widths = {
             "x": config.hidden_size,
@@ -192,5 +196,5 @@ class FusedDecoder:
         sums = torch.stack((qkv[:, :q].square().sum(1), qkv[:, q : q + kv].square().sum(1)), 1)
         all_reduce_(sums, self.group)
         sums[:, 0] /= config.heads * config.head_dim
-        sums[:, 1] /= config.kv_heads * kv_copies(config, tp) * config.head_dim
+        sums[:, 1] /= config.kv_heads * config.kv_copies(tp) * config.head_dim
         return sums.add_(config.norm_eps).rsqrt_()

@@ -1,4 +1,4 @@
-"""One token a row through `Stage.forward` and its cache: CUDA, bf16 and Transformer Engine.
+"""One token a row through `Stage.forward` and its cache: whatever its layers are, on any device.
 
 On CUDA the step is captured once for each width as a graph: all that changes between steps lies in
 tensors that the graph reads, flash-attn takes the lengths of the slots from the device, and one
@@ -10,6 +10,7 @@ Letters: W rows of the step.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +22,10 @@ from megarlx.model.transformer import Stage
 
 
 class StageDecoder:
-    """The interface of `FusedDecoder`, over the model's own layers."""
+    """A decoder (interface.py) over the model's own layers."""
+
+    implements: ClassVar[frozenset[str] | None] = None
+    pads: ClassVar[bool] = True
 
     def __init__(self, stage: Stage, cache: KVCache, most_rows: int) -> None:
         self.stage, self.cache = stage, cache
