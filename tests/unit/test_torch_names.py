@@ -44,6 +44,7 @@ ALLOWED_BASES = {
     ("tests/unit/generation/test_fused_decode.py", f"{DISPATCH}.TorchDispatchMode"): "as above",
     ("tests/unit/host_waits/watch.py", f"{DISPATCH}.TorchDispatchMode"): "as above",
     ("tests/unit/model/test_attention_backends.py", f"{DISPATCH}.TorchDispatchMode"): "as above",
+    ("tests/unit/model/test_attention_backends.py", "torch.Tensor"): "one that says it is on CUDA",
     ("tests/unit/ops/test_loss_seam.py", "torch.overrides.TorchFunctionMode"): "documented",
 }
 DERIVED = {"torch.nn.Module", "torch.autograd.Function"}
