@@ -6,6 +6,8 @@ that is measured, and the row says so by its ratio.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from timing import row
 
@@ -35,13 +37,17 @@ def calls(context: Context, rows: int) -> dict[str, tuple[Call, int]]:
     slots = torch.arange(rows, device=device)
     positions, turn = torch.full_like(slots, places // 2), drawn(places, dim // 2)
     lse = torch.randn(rows, heads, device=device)
-    named = {"q_weight": weight, "k_weight": weight, "eps": c.norm_eps}
     state = StepState.empty(rows, 4, device)
     drawn_tokens, ends = torch.ones_like(slots), torch.zeros_like(slots[:1])
     number = x.element_size() * rows
 
     def heads_(_: int) -> None:
-        decode_heads_(qkv, keys, values, slots, positions, turn, turn, q, **named)
+        decode_heads_(
+            *(qkv, keys, values, slots, positions, turn, turn, q),
+            q_weight=weight,
+            k_weight=weight,
+            eps=c.norm_eps,
+        )
 
     def advance_(_: int) -> None:
         logprob = lse.view(-1)[:rows]
@@ -63,6 +69,10 @@ def calls(context: Context, rows: int) -> dict[str, tuple[Call, int]]:
     }
 
 
+def _copy(target: torch.Tensor, source: torch.Tensor, _: int) -> None:
+    target.copy_(source)
+
+
 def measured(context: Context) -> Result:
     found = []
     for rows in context.either((1, 256), (2,)):
@@ -72,7 +82,7 @@ def measured(context: Context) -> Result:
             source = torch.empty(moved // 2, dtype=torch.uint8, device=context.device)
             target = torch.empty_like(source)
             functions[name] = call
-            functions[f"copy of {name}"] = lambda _, s=source, t=target: t.copy_(s)
+            functions[f"copy of {name}"] = partial(_copy, target, source)
         seconds = interleaved(functions, context.device, rounds=5, budget_seconds=3)
         for name, (_, moved) in made.items():
             ours, copied = (1e6 * seconds[key] for key in (name, f"copy of {name}"))

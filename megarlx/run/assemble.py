@@ -25,7 +25,7 @@ from megarlx.objectives.supervised import Supervised
 from megarlx.run.choose import choose
 from megarlx.run.directory import RunDirectory, RunError
 from megarlx.run.made import made_for, write_data
-from megarlx.run.objectives import ObjectiveMaker
+from megarlx.run.make_objectives import ObjectiveMaker
 from megarlx.run.tokenizer import load_tokenizer_of
 from megarlx.training.learning_rate import learning_rate
 from megarlx.training.parts import UpdateSettings

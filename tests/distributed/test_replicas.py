@@ -28,7 +28,7 @@ from megarlx.comm.groups import Mesh
 from megarlx.data.loader import BatchLayout, Loader
 from megarlx.data.samples import Sample
 from megarlx.model.build import build_model
-from megarlx.objectives.rl import Reinforcement
+from megarlx.objectives.policy import Reinforcement
 from megarlx.objectives.supervised import Supervised
 from megarlx.training.parts import UpdateSettings
 from megarlx.training.shares import Adaptation, Course, Shares

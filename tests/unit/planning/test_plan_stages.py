@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from megarlx.cli import main
+from megarlx.comm.hardware import GPUS
 from megarlx.config import load_config
 from megarlx.generation.engine import Engine
 from megarlx.planning.dry_run import build, dry_run, fake_world, trainer_of
-from megarlx.planning.hardware import GPUS
 from megarlx.planning.memory import optimizer_bytes, rank_memory, worst_rank
 from megarlx.planning.report import compare, differing
 from megarlx.planning.stages import job_of_stage

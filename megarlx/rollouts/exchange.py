@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megarlx.comm.collectives import all_gather
 from megarlx.comm.groups import Group
-from megarlx.objectives.policy_loss import Completions
+from megarlx.rollouts.completions import Completions
 
 OF_SEQUENCES = ("lengths", "truncated")
 

@@ -19,23 +19,17 @@ from megarlx.config.objectives import RL, RlConfig
 from megarlx.config.policy import PolicyConfig
 from megarlx.data.order import key_of, shuffled
 from megarlx.model.build import ParallelModel
-from megarlx.objectives.advantages import compares_turns, sample_advantages
 from megarlx.objectives.interface import Batch, Objective
-from megarlx.objectives.json_tensors import from_json, to_json
 from megarlx.objectives.logprobs import layout_for, training_logprobs
 from megarlx.objectives.losses import loss_spec, try_loss
 from megarlx.objectives.packing import Layout, policy_batch
-from megarlx.objectives.policy_loss import (
-    Completions,
-    gap_sums,
-    log_ratios,
-    places_of,
-    policy_fields,
-    select,
-)
+from megarlx.objectives.policy_loss import gap_sums, log_ratios, policy_fields
 from megarlx.objectives.reference import frozen_copy, weights_in_place
-from megarlx.objectives.rollout import Rollout, RolloutSource
 from megarlx.ops import Head, LossInputs, TokenLoss
+from megarlx.rollouts.advantages import compares_turns, sample_advantages
+from megarlx.rollouts.completions import Completions, places_of, select
+from megarlx.rollouts.json_tensors import from_json, to_json
+from megarlx.rollouts.rollout import Rollout, RolloutSource
 
 KeepSamples = Callable[[int, list[dict[str, Any]]], bool]  # rollout's number, examples: kept?
 
