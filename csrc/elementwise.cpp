@@ -401,9 +401,9 @@ std::tuple<Tensor, Tensor, Tensor> heads_backward(
                 "false where there are no weights");
   const std::int64_t q_width = with_weights ? norm_width(args, args.heads) : 0;
   const std::int64_t k_width = with_weights ? norm_width(args, args.kv_heads) : 0;
-  const std::int64_t q_blocks = blocks_on(qkv, args.tokens), k_blocks = q_blocks;
+  const std::int64_t blocks = blocks_on(qkv, args.tokens);
   Tensor grad_qkv = at::empty(qkv.sizes(), qkv.options());
-  Tensor weight_sums = at::empty({q_blocks * (q_width + k_width)}, precision_of(qkv));
+  Tensor weight_sums = at::empty({blocks * (q_width + k_width)}, precision_of(qkv));
   args.grad_v = data(upstream_v);
   args.inverse = const_cast<void*>(data(inverses));
   args.grad_qkv = written(grad_qkv);

@@ -1,4 +1,4 @@
-"""Every data-parallel rank's samples on all of them, so that they can be dealt out evenly.
+"""All-gathers samples over the data-parallel group, so that packing can balance them.
 
 Samples are short beside activations: a thousand of a thousand tokens are 40 MB with all fields.
 """

@@ -191,14 +191,14 @@ def _check_alike(choices: Mapping[str, Choice], mesh: Mesh) -> None:
 def training_stage(config: StageConfig, objectives: ObjectiveMaker) -> TrainingStage:
     members = []
     for name, one in config.objectives.items():
-        rate = learning_rate(one, one.course_steps or config.times.steps_of(name))
+        rate = learning_rate(one, one.schedule_steps or config.times.steps_of(name))
         members.append(
             TrainedObjective(
                 objectives[name],
                 UpdateSettings.of(one),
                 rate,
                 turns=one.turns,
-                goes_on=one.goes_on,
+                inherit=one.inherit,
             )
         )
     courses = {

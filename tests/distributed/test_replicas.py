@@ -85,7 +85,7 @@ def stages_of(kind: str, mesh: Mesh) -> list[TrainingStage]:
         return [average]
     a, b = members["a"], members["b"]
     going_on = [
-        TrainedObjective(o.objective, o.settings, o.learning_rate, goes_on=True) for o in (b, a)
+        TrainedObjective(o.objective, o.settings, o.learning_rate, inherit=True) for o in (b, a)
     ]
     return [
         TrainingStage([a], steps=2, combine="single"),

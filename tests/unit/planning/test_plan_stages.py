@@ -89,7 +89,7 @@ combine = "alternate"
 [stages.objectives.rl]
 lr = 1e-5
 turns = 2
-goes_on = true
+inherit = true
 [stages.objectives.sft]
 lr = 1e-5
 """
