@@ -13,8 +13,8 @@ from pathlib import Path
 from timing import add_outputs
 
 from megarlx.comm.groups import Layout
-from megarlx.model.communication import StepShape, bytes_per_step
 from megarlx.parallel.pipeline_plan import PipelinePlan
+from megarlx.planning.communication import StepShape, bytes_per_step
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "distributed"))
@@ -95,7 +95,7 @@ def table(rows: list[dict]) -> str:
         f"{config.hidden_size}, {config.heads} heads, {config.kv_heads} key heads), {SEQUENCES} "
         f"sequences of {LENGTH} tokens in 4 micro-batches (split over the data-parallel ranks), "
         "fp32, gloo. Counted where messages are sent (`megarlx/comm/collectives.py`, and the "
-        "pipeline's sends); the formula is `megarlx/model/communication.py`. Both use the ring "
+        "pipeline's sends); the formula is `megarlx/planning/communication.py`. Both use the ring "
         "model stated in `megarlx/comm/groups.py`: the payload, not a backend's packets.",
         "",
         "| layout | rank | axis | counted bytes | formula bytes | equal |",

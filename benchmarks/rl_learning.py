@@ -33,12 +33,12 @@ from megarlx.data.tokenizer import WordTokenizer
 from megarlx.generation.engine import Engine
 from megarlx.generation.requests import SamplingSettings
 from megarlx.model.build import ParallelModel, build_model
-from megarlx.objectives.player import Player, Start
-from megarlx.objectives.question_game import QuestionGame
-from megarlx.objectives.rewards import Rewards
-from megarlx.objectives.rl import Reinforcement
-from megarlx.objectives.rollout import Sampler
+from megarlx.objectives.policy import Reinforcement
 from megarlx.objectives.supervised import Supervised
+from megarlx.rollouts.player import Player, Start
+from megarlx.rollouts.question_game import QuestionGame
+from megarlx.rollouts.rewards.rewards import Rewards
+from megarlx.rollouts.rollout import Sampler
 from megarlx.training.parts import UpdateSettings
 from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage
 

@@ -1,5 +1,5 @@
-// The steps of cached decoding between its matrix products, in place and into given buffers. CPU
-// only: on CUDA the whole step is a graph over the model's own layers and flash-attn.
+// Attention of cached decoding, and its whole step, in place and into given buffers. CPU only: on
+// CUDA attention is flash-attn's. What both have is in decode_parts.cpp.
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
@@ -104,45 +104,6 @@ void decode_attention_(const Tensor& qkv, Tensor keys, Tensor values, const Tens
                    [&](std::int64_t begin, std::int64_t end) {
                      cpu_kernels().decode_attention(args, begin, end);
                    });
-}
-
-void decode_norm_(Tensor x, const std::optional<Tensor>& y, const Tensor& weight, double eps,
-                  const std::optional<Tensor>& out) {
-  const char* op = "decode_norm_";
-  MEGARLX_CHECK(op, x.dim() == 2, "x", c10::str("of shape ", x.sizes()), "[rows, width]");
-  DecodeNormArgs args = {};
-  args.dtype = checked_dtype(op, x);
-  check(op, "x", x, x, x.sizes());
-  check(op, "weight", weight, x, {x.size(1)});
-  MEGARLX_CHECK(op, x.size(1) > 0, "x", c10::str("of shape ", x.sizes()), "a width above 0");
-  if (y) check(op, "y", *y, x, x.sizes());
-  if (out) check(op, "out", *out, x, x.sizes());
-  MEGARLX_CHECK(op, y || out, "y", "missing", "a tensor where out is not given");
-  args.x = x.mutable_data_ptr();
-  args.y = y ? y->const_data_ptr() : nullptr;
-  args.weight = weight.const_data_ptr();
-  args.out = out ? out->mutable_data_ptr() : nullptr;
-  args.eps = eps;
-  args.width = x.size(1);
-  at::parallel_for(
-      0, x.size(0), std::max<std::int64_t>(1, kGrain / (x.size(1) + 1)),
-      [&](std::int64_t begin, std::int64_t end) { cpu_kernels().decode_norm(args, begin, end); });
-}
-
-void decode_swiglu_(const Tensor& gate_up, Tensor out) {
-  const char* op = "decode_swiglu_";
-  MEGARLX_CHECK(op, out.dim() == 2, "out", c10::str("of shape ", out.sizes()), "[rows, width]");
-  DecodeSwigluArgs args = {};
-  args.dtype = checked_dtype(op, gate_up);
-  check(op, "out", out, gate_up, out.sizes());
-  MEGARLX_CHECK(op, out.size(1) > 0, "out", c10::str("of shape ", out.sizes()), "a width above 0");
-  check(op, "gate_up", gate_up, gate_up, {out.size(0), 2 * out.size(1)});
-  args.gate_up = gate_up.const_data_ptr();
-  args.out = out.mutable_data_ptr();
-  args.width = out.size(1);
-  at::parallel_for(
-      0, out.size(0), std::max<std::int64_t>(1, kGrain / (4 * out.size(1) + 1)),
-      [&](std::int64_t begin, std::int64_t end) { cpu_kernels().decode_swiglu(args, begin, end); });
 }
 
 // So many rows a thread make its products as fast as they get: then a thread takes its rows through
@@ -337,8 +298,6 @@ void decode_step_(Tensor x, const std::optional<Tensor>& tokens,
 TORCH_LIBRARY_IMPL(megarlx, CPU, m) {
   m.impl("decode_step_", decode_step_);
   m.impl("decode_attention_", decode_attention_);
-  m.impl("decode_norm_", decode_norm_);
-  m.impl("decode_swiglu_", decode_swiglu_);
 }
 
 }  // namespace megarlx

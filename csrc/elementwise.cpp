@@ -1,6 +1,5 @@
 // Bindings of the elementwise parts of a layer: checks, allocation, then the CPU kernels over
-// threads. There is no CUDA kernel: there the framework's own are used
-// (megarlx/ops/elementwise.py).
+// threads or the CUDA ones, which take bfloat16 too.
 #include "math/elementwise.h"
 
 #include <ATen/Parallel.h>
@@ -11,6 +10,10 @@
 #include <string>
 
 #include "dispatch.h"
+#ifdef MEGARLX_CUDA
+#include "cuda/launchers.h"
+#include "cuda/stream.h"
+#endif
 
 namespace megarlx {
 namespace {
@@ -24,19 +27,33 @@ constexpr std::int64_t kGrain = 1 << 14;  // elements for which another thread i
 
 Dtype read_dtype(const char* op, const char* name, const Tensor& tensor) {
   const auto dtype = tensor.scalar_type();
-  MEGARLX_CHECK(op, dtype == at::kFloat || dtype == at::kDouble, std::string(name) + "'s dtype",
-                dtype, "float32, float64");
-  return dtype == at::kDouble ? Dtype::kFloat64 : Dtype::kFloat32;
+  const bool narrow = dtype == at::kBFloat16 && !tensor.is_cpu();
+  MEGARLX_CHECK(op, dtype == at::kFloat || dtype == at::kDouble || narrow,
+                std::string(name) + "'s dtype", dtype,
+                "float32, float64, and on CUDA bfloat16");
+  return narrow ? Dtype::kBFloat16 : dtype == at::kDouble ? Dtype::kFloat64 : Dtype::kFloat32;
 }
 
-// Of this shape, in the dtype of `like`; made contiguous where it is not.
-Tensor read(const char* op, const char* name, const Tensor& tensor, at::IntArrayRef shape,
-            const Tensor& like) {
+// What norms, their sums and the gradients of their weights are computed and kept in.
+at::TensorOptions precision_of(const Tensor& like) {
+  return like.options().dtype(like.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+}
+
+// Of this shape and type, where `like` is; made contiguous where it is not.
+Tensor read_as(const char* op, const char* name, const Tensor& tensor, at::IntArrayRef shape,
+               const at::TensorOptions& like) {
   const std::string argument(name);
-  MEGARLX_CHECK(op, tensor.scalar_type() == like.scalar_type(), argument + "'s dtype",
-                tensor.scalar_type(), like.scalar_type());
+  MEGARLX_CHECK(op, tensor.dtype() == like.dtype(), argument + "'s dtype", tensor.scalar_type(),
+                c10::typeMetaToScalarType(like.dtype()));
+  MEGARLX_CHECK(op, tensor.device() == like.device(), argument + "'s device", tensor.device(),
+                like.device());
   MEGARLX_CHECK(op, tensor.sizes() == shape, argument + "'s shape", tensor.sizes(), shape);
   return tensor.contiguous();
+}
+
+Tensor read(const char* op, const char* name, const Tensor& tensor, at::IntArrayRef shape,
+            const Tensor& like) {
+  return read_as(op, name, tensor, shape, like.options());
 }
 
 // A matrix whose rows may stand apart.
@@ -51,19 +68,47 @@ void over_rows(std::int64_t rows, std::int64_t width,
                    kernel);
 }
 
-Tensor weight_sums(std::int64_t rows, std::int64_t width, const Tensor& like, bool wanted) {
-  return at::empty({wanted ? blocks_of(rows) : 0, width}, like.options());
+// How many blocks sum the gradient of a norm's weight over so many rows.
+std::int64_t blocks_on(const Tensor& like, std::int64_t rows) {
+#ifdef MEGARLX_CUDA
+  if (!like.is_cpu()) return cuda::norm_blocks(rows);
+#endif
+  return blocks_of(rows);
 }
 
-// The sums of all blocks, added in their order.
-Tensor finish(const Tensor& sums, const Tensor& like, bool wanted) {
-  if (!wanted) return at::empty({0}, sums.options());
-  Tensor out = at::empty({sums.size(1)}, sums.options());
-  const Dtype dtype = like.scalar_type() == at::kDouble ? Dtype::kFloat64 : Dtype::kFloat32;
-  cpu_kernels().sum_blocks(dtype, sums.const_data_ptr(), sums.size(0), sums.size(1),
-                           out.mutable_data_ptr());
+// The sums of all blocks, added in their order: [blocks, width] to [width].
+Tensor summed(const Tensor& sums, std::int64_t width) {
+  Tensor out = at::empty({width}, sums.options());
+  const Dtype dtype = sums.scalar_type() == at::kDouble ? Dtype::kFloat64 : Dtype::kFloat32;
+  const std::int64_t blocks = width == 0 ? 0 : sums.numel() / width;
+#ifdef MEGARLX_CUDA
+  if (!sums.is_cpu()) {
+    const cuda::OnDevice device(sums.device());
+    cuda::sum_blocks(dtype, sums.const_data_ptr(), blocks, width, out.mutable_data_ptr(),
+                     device.stream());
+    device.check("sum_blocks");
+    return out;
+  }
+#endif
+  cpu_kernels().sum_blocks(dtype, sums.const_data_ptr(), blocks, width, out.mutable_data_ptr());
   return out;
 }
+
+#ifdef MEGARLX_CUDA
+template <typename Args>
+void launch(const char* op, const Tensor& like, const Args& args,
+            void (*launcher)(const Args&, cudaStream_t)) {
+  const cuda::OnDevice device(like.device());
+  launcher(args, device.stream());
+  device.check(op);
+}
+#define MEGARLX_LAUNCH(op, like, args, name) \
+  if (!like.is_cpu()) return launch(op, like, args, cuda::name)
+#else
+#define MEGARLX_LAUNCH(op, like, args, name)                                          \
+  MEGARLX_CHECK(op, like.is_cpu(), "the inputs' device", like.device(),               \
+                "cpu (this build has no CUDA)")
+#endif
 
 void* written(Tensor& tensor) { return tensor.mutable_data_ptr(); }
 const void* data(const Tensor& tensor) { return tensor.const_data_ptr(); }
@@ -78,6 +123,13 @@ RmsNormArgs read_norm(const char* op, const Tensor& x) {
   return args;
 }
 
+void compute(const char* op, const Tensor& like, const RmsNormArgs& args) {
+  MEGARLX_LAUNCH(op, like, args, rms_norm);
+  over_rows(args.rows, args.width, [&](std::int64_t begin, std::int64_t end) {
+    cpu_kernels().rms_norm(args, begin, end);
+  });
+}
+
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps,
                                     const OptionalTensor& residual) {
   const char* op = "rms_norm";
@@ -86,17 +138,23 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
   const Tensor x_rows = x.contiguous(), weights = read(op, "weight", weight, {args.width}, x);
   const Tensor added =
       residual.has_value() ? read(op, "residual", *residual, x.sizes(), x) : Tensor();
-  Tensor y = at::empty(x.sizes(), x.options()), inverse = at::empty({args.rows}, x.options());
+  Tensor y = at::empty(x.sizes(), x.options()), inverse = at::empty({args.rows}, precision_of(x));
   args.eps = eps;
   args.x = data(x_rows);
   args.weight = data(weights);
   args.residual = added.defined() ? data(added) : nullptr;
   args.y = written(y);
   args.inverse = written(inverse);
-  over_rows(args.rows, args.width, [&](std::int64_t begin, std::int64_t end) {
-    cpu_kernels().rms_norm(args, begin, end);
-  });
+  compute(op, x, args);
   return {y, inverse};
+}
+
+void compute_backward(const char* op, const Tensor& like, const RmsNormArgs& args) {
+  MEGARLX_LAUNCH(op, like, args, rms_norm_backward);
+  over_rows(blocks_of(args.rows), args.width * kRowsPerBlock,
+            [&](std::int64_t begin, std::int64_t end) {
+              cpu_kernels().rms_norm_backward(args, begin, end);
+            });
 }
 
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x,
@@ -106,20 +164,18 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x
   RmsNormArgs args = read_norm(op, x);
   const Tensor x_rows = x.contiguous(), weights = read(op, "weight", weight, {args.width}, x);
   const Tensor upstream = read(op, "grad", grad, x.sizes(), x);
-  Tensor inverses = read(op, "inverse", inverse, {args.rows}, x);
+  Tensor inverses = read_as(op, "inverse", inverse, {args.rows}, precision_of(x));
   Tensor grad_x = at::empty(x.sizes(), x.options());
-  Tensor sums = weight_sums(args.rows, args.width, x, with_weight);
+  const std::int64_t summed_width = with_weight ? args.width : 0;
+  Tensor sums = at::empty({blocks_on(x, args.rows), summed_width}, precision_of(x));
   args.x = data(x_rows);
   args.weight = data(weights);
   args.inverse = const_cast<void*>(data(inverses));
   args.grad = data(upstream);
   args.grad_x = written(grad_x);
   args.weight_sums = with_weight ? written(sums) : nullptr;
-  over_rows(blocks_of(args.rows), args.width * kRowsPerBlock,
-            [&](std::int64_t begin, std::int64_t end) {
-              cpu_kernels().rms_norm_backward(args, begin, end);
-            });
-  return {grad_x, finish(sums, x, with_weight)};
+  compute_backward(op, x, args);
+  return {grad_x, summed(sums, summed_width)};
 }
 
 SwiGluArgs read_swiglu(const char* op, const Tensor& gate_up) {
@@ -132,6 +188,12 @@ SwiGluArgs read_swiglu(const char* op, const Tensor& gate_up) {
   return args;
 }
 
+void compute(const char* op, const Tensor& like, const SwiGluArgs& args) {
+  MEGARLX_LAUNCH(op, like, args, swiglu);
+  over_rows(args.rows, args.width,
+            [&](std::int64_t begin, std::int64_t end) { cpu_kernels().swiglu(args, begin, end); });
+}
+
 Tensor swiglu(const Tensor& gate_up) {
   SwiGluArgs args = read_swiglu("swiglu", gate_up);
   const Tensor halves = rows_of(gate_up);
@@ -139,9 +201,15 @@ Tensor swiglu(const Tensor& gate_up) {
   args.gate_up = data(halves);
   args.gate_up_stride = halves.stride(0);
   args.out = written(out);
-  over_rows(args.rows, args.width,
-            [&](std::int64_t begin, std::int64_t end) { cpu_kernels().swiglu(args, begin, end); });
+  compute("swiglu", gate_up, args);
   return out;
+}
+
+void compute_backward(const char* op, const Tensor& like, const SwiGluArgs& args) {
+  MEGARLX_LAUNCH(op, like, args, swiglu_backward);
+  over_rows(args.rows, args.width, [&](std::int64_t begin, std::int64_t end) {
+    cpu_kernels().swiglu_backward(args, begin, end);
+  });
 }
 
 Tensor swiglu_backward(const Tensor& grad, const Tensor& gate_up) {
@@ -154,22 +222,18 @@ Tensor swiglu_backward(const Tensor& grad, const Tensor& gate_up) {
   args.gate_up_stride = halves.stride(0);
   args.grad = data(upstream);
   args.grad_gate_up = written(out);
-  over_rows(args.rows, args.width, [&](std::int64_t begin, std::int64_t end) {
-    cpu_kernels().swiglu_backward(args, begin, end);
-  });
+  compute_backward(op, gate_up, args);
   return out;
 }
 
 // Tensors made contiguous that must live as long as the kernel runs.
 struct HeadsInputs {
   HeadsArgs args{};
-  Tensor qkv, q_weight, k_weight, cos, sin;
+  Tensor qkv, q_weight, k_weight, cos, sin, sums, grad_q, grad_k;
 };
 
-HeadsInputs read_heads(const char* op, const Tensor& qkv, const OptionalTensor& q_weight,
-                       const OptionalTensor& k_weight, const Tensor& cos, const Tensor& sin,
-                       std::int64_t heads, std::int64_t kv_heads) {
-  HeadsInputs in;
+void read_projection(const char* op, const Tensor& qkv, std::int64_t heads, std::int64_t kv_heads,
+                     HeadsInputs& in) {
   HeadsArgs& args = in.args;
   args.dtype = read_dtype(op, "qkv", qkv);
   MEGARLX_CHECK(op, heads > 0 && heads <= kMostHeads, "heads", heads, kHeads);
@@ -182,55 +246,63 @@ HeadsInputs read_heads(const char* op, const Tensor& qkv, const OptionalTensor& 
   args.heads = heads;
   args.kv_heads = kv_heads;
   args.head_dim = qkv.size(1) / all;
+  args.ranks = 1;
   in.qkv = rows_of(qkv);
   args.qkv = data(in.qkv);
   args.qkv_stride = in.qkv.stride(0);
+}
+
+void read_turn(const char* op, const Tensor& qkv, const Tensor& cos, const Tensor& sin,
+               HeadsInputs& in) {
+  HeadsArgs& args = in.args;
   in.cos = read(op, "cos", cos, {args.tokens, 1, args.head_dim / 2}, qkv);
   in.sin = read(op, "sin", sin, {args.tokens, 1, args.head_dim / 2}, qkv);
   args.cos = data(in.cos);
   args.sin = data(in.sin);
+}
+
+void read_weights(const char* op, const Tensor& qkv, const OptionalTensor& q_weight,
+                  const OptionalTensor& k_weight, HeadsInputs& in) {
+  HeadsArgs& args = in.args;
   MEGARLX_CHECK(op, q_weight.has_value() == k_weight.has_value(), "k_weight",
                 k_weight.has_value() ? "given" : "missing", "given exactly when q_weight is");
-  if (q_weight.has_value()) {
-    // one head is both: its norm is then the same either way
-    const bool full =
-        q_weight->numel() == heads * args.head_dim && k_weight->numel() == kv_heads * args.head_dim;
-    args.norm = full ? HeadNorm::kFull : HeadNorm::kPerHead;
-    in.q_weight = read(op, "q_weight", *q_weight, {norm_width(args, heads)}, qkv);
-    in.k_weight = read(op, "k_weight", *k_weight, {norm_width(args, kv_heads)}, qkv);
-    args.q_weight = data(in.q_weight);
-    args.k_weight = data(in.k_weight);
-  }
+  if (!q_weight.has_value()) return;
+  // one head is both: its norm is then the same either way
+  const bool full = q_weight->numel() == args.heads * args.head_dim &&
+                    k_weight->numel() == args.kv_heads * args.head_dim;
+  args.norm = full ? HeadNorm::kFull : HeadNorm::kPerHead;
+  in.q_weight = read(op, "q_weight", *q_weight, {norm_width(args, args.heads)}, qkv);
+  in.k_weight = read(op, "k_weight", *k_weight, {norm_width(args, args.kv_heads)}, qkv);
+  args.q_weight = data(in.q_weight);
+  args.k_weight = data(in.k_weight);
+}
+
+void read_sums(const char* op, const Tensor& qkv, const OptionalTensor& sums, std::int64_t ranks,
+               HeadsInputs& in) {
+  HeadsArgs& args = in.args;
+  MEGARLX_CHECK(op, ranks > 0, "ranks", ranks, "an integer > 0");
+  args.ranks = ranks;
+  if (!sums.has_value()) return;
+  MEGARLX_CHECK(op, args.norm == HeadNorm::kFull, "sums", "given",
+                "none where no norm spans the heads");
+  in.sums = read_as(op, "sums", *sums, {args.tokens, 2}, precision_of(qkv));
+  args.sums = data(in.sums);
+}
+
+HeadsInputs read_heads(const char* op, const Tensor& qkv, const OptionalTensor& q_weight,
+                       const OptionalTensor& k_weight, const Tensor& cos, const Tensor& sin,
+                       std::int64_t heads, std::int64_t kv_heads) {
+  HeadsInputs in;
+  read_projection(op, qkv, heads, kv_heads, in);
+  read_turn(op, qkv, cos, sin, in);
+  read_weights(op, qkv, q_weight, k_weight, in);
   return in;
 }
 
-std::tuple<Tensor, Tensor, Tensor> heads_forward(const Tensor& qkv, const OptionalTensor& q_weight,
-                                                 const OptionalTensor& k_weight, const Tensor& cos,
-                                                 const Tensor& sin, std::int64_t heads,
-                                                 std::int64_t kv_heads, double eps) {
-  const char* op = "_heads";
-  HeadsInputs in = read_heads(op, qkv, q_weight, k_weight, cos, sin, heads, kv_heads);
-  HeadsArgs& args = in.args;
-  MEGARLX_CHECK(op, eps >= 0, "eps", eps, "a number >= 0");
-  args.eps = eps;
-  Tensor q = at::empty({args.tokens, heads, args.head_dim}, qkv.options());
-  Tensor k = at::empty({args.tokens, kv_heads, args.head_dim}, qkv.options());
-  Tensor inverse = at::empty({args.tokens, norms_of_token(args)}, qkv.options());
-  args.q = written(q);
-  args.k = written(k);
-  args.inverse = written(inverse);
-  over_rows(args.tokens, (heads + kv_heads) * args.head_dim,
-            [&](std::int64_t begin, std::int64_t end) { cpu_kernels().heads(args, begin, end); });
-  return {q, k, inverse};
-}
-
-std::tuple<Tensor, Tensor, Tensor> heads_backward(const Tensor& grad_q, const Tensor& grad_k,
-                                                  const Tensor& grad_v, const Tensor& qkv,
-                                                  const OptionalTensor& q_weight,
-                                                  const OptionalTensor& k_weight, const Tensor& cos,
-                                                  const Tensor& sin, const Tensor& inverse,
-                                                  bool with_weights) {
-  const char* op = "_heads_backward";
+// The heads of the projection whose gradients are given.
+HeadsInputs read_upstream(const char* op, const Tensor& grad_q, const Tensor& grad_k,
+                          const Tensor& qkv, const OptionalTensor& q_weight,
+                          const OptionalTensor& k_weight, const Tensor& cos, const Tensor& sin) {
   MEGARLX_CHECK(op, grad_q.dim() == 3, "grad_q's shape", grad_q.sizes(),
                 "[tokens, heads, head_dim]");
   MEGARLX_CHECK(op, grad_k.dim() == 3, "grad_k's shape", grad_k.sizes(),
@@ -238,41 +310,124 @@ std::tuple<Tensor, Tensor, Tensor> heads_backward(const Tensor& grad_q, const Te
   HeadsInputs in =
       read_heads(op, qkv, q_weight, k_weight, cos, sin, grad_q.size(1), grad_k.size(1));
   HeadsArgs& args = in.args;
-  const std::int64_t kv_shape[] = {args.tokens, args.kv_heads, args.head_dim};
-  const Tensor upstream_q =
-      read(op, "grad_q", grad_q, {args.tokens, args.heads, args.head_dim}, qkv);
-  const Tensor upstream_k = read(op, "grad_k", grad_k, kv_shape, qkv);
-  const Tensor upstream_v = read(op, "grad_v", grad_v, kv_shape, qkv);
-  const Tensor inverses = read(op, "inverse", inverse, {args.tokens, norms_of_token(args)}, qkv);
-  MEGARLX_CHECK(op, !with_weights || q_weight.has_value(), "with_weights", "true",
-                "false where there are no weights");
-  const std::int64_t q_width = norm_width(args, args.heads);
-  const std::int64_t k_width = norm_width(args, args.kv_heads);
-  Tensor grad_qkv = at::empty(qkv.sizes(), qkv.options());
-  Tensor sums = weight_sums(args.tokens, q_width + k_width, qkv, with_weights);
-  args.grad_q = data(upstream_q);
-  args.grad_k = data(upstream_k);
-  args.grad_v = data(upstream_v);
-  args.inverse = const_cast<void*>(data(inverses));
-  args.grad_qkv = written(grad_qkv);
-  args.weight_sums = with_weights ? written(sums) : nullptr;
-  over_rows(blocks_of(args.tokens), qkv.size(1) * kRowsPerBlock,
+  in.grad_q = read(op, "grad_q", grad_q, {args.tokens, args.heads, args.head_dim}, qkv);
+  in.grad_k = read(op, "grad_k", grad_k, {args.tokens, args.kv_heads, args.head_dim}, qkv);
+  args.grad_q = data(in.grad_q);
+  args.grad_k = data(in.grad_k);
+  return in;
+}
+
+void compute(const char* op, const Tensor& like, const HeadsArgs& args) {
+  MEGARLX_LAUNCH(op, like, args, heads);
+  over_rows(args.tokens, (args.heads + args.kv_heads) * args.head_dim,
+            [&](std::int64_t begin, std::int64_t end) { cpu_kernels().heads(args, begin, end); });
+}
+
+std::tuple<Tensor, Tensor, Tensor> heads_forward(const Tensor& qkv, const OptionalTensor& q_weight,
+                                                 const OptionalTensor& k_weight, const Tensor& cos,
+                                                 const Tensor& sin, std::int64_t heads,
+                                                 std::int64_t kv_heads, double eps,
+                                                 const OptionalTensor& sums, std::int64_t ranks) {
+  const char* op = "_heads";
+  HeadsInputs in = read_heads(op, qkv, q_weight, k_weight, cos, sin, heads, kv_heads);
+  read_sums(op, qkv, sums, ranks, in);
+  HeadsArgs& args = in.args;
+  MEGARLX_CHECK(op, eps >= 0, "eps", eps, "a number >= 0");
+  args.eps = eps;
+  Tensor q = at::empty({args.tokens, heads, args.head_dim}, qkv.options());
+  Tensor k = at::empty({args.tokens, kv_heads, args.head_dim}, qkv.options());
+  Tensor inverse = at::empty({args.tokens, norms_of_token(args)}, precision_of(qkv));
+  args.q = written(q);
+  args.k = written(k);
+  args.inverse = written(inverse);
+  compute(op, qkv, args);
+  return {q, k, inverse};
+}
+
+void compute_sums(const char* op, const Tensor& like, const HeadsArgs& args) {
+  MEGARLX_LAUNCH(op, like, args, heads_sums);
+  over_rows(
+      args.tokens, (args.heads + args.kv_heads) * args.head_dim,
+      [&](std::int64_t begin, std::int64_t end) { cpu_kernels().heads_sums(args, begin, end); });
+}
+
+Tensor heads_sums(const Tensor& qkv, std::int64_t heads, std::int64_t kv_heads) {
+  const char* op = "_heads_sums";
+  HeadsInputs in;
+  read_projection(op, qkv, heads, kv_heads, in);
+  in.args.norm = HeadNorm::kFull;
+  Tensor sums = at::empty({in.args.tokens, 2}, precision_of(qkv));
+  in.args.own_sums = written(sums);
+  compute_sums(op, qkv, in.args);
+  return sums;
+}
+
+Tensor heads_backward_sums(const Tensor& grad_q, const Tensor& grad_k, const Tensor& qkv,
+                           const Tensor& q_weight, const Tensor& k_weight, const Tensor& cos,
+                           const Tensor& sin) {
+  const char* op = "_heads_backward_sums";
+  HeadsInputs in = read_upstream(op, grad_q, grad_k, qkv, q_weight, k_weight, cos, sin);
+  MEGARLX_CHECK(op, in.args.norm == HeadNorm::kFull, "q_weight's shape", q_weight.sizes(),
+                "[heads × head_dim], the norm that spans the heads");
+  Tensor sums = at::empty({in.args.tokens, 2}, precision_of(qkv));
+  in.args.own_sums = written(sums);
+  compute_sums(op, qkv, in.args);
+  return sums;
+}
+
+void compute_backward(const char* op, const Tensor& like, const HeadsArgs& args) {
+  MEGARLX_LAUNCH(op, like, args, heads_backward);
+  over_rows(blocks_of(args.tokens),
+            (args.heads + 2 * args.kv_heads) * args.head_dim * kRowsPerBlock,
             [&](std::int64_t begin, std::int64_t end) {
               cpu_kernels().heads_backward(args, begin, end);
             });
-  const Tensor both = finish(sums, qkv, with_weights);
-  if (!with_weights) return {grad_qkv, both, at::empty({0}, qkv.options())};
+}
+
+std::tuple<Tensor, Tensor, Tensor> heads_backward(
+    const Tensor& grad_q, const Tensor& grad_k, const Tensor& grad_v, const Tensor& qkv,
+    const OptionalTensor& q_weight, const OptionalTensor& k_weight, const Tensor& cos,
+    const Tensor& sin, const Tensor& inverse, bool with_weights, const OptionalTensor& sums,
+    std::int64_t ranks) {
+  const char* op = "_heads_backward";
+  HeadsInputs in = read_upstream(op, grad_q, grad_k, qkv, q_weight, k_weight, cos, sin);
+  read_sums(op, qkv, sums, ranks, in);
+  HeadsArgs& args = in.args;
+  const Tensor upstream_v =
+      read(op, "grad_v", grad_v, {args.tokens, args.kv_heads, args.head_dim}, qkv);
+  const Tensor inverses =
+      read_as(op, "inverse", inverse, {args.tokens, norms_of_token(args)}, precision_of(qkv));
+  MEGARLX_CHECK(op, !with_weights || q_weight.has_value(), "with_weights", "true",
+                "false where there are no weights");
+  const std::int64_t q_width = with_weights ? norm_width(args, args.heads) : 0;
+  const std::int64_t k_width = with_weights ? norm_width(args, args.kv_heads) : 0;
+  const std::int64_t blocks = blocks_on(qkv, args.tokens);
+  Tensor grad_qkv = at::empty(qkv.sizes(), qkv.options());
+  Tensor weight_sums = at::empty({blocks * (q_width + k_width)}, precision_of(qkv));
+  args.grad_v = data(upstream_v);
+  args.inverse = const_cast<void*>(data(inverses));
+  args.grad_qkv = written(grad_qkv);
+  args.weight_sums = with_weights ? written(weight_sums) : nullptr;
+  compute_backward(op, qkv, args);
+  const Tensor both = summed(weight_sums, q_width + k_width);
   return {grad_qkv, both.slice(0, 0, q_width).clone(), both.slice(0, q_width).clone()};
 }
 
-TORCH_LIBRARY_IMPL(megarlx, CPU, m) {
+void implement(torch::Library& m) {
   m.impl("rms_norm", rms_norm);
   m.impl("rms_norm_backward", rms_norm_backward);
   m.impl("swiglu", swiglu);
   m.impl("swiglu_backward", swiglu_backward);
   m.impl("_heads", heads_forward);
+  m.impl("_heads_sums", heads_sums);
   m.impl("_heads_backward", heads_backward);
+  m.impl("_heads_backward_sums", heads_backward_sums);
 }
+
+TORCH_LIBRARY_IMPL(megarlx, CPU, m) { implement(m); }
+#ifdef MEGARLX_CUDA
+TORCH_LIBRARY_IMPL(megarlx, CUDA, m) { implement(m); }
+#endif
 
 }  // namespace
 }  // namespace megarlx

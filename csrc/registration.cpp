@@ -71,13 +71,26 @@ TORCH_LIBRARY(megarlx, m) {
       "replica_average_apply_(Tensor(a!) target, Tensor summed, bool add, Tensor(b!)? param_out) "
       "-> ()");
 
-  // decode: one step of cached generation between its matrix products, CPU only
+  // decode: one step of cached generation between its matrix products; its attention on CPUs only
   m.def(
       "decode_attention_(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor slots, "
       "Tensor positions, Tensor cosines, Tensor sines, Tensor? q_weight, Tensor? k_weight, "
       "Tensor? inverse, float eps, float scale, int rows, Tensor(c!) out) -> ()");
   m.def("decode_norm_(Tensor(a!) x, Tensor? y, Tensor weight, float eps, Tensor(b!)? out) -> ()");
   m.def("decode_swiglu_(Tensor gate_up, Tensor(a!) out) -> ()");
+  // on both: heads into q and the cache, whose pages a table may name; the halves of attention over
+  // a shared and an own part; the end of a step
+  m.def(
+      "decode_heads_(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor? table, Tensor slots, "
+      "Tensor positions, Tensor cosines, Tensor sines, Tensor? q_weight, Tensor? k_weight, "
+      "Tensor? sums, int ranks, float eps, Tensor(c!) q) -> ()");
+  m.def(
+      "merge_attention(Tensor a, Tensor a_lse, Tensor b, Tensor b_lse) -> (Tensor out, Tensor lse)");
+  m.def(
+      "decode_advance_(Tensor drawn, Tensor logprob, Tensor sampled_logprob, Tensor ends, "
+      "Tensor last_positions, int idle_slot, Tensor(a!) tokens, Tensor(b!) positions, "
+      "Tensor(c!) slots, Tensor(d!) keys, Tensor(e!) frozen, Tensor(f!) step, Tensor(g!) history, "
+      "Tensor(h!) logprobs) -> ()");
   // the whole step where a rank holds all heads; matrices in panels, see cpu/packed_product.h
   m.def(
       "decode_step_(Tensor(a!) x, Tensor? tokens, Tensor? embedding, Tensor qkv, Tensor? qkv_bias, "
@@ -87,8 +100,8 @@ TORCH_LIBRARY(megarlx, m) {
       "Tensor shared_lengths, Tensor cosines, Tensor sines, float eps, float scale, int heads, "
       "int intermediate, bool post, int rows, Tensor(d!) scratch, Tensor(e!)? logits) -> ()");
 
-  // elementwise: CPU only. "inverse" is 1 / rms of each norm, for backward; gradients of weights
-  // are empty where none was asked for.
+  // elementwise. "inverse" is 1 / rms of each norm, for backward; gradients of weights are empty
+  // where none was asked for. Both are in fp32 for bfloat16.
   m.def(
       "rms_norm(Tensor x, Tensor weight, float eps, Tensor? residual=None) -> "
       "(Tensor y, Tensor inverse)");
@@ -97,14 +110,21 @@ TORCH_LIBRARY(megarlx, m) {
       "-> (Tensor grad_x, Tensor grad_weight)");
   m.def("swiglu(Tensor gate_up) -> Tensor");
   m.def("swiglu_backward(Tensor grad, Tensor gate_up) -> Tensor");
-  // Private: without autograd; the values go past it.
+  // Private: without autograd; the values go past it. Where a norm spans the heads of several
+  // ranks, "sums" [tokens, 2] are those that the ops of that name return, added over the ranks.
   m.def(
       "_heads(Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, int heads, "
-      "int kv_heads, float eps) -> (Tensor q, Tensor k, Tensor inverse)");
+      "int kv_heads, float eps, Tensor? sums=None, int ranks=1) -> "
+      "(Tensor q, Tensor k, Tensor inverse)");
+  m.def("_heads_sums(Tensor qkv, int heads, int kv_heads) -> Tensor");
   m.def(
       "_heads_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor qkv, Tensor? q_weight, "
-      "Tensor? k_weight, Tensor cos, Tensor sin, Tensor inverse, bool with_weights) -> "
+      "Tensor? k_weight, Tensor cos, Tensor sin, Tensor inverse, bool with_weights, "
+      "Tensor? sums=None, int ranks=1) -> "
       "(Tensor grad_qkv, Tensor grad_q_weight, Tensor grad_k_weight)");
+  m.def(
+      "_heads_backward_sums(Tensor grad_q, Tensor grad_k, Tensor qkv, Tensor q_weight, "
+      "Tensor k_weight, Tensor cos, Tensor sin) -> Tensor sums");
 }
 
 namespace megarlx {

@@ -32,14 +32,14 @@ KINDS: dict[str, Kind] = {
     "reward": Kind(
         "module:function or module:Class",
         {
-            "marked_answer": "megarlx.objectives.answers:marked_answer",
-            "final_number": "megarlx.objectives.answers:final_number",
-            "answer_format": "megarlx.objectives.answers:answer_format",
-            "length_penalty": "megarlx.objectives.answers:length_penalty",
-            "math_equal": "megarlx.objectives.answers:math_equal",
+            "marked_answer": "megarlx.rollouts.rewards.answers:marked_answer",
+            "final_number": "megarlx.rollouts.rewards.answers:final_number",
+            "answer_format": "megarlx.rollouts.rewards.answers:answer_format",
+            "length_penalty": "megarlx.rollouts.rewards.answers:length_penalty",
+            "math_equal": "megarlx.rollouts.rewards.answers:math_equal",
             "world_behaviour": "megarlx.study.world.rewards:world_behaviour",
-            "model": "megarlx.objectives.reward_model:RewardModel",
-            "judge": "megarlx.objectives.reward_http:Judge",
+            "model": "megarlx.rollouts.rewards.model:RewardModel",
+            "judge": "megarlx.rollouts.rewards.judge:Judge",
         },
     ),
     "environment": Kind(
@@ -48,7 +48,7 @@ KINDS: dict[str, Kind] = {
             "calculator": "megarlx.study.environments.calculator:Calculator",
             "sokoban": "megarlx.study.environments.sokoban:Sokoban",
             "shop": "megarlx.study.environments.shop:Shop",
-            "gymnasium": "megarlx.objectives.environments.gymnasium:TextGym",
+            "gymnasium": "megarlx.rollouts.environments.gymnasium:TextGym",
         },
     ),
     "loss": Kind(
@@ -64,10 +64,10 @@ KINDS: dict[str, Kind] = {
     "advantage": Kind(
         "module:function",
         {
-            "grpo": "megarlx.objectives.advantages:grpo",
-            "dr_grpo": "megarlx.objectives.advantages:dr_grpo",
-            "rloo": "megarlx.objectives.advantages:rloo",
-            "gigpo": "megarlx.objectives.advantages:gigpo",
+            "grpo": "megarlx.rollouts.advantages:grpo",
+            "dr_grpo": "megarlx.rollouts.advantages:dr_grpo",
+            "rloo": "megarlx.rollouts.advantages:rloo",
+            "gigpo": "megarlx.rollouts.advantages:gigpo",
         },
     ),
     "aggregation": Kind(

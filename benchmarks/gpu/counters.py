@@ -22,7 +22,7 @@ COUNTERS = {
 }
 KERNEL = re.compile(r"^  (?:void )?(?:\S*>::)?(\w+(?:<[^(]*>)?)\(.*\) \(\d+, \d+, \d+\)x\(")
 LINE = re.compile(r"^    (" + "|".join(COUNTERS) + r")\s+(\S+)\s+([\d.,]+)$")
-MOST_KERNELS = 24
+MOST_KERNELS = 48
 
 
 def parsed(report: str) -> list[dict[str, str]]:

@@ -7,6 +7,7 @@ input read once, every output written once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from timing import row
@@ -71,10 +72,11 @@ def cases(context: Context) -> dict[str, Case]:
     qkv = drawn(tokens, 3 * hidden)
     attend = attention_heads if is_native(qkv) else attention_heads_reference
 
-    def of_heads(qkv: Tensor, q_weight: Tensor, k_weight: Tensor) -> tuple[Tensor, ...]:
-        return attend(
-            qkv, cos, sin, heads, heads, q_weight=q_weight, k_weight=k_weight, eps=c.norm_eps
-        )
+    def of_heads(qkv: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        named: dict[str, Any] = dict(zip(("q_weight", "k_weight"), weights, strict=False))
+        return attend(qkv, cos, sin, heads, heads, **named, eps=c.norm_eps)
+
+    dim = hidden // heads
 
     return {
         # Forward: x read, y written. Backward: upstream and x read, the gradient of x written.
@@ -92,6 +94,11 @@ def cases(context: Context) -> dict[str, Case]:
         "SwiGLU": Case(swiglu, drawn(tokens, 2 * inner), passes=(3 * inner, 5 * inner)),
         # The values are a view; backward writes the gradient of all three.
         "heads": Case(of_heads, qkv, drawn(hidden), drawn(hidden), passes=(4 * hidden, 8 * hidden)),
+        "heads, norm of each": Case(
+            of_heads, qkv, drawn(dim), drawn(dim), passes=(4 * hidden, 8 * hidden)
+        ),
+        # Without a norm backward does not read the projection.
+        "heads, no norm": Case(of_heads, qkv, passes=(4 * hidden, 6 * hidden)),
     }
 
 

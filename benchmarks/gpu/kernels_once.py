@@ -20,6 +20,7 @@ if __name__ == "__main__":
 from megarlx.comm.groups import Group
 from megarlx.ops import sample
 from megarlx.ops.averaging import adamw_update_, average_adamw_, replica_average_
+from megarlx.ops.decode_parts import StepState, decode_advance_
 from megarlx.ops.linear_token_loss import linear_token_loss
 from megarlx.ops.loss_spec import LossSpec
 from megarlx.ops.token_loss import token_loss
@@ -108,7 +109,57 @@ def once_averaging(device: torch.device) -> None:
         assert bool(out.isfinite().all())
 
 
+def once_elementwise(device: torch.device) -> None:
+    ops = torch.ops.megarlx
+    narrow = [torch.bfloat16] if device.type == "cuda" else []
+    for dtype in (torch.float32, torch.float64, *narrow):
+        for width in (37, 192, 8200):  # the last: more of a row than a block's registers hold
+            x, weight = (torch.randn(*s, device=device).to(dtype) for s in ((70, width), (width,)))
+            y, inverse = ops.rms_norm(x, weight, 1e-5, x)
+            for found in ops.rms_norm_backward(y, x, weight, inverse, True):
+                assert bool(found.isfinite().all())
+            gate_up = torch.cat((x, y), 1)
+            ops.swiglu_backward(ops.swiglu(gate_up), gate_up)
+        for h, k, dim in ((3, 1, 22), (16, 4, 64), (80, 1, 128)):
+            qkv = torch.randn(70, (h + 2 * k) * dim, device=device).to(dtype)
+            turn = torch.rand(70, 1, dim // 2, device=device).to(dtype)
+            for sizes in ((h * dim, k * dim), (dim, dim)):
+                given = (qkv, *(torch.ones(n, device=device).to(dtype) for n in sizes), turn, turn)
+                q, keys, inverse = ops._heads(*given, h, k, 1e-5)
+                ops._heads_backward(q, keys, keys, *given, inverse, True)
+            sums = ops._heads_sums(qkv, h, k)
+            ops._heads(qkv, None, None, turn, turn, h, k, 0.0)
+            assert bool(sums.isfinite().all())
+
+
+def once_decode_parts(device: torch.device) -> None:
+    ops = torch.ops.megarlx
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
+    x, out, inner = drawn(5, 192), drawn(5, 192), drawn(5, 96)
+    ops.decode_norm_(x, drawn(5, 192), drawn(192), 1e-5, out)
+    ops.decode_norm_(x, out, drawn(192), 1e-5, None)
+    ops.decode_swiglu_(x, inner)
+    table = torch.arange(6, device=device, dtype=torch.int32).view(2, 3)
+    slots, positions = (torch.tensor(v, device=device) for v in ([0, 1, -1], [0, 23, 0]))
+    cache, turn, q = drawn(6, 8, 2, 32), drawn(24, 16), drawn(3, 4, 32)
+    given = (drawn(3, 256), cache, cache.clone(), table, slots, positions, turn, turn)
+    ops.decode_heads_(*given, None, None, None, 1, 0.0, q)
+    lse = torch.rand(3, 4, device=device)
+    out, _ = ops.merge_attention(q, lse, q, lse)
+    assert bool(out.isfinite().all())
+    state = StepState.empty(3, 2, device)
+    ends = torch.zeros(1, dtype=torch.int64, device=device)
+    decode_advance_(state, slots, lse[:, 0].clone(), lse[:, 1].clone(), ends=ends, idle_slot=1)
+    assert state.step.item() == 1
+
+
 ONCE = {
+    "decode_parts": once_decode_parts,
+    "elementwise": once_elementwise,
     "sample": once_sampling,
     "token_loss": once_token_loss,
     "linear_token_loss": once_linear_token_loss,

@@ -11,6 +11,7 @@ from gpu import (
     attention,
     correct,
     counters,
+    decode_parts,
     decoding,
     elementwise,
     losses,
@@ -23,7 +24,7 @@ from gpu import (
 from gpu.pieces import Piece
 
 MODULES = (
-    *(attention, correct, counters, decoding, elementwise, losses),
+    *(attention, correct, counters, decode_parts, decoding, elementwise, losses),
     *(machine, sampling, study, training, updates),
 )
 KNOWN: dict[str, Piece] = {piece.name: piece for module in MODULES for piece in module.PIECES}
@@ -54,6 +55,7 @@ CALLS = {
             *("machine", "train-te", "train-te-fp8", "decode-8", "decode-32", "grpo"),
             *("average_adamw-2", "average_adamw-1", "replica_average"),
             *("token_loss-151936", "linear_loss-151936", "sample-deviation1", "elementwise"),
+            "decode_parts",
             *("attention", "attention-packages", "token_loss-50304", "sample-deviation5"),
             *("linear_loss-memory", "train-by-shape", "memcheck+racecheck:60"),
         ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megarlx.objectives.samples import Sample
+from megarlx.rollouts.rewards.sample import Sample
 
 
 def share_of_e(samples: list[Sample]) -> list[float | None]:

@@ -20,8 +20,8 @@ from gpu.clock import speeds
 from gpu.pieces import ROOT, Context, Piece, Result, gated, need, note
 from gpu.trace import traced
 from gpu.weights import drawn_on
+from megarlx.comm.hardware import GPUS, gpu_named
 from megarlx.config import load_config
-from megarlx.planning.hardware import GPUS, gpu_named
 
 MICROBATCHES, WARM_UP, STEPS = 4, 2, 5
 MFU_GATE, FP8_GATE = 0.57, 1.25

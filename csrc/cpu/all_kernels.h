@@ -32,6 +32,7 @@ extern "C" const megarlx::cpu::Kernels* megarlx_cpu_kernels() {
       megarlx::cpu::swiglu,
       megarlx::cpu::swiglu_backward,
       megarlx::cpu::heads,
+      megarlx::cpu::heads_sums,
       megarlx::cpu::heads_backward,
       megarlx::cpu::sum_blocks,
       // decode

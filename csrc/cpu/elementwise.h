@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
+#include <vector>
 
 #include "math/elementwise.h"
 
@@ -55,39 +56,46 @@ inline Vec<float> exp_of(Vec<float> x) { return x.exp_u20(); }
 inline Vec<double> exp_of(Vec<double> x) { return x.exp(); }
 
 template <typename T>
-inline T inverse_rms(const T* x, std::int64_t n, double eps) {
+inline T sum_of_squares(const T* x, std::int64_t n) {
   Vec<T> squares(T(0));
   each_vector<T>(n, [&](std::int64_t i, auto lanes) {
     const Vec<T> value = load(x + i, lanes);
-    squares = at::vec::fmadd(value, value, squares);
+    squares = fmadd(value, value, squares);
   });
-  return T(1) / std::sqrt(sum_of_lanes(squares) / static_cast<T>(n) + static_cast<T>(eps));
+  return sum_of_lanes(squares);
+}
+
+template <typename T>
+inline T inverse_rms_of(const T* x, std::int64_t n, double eps) {
+  return inverse_root_mean(sum_of_squares(x, n), static_cast<T>(n), static_cast<T>(eps));
 }
 
 // Gradient of x · inverse · weight; grad_x may be grad itself. Adds to weight_sums unless null.
+// `given`, unless null, is the sum of grad · x · weight over the heads of all ranks.
 template <typename T>
 inline void norm_backward(const T* grad, const T* x, const T* weight, T inverse, std::int64_t n,
-                          T* grad_x, T* weight_sums) {
+                          T* grad_x, T* weight_sums, const T* given = nullptr, T ranks = T(1)) {
   const Vec<T> scale(inverse);
   Vec<T> products(T(0));
   if (weight_sums == nullptr) {
     each_vector<T>(n, [&](std::int64_t i, auto lanes) {
-      const Vec<T> product = load(grad + i, lanes) * load(x + i, lanes);
-      products = at::vec::fmadd(product, load(weight + i, lanes), products);
+      add_products(load(grad + i, lanes), load(x + i, lanes), load(weight + i, lanes), products);
     });
   } else {
     each_vector<T>(n, [&](std::int64_t i, auto lanes) {
-      const Vec<T> product = load(grad + i, lanes) * load(x + i, lanes);
-      products = at::vec::fmadd(product, load(weight + i, lanes), products);
-      T* sums = weight_sums + i;
-      store(at::vec::fmadd(product, scale, load<T>(sums, lanes)), sums, lanes);
+      const Vec<T> upstream = load(grad + i, lanes), value = load(x + i, lanes);
+      add_products(upstream, value, load(weight + i, lanes), products);
+      Vec<T> sum = load<T>(weight_sums + i, lanes);
+      add_to_weight(upstream, value, scale, sum);
+      store(sum, weight_sums + i, lanes);
     });
   }
-  const T mean = sum_of_lanes(products) / static_cast<T>(n);
-  const Vec<T> shared(-mean * inverse * inverse * inverse);
+  const T sum = given == nullptr ? sum_of_lanes(products) : *given;
+  const Vec<T> slope(norm_slope(sum / (static_cast<T>(n) * ranks), inverse));
   each_vector<T>(n, [&](std::int64_t i, auto lanes) {
-    const Vec<T> straight = load(grad + i, lanes) * load(weight + i, lanes) * scale;
-    store(at::vec::fmadd(load(x + i, lanes), shared, straight), grad_x + i, lanes);
+    store(norm_gradient(load(grad + i, lanes), load(x + i, lanes), scale, load(weight + i, lanes),
+                        slope),
+          grad_x + i, lanes);
   });
 }
 
@@ -98,19 +106,19 @@ void rms_norm_rows(const RmsNormArgs& args, std::int64_t begin, std::int64_t end
   for (std::int64_t row = begin; row < end; ++row) {
     const T* x = static_cast<const T*>(args.x) + row * n;
     T* y = static_cast<T*>(args.y) + row * n;
-    const T inverse = inverse_rms(x, n, args.eps);
+    const T inverse = inverse_rms_of(x, n, args.eps);
     static_cast<T*>(args.inverse)[row] = inverse;
     const Vec<T> scale(inverse);
     if (args.residual == nullptr) {
       each_vector<T>(n, [&](std::int64_t i, auto lanes) {
-        store(load(x + i, lanes) * scale * load(weight + i, lanes), y + i, lanes);
+        store(normalised(load(x + i, lanes), scale, load(weight + i, lanes)), y + i, lanes);
       });
     } else {
       const T* residual = static_cast<const T*>(args.residual) + row * n;
       each_vector<T>(n, [&](std::int64_t i, auto lanes) {
-        const Vec<T> scaled = load(x + i, lanes) * scale;
-        store(at::vec::fmadd(scaled, load(weight + i, lanes), load(residual + i, lanes)), y + i,
-              lanes);
+        store(normalised(load(x + i, lanes), scale, load(weight + i, lanes),
+                         load(residual + i, lanes)),
+              y + i, lanes);
       });
     }
   }
@@ -144,7 +152,7 @@ void swiglu_rows(const SwiGluArgs& args, std::int64_t begin, std::int64_t end) {
     T* out = static_cast<T*>(args.out) + row * args.width;
     each_vector<T>(args.width, [&](std::int64_t i, auto lanes) {
       const Vec<T> x = load(gate + i, lanes);
-      store(x / (one + exp_of(x.neg())) * load(up + i, lanes), out + i, lanes);
+      store(swiglu_of(x, load(up + i, lanes), exp_of(x.neg()), one), out + i, lanes);
     });
   }
 }
@@ -159,79 +167,79 @@ void swiglu_backward_rows(const SwiGluArgs& args, std::int64_t begin, std::int64
     T* grad_gate = static_cast<T*>(args.grad_gate_up) + row * 2 * args.width;
     T* grad_up = grad_gate + args.width;
     each_vector<T>(args.width, [&](std::int64_t i, auto lanes) {
-      const Vec<T> x = load(gate + i, lanes), upstream = load(grad + i, lanes);
-      const Vec<T> sigmoid = one / (one + exp_of(x.neg()));
-      const Vec<T> silu = x * sigmoid;
-      const Vec<T> slope = at::vec::fmadd(silu, one - sigmoid, sigmoid);
-      store(upstream * silu, grad_up + i, lanes);
-      store(upstream * load(up + i, lanes) * slope, grad_gate + i, lanes);
+      const Vec<T> x = load(gate + i, lanes);
+      Vec<T> by_gate, by_up;
+      swiglu_gradient(load(grad + i, lanes), x, load(up + i, lanes), exp_of(x.neg()), one, by_gate,
+                      by_up);
+      store(by_up, grad_up + i, lanes);
+      store(by_gate, grad_gate + i, lanes);
     });
   }
 }
 
 // One head, normalised if it has a weight, turned by its angles.
-template <typename T, bool normalised>
+template <typename T, bool with_norm>
 inline void rotate_head(const T* x, const T* weight, T inverse, const T* cos, const T* sin,
                         std::int64_t half, T* out) {
   const Vec<T> scale(inverse);
   each_vector<T>(half, [&](std::int64_t i, auto lanes) {
     Vec<T> first = load(x + i, lanes), second = load(x + half + i, lanes);
-    if constexpr (normalised) {
-      first = first * scale * load(weight + i, lanes);
-      second = second * scale * load(weight + half + i, lanes);
+    if constexpr (with_norm) {
+      first = normalised(first, scale, load(weight + i, lanes));
+      second = normalised(second, scale, load(weight + half + i, lanes));
     }
-    const Vec<T> c = load(cos + i, lanes), s = load(sin + i, lanes);
-    store(first * c - second * s, out + i, lanes);
-    store(second * c + first * s, out + half + i, lanes);
+    turn(first, second, load(cos + i, lanes), load(sin + i, lanes), first, second);
+    store(first, out + i, lanes);
+    store(second, out + half + i, lanes);
   });
 }
 
 template <typename T>
-inline void turn_back(const T* grad, const T* cos, const T* sin, std::int64_t half, T* out) {
+inline void turn_head_back(const T* grad, const T* cos, const T* sin, std::int64_t half, T* out) {
   each_vector<T>(half, [&](std::int64_t i, auto lanes) {
-    const Vec<T> first = load(grad + i, lanes), second = load(grad + half + i, lanes);
-    const Vec<T> c = load(cos + i, lanes), s = load(sin + i, lanes);
-    store(first * c + second * s, out + i, lanes);
-    store(second * c - first * s, out + half + i, lanes);
+    Vec<T> first, second;
+    turn_back(load(grad + i, lanes), load(grad + half + i, lanes), load(cos + i, lanes),
+              load(sin + i, lanes), first, second);
+    store(first, out + i, lanes);
+    store(second, out + half + i, lanes);
   });
 }
 
-// The query heads of a token, or its key heads: how many, and where their things are.
 template <typename T>
-struct Kind {
-  std::int64_t heads, offset;  // offset in the token's row
-  const T* weight;
-  std::int64_t first_norm, first_sum;  // in the token's inverses, in a block's sums
-};
-
-template <typename T>
-inline void rotate_heads(const HeadsArgs& args, const Kind<T>& kind, std::int64_t token, T* out) {
+inline void rotate_heads(const HeadsArgs& args, const HeadsKind& kind, std::int64_t token,
+                         T* inverses, T* out) {
   const std::int64_t dim = args.head_dim, half = dim / 2;
+  const std::int64_t turned_by = args.positions == nullptr ? token : args.positions[token];
   const T* x = static_cast<const T*>(args.qkv) + token * args.qkv_stride + kind.offset;
-  const T* cos = static_cast<const T*>(args.cos) + token * half;
-  const T* sin = static_cast<const T*>(args.sin) + token * half;
-  T* inverses = static_cast<T*>(args.inverse) + token * norms_of_token(args) + kind.first_norm;
-  out += token * kind.heads * dim;
+  const T* cos = static_cast<const T*>(args.cos) + turned_by * half;
+  const T* sin = static_cast<const T*>(args.sin) + turned_by * half;
+  const T* weight = static_cast<const T*>(kind.weight);
   const std::int64_t width = norm_width(args, kind.heads);
-  if (args.norm == HeadNorm::kFull) inverses[0] = inverse_rms(x, width, args.eps);
+  if (args.norm == HeadNorm::kFull && args.sums == nullptr) {
+    inverses[0] = inverse_rms_of(x, width, args.eps);
+  } else if (args.norm == HeadNorm::kFull) {
+    inverses[0] =
+        inverse_root_mean(static_cast<const T*>(args.sums)[token * 2 + kind.first_norm],
+                          static_cast<T>(width * args.ranks), static_cast<T>(args.eps));
+  }
   for (std::int64_t head = 0; head < kind.heads; ++head, x += dim, out += dim) {
     switch (args.norm) {
       case HeadNorm::kNone:
         rotate_head<T, false>(x, nullptr, T(1), cos, sin, half, out);
         break;
       case HeadNorm::kFull:
-        rotate_head<T, true>(x, kind.weight + head * dim, inverses[0], cos, sin, half, out);
+        rotate_head<T, true>(x, weight + head * dim, inverses[0], cos, sin, half, out);
         break;
       case HeadNorm::kPerHead:
-        inverses[head] = inverse_rms(x, dim, args.eps);
-        rotate_head<T, true>(x, kind.weight, inverses[head], cos, sin, half, out);
+        inverses[head] = inverse_rms_of(x, dim, args.eps);
+        rotate_head<T, true>(x, weight, inverses[head], cos, sin, half, out);
         break;
     }
   }
 }
 
 template <typename T>
-inline void rotate_heads_backward(const HeadsArgs& args, const Kind<T>& kind, std::int64_t token,
+inline void rotate_heads_backward(const HeadsArgs& args, const HeadsKind& kind, std::int64_t token,
                                   const T* grad, T* sums) {
   const std::int64_t dim = args.head_dim, half = dim / 2;
   const std::int64_t row = (args.heads + 2 * args.kv_heads) * dim;
@@ -240,40 +248,94 @@ inline void rotate_heads_backward(const HeadsArgs& args, const Kind<T>& kind, st
   T* out = static_cast<T*>(args.grad_qkv) + token * row + kind.offset;
   grad += token * kind.heads * dim;
   for (std::int64_t head = 0; head < kind.heads; ++head)
-    turn_back(grad + head * dim, cos, sin, half, out + head * dim);
+    turn_head_back(grad + head * dim, cos, sin, half, out + head * dim);
   if (args.norm == HeadNorm::kNone) return;
   const T* x = static_cast<const T*>(args.qkv) + token * args.qkv_stride + kind.offset;
   const T* inverses =
       static_cast<const T*>(args.inverse) + token * norms_of_token(args) + kind.first_norm;
-  if (sums != nullptr) sums += kind.first_sum;
+  const T* given = static_cast<const T*>(args.sums);
+  if (given != nullptr) given += token * 2 + kind.first_norm;
   const std::int64_t width = norm_width(args, kind.heads), norms = kind.heads * dim / width;
   for (std::int64_t i = 0; i < norms; ++i, x += width, out += width)
-    norm_backward(out, x, kind.weight, inverses[i], width, out, sums);
+    norm_backward(out, x, static_cast<const T*>(kind.weight), inverses[i], width, out, sums, given,
+                  static_cast<T>(args.ranks));
 }
 
+// The sum of grad · x · weight over a token's heads of a kind, where grad is turned back.
 template <typename T>
-Kind<T> queries(const HeadsArgs& args) {
-  return {args.heads, 0, static_cast<const T*>(args.q_weight), 0, 0};
-}
-
-template <typename T>
-Kind<T> keys(const HeadsArgs& args) {
-  return {args.kv_heads, args.heads * args.head_dim, static_cast<const T*>(args.k_weight),
-          args.norm == HeadNorm::kFull ? 1 : args.heads, norm_width(args, args.heads)};
+inline T products_of_heads(const HeadsArgs& args, const HeadsKind& kind, std::int64_t token,
+                           const T* grad) {
+  const std::int64_t dim = args.head_dim, half = dim / 2;
+  const T* x = static_cast<const T*>(args.qkv) + token * args.qkv_stride + kind.offset;
+  const T* cos = static_cast<const T*>(args.cos) + token * half;
+  const T* sin = static_cast<const T*>(args.sin) + token * half;
+  const T* weight = static_cast<const T*>(kind.weight);
+  grad += token * kind.heads * dim;
+  Vec<T> products(T(0));
+  for (std::int64_t e = 0; e < kind.heads * dim; e += dim) {
+    each_vector<T>(half, [&](std::int64_t i, auto lanes) {
+      const std::int64_t a = e + i, b = a + half;
+      Vec<T> first, second;
+      turn_back(load(grad + a, lanes), load(grad + b, lanes), load(cos + i, lanes),
+                load(sin + i, lanes), first, second);
+      add_products(first, load(x + a, lanes), load(weight + a, lanes), products);
+      add_products(second, load(x + b, lanes), load(weight + b, lanes), products);
+    });
+  }
+  return sum_of_lanes(products);
 }
 
 template <typename T>
 void heads_tokens(const HeadsArgs& args, std::int64_t begin, std::int64_t end) {
   for (std::int64_t token = begin; token < end; ++token) {
-    rotate_heads(args, queries<T>(args), token, static_cast<T*>(args.q));
-    rotate_heads(args, keys<T>(args), token, static_cast<T*>(args.k));
+    T* inverses = static_cast<T*>(args.inverse) + token * norms_of_token(args);
+    for (const bool of_keys : {false, true}) {
+      const HeadsKind kind = of_keys ? keys(args) : queries(args);
+      T* out = static_cast<T*>(of_keys ? args.k : args.q) + token * kind.heads * args.head_dim;
+      rotate_heads(args, kind, token, inverses + kind.first_norm, out);
+    }
+  }
+}
+
+// One new token of each sequence: keys and values go to their places in the cache.
+template <typename T>
+void cached_heads_tokens(const HeadsArgs& args, std::int64_t begin, std::int64_t end) {
+  const HeadsKind q = queries(args), k = keys(args);
+  const std::int64_t q_width = q.heads * args.head_dim, values = k.heads * args.head_dim;
+  std::vector<T> inverses(std::max<std::int64_t>(norms_of_token(args), 1));
+  for (std::int64_t token = begin; token < end; ++token) {
+    rotate_heads(args, q, token, inverses.data(), static_cast<T*>(args.q) + token * q_width);
+    const std::int64_t place = place_in_cache(args, token);
+    if (place < 0) continue;
+    rotate_heads(args, k, token, inverses.data() + k.first_norm,
+                 static_cast<T*>(args.keys) + place * values);
+    const T* row = static_cast<const T*>(args.qkv) + token * args.qkv_stride;
+    std::copy_n(row + q_width + values, values, static_cast<T*>(args.values) + place * values);
+  }
+}
+
+template <typename T>
+void heads_sums_tokens(const HeadsArgs& args, std::int64_t begin, std::int64_t end) {
+  const bool backward = args.grad_q != nullptr;
+  for (std::int64_t token = begin; token < end; ++token) {
+    T* out = static_cast<T*>(args.own_sums) + token * 2;
+    if (backward) {
+      out[0] = products_of_heads(args, queries(args), token, static_cast<const T*>(args.grad_q));
+      out[1] = products_of_heads(args, keys(args), token, static_cast<const T*>(args.grad_k));
+    } else {
+      const T* row = static_cast<const T*>(args.qkv) + token * args.qkv_stride;
+      const std::int64_t width = args.heads * args.head_dim;
+      out[0] = sum_of_squares(row, width);
+      out[1] = sum_of_squares(row + width, args.kv_heads * args.head_dim);
+    }
   }
 }
 
 template <typename T>
 void heads_backward_blocks(const HeadsArgs& args, std::int64_t begin, std::int64_t end) {
-  const Kind<T> q = queries<T>(args), k = keys<T>(args);
-  const std::int64_t widths = norm_width(args, args.heads) + norm_width(args, args.kv_heads);
+  const HeadsKind q = queries(args), k = keys(args);
+  const std::int64_t q_width = norm_width(args, args.heads);
+  const std::int64_t widths = q_width + norm_width(args, args.kv_heads);
   const std::int64_t values = args.kv_heads * args.head_dim, row = k.offset + 2 * values;
   for (std::int64_t block = begin; block < end; ++block) {
     T* sums = static_cast<T*>(args.weight_sums);
@@ -284,7 +346,8 @@ void heads_backward_blocks(const HeadsArgs& args, std::int64_t begin, std::int64
     const std::int64_t stop = std::min((block + 1) * kRowsPerBlock, args.tokens);
     for (std::int64_t token = block * kRowsPerBlock; token < stop; ++token) {
       rotate_heads_backward(args, q, token, static_cast<const T*>(args.grad_q), sums);
-      rotate_heads_backward(args, k, token, static_cast<const T*>(args.grad_k), sums);
+      rotate_heads_backward(args, k, token, static_cast<const T*>(args.grad_k),
+                            sums == nullptr ? sums : sums + q_width);
       std::copy_n(static_cast<const T*>(args.grad_v) + token * values, values,
                   static_cast<T*>(args.grad_qkv) + (token + 1) * row - values);
     }
@@ -328,9 +391,19 @@ void swiglu_backward(const SwiGluArgs& args, std::int64_t begin_row, std::int64_
 }
 
 void heads(const HeadsArgs& args, std::int64_t begin_token, std::int64_t end_token) {
+  if (args.positions != nullptr)
+    return args.dtype == Dtype::kFloat64
+               ? elementwise::cached_heads_tokens<double>(args, begin_token, end_token)
+               : elementwise::cached_heads_tokens<float>(args, begin_token, end_token);
   if (args.dtype == Dtype::kFloat64)
     return elementwise::heads_tokens<double>(args, begin_token, end_token);
   elementwise::heads_tokens<float>(args, begin_token, end_token);
+}
+
+void heads_sums(const HeadsArgs& args, std::int64_t begin_token, std::int64_t end_token) {
+  if (args.dtype == Dtype::kFloat64)
+    return elementwise::heads_sums_tokens<double>(args, begin_token, end_token);
+  elementwise::heads_sums_tokens<float>(args, begin_token, end_token);
 }
 
 void heads_backward(const HeadsArgs& args, std::int64_t begin_block, std::int64_t end_block) {

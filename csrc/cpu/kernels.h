@@ -15,7 +15,7 @@
 namespace megarlx::cpu {
 
 // Changes whenever a signature below does, so that a stale shared object is refused by name.
-constexpr std::int64_t kKernelsVersion = 6;
+constexpr std::int64_t kKernelsVersion = 7;
 
 struct Kernels {
   std::int64_t version;
@@ -38,6 +38,7 @@ struct Kernels {
   void (*swiglu)(const SwiGluArgs&, std::int64_t begin_row, std::int64_t end_row);
   void (*swiglu_backward)(const SwiGluArgs&, std::int64_t begin_row, std::int64_t end_row);
   void (*heads)(const HeadsArgs&, std::int64_t begin_token, std::int64_t end_token);
+  void (*heads_sums)(const HeadsArgs&, std::int64_t begin_token, std::int64_t end_token);
   void (*heads_backward)(const HeadsArgs&, std::int64_t begin_block, std::int64_t end_block);
   void (*sum_blocks)(Dtype dtype, const void* sums, std::int64_t blocks, std::int64_t width,
                      void* out);

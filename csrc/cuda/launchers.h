@@ -4,6 +4,8 @@
 #include <cuda_runtime.h>
 
 #include "math/adamw.h"
+#include "math/decode.h"
+#include "math/elementwise.h"
 #include "math/replica_average.h"
 #include "math/sample.h"
 #include "math/token_loss.h"
@@ -29,5 +31,21 @@ void average_adamw(const AdamWArgs& args, void* coefficients, cudaStream_t strea
 void replica_average_pack(const PackArgs& args, cudaStream_t stream);
 void replica_average_apply(const ApplyArgs& args, cudaStream_t stream);
 void zero_if(void* bytes, std::int64_t count, const bool* condition, cudaStream_t stream);
+
+// elementwise
+std::int64_t norm_blocks(std::int64_t rows);  // that sum the gradient of a norm's weight
+void rms_norm(const RmsNormArgs& args, cudaStream_t stream);
+void rms_norm_backward(const RmsNormArgs& args, cudaStream_t stream);
+void swiglu(const SwiGluArgs& args, cudaStream_t stream);
+void swiglu_backward(const SwiGluArgs& args, cudaStream_t stream);
+void heads(const HeadsArgs& args, cudaStream_t stream);
+void heads_sums(const HeadsArgs& args, cudaStream_t stream);
+void heads_backward(const HeadsArgs& args, cudaStream_t stream);
+void sum_blocks(Dtype precision, const void* sums, std::int64_t blocks, std::int64_t width,
+                void* out, cudaStream_t stream);
+
+// decode
+void merge_attention(const MergeArgs& args, cudaStream_t stream);
+void decode_advance(const AdvanceArgs& args, cudaStream_t stream);
 
 }  // namespace megarlx::cuda

@@ -1,6 +1,8 @@
 // What one step of cached decoding needs besides its matrix products: the arguments of its kernels.
 // B rows (one new token each), H query heads, K key/value heads, D head size, S slots, M places.
 #pragma once
+#include <cmath>
+
 #include "math/common.h"
 
 namespace megarlx {
@@ -100,5 +102,73 @@ enum class DecodePart {
   kNorm,
   kHead
 };
+
+// Attention over two parts of what a row sees, each with the log-sum-exp of its scores, made one.
+// A part that held nothing has -inf there and counts for nothing, whatever its output.
+struct MergeArgs {
+  Dtype dtype;
+  std::int64_t rows, width;  // tokens × heads, head_dim
+  const void *a, *b;         // [rows, width]
+  const void *a_lse, *b_lse;  // [rows] in fp32, fp64 for fp64
+  void *out, *lse;
+};
+
+MEGARLX_HD float exp_of(float x) { return ::expf(x); }
+MEGARLX_HD double exp_of(double x) { return ::exp(x); }
+MEGARLX_HD float log_of(float x) { return ::logf(x); }
+MEGARLX_HD double log_of(double x) { return ::log(x); }
+
+template <typename T>
+struct MergeWeights {
+  T a, b, lse;
+
+  MEGARLX_HD static MergeWeights of(T a, T b) {
+    const T top = a > b ? a : b;
+    if (top == -static_cast<T>(INFINITY)) return {T(0), T(0), top};
+    const T by_a = exp_of(a - top), by_b = exp_of(b - top), sum = by_a + by_b;
+    return {by_a / sum, by_b / sum, top + log_of(sum)};
+  }
+  MEGARLX_HD T merged(T x, T y) const {
+    return (a == T(0) ? T(0) : a * x) + (b == T(0) ? T(0) : b * y);
+  }
+};
+
+// The end of a step: each row goes on by the token drawn for it, or is frozen where that was its
+// last one. A ring of `ring` steps keeps what was drawn until the host reads it.
+struct AdvanceArgs {
+  std::int64_t rows, ends_count, ring, idle_slot;
+  const std::int64_t *drawn, *ends;  // [rows], [ends_count]
+  const float *logprob, *sampled;    // [rows]
+  const std::int64_t* last_positions;  // [rows] of the last token allowed
+  std::int64_t *tokens, *positions, *slots, *keys;  // [rows], keys [rows, 2]
+  bool* frozen;                                     // [rows]
+  std::int64_t* step;                               // [1]
+  std::int64_t* history;                            // [ring, rows]
+  float* logprobs;                                  // [2, ring, rows]
+};
+
+constexpr std::int64_t kNothingDrawn = -2;  // in the history of a frozen row
+
+MEGARLX_HD bool is_last(const AdvanceArgs& args, std::int64_t row, std::int64_t token) {
+  bool last = token < 0 || args.keys[2 * row + 1] >= args.last_positions[row];
+  for (std::int64_t i = 0; i < args.ends_count; ++i) last = last || token == args.ends[i];
+  return last;
+}
+
+MEGARLX_HD void advance_row(const AdvanceArgs& args, std::int64_t row) {
+  const std::int64_t at = *args.step % args.ring * args.rows + row;
+  const bool was_frozen = args.frozen[row];
+  const std::int64_t token = was_frozen ? kNothingDrawn : args.drawn[row];
+  args.history[at] = token;
+  args.logprobs[at] = was_frozen ? 0.0f : args.logprob[row];
+  args.logprobs[args.ring * args.rows + at] = was_frozen ? 0.0f : args.sampled[row];
+  if (was_frozen) return;
+  const bool last = is_last(args, row, token);
+  args.frozen[row] = last;
+  args.tokens[row] = last ? 0 : token;
+  args.positions[row] = last ? 0 : args.keys[2 * row + 1];
+  if (last) args.slots[row] = args.idle_slot;
+  args.keys[2 * row + 1] += 1;
+}
 
 }  // namespace megarlx

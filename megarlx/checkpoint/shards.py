@@ -81,7 +81,7 @@ class FlatShards:
     def tensors(
         self, *, counted_only: bool, shards: Mapping[str, Tensor] | None = None
     ) -> dict[str, ModelTensor]:
-        """`counted_only` leaves out what another rank (or place) saves: key head copies, ties.
+        """`counted_only` skips copies that another rank saves: replicated key heads, ties.
 
         `shards`, of the same sizes, may stand in for these: copies on the host, say.
         """

@@ -216,11 +216,11 @@ class StageObjective(OptimizerConfig):
     turns: int = Field(
         default=1, ge=1, description="Steps in a row it gets when objectives alternate"
     )
-    goes_on: bool = Field(
+    inherit: bool = Field(
         default=False,
         description="Whether moments, data and course continue those of the stage or run before",
     )
-    course_steps: int | None = Field(
+    schedule_steps: int | None = Field(
         default=None,
         ge=1,
         description="Length of its learning-rate course; absent: its steps in this stage",
@@ -280,7 +280,7 @@ class StageConfig(Section):
             self.steps,
             self.combine == "alternate",
             self.sync_every,
-            frozenset(name for name, one in self.objectives.items() if one.goes_on),
+            frozenset(name for name, one in self.objectives.items() if one.inherit),
         )
 
     def problems(self) -> list[tuple[str, str]]:

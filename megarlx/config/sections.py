@@ -382,7 +382,7 @@ class Config(Section):
                 if name == PRETRAINING and self.data is None and self.stages:
                     found.append((place, "needs [data]"))
                 down = objective.warmup_steps + (objective.decay_steps or 0)
-                length = objective.course_steps or stage.times.steps_of(name)
+                length = objective.schedule_steps or stage.times.steps_of(name)
                 if down > length:
                     allowed = "training.steps" if not self.stages else "the stage"
                     found.append(

@@ -19,7 +19,7 @@ from megarlx.data.tokenizer import Tokenizer
 from megarlx.evaluation.questions import checked, made_lines
 from megarlx.model.build import ParallelModel
 from megarlx.model.token_scores import Text, token_scores
-from megarlx.objectives.exchange import gather_ragged
+from megarlx.rollouts.exchange import gather_ragged
 
 Metrics = dict[str, float]
 

@@ -13,7 +13,7 @@ from megarlx.evaluation.pass_at_k import Pool, guessing_pass_at_k
 from megarlx.evaluation.questions import Question, few_shot_of, questions_of, short_enough
 from megarlx.evaluation.readiness import informative_groups
 from megarlx.evaluation.sampled import Played
-from megarlx.objectives.answers import final_answer
+from megarlx.rollouts.rewards.answers import final_answer
 
 Item = dict[str, Any]
 

@@ -27,12 +27,12 @@ from megarlx.evaluation.questions import Question, SuiteError
 from megarlx.generation.interface import generator_of
 from megarlx.generation.requests import SamplingSettings
 from megarlx.model.build import ParallelModel
-from megarlx.objectives.environment_game import EnvironmentGame, task_of
-from megarlx.objectives.environments.interface import built_in, success_rate
-from megarlx.objectives.episodes import Episode
-from megarlx.objectives.player import Game, Player, Start
-from megarlx.objectives.question_game import QuestionGame
-from megarlx.objectives.rewards import Rewards
+from megarlx.rollouts.environment_game import EnvironmentGame, task_of
+from megarlx.rollouts.environments.interface import built_in, success_rate
+from megarlx.rollouts.episodes import Episode
+from megarlx.rollouts.player import Game, Player, Start
+from megarlx.rollouts.question_game import QuestionGame
+from megarlx.rollouts.rewards.rewards import Rewards
 
 ROUNDS = 8  # a round fills the engine's slots so often: its end, with empty slots, is short
 PARTS = ("success", "valid_actions", "turns", "reward")  # of an agent's episodes

@@ -3,7 +3,8 @@
 As many groups as ranks. At tick t, rank r works on item t - r: group `item % ranks`, chunk
 `item // ranks % chunks` (the stages it holds, where it holds several). Hidden states go to the next
 rank; from the last one drawn token ids go to the first, and on from there with the next step, so
-that every rank's scheduler learns them. Only what a rank knows to be under way is waited for.
+that every rank's scheduler learns them. A rank posts a receive only when it knows that its
+neighbour will send.
 
 One rank alone is a ring without messages.
 """

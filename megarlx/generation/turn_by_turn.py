@@ -82,7 +82,7 @@ class TurnByTurn(ABC):
             # the first rank of a copy of the model asks, and tells the others
             answers = gather_values([*on_turns_end(ends)] if copy.is_first else [], copy)[0]
             pairs = zip(going, answers, strict=True)
-            going = [one for one, ids in pairs if ids is not None and one.goes_on(ids, most)]
+            going = [one for one, ids in pairs if ids is not None and one.inherit(ids, most)]
             asked = [_turn(one.request, one.tokens, (one.sequence_id,), most) for one in going]
         return [one.trajectory() for one in every]
 
@@ -112,7 +112,7 @@ class _UnderWay:
         room = max(most - len(self.tokens) - 1, 0)
         return TurnEnd(self.sequence_id, number, drawn, made.finish_reason, room)
 
-    def goes_on(self, observation: Sequence[int], most: int) -> bool:
+    def inherit(self, observation: Sequence[int], most: int) -> bool:
         self.full = len(self.tokens) + len(observation) >= most
         if not self.full:
             self.tokens += observation

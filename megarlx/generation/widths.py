@@ -1,4 +1,4 @@
-"""How many rows a matrix product gets, so that what else is in the batch cannot change a row.
+"""Batch heights for decoding, so that a row's bits do not depend on the other rows.
 
 A row of a matrix product may differ in its last bits between products of different heights: the
 library picks its kernel, and with it the order of its sums, by the shape. Heights that are

@@ -187,12 +187,7 @@ class Stage(nn.Module):
         x = self._enter_head(self.norm(x))
         if loss is None or loss_inputs is None:
             return x
-        if self.final_cap is not None:
-            raise ValueError(
-                f"stage: final_cap is {self.final_cap}; linear_token_loss has none yet, so nothing "
-                "is trained or scored with it: allowed is absent"
-            )
-        head = Head(x, self.head_weight, self.group, self.config.vocab_size)
+        head = Head(x, self.head_weight, self.group, self.config.vocab_size, self.final_cap)
         return loss(head, loss_inputs).loss.reshape(1)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -43,6 +43,14 @@ def _norm(config: ModelConfig, options: dict[str, Any], sequence_parallel: bool)
     }
 
 
+def _is_plain(norm: nn.Module) -> bool:
+    """Whether it is RMSNorm of one of the two backends and not made of it."""
+    of = type(norm)  # by name: importing layers_te imports Transformer Engine
+    return (
+        of is RMSNorm or f"{of.__module__}.{of.__qualname__}" == "megarlx.model.layers_te.RMSNorm"
+    )
+
+
 class Attention(nn.Module):
     """Fused projection, QK-norm, rotation, attention over documents, output projection."""
 
@@ -99,9 +107,10 @@ class Attention(nn.Module):
     ) -> Tensor:
         dim = self.head_dim
         qk_heads = self.heads + self.kv_heads
-        if is_native(qkv) and self._in_one_op():
+        if is_native(qkv) and self._in_one_op(qkv):
+            over = self.group if self.spans_ranks else None
             q, k, v = attention_heads(
-                qkv, *rotation, self.heads, self.kv_heads, **self._norm_weights()
+                qkv, *rotation, self.heads, self.kv_heads, **self._norm_weights(), group=over
             )
         elif self.qk_norm == "none":
             qk, v = qkv.view(len(qkv), -1, dim).split((qk_heads, self.kv_heads), dim=1)
@@ -116,11 +125,15 @@ class Attention(nn.Module):
         out: Tensor = self.core(q, k, v, documents, cache)
         return out.flatten(1)
 
-    def _in_one_op(self) -> bool:
+    def _in_one_op(self, qkv: Tensor) -> bool:
         """Whether norms and rotation are those that `attention_heads` has."""
-        if self.spans_ranks or self.rotate is not rope.rotate:
+        if self.rotate is not rope.rotate or (self.spans_ranks and not qkv.is_cuda):
             return False
-        return self.qk_norm == "none" or type(self.q_norm) is type(self.k_norm) is RMSNorm
+        if self.qk_norm == "none":
+            return True
+        norms = (self.q_norm, self.k_norm)
+        # 1 + weight of a bf16 weight is in fp32, which the op does not take beside bf16
+        return all(_is_plain(norm) and norm.scale.dtype == qkv.dtype for norm in norms)
 
     def _norm_weights(self) -> dict[str, Any]:
         if self.qk_norm == "none":

@@ -48,12 +48,13 @@ class Objective(ABC):
 
     waited_seconds = 0.0  # for other replicas, while samples were made; the trainer takes it
 
-    def deal_over(self, trainers: Group, makers: Group) -> None:  # noqa: B027
-        """A stage begins, in which `trainers` share out the batches, and all of `makers`, which
-        have the same weights, make what they are made of."""
+    def set_groups(self, training_group: Group, generation_group: Group) -> None:  # noqa: B027
+        """Called when a stage begins. `training_group` splits each training batch,
+        `generation_group` splits generation; all its ranks hold the same weights."""
 
     def prepare(self) -> None:  # noqa: B027 - most have nothing to prepare
-        """What `makers` do together for the next batch; the trainers among them then ask for it."""
+        """Called on all ranks of the generation group. Makes what the next batch is made of; the
+        training group then asks for the batch."""
 
     @abstractmethod
     def next_batch(self) -> Batch:
@@ -70,9 +71,9 @@ class Objective(ABC):
     @abstractmethod
     def load_state(self, state: Mapping[str, Any]) -> None: ...
 
-    def begin(self, weights: Tensor, goes_on: bool) -> Tensor | None:
-        """A stage begins with these weights (this rank's shard). What the objective keeps of them
-        for good, as a reference policy, it returns: it is saved and restored with the run."""
+    def begin(self, weights: Tensor, inherit: bool) -> Tensor | None:
+        """Called when a stage begins with these weights (this rank's shard). What the objective
+        keeps of them, a reference policy say, it returns: that is saved with the run."""
         return None
 
     def signal(self) -> float | None:
@@ -80,11 +81,12 @@ class Objective(ABC):
         return None
 
     def metrics(self) -> dict[str, float]:
-        """Of the steps since the last call; all ranks call it together and get the same."""
+        """Means over the steps since the last call. All ranks call it together and get the same."""
         return {}
 
     def new_examples(self) -> list[dict[str, Any]]:
-        """Samples to be shown, each once: prompt, completion, reference, reward, finish_reason."""
+        """New samples for the log, each returned once, on the first rank of each replica: prompt,
+        completion, reference, reward, finish_reason."""
         return []
 
     def close(self) -> None:  # noqa: B027 - most have nothing to close

@@ -9,8 +9,8 @@ from megarlx.comm.collectives import all_reduce_
 from megarlx.comm.groups import Group
 from megarlx.model.build import ParallelModel
 from megarlx.objectives.packing import Layout, deal
-from megarlx.objectives.policy_loss import Completions
 from megarlx.ops import Head, LossInputs, LossSpec, TokenLoss
+from megarlx.rollouts.completions import Completions
 
 
 def layout_for(

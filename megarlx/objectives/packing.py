@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from megarlx.objectives.interface import Batch
-from megarlx.objectives.policy_loss import Completions, PolicyFields
+from megarlx.objectives.policy_loss import PolicyFields
 from megarlx.ops import LossInputs, LossSpec
 from megarlx.parallel.microbatches import Microbatch
+from megarlx.rollouts.completions import Completions
 
 # Widths come in this many steps up to the budget: full micro-batches are not padded by much, and a
 # pipeline (or a CUDA graph) meets few different shapes.

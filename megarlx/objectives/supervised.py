@@ -33,8 +33,8 @@ class Supervised(Objective):
         self.name, self.loader, self.device = name, loader, torch.device(device)
         self.spec = LossSpec("nll", z_loss=z_loss)
 
-    def deal_over(self, trainers: Group, makers: Group) -> None:
-        self.loader.deal_to(trainers.rank, trainers.size)
+    def set_groups(self, training_group: Group, generation_group: Group) -> None:
+        self.loader.deal_to(training_group.rank, training_group.size)
 
     def next_batch(self) -> Batch:
         parts = self.loader.next_step()

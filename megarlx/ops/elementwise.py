@@ -1,12 +1,12 @@
 """The elementwise parts of a layer: RMSNorm, SwiGLU, GeGLU, and the heads that attention looks at.
 
-On a CPU these passes over memory are what the products of a small model wait for: each op reads
-its input once and writes its result once, in fp32 and fp64. On CUDA, and in other dtypes, the same
-functions are torch's own kernels (`F.rms_norm`, `F.silu`): there is no native kernel for them.
-GeGLU is torch's kernels everywhere.
-Backward reads what forward saved and never writes it, since pipeline schedules may run it twice.
-The gradient of a norm's weight is summed over fixed blocks of rows, so that no result depends on
-the number of threads.
+These passes over memory are what the products of a small model wait for on a CPU, and a quarter of
+a training step on a GPU: each op reads its input once and writes its result once, in fp32 and fp64,
+and on CUDA in bf16, computed in fp32. In other dtypes the same functions are torch's own kernels
+(`F.rms_norm`, `F.silu`); GeGLU is torch's everywhere. Backward reads what forward saved and never
+writes it, since pipeline schedules may run it twice. The gradient of a norm's weight is summed over
+fixed blocks of rows, so that no result depends on the number of threads; that of a bf16 weight is
+in fp32.
 
 Letters: T tokens, d a normalised width, F half the width of a fused gate and up projection,
 H query heads, K key/value heads, D head_dim.
@@ -20,14 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megarlx.comm.collectives import all_reduce_
+from megarlx.comm.groups import Group
 from megarlx.ops import native
 
-native.load()
+CPU_DTYPES = (torch.float32, torch.float64)
+CUDA_DTYPES = (*CPU_DTYPES, torch.bfloat16) if native.load().built_with["cuda"] else ()
 
 
 def is_native(x: Tensor) -> bool:
     """Whether the compiled kernels take this tensor."""
-    return x.is_cpu and x.dtype in (torch.float32, torch.float64)
+    return x.dtype in CPU_DTYPES if x.is_cpu else x.is_cuda and x.dtype in CUDA_DTYPES
 
 
 def refuse_second_derivative(op: str, upstream: Tensor) -> None:
@@ -43,7 +46,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
 
     A weight of a wider type than x is multiplied in it, before the result is rounded.
     """
-    if not is_native(x):
+    if not (is_native(x) and weight.dtype == x.dtype):
         return rms_norm_reference(x, weight, eps, residual)
     if x.dim() == 2:
         out: Tensor = torch.ops.megarlx.rms_norm(x, weight, eps, residual)[0]
@@ -142,23 +145,51 @@ class _Heads(torch.autograd.Function):
         heads: int,
         kv_heads: int,
         eps: float,
+        group: Group | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, inverse = torch.ops.megarlx._heads(
-            qkv, q_weight, k_weight, cos, sin, heads, kv_heads, eps
-        )
+        weights = (q_weight, k_weight)
+        q, k, inverse = _heads(qkv, *weights, cos, sin, heads, kv_heads, eps, group)
         ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin, inverse)
+        ctx.group = group
         return q, k, values_of(qkv, heads, kv_heads)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("attention_heads", grads[0])
-        qkv, q_weight, k_weight, cos, sin, inverse = ctx.saved_tensors
+        *inputs, inverse = ctx.saved_tensors
         with_weights = any(ctx.needs_input_grad[1:3])
+        sums, ranks = None, 1
+        if ctx.group is not None:
+            sums = torch.ops.megarlx._heads_backward_sums(*grads[:2], *inputs)
+            all_reduce_(sums, ctx.group)
+            ranks = ctx.group.size
         grad_qkv, grad_q_weight, grad_k_weight = torch.ops.megarlx._heads_backward(
-            *grads, qkv, q_weight, k_weight, cos, sin, inverse, with_weights
+            *grads, *inputs, inverse, with_weights, sums, ranks
         )
         weights = (grad_q_weight, grad_k_weight) if with_weights else (None, None)
-        return grad_qkv, *weights, None, None, None, None, None
+        return grad_qkv, *weights, None, None, None, None, None, None
+
+
+def _heads(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    kv_heads: int,
+    eps: float,
+    group: Group | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and the inverses of their norms; with a group the norms span the heads of its ranks."""
+    sums, ranks = None, 1
+    if group is not None:
+        sums = all_reduce_(torch.ops.megarlx._heads_sums(qkv, heads, kv_heads), group)
+        ranks = group.size
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.megarlx._heads(
+        qkv, q_weight, k_weight, cos, sin, heads, kv_heads, eps, sums, ranks
+    )
+    return found
 
 
 def values_of(qkv: Tensor, heads: int, kv_heads: int) -> Tensor:
@@ -177,17 +208,21 @@ def attention_heads(
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
     eps: float = 0.0,
+    group: Group | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q [T, H, D], k and v [T, K, D] of a fused projection [T, (H + 2K)·D], CPU only.
+    """q [T, H, D], k and v [T, K, D] of a fused projection [T, (H + 2K)·D]; native dtypes only.
 
     With weights q and k are normalised: all heads of a token together where a weight has H·D (K·D)
     numbers, each for itself where it has D. Then they are rotated by cos and sin [T, 1, D/2].
+    With a group the norm spans the heads of all its ranks, which have H and K each: one reduction
+    of two numbers a token, forward and backward.
     """
-    arguments = (qkv, q_weight, k_weight, cos, sin, heads, kv_heads, eps)
+    over = group if group is not None and group.size > 1 else None
+    arguments = (qkv, q_weight, k_weight, cos, sin, heads, kv_heads, eps, over)
     if torch.is_grad_enabled() and qkv.requires_grad:
         q, k, v = _Heads.apply(*arguments)
         return q, k, v
-    q, k, _ = torch.ops.megarlx._heads(*arguments)
+    q, k, _ = _heads(*arguments)
     return q, k, values_of(qkv, heads, kv_heads)
 
 
@@ -231,9 +266,15 @@ def _norm_count(
     return 2 if full else heads + kv_heads
 
 
+def _precision(x: Tensor) -> torch.dtype:
+    """Of norms, their sums and the gradients of their weights."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 @torch.library.register_fake("megarlx::rms_norm")
 def _(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, ...]:
-    return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(x.shape[0])
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y, x.new_empty(x.shape[0], dtype=_precision(x))
 
 
 @torch.library.register_fake("megarlx::rms_norm_backward")
@@ -241,7 +282,7 @@ def _(
     grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, with_weight: bool
 ) -> tuple[Tensor, Tensor]:
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return grad_x, x.new_empty(x.shape[1] if with_weight else 0)
+    return grad_x, x.new_empty(x.shape[1] if with_weight else 0, dtype=_precision(x))
 
 
 @torch.library.register_fake("megarlx::swiglu")
@@ -264,13 +305,15 @@ def _(
     heads: int,
     kv_heads: int,
     eps: float,
+    sums: Tensor | None = None,
+    ranks: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tokens, dim = qkv.shape[0], qkv.shape[1] // (heads + 2 * kv_heads)
     norms = _norm_count(q_weight, k_weight, heads, kv_heads, dim)
     return (
         qkv.new_empty(tokens, heads, dim),
         qkv.new_empty(tokens, kv_heads, dim),
-        qkv.new_empty(tokens, norms),
+        qkv.new_empty(tokens, norms, dtype=_precision(qkv)),
     )
 
 
@@ -286,9 +329,22 @@ def _(
     sin: Tensor,
     inverse: Tensor,
     with_weights: bool,
+    sums: Tensor | None = None,
+    ranks: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     def like(weight: Tensor | None) -> Tensor:
-        return qkv.new_empty(0 if weight is None or not with_weights else weight.numel())
+        count = 0 if weight is None or not with_weights else weight.numel()
+        return qkv.new_empty(count, dtype=_precision(qkv))
 
     grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     return grad_qkv, like(q_weight), like(k_weight)
+
+
+@torch.library.register_fake("megarlx::_heads_sums")
+def _(qkv: Tensor, heads: int, kv_heads: int) -> Tensor:
+    return qkv.new_empty(qkv.shape[0], 2, dtype=_precision(qkv))
+
+
+@torch.library.register_fake("megarlx::_heads_backward_sums")
+def _(grad_q: Tensor, grad_k: Tensor, qkv: Tensor, *others: Tensor) -> Tensor:
+    return qkv.new_empty(qkv.shape[0], 2, dtype=_precision(qkv))

@@ -70,6 +70,7 @@ def linear_token_loss(
     reduce_hidden_grad: bool = True,
     drop_masked: bool = True,
     rows_per_chunk: int | None = None,
+    final_cap: float | None = None,
 ) -> TokenLoss:
     """token_loss of the logits `hidden` [..., d] @ `weight` [V, d].T, which never exist whole.
 
@@ -84,6 +85,7 @@ def linear_token_loss(
                         waited for: False computes them, does not wait, and makes no shape that
                         depends on data
     rows_per_chunk      rows of logits that exist at one time
+    final_cap           logits z become cap tanh(z / cap) first
     """
     op = "linear_token_loss"
     check_floats(op, "hidden", hidden, 1)
@@ -116,7 +118,10 @@ def linear_token_loss(
     if weight_grad_ is not None:
         check_weight_grad(op, weight, weight_grad_)
     whole = group is None or size == 1
-    if spec.is_native and whole and (weight_grad_ is None or not with_gradient):
+    if final_cap is not None and not 0 < final_cap < float("inf"):
+        refuse(op, "final_cap", final_cap, "a finite number above 0, or None")
+    native = spec.is_native and final_cap is None
+    if native and whole and (weight_grad_ is None or not with_gradient):
         result = torch.ops.megarlx.linear_token_loss(
             rows,
             weight,
@@ -140,6 +145,7 @@ def linear_token_loss(
             None if whole else group,
             weight_grad_,
             reduce_hidden_grad,
+            final_cap,
         )
     return shaped(result, targets.shape)
 
@@ -152,6 +158,7 @@ class Head:
     weight: Tensor  # [V, d]
     group: Group
     vocab_size: int
+    final_cap: float | None = None
 
     def token_loss(
         self,
@@ -184,6 +191,7 @@ class Head:
             vocab_size=self.vocab_size,
             reduce_hidden_grad=False,
             rows_per_chunk=rows_per_chunk,
+            final_cap=self.final_cap,
         )
 
 
@@ -227,7 +235,9 @@ class _Rows:
         vocab_size: int,
         rows: int,
         grad_weight: Tensor | None,
+        final_cap: float | None,
     ) -> None:
+        self.final_cap = final_cap
         self.hidden, self.tokens, self.group = hidden, tokens, group
         self.grad_weight, self.count, self.rows = grad_weight, len(hidden), rows
         self.precision = precision_of(hidden.dtype)
@@ -253,8 +263,12 @@ class _Rows:
     def logits(self, hidden: Tensor) -> Tensor:
         out = self.buffer[: len(hidden)]
         if self.mixed:
-            return torch.mm(hidden, self.weight.t(), out_dtype=self.precision, out=out)
-        return torch.mm(hidden, self.weight.t(), out=out)
+            torch.mm(hidden, self.weight.t(), out_dtype=self.precision, out=out)
+        else:
+            torch.mm(hidden, self.weight.t(), out=out)
+        if self.final_cap is not None:
+            out.div_(self.final_cap).tanh_().mul_(self.final_cap)
+        return out
 
     def sums(self, logits: Tensor, tokens: TokenInputs) -> Tensor:
         of_rows = (tokens.targets, tokens.mask, tokens.temperature)
@@ -272,9 +286,14 @@ class _Rows:
         """Adds the chunk's part of the weight's gradient, and sets that of its hidden rows."""
         tokens = self.tokens.rows(chunk.start, chunk.stop)
         into = None if self.narrow is None else self.narrow[: len(hidden)]
+        slope = None
+        if self.final_cap is not None:
+            slope = (logits / self.final_cap).square_().neg_().add_(1)
         of_rows = (tokens.targets, tokens.mask, *derivatives, tokens.temperature)
         torch.ops.megarlx.token_loss_gradient_(logits, partials, *of_rows, *self.place, into)
         gradient = logits if into is None else into
+        if slope is not None:  # of the cap
+            gradient.mul_(slope)
         self.grad_hidden[chunk] = torch.mm(gradient, self.weight)
         total = self.grad_weight
         assert total is not None
@@ -327,6 +346,7 @@ def python_loop(
     drop_masked: bool,
     group: Group | None,
     grad_weight: Tensor | None,
+    final_cap: float | None = None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """((loss, log-probs, entropy, metrics), this rank's part of grad_hidden).
 
@@ -336,7 +356,7 @@ def python_loop(
     if tokens.mask is not None and drop_masked:
         kept = tokens.mask.nonzero()[:, 0]
         hidden, tokens = hidden.index_select(0, kept), tokens.select(kept)
-    rows = _Rows(hidden, weight, tokens, group, vocab_size, rows_per_chunk, grad_weight)
+    rows = _Rows(hidden, weight, tokens, group, vocab_size, rows_per_chunk, grad_weight, final_cap)
     walk = by_sequences if spec.loss.needs_sequence and rows.count > rows.rows else by_chunks
     found = walk(rows, spec)
     sums = hidden.new_zeros(1 + len(spec.metrics), dtype=torch.float64)
@@ -369,10 +389,11 @@ class _LinearTokenLoss(torch.autograd.Function):
         group: Group | None,
         weight_grad_: Tensor | None,
         reduce_hidden_grad: bool,
+        final_cap: float | None,
     ) -> tuple[Tensor, ...]:
         ctx.accumulated = weight_grad_ is not None
         ctx.weight_dtype = weight.dtype
-        if spec.is_native and group is None:
+        if spec.is_native and group is None and final_cap is None:
             *result, grad_hidden = torch.ops.megarlx._linear_token_loss_(
                 hidden,
                 weight,
@@ -396,6 +417,7 @@ class _LinearTokenLoss(torch.autograd.Function):
                 drop_masked,
                 group,
                 weight_grad_ if with_gradient else None,
+                final_cap,
             )
             result = list(found)
             if group is not None and with_gradient and reduce_hidden_grad:
@@ -419,7 +441,7 @@ class _LinearTokenLoss(torch.autograd.Function):
             )
         grad_hidden, *of_weight = (scaled(gradient, upstream) for gradient in ctx.saved_tensors)
         grad_weight = of_weight[0].to(ctx.weight_dtype) if of_weight else None
-        return (grad_hidden, grad_weight, *[None] * 9)
+        return (grad_hidden, grad_weight, *[None] * 10)
 
 
 @torch.library.register_fake("megarlx::linear_token_loss")

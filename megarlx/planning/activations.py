@@ -133,7 +133,7 @@ def layer_delayed(n: Widths) -> int:
 def loss_workspace(job: Job, n: Widths) -> int:
     """At the end of the last stage's forward: normed states, a chunk of logits, both gradients."""
     chunk = job.loss_rows * n.V
-    logits = chunk * n.w
+    logits = chunk * n.w * (2 if job.model.final_cap else 1)  # and the cap's slope
     hidden = n.T * n.h * n.e
     weight_gradient = n.V * n.h * n.w
     widened = 0

@@ -104,8 +104,8 @@ def planned_config(arguments: argparse.Namespace) -> Config:
 
 
 def _plan(config: Config, arguments: argparse.Namespace) -> int:
+    from megarlx.comm.hardware import GPUS
     from megarlx.planning.dry_run import dry_run
-    from megarlx.planning.hardware import GPUS
     from megarlx.planning.job import Job
     from megarlx.planning.report import (
         compare,

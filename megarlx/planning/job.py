@@ -14,16 +14,16 @@ from typing import Any
 from megarlx import plug
 from megarlx.choices import AMPERE, Machine, choose_precision
 from megarlx.comm.groups import Layout
+from megarlx.comm.hardware import Arithmetic
 from megarlx.config import Config
 from megarlx.config.model import ModelConfig
 from megarlx.model.check_layout import LayoutError, check_layout
-from megarlx.model.communication import StepShape
 from megarlx.model.metadata import TensorParallel, parameter_layouts
 from megarlx.ops.linear_token_loss import rows_for
 from megarlx.parallel.data_parallel import FlatLayout
 from megarlx.parallel.metadata import ParameterLayout
 from megarlx.parallel.pipeline_plan import PipelinePlan, Schedule
-from megarlx.planning.hardware import Arithmetic
+from megarlx.planning.communication import StepShape
 from megarlx.training.combine import Combination, is_linear
 from megarlx.training.parts import UpdateSettings
 from megarlx.training.update_rules import rule_of

@@ -10,8 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from megarlx.comm.hardware import Gpu
 from megarlx.planning.dry_run import DryRun, first_turn
-from megarlx.planning.hardware import Gpu
 from megarlx.planning.job import Held, Job, Rollouts
 from megarlx.planning.memory import kv_cache_bytes, optimizer_bytes, rank_memory
 from megarlx.planning.rollouts import RolloutTime, generation_seconds, rollout_time

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from megarlx.comm.hardware import Gpu
 from megarlx.planning.activations import Widths
-from megarlx.planning.hardware import Gpu
 from megarlx.planning.job import Job, Rollouts
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megarlx.comm.hardware import Gpu
 from megarlx.parallel.pipeline_plan import Schedule
-from megarlx.planning.hardware import Gpu
 from megarlx.planning.job import Job, Rollouts
 from megarlx.planning.memory import Memory, worst_rank
 from megarlx.planning.step_time import StepTime, mfu, step_time

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megarlx.comm.groups import bytes_sent
-from megarlx.model.communication import Sent, objective_bytes, update_bytes
+from megarlx.planning.communication import Sent, objective_bytes, update_bytes
 from megarlx.planning.job import Job
 from megarlx.training.combine import is_linear
 from megarlx.training.update_rules import rule_of

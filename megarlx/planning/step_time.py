@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megarlx.model.communication import Sent, objective_bytes, update_bytes
+from megarlx.comm.hardware import Arithmetic, Gpu
 from megarlx.planning.activations import Widths
-from megarlx.planning.hardware import Arithmetic, Gpu
+from megarlx.planning.communication import Sent, objective_bytes, update_bytes
 from megarlx.planning.job import Job, Sizes
 
 

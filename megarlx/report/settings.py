@@ -1,4 +1,4 @@
-"""What runs were told: a hash of it, and what tells runs apart that would else be the same cell."""
+"""Hashes a run's settings, and labels runs of one cell by the settings in which they differ."""
 
 from __future__ import annotations
 

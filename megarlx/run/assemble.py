@@ -25,7 +25,7 @@ from megarlx.objectives.supervised import Supervised
 from megarlx.run.choose import choose
 from megarlx.run.directory import RunDirectory, RunError
 from megarlx.run.made import made_for, write_data
-from megarlx.run.objectives import ObjectiveMaker
+from megarlx.run.make_objectives import ObjectiveMaker
 from megarlx.run.tokenizer import load_tokenizer_of
 from megarlx.training.learning_rate import learning_rate
 from megarlx.training.parts import UpdateSettings
@@ -191,14 +191,14 @@ def _check_alike(choices: Mapping[str, Choice], mesh: Mesh) -> None:
 def training_stage(config: StageConfig, objectives: ObjectiveMaker) -> TrainingStage:
     members = []
     for name, one in config.objectives.items():
-        rate = learning_rate(one, one.course_steps or config.times.steps_of(name))
+        rate = learning_rate(one, one.schedule_steps or config.times.steps_of(name))
         members.append(
             TrainedObjective(
                 objectives[name],
                 UpdateSettings.of(one),
                 rate,
                 turns=one.turns,
-                goes_on=one.goes_on,
+                inherit=one.inherit,
             )
         )
     courses = {

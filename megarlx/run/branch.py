@@ -1,7 +1,7 @@
 """An excursion: a run that starts from a checkpoint of another one and follows a recipe.
 
 The parent is only read. What an excursion takes over is its weights, and of the objectives that
-its stages go on with (`goes_on`) the moments, the data position and the learning-rate course.
+its stages go on with (`inherit`) the moments, the data position and the learning-rate course.
 Everything else begins anew.
 """
 
@@ -104,7 +104,7 @@ def _completed(given: dict[str, Any], base: dict[str, Any], before: Config) -> d
         if not isinstance(objectives, dict):
             continue
         for name, one in objectives.items():
-            if isinstance(one, dict) and one.get("goes_on") is True:
+            if isinstance(one, dict) and one.get("inherit") is True:
                 objectives[name] = (course_of(before, name) or {}) | one
     return over(base, given)
 
@@ -116,8 +116,8 @@ def course_of(config: Config, name: str) -> dict[str, Any] | None:
         return None
     stage = config.all_stages[index]
     one = stage.objectives[name]
-    settings = one.model_dump(mode="json", exclude={"weight", "turns", "goes_on"})
-    return settings | {"course_steps": one.course_steps or stage.times.steps_of(name)}
+    settings = one.model_dump(mode="json", exclude={"weight", "turns", "inherit"})
+    return settings | {"schedule_steps": one.schedule_steps or stage.times.steps_of(name)}
 
 
 def parent_of(reference: RunReference, replayed: Path | None = None) -> Parent:
@@ -151,7 +151,7 @@ def write_lineage(out: RunDirectory, parent: Parent, recipe: Path, config: Confi
     restored = sorted(
         name
         for name in everything
-        if any(name in s.objectives and s.objectives[name].goes_on for s in config.all_stages)
+        if any(name in s.objectives and s.objectives[name].inherit for s in config.all_stages)
     )
     lineage = {
         "parent": asdict(parent),

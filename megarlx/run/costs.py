@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from megarlx.comm.hardware import gpu_named
 from megarlx.config import Config
 from megarlx.config.objectives import PRETRAINING
-from megarlx.planning.hardware import gpu_named
 from megarlx.training.trainer import Trainer
 
 

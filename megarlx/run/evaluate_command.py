@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from megarlx.checkpoint import CheckpointError
     from megarlx.comm import launch
-    from megarlx.objectives.environment_process import BrokenEnvironment
-    from megarlx.objectives.reward_process import RewardError
+    from megarlx.rollouts.environments.process import BrokenEnvironment
+    from megarlx.rollouts.rewards.process import RewardError
     from megarlx.run.assemble import choose_device
     from megarlx.run.opened import open_config
 

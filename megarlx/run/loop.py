@@ -99,7 +99,7 @@ def _start(run: Run) -> Costs:
 def _check_nothing_goes_on(run: Run) -> None:
     if names := sorted(run.trainer.timeline.from_before):
         raise RunError(
-            f"goes_on of {', '.join(names)} is true, but no stage before has it, and this run has "
+            f"inherit of {', '.join(names)} is true, but no stage before has it, and this run has "
             "no parent to go on from; an excursion (`megarlx branch`) has one"
         )
 

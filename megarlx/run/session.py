@@ -10,9 +10,9 @@ import torch
 from megarlx.checkpoint import CheckpointError
 from megarlx.comm import launch
 from megarlx.config import Config
-from megarlx.objectives.environment_process import BrokenEnvironment
-from megarlx.objectives.reward_process import RewardError
 from megarlx.printable import complain
+from megarlx.rollouts.environments.process import BrokenEnvironment
+from megarlx.rollouts.rewards.process import RewardError
 from megarlx.run.assemble import choose_device, choose_layout
 from megarlx.run.hooks import TrainingError
 

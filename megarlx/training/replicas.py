@@ -33,10 +33,10 @@ class Replicas:
         self.deal(stage)
 
     def deal(self, stage: TrainingStage) -> None:
-        trainers = self.trainers_in(stage)
-        makers = self.mesh.data if stage.helps else trainers
+        training_group = self.trainers_in(stage)
+        generation_group = self.mesh.data if stage.helps else training_group
         for trained in stage.members.values():
-            trained.objective.deal_over(trainers, makers)
+            trained.objective.set_groups(training_group, generation_group)
 
     def trainers_in(self, stage: TrainingStage) -> Group:
         """Who shares out an objective's batches."""

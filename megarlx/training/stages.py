@@ -24,7 +24,7 @@ class TrainedObjective:
     settings: UpdateSettings
     learning_rate: LearningRate
     turns: int = 1  # steps in a row, where objectives alternate
-    goes_on: bool = False  # with the moments, data and course it had before
+    inherit: bool = False  # with the moments, data and course it had before
 
 
 class TrainingStage:
@@ -53,7 +53,7 @@ class TrainingStage:
             steps,
             combine == "alternate",
             sync_every,
-            frozenset(name for name, trained in self.members.items() if trained.goes_on),
+            frozenset(name for name, trained in self.members.items() if trained.inherit),
         )
         self.combine, self.shared_moments = combine, shared_moments
         self.combination = combination
@@ -129,10 +129,10 @@ def check_stages(stages: Sequence[TrainingStage]) -> dict[str, Objective]:
                 raise ValueError(f"two objectives have the name '{name}'")
             before = shared if stage.shared_moments else rules.get(name)
             rule = trained.settings.whole_rule
-            if trained.goes_on and before not in (None, rule):
+            if trained.inherit and before not in (None, rule):
                 raise ValueError(
                     f"objective '{name}' goes on by the update rule '{trained.settings.rule}'; its "
-                    f"state was made by '{before}': give it the same rule, or no goes_on"
+                    f"state was made by '{before}': give it the same rule, or no inherit"
                 )
         made = {name: one.settings.whole_rule for name, one in stage.members.items()}
         if stage.shared_moments:

@@ -99,8 +99,8 @@ class Trainer:
         data_parallel = self.model.data_parallel
         # The one place where losses are normalised: by what all ranks have together.
         both = torch.stack((batch.weight, torch.full_like(batch.weight, batch.tokens)))
-        trainers = self.replicas.trainers_in(self.stage)
-        normalizer, tokens = all_reduce_(both, trainers).unbind()
+        training_group = self.replicas.trainers_in(self.stage)
+        normalizer, tokens = all_reduce_(both, training_group).unbind()
         self.tokens[objective.name] += tokens
         shard = self.optimizer.gradient_shard(objective.name)
         data_parallel.begin(shard)
@@ -123,10 +123,10 @@ class Trainer:
         self.replicas.enter(stage)
         waiting = sorted(self.timeline.waiting(index))
         data_parallel = self.model.data_parallel
-        continued = {name: trained.goes_on for name, trained in stage.members.items()}
+        continued = {name: trained.inherit for name, trained in stage.members.items()}
         frozen: dict[str, Tensor] = {}
-        for name, goes_on in {**continued, **dict.fromkeys(waiting, True)}.items():
-            kept = self.objectives[name].begin(data_parallel.shard_of_weights(), goes_on)
+        for name, inherit in {**continued, **dict.fromkeys(waiting, True)}.items():
+            kept = self.objectives[name].begin(data_parallel.shard_of_weights(), inherit)
             if kept is not None:
                 frozen[name] = kept
         self.optimizer = Optimizer(
@@ -152,7 +152,7 @@ class Trainer:
         before, index = self.optimizer, self.stage_index + 1
         self.replicas.level()
         for name, trained in self.stages[index].members.items():
-            if not trained.goes_on:
+            if not trained.inherit:
                 self.positions[name] = 0
                 self.objectives[name].load_state(self._untouched[name])
         self.enter(index)

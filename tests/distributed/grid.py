@@ -69,7 +69,7 @@ class Case:
 
 
 OF_FAMILY: dict[str, Any] = {
-    "gemma2": {"window": 5, "attention_cap": 2.0, "final_cap": 0.0},
+    "gemma2": {"window": 5, "attention_cap": 2.0, "final_cap": 3.0},
     "gemma3": {"window": 5, "full_attention_every": 3, "window_rope_theta": 100.0},
 }
 

@@ -18,7 +18,7 @@ from agent_cases import agent_config, agents, model, played_both_ways, tasks, to
 from rl_cases import trainer_of
 
 from megarlx.checkpoint import Saver, latest
-from megarlx.objectives.environment_process import BrokenEnvironment
+from megarlx.rollouts.environments.process import BrokenEnvironment
 from megarlx.training.trainer import Trainer
 
 LAYOUTS = [{"tp": 2}, {"pp": 2}, {"dp": 2}]

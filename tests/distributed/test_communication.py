@@ -9,8 +9,8 @@ import pytest
 from grid import BUCKET, LENGTH, SEQUENCES, Case, model, train
 
 from megarlx.comm.groups import Layout
-from megarlx.model.communication import StepShape, bytes_per_step
 from megarlx.parallel.pipeline_plan import PipelinePlan
+from megarlx.planning.communication import StepShape, bytes_per_step
 
 CASES = [
     Case("llama3", tp=2, precision="fp32"),

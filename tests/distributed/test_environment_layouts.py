@@ -15,10 +15,10 @@ from megarlx.data.tokenizer import WordTokenizer
 from megarlx.generation.engine import Engine
 from megarlx.generation.requests import SamplingSettings
 from megarlx.model.build import build_model
-from megarlx.objectives.environment_game import EnvironmentGame
-from megarlx.objectives.environment_process import BrokenEnvironment
-from megarlx.objectives.environments.interface import built_in
-from megarlx.objectives.player import Player, Start
+from megarlx.rollouts.environment_game import EnvironmentGame
+from megarlx.rollouts.environments.interface import built_in
+from megarlx.rollouts.environments.process import BrokenEnvironment
+from megarlx.rollouts.player import Player, Start
 from megarlx.study.environments.demonstrations import TEMPLATE, TEMPLATE_WORDS
 
 

@@ -15,7 +15,7 @@ from evaluated_models import small_model, subject
 from megarlx.comm.groups import Mesh
 from megarlx.config.evaluation import EvaluationConfig
 from megarlx.evaluation.suites import evaluate
-from megarlx.objectives.reward_process import RewardError
+from megarlx.rollouts.rewards.process import RewardError
 
 PLAIN = {"max_new_tokens": 6, "questions": 3, "samples": 8, "ks": [1, 8]}
 SUITES = EvaluationConfig.model_validate(

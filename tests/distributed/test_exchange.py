@@ -11,11 +11,12 @@ import torch
 from megarlx.comm.collectives import all_reduce_
 from megarlx.comm.groups import Group, Mesh
 from megarlx.config.policy import PolicyConfig
-from megarlx.objectives.exchange import gather_completions, gather_ragged
 from megarlx.objectives.losses import loss_spec
 from megarlx.objectives.packing import Layout as Places
 from megarlx.objectives.packing import deal, policy_batch
-from megarlx.objectives.policy_loss import Completions, policy_fields, select
+from megarlx.objectives.policy_loss import policy_fields
+from megarlx.rollouts.completions import Completions, select
+from megarlx.rollouts.exchange import gather_completions, gather_ragged
 
 LENGTHS = [9, 4, 15, 2, 7, 7, 11]
 PARTS = [[0, 1], [2, 3, 4, 5, 6], []]  # of each rank; one has nothing

@@ -28,7 +28,7 @@ from megarlx.comm.groups import Mesh
 from megarlx.data.loader import BatchLayout, Loader
 from megarlx.data.samples import Sample
 from megarlx.model.build import build_model
-from megarlx.objectives.rl import Reinforcement
+from megarlx.objectives.policy import Reinforcement
 from megarlx.objectives.supervised import Supervised
 from megarlx.training.parts import UpdateSettings
 from megarlx.training.shares import Adaptation, Course, Shares
@@ -85,7 +85,7 @@ def stages_of(kind: str, mesh: Mesh) -> list[TrainingStage]:
         return [average]
     a, b = members["a"], members["b"]
     going_on = [
-        TrainedObjective(o.objective, o.settings, o.learning_rate, goes_on=True) for o in (b, a)
+        TrainedObjective(o.objective, o.settings, o.learning_rate, inherit=True) for o in (b, a)
     ]
     return [
         TrainingStage([a], steps=2, combine="single"),

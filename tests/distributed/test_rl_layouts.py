@@ -19,8 +19,8 @@ from megarlx.checkpoint import Saver, latest
 from megarlx.comm.groups import Mesh
 from megarlx.data.prompts import PromptData
 from megarlx.data.tokenizer import WordTokenizer
-from megarlx.objectives.rewards import RewardError
-from megarlx.objectives.samples import Sample
+from megarlx.rollouts.rewards.rewards import RewardError
+from megarlx.rollouts.rewards.sample import Sample
 from megarlx.training.trainer import Trainer
 
 LAYOUTS = [{"tp": 2}, {"pp": 2}, {"dp": 2}, {"pp": 2, "dp": 2}]

@@ -49,7 +49,7 @@ def stages_of(kind: str, mesh: Mesh) -> list[TrainingStage]:
         members[1] = TrainedObjective(two, ADAM, lambda step: 1e-3)
         return [TrainingStage(members, shared_moments=True, shares=Shares(courses, 5))]
     if kind == "stages":
-        on = TrainedObjective(one, ADAM, lambda step: 1e-3, goes_on=True)
+        on = TrainedObjective(one, ADAM, lambda step: 1e-3, inherit=True)
         return [
             TrainingStage(members[:1], steps=2, combine="single"),
             TrainingStage(members[1:], steps=1, combine="single"),

@@ -22,7 +22,7 @@ from megarlx.parallel.metadata import sum_partial_gradients_
 
 FAMILIES = ("olmo2", "llama3", "qwen2", "qwen3", "gemma2", "gemma3")
 OF_FAMILY: dict[str, Any] = {
-    "gemma2": {"window": 5, "attention_cap": 2.0, "final_cap": 0.0},
+    "gemma2": {"window": 5, "attention_cap": 2.0, "final_cap": 3.0},
     "gemma3": {"window": 5, "full_attention_every": 2, "window_rope_theta": 100.0},
 }
 LENGTHS = [9, 4, 15]  # 28 tokens: split evenly by 1, 2 and 4

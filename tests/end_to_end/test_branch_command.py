@@ -106,8 +106,8 @@ def test_every_recipe_runs_and_tells_where_it_came_from(
     assert lineage["parent"]["run"] == str(trunk)
     assert lineage["trunk_tokens"] == 4 * 4 * 128
     assert lineage["recipe"] == recipe.stem
-    goes_on = "goes_on = true" in recipe.read_text()
-    assert ("pretraining: moments, data, course" in lineage["restored"]) == goes_on
+    inherit = "inherit = true" in recipe.read_text()
+    assert ("pretraining: moments, data, course" in lineage["restored"]) == inherit
     last = list(read_metrics(tmp_path / "x" / "metrics.jsonl"))[-1]
     steps = 12 if "turns" in recipe.read_text() else 6
     assert last["step"] == steps * recipe.read_text().count("[[stages]]")

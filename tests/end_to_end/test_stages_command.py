@@ -71,7 +71,7 @@ lr = 1e-4
 steps = 5
 combine = "alternate"
 [stages.objectives.pretraining]
-goes_on = true
+inherit = true
 turns = 2
 [stages.objectives.rl]
 lr = 1e-4
@@ -170,9 +170,9 @@ def test_samples_are_kept_for_people_to_read(staged: Path) -> None:
 def test_going_on_from_nothing_is_refused(
     tmp_path: Path, staged: Path, capsys: pytest.CaptureFixture[str], place: str
 ) -> None:
-    assert train(staged, tmp_path, f"stages.{place}.goes_on=true") == 1
+    assert train(staged, tmp_path, f"stages.{place}.inherit=true") == 1
     error = capsys.readouterr().err
-    assert f"goes_on of {place.rpartition('.')[2]} is true" in error
+    assert f"inherit of {place.rpartition('.')[2]} is true" in error
     assert "no parent to go on from" in error
 
 

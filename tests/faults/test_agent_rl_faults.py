@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit" / "objective
 from agent_cases import agent_config, agents, model
 from rl_cases import trainer_of
 
-from megarlx.objectives.environment_process import BrokenEnvironment
-from megarlx.objectives.rl import Reinforcement
+from megarlx.objectives.policy import Reinforcement
+from megarlx.rollouts.environments.process import BrokenEnvironment
 
 TRAP = "misbehaving_environments:Trap"
 KINDS = {

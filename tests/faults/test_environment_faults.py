@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megarlx.config.environment import EnvironmentConfig
-from megarlx.objectives.environment_process import (
+from megarlx.rollouts.environments.process import (
     Answer,
     BrokenEnvironment,
     EnvironmentPool,

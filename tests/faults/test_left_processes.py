@@ -19,8 +19,8 @@ TRAINER = """
 import sys
 sys.path.insert(0, {folder!r})
 from megarlx.config.reward import RewardConfig
-from megarlx.objectives.reward_process import RewardPool
-from megarlx.objectives.samples import Sample
+from megarlx.rollouts.rewards.process import RewardPool
+from megarlx.rollouts.rewards.sample import Sample
 options = {{"said": {said!r}, "how": {how!r}}}
 config = RewardConfig(function="lingering:reward", options=options, time_limit_seconds=1000)
 RewardPool(config).score([Sample("", "")])

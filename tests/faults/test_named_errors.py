@@ -12,8 +12,8 @@ import pytest
 
 from megarlx.config.reward import RewardConfig
 from megarlx.data.token_files import write_atomically
-from megarlx.objectives.reward_process import RewardError, RewardPool
-from megarlx.objectives.samples import Sample
+from megarlx.rollouts.rewards.process import RewardError, RewardPool
+from megarlx.rollouts.rewards.sample import Sample
 from megarlx.run.rank_logs import rank_log
 from megarlx.training.metrics import MetricsWriter, read_metrics
 

@@ -106,7 +106,54 @@ def check_updates(card: Any) -> None:
         check(card, ops.replica_average_apply_, master, wire, True, None)
 
 
-CHECKS = (check_sampling, check_losses, check_updates)
+def check_elementwise(card: Any) -> None:
+    ops = torch.ops.megarlx
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        x, weight, turn = (torch.rand(*shape).to(dtype) for shape in ((6, 8), (8,), (6, 1, 2)))
+        inverse = card.moved(ops.rms_norm(x.double(), weight.double(), 1e-5)[1])
+        inverse = inverse.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        for residual in (None, x):
+            check(card, ops.rms_norm, x, weight, 1e-5, residual)
+        for with_weight in (True, False):
+            check(card, ops.rms_norm_backward, x, x, weight, inverse, with_weight)
+        check(card, ops.swiglu, x)
+        check(card, ops.swiglu_backward, x[:, :4], x)
+        qkv = torch.rand(6, 16).to(dtype)
+        for sizes in ((), (8, 4), (4, 4)):
+            weights = [torch.rand(size).to(dtype) for size in sizes] or [None, None]
+            norms = inverse.new_ones(6, {(): 0, (8, 4): 2, (4, 4): 3}[sizes])
+            sums = inverse.new_ones(6, 2) if sizes == (8, 4) else None
+            check(card, ops._heads, qkv, *weights, turn, turn, 2, 1, 1e-5, sums, 2)
+            grads = (qkv[:, :8].view(6, 2, 4), qkv[:, None, :4], qkv[:, None, 4:8])
+            given = (*grads, qkv, *weights, turn, turn, norms)
+            check(card, ops._heads_backward, *given, bool(sizes), sums, 2)
+        check(card, ops._heads_sums, qkv, 2, 1)
+        weights = [torch.rand(size).to(dtype) for size in (8, 4)]
+        check(card, ops._heads_backward_sums, *grads[:2], qkv, *weights, turn, turn)
+
+
+def check_decode_parts(card: Any) -> None:
+    ops = torch.ops.megarlx
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        x, y, weight, turn = (torch.rand(*s).to(dtype) for s in ((3, 8), (3, 8), (8,), (8, 2)))
+        check(card, ops.decode_norm_, x, y, weight, 1e-5, None)
+        check(card, ops.decode_norm_, x, y, weight, 1e-5, torch.empty_like(x))
+        check(card, ops.decode_swiglu_, x, torch.empty(3, 4, dtype=dtype))
+        qkv, cache = torch.rand(3, 16).to(dtype), torch.zeros(2, 4, 1, 4, dtype=dtype)
+        table, places = torch.tensor([[0, 1]], dtype=torch.int32), torch.arange(3)
+        given = (qkv, cache, cache.clone(), table, 0 * places, places, turn, turn)
+        q = torch.empty(3, 2, 4, dtype=dtype)
+        check(card, ops.decode_heads_, *given, weight[:4], weight[:4], None, 1, 1e-5, q)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        check(card, ops.merge_attention, *(q, torch.rand(3, 2, dtype=wide)) * 2)
+    whole, flags = torch.arange(3), torch.zeros(3, dtype=torch.bool)
+    rows = (whole, whole.clone(), whole.clone(), torch.zeros(3, 2, dtype=torch.int64))
+    ring = (torch.zeros(1, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64))
+    given = (whole, torch.rand(3), torch.rand(3), whole, whole, 5)
+    check(card, ops.decode_advance_, *given, *rows, flags, *ring, torch.zeros(2, 2, 3))
+
+
+CHECKS = (check_sampling, check_losses, check_updates, check_elementwise, check_decode_parts)
 
 
 @pytest.mark.parametrize("of", CHECKS)

@@ -108,7 +108,7 @@ def stage_of(
     adams: Mapping[str, UpdateSettings] = ADAMS,
     rates: Mapping[str, Callable[[int], float]] = RATES,
     turns: Mapping[str, int] | None = None,
-    goes_on: Sequence[str] = (),
+    inherit: Sequence[str] = (),
     steps: int | None = None,
     combine: Any = "average",
     of_gradients: bool = False,
@@ -121,7 +121,7 @@ def stage_of(
             adams[one.name],
             rates[one.name],
             (turns or {}).get(one.name, 1),
-            one.name in goes_on,
+            one.name in inherit,
         )
         for one in made
     ]

@@ -95,8 +95,8 @@ def test_a_recipe_does_not_take_its_parents_learning_rate_unless_the_objective_g
     parent = loaded(tmp_path, stage.format("sft") + "lr = 3e-5\n")
     for text, missing in (
         (stage.format("sft"), True),
-        (stage.format("sft") + "goes_on = true\n", False),
-        (stage.format("rl") + "goes_on = true\n", True),
+        (stage.format("sft") + "inherit = true\n", False),
+        (stage.format("rl") + "inherit = true\n", True),
         ("[optimizer]\nlr = 1e-6\n" + stage.format("rl"), False),
         ("[optimizer]\nclip_norm = 0.3\n" + stage.format("rl"), True),
     ):
@@ -106,7 +106,7 @@ def test_a_recipe_does_not_take_its_parents_learning_rate_unless_the_objective_g
                 recipe_config(parent, recipe, (), "parent")
         else:
             made = recipe_config(parent, recipe, (), "parent").stages[0].objectives
-            assert [one.lr for one in made.values()] == [3e-5 if "goes_on" in text else 1e-6]
+            assert [one.lr for one in made.values()] == [3e-5 if "inherit" in text else 1e-6]
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_rl_has_the_same_work_and_reach_wherever_it_is_placed(tmp_path: Path, fo
                 alternates = stage.combine == "alternate"
                 assert not alternates or stage.steps % turns == 0
                 steps[name] += stage.steps * one.turns // turns if alternates else stage.steps
-                assert one.goes_on == (name == "pretraining")
+                assert one.inherit == (name == "pretraining")
                 if name == "rl":
                     rates.add(one.lr * one.weight.first)
         assert len(rates) == 1

@@ -11,8 +11,6 @@ import pytest
 from megarlx.cli import main
 from megarlx.config import load_config
 from megarlx.config.reward import RewardConfig
-from megarlx.objectives.reward_process import RewardError
-from megarlx.objectives.rewards import Rewards
 from megarlx.redact import (
     NOT_KEPT,
     check_kept,
@@ -23,6 +21,8 @@ from megarlx.redact import (
     redacted,
     secrets_in,
 )
+from megarlx.rollouts.rewards.process import RewardError
+from megarlx.rollouts.rewards.rewards import Rewards
 from megarlx.run.directory import RunDirectory
 from megarlx.run.rank_logs import log_path, rank_log
 

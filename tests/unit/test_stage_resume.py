@@ -36,10 +36,10 @@ def every_kind_of_stage(dtype: torch.dtype = torch.float32, seed: int = 1) -> Tr
     stages = [
         stage_of([a], steps=3, combine="single"),
         stage_of([b, c], steps=5, combine="alternate", turns={"b": 2, "c": 1}),
-        stage_of([a, b], steps=4, goes_on="a", shares=Shares(courses("ab"), 4, ADAPTIVE)),
-        stage_of([b, c], steps=3, goes_on="b", of_gradients=True, **SAME),
-        stage_of([b, c], steps=3, goes_on="bc", of_gradients=True, **SAME),
-        stage_of([a, b, c], steps=3, goes_on="a", shares=Shares(courses("abc"), 3)),
+        stage_of([a, b], steps=4, inherit="a", shares=Shares(courses("ab"), 4, ADAPTIVE)),
+        stage_of([b, c], steps=3, inherit="b", of_gradients=True, **SAME),
+        stage_of([b, c], steps=3, inherit="bc", of_gradients=True, **SAME),
+        stage_of([a, b, c], steps=3, inherit="a", shares=Shares(courses("abc"), 3)),
     ]
     return Trainer(small_model(seed, dtype), stages)
 
@@ -105,7 +105,7 @@ def test_what_goes_on_over_a_stage_between_is_as_if_that_had_not_been(
                 rates=dict.fromkeys("bc", lambda step: 0.0),
                 **between,
             ),
-            stage_of([a], steps=3, combine="single", goes_on="a"),
+            stage_of([a], steps=3, combine="single", inherit="a"),
         ]
         return Trainer(small_model(seed), stages)
 
@@ -151,7 +151,7 @@ def test_moments_wait_only_for_the_next_stage_that_has_their_objective() -> None
     stages = [
         stage_of([a], steps=1, combine="single"),
         stage_of([b], steps=1, combine="single"),
-        stage_of([a, b], steps=1, goes_on="b"),
+        stage_of([a, b], steps=1, inherit="b"),
     ]
     trainer = Trainer(small_model(), stages)
     assert trainer.optimizer.owners == ["a"]
@@ -167,8 +167,8 @@ def test_an_excursion_goes_on_with_what_it_is_told_and_with_nothing_else(tmp_pat
     parent.save(Saver(tmp_path, WORLD), {}, blocking=True)
     a, b, c = (objective(name) for name in "abc")
     stages = [
-        stage_of([b, c], steps=2, goes_on="b"),
-        stage_of([a], steps=2, combine="single", goes_on="a"),
+        stage_of([b, c], steps=2, inherit="b"),
+        stage_of([a], steps=2, combine="single", inherit="a"),
     ]
     child = Trainer(small_model(seed=9), stages)
     child.start_from(tmp_path / "iter_00000003")
@@ -196,7 +196,7 @@ def test_an_excursion_goes_on_with_what_it_is_told_and_with_nothing_else(tmp_pat
 def test_moments_that_a_parent_does_not_have_are_named(tmp_path: Path) -> None:
     parent = Trainer(small_model(), [stage_of("ab")])
     parent.save(Saver(tmp_path, WORLD), {}, blocking=True)
-    child = Trainer(small_model(), [stage_of("c", combine="single", goes_on="c")])
+    child = Trainer(small_model(), [stage_of("c", combine="single", inherit="c")])
     with pytest.raises(
         CheckpointError, match="no moments of c to go on with; it has those of a, b"
     ):
@@ -210,8 +210,8 @@ class Keeper(Objective):
         self.name, self.inner = name, objective(name)
         self.kept: Tensor | None = None
 
-    def begin(self, weights: Tensor, goes_on: bool) -> Tensor | None:
-        if self.kept is None or not goes_on:
+    def begin(self, weights: Tensor, inherit: bool) -> Tensor | None:
+        if self.kept is None or not inherit:
             self.kept = weights.clone()
         return self.kept
 
@@ -228,17 +228,17 @@ class Keeper(Objective):
         self.inner.load_state(state)
 
 
-@pytest.mark.parametrize("goes_on", [True, False])
+@pytest.mark.parametrize("inherit", [True, False])
 @pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
 def test_a_reference_is_kept_over_a_stage_between_if_its_objective_goes_on(
-    tmp_path: Path, goes_on: bool, stop: int
+    tmp_path: Path, inherit: bool, stop: int
 ) -> None:
     def made(seed: int) -> tuple[Trainer, Keeper]:
         keeper: Any = Keeper("a")
         stages = [
             stage_of([keeper], steps=2, combine="single"),
             stage_of("b", steps=2, combine="single"),
-            stage_of([keeper], steps=2, combine="single", goes_on="a" if goes_on else ""),
+            stage_of([keeper], steps=2, combine="single", inherit="a" if inherit else ""),
         ]
         return Trainer(small_model(seed), stages), keeper
 
@@ -251,7 +251,7 @@ def test_a_reference_is_kept_over_a_stage_between_if_its_objective_goes_on(
     for trainer in (first, second):
         run(trainer, 6 - stop)
     assert keeper.kept is not None
-    assert torch.equal(keeper.kept, start) == goes_on
+    assert torch.equal(keeper.kept, start) == inherit
     for found, expected in zip(everything(second), everything(first), strict=True):
         assert torch.equal(found, expected)
 

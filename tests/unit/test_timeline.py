@@ -30,9 +30,9 @@ def recipe(seed: int) -> dict[str, Any]:
         objectives = {}
         for name in names:
             one = {"lr": 1e-3, "schedule": "linear", "turns": draw.randint(1, 5)}
-            one["goes_on"] = name in seen and draw.random() < 0.5
+            one["inherit"] = name in seen and draw.random() < 0.5
             if draw.random() < 0.2:
-                one["course_steps"] = draw.randint(2, 30)
+                one["schedule_steps"] = draw.randint(2, 30)
             objectives[name] = one
         seen |= set(names)
         stage = {"steps": draw.randint(1, 9), "combine": combine, "objectives": objectives}
@@ -83,8 +83,8 @@ def test_all_askers_of_the_timeline_agree(seed: int) -> None:
             assert jobs[name].share_of_steps == taken / stage.steps
             assert jobs[name].averages_per_step == averages / stage.steps
             rates = [r[name] for at, trained, _, r in steps if at == index and name in trained]
-            length = one.course_steps or taken
-            if rates and not one.goes_on and length == taken > 1:
+            length = one.schedule_steps or taken
+            if rates and not one.inherit and length == taken > 1:
                 # Linear, without an end above 0: the last step of the course has the least rate.
                 assert rates[0] == 1e-3
                 assert rates[-1] == pytest.approx(one.final_lr_fraction * 1e-3, abs=1e-15)
@@ -120,7 +120,7 @@ def test_all_askers_of_the_timeline_agree(seed: int) -> None:
         one = config.all_stages[last[-1]].objectives[name]
         taken = sum(name in trained for at, trained, _, _ in steps if at == last[-1])
         assert course is not None
-        assert course["course_steps"] == (one.course_steps or taken)
+        assert course["schedule_steps"] == (one.schedule_steps or taken)
 
 
 def test_the_course_of_an_excursion_that_goes_on_is_as_long_as_its_parents() -> None:
@@ -130,7 +130,7 @@ def test_the_course_of_an_excursion_that_goes_on_is_as_long_as_its_parents() -> 
     given["stages"] = [{"steps": 13, "combine": "alternate", "objectives": both}]
     config = Config.model_validate(given)
     found = {name: course_of(config, name) for name in both}
-    assert {name: course["course_steps"] for name, course in found.items() if course} == {
+    assert {name: course["schedule_steps"] for name, course in found.items() if course} == {
         "rl": 10,
         "sft": 3,
     }

@@ -173,7 +173,7 @@ def test_rules_do_not_mix(tmp_path: Path) -> None:
     stages = [
         stage_of([a], steps=1, combine="single"),
         stage_of([b], steps=1, combine="single"),
-        stage_of([a], adams=muon, combine="single", goes_on="a"),
+        stage_of([a], adams=muon, combine="single", inherit="a"),
     ]
     with pytest.raises(ValueError, match="'a' goes on by the update rule 'muon'; its state was"):
         Trainer(small_model(), stages)
@@ -183,7 +183,7 @@ def test_rules_do_not_mix(tmp_path: Path) -> None:
     parent = Trainer(small_model(), [stage_of("a", combine="single")])
     run(parent, 1)
     parent.save(Saver(tmp_path, WORLD), {}, blocking=True)
-    child = Trainer(small_model(), [stage_of("a", adams=muon, combine="single", goes_on="a")])
+    child = Trainer(small_model(), [stage_of("a", adams=muon, combine="single", inherit="a")])
     said = "was made by the update rule 'megarlx.training.update_rules:AdamW'; .*Muon' cannot"
     with pytest.raises(CheckpointError, match=said):
         child.start_from(tmp_path / "iter_00000001")

@@ -16,8 +16,10 @@ from .build import KINDS, ROOT, build, environment, why_not
 TESTS = [
     "tests/emulation",
     *(f"tests/gpu/test_{name}_cuda.py" for name in ("averaging", "sample", "token_loss")),
+    "tests/gpu/test_elementwise_cuda.py",
     "tests/gpu/test_registration_on_cuda.py",
     *(f"tests/unit/ops/test_{name}.py" for name in ("averaging", "replica_average_halves")),
+    *(f"tests/unit/ops/test_{name}.py" for name in ("elementwise", "decode_parts")),
     *(
         f"tests/unit/ops/test_{name}.py"
         for name in ("sample", "token_loss", "loss_seam", "linear_token_loss")

@@ -24,7 +24,7 @@ from megarlx.ops.loss_spec import LossSpec
 from .library import LARGE, SMALL, Library, PretendedCard, load
 
 CPU: Any = torch.ops.megarlx
-DOUBLE = torch.float64
+BFLOAT16, DOUBLE = torch.bfloat16, torch.float64
 Check = Callable[[Library], None]
 SPEC = LossSpec("ppo_clip", 0.2, 0.3, 0.0, "k3", 0.3, 0.1).arguments
 
@@ -180,7 +180,156 @@ def skips(library: Library) -> None:
         assert x.eq(0).all() if flag else x.isnan().all()
 
 
+def of_cpu(op: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """The CPU's results, in fp32 where the arguments are bf16."""
+    wide = (a.float() if isinstance(a, Tensor) and a.dtype == BFLOAT16 else a for a in arguments)
+    found = getattr(CPU, op)(*wide)
+    return found if isinstance(found, tuple) else (found,)
+
+
+def elementwise(library: Library, op: str, *arguments: Any) -> tuple[Tensor, ...]:
+    """The results of an op, compared with the CPU's to their own rounding."""
+    found = getattr(library.ops, op)(*arguments)
+    found = found if isinstance(found, tuple) else (found,)
+    for i, (a, b) in enumerate(zip(found, of_cpu(op, arguments), strict=True)):
+        bound = {DOUBLE: 1e-13, BFLOAT16: 4e-3}.get(a.dtype, 1e-6)
+        a, b = (x.nan_to_num(neginf=-9) for x in (a, b))
+        gap, length = (a.to(b.dtype) - b).norm(), b.norm()
+        assert gap <= bound * length, f"{op} {arguments[0].shape}, result {i}: {gap} of {length}"
+    return found
+
+
+# Rows of a part of a warp, of several warps, and too wide for a block's registers; aligned or not.
+WIDTHS = {
+    BFLOAT16: (24, 130, 2056, 8200),
+    torch.float32: (24, 130, 1032, 4100),
+    DOUBLE: (24, 131, 520, 2050),
+}
+
+
+def norms(library: Library) -> None:
+    for dtype, widths in WIDTHS.items():
+        for width in widths:
+            x, weight = normal(19, width, dtype=dtype), normal(width, dtype=dtype, scale=2)
+            for residual in (None, normal(19, width, dtype=dtype, scale=3)):
+                _, inverse = elementwise(library, "rms_norm", x, weight, 1e-5, residual)
+            for with_weight in (True, False):
+                grad = normal(19, width, dtype=dtype, scale=0.5)
+                given = (grad, x, weight, inverse, with_weight)
+                elementwise(library, "rms_norm_backward", *given)
+
+
+def swiglus(library: Library) -> None:
+    for dtype, widths in WIDTHS.items():
+        for width in widths:
+            gate_up = normal(5, 2 * width + 1, dtype=dtype, scale=3)[:, : 2 * width]
+            for rows in (gate_up, gate_up.contiguous()):
+                elementwise(library, "swiglu", rows)
+                elementwise(library, "swiglu_backward", normal(5, width, dtype=dtype), rows)
+
+
+def heads_of(library: Library, dtype: torch.dtype, h: int, k: int, dim: int) -> None:
+    turn = normal(19, 1, dim // 2, dtype=DOUBLE)
+    cos, sin = turn.cos().to(dtype), turn.sin().to(dtype)
+    qkv = normal(19, (h + 2 * k) * dim, dtype=dtype)
+    for sizes in ((), (h * dim, k * dim), (dim, dim)):
+        weights: list[Any] = [normal(size, dtype=dtype) for size in sizes] or [None, None]
+        given = (qkv, *weights, cos, sin)
+        q, keys, inverse = elementwise(library, "_heads", *given, h, k, 1e-5)
+        grads = (q, keys, keys.flip(0).contiguous())
+        for with_weights in {False, bool(sizes)}:
+            elementwise(library, "_heads_backward", *grads, *given, inverse, with_weights)
+        if len(sizes) == 2 and sizes[0] == h * dim:
+            (sums,) = elementwise(library, "_heads_sums", qkv, h, k)
+            elementwise(library, "_heads", *given, h, k, 1e-5, 3 * sums, 2)
+            (sums,) = elementwise(library, "_heads_backward_sums", *grads[:2], *given)
+            elementwise(library, "_heads_backward", *grads, *given, inverse, True, sums / 3, 2)
+
+
+def heads(library: Library) -> None:
+    for dtype in (BFLOAT16, torch.float32, DOUBLE):
+        for h, k, dim in ((2, 1, 32), (4, 2, 22), (1, 1, 2)):
+            heads_of(library, dtype, h, k, dim)
+    heads_of(library, BFLOAT16, 17, 3, 128)  # 136 pairs of packs: two warps
+    heads_of(library, DOUBLE, 17, 1, 128)  # too wide
+
+
+def in_place(library: Library, op: str, *arguments: Any) -> None:
+    """An op that writes its arguments, compared with the CPU's."""
+    wide = [
+        a.float() if isinstance(a, Tensor) and a.dtype == BFLOAT16 else copied(a) for a in arguments
+    ]
+    getattr(CPU, op)(*wide)
+    getattr(library.ops, op)(*arguments)
+    for i, (a, b) in enumerate(zip(arguments, wide, strict=True)):
+        if isinstance(a, Tensor):
+            bound = {DOUBLE: 1e-13, BFLOAT16: 6e-3}.get(a.dtype, 1e-6)
+            a, b = a.double(), b.double()
+            gap = (a - b).norm()
+            assert gap <= bound * b.norm(), f"{op} {a.shape}, argument {i}: {gap} of {b.norm()}"
+
+
+def copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def decode_parts(library: Library) -> None:
+    for dtype, widths in WIDTHS.items():
+        for width in widths:
+            x, y, out = (normal(3, width, dtype=dtype, scale=s) for s in (1, 2, 3))
+            weight = normal(width, dtype=dtype)
+            in_place(library, "decode_norm_", x.clone(), y, weight, 1e-5, None)
+            in_place(library, "decode_norm_", x.clone(), None, weight, 1e-5, out.clone())
+            in_place(library, "decode_norm_", x, y, weight, 1e-5, out)
+            in_place(library, "decode_swiglu_", torch.cat((x, y), 1), out)
+        h, k, dim = 4, 2, 32
+        turn = normal(12, dim // 2, dtype=DOUBLE)
+        qkv, caches = normal(4, 8 * dim, dtype=dtype), normal(2, 6, 4, k, dim, dtype=dtype)
+        table = torch.tensor([[5, 0, 2], [1, 4, 9]], dtype=torch.int32)  # there is no page 9
+        places = (torch.tensor([1, 0, -1, 0]), torch.tensor([5, 11, 0, 0]))
+        for sizes in ((), (h * dim, k * dim), (dim, dim)):
+            weights: list[Any] = [normal(size, dtype=dtype) for size in sizes] or [None, None]
+            in_place(
+                library, "decode_heads_", qkv, caches[0].clone(), caches[1].clone(), table, *places,
+                turn.cos().to(dtype), turn.sin().to(dtype), *weights, None, 1, 1e-5,
+                normal(4, h, dim, dtype=dtype),
+            )  # fmt: skip
+
+
+def merges(library: Library) -> None:
+    for dtype in (BFLOAT16, torch.float32, DOUBLE):
+        for width in (24, 130):
+            a, b = (normal(7, 3, width, dtype=dtype, scale=s) for s in (1, 2))
+            wide = DOUBLE if dtype == DOUBLE else torch.float32
+            lse = [normal(7, 3, dtype=wide, scale=s) for s in (3, 1)]
+            lse[0][2] = -math.inf
+            elementwise(library, "merge_attention", a, lse[0], b, lse[1])
+
+
+def advances(library: Library) -> None:
+    rows, ring = 300, 3
+    whole = torch.arange(rows)
+    state = (
+        *(whole.clone(), whole.clone(), whole.clone(), torch.stack((whole, whole % 5), 1)),
+        *(whole % 7 == 0, torch.tensor([4]), torch.zeros(ring, rows, dtype=torch.int64)),
+        torch.zeros(2, ring, rows),
+    )
+    drawn, ends = whole % 11 - 1, torch.tensor([3, 5])
+    for _ in range(2):
+        given = (drawn, normal(rows), normal(rows, scale=2), ends, whole % 4 + 1, 77)
+        in_place(library, "decode_advance_", *given, *state)
+
+
 CASES: dict[str, Check] = {
+    "merge_attention_kernel": merges,
+    "advance_kernel": advances,
+    "rms_norm_kernel": norms,
+    "rms_norm_backward_kernel": norms,
+    "sum_blocks_kernel": norms,
+    "swiglu_kernel": swiglus,
+    "swiglu_backward_kernel": swiglus,
+    "heads_kernel": heads,
+    "heads_backward_kernel": heads,
     "tile_kernel": draws,
     "finish_kernel": draws,
     "threshold_kernel": filtered_draws,

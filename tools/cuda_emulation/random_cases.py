@@ -297,8 +297,44 @@ def linear_losses(draw: Draw, ops: Any) -> None:
         assert gap <= bound * length + 1e-9, f"result {i} is {gap} of {length} apart"
 
 
+def elementwise(draw: Draw, ops: Any) -> None:
+    """In bf16 against the CPU's fp32 of the same numbers."""
+    dtype, rows = draw.of(BFLOAT16, FLOAT, DOUBLE), draw.of(0, 1, 5, 33, 70)
+    h, k, dim = draw.of(1, 2, 5), draw.of(1, 2), 2 * draw.of(1, 3, 8, 16, 33, 64)
+    width = draw.of(1, 7, 24, 128, 130, 519, 1032, 4100)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return draw.normal(*shape, dtype=dtype, scale=scale)
+
+    def both(op: str, *arguments: Any) -> tuple[Tensor, ...]:
+        wide = (a.float() if isinstance(a, Tensor) and dtype == BFLOAT16 else a for a in arguments)
+        found, wanted = getattr(ops, op)(*arguments), getattr(CPU, op)(*wide)
+        found, wanted = (x if isinstance(x, tuple) else (x,) for x in (found, wanted))
+        for i, (a, b) in enumerate(zip(found, wanted, strict=True)):
+            bound = {FLOAT: 1e-5, BFLOAT16: 6e-3, DOUBLE: 1e-12}[a.dtype]
+            gap, length = (a.double() - b.double()).norm(), b.double().norm()
+            assert gap <= bound * length + 1e-6, f"{op}, result {i} is {gap} of {length} apart"
+        return found
+
+    x, weight = draw.placed(normal(rows, width)), normal(width)
+    _, inverse = both("rms_norm", x, weight, 1e-3, draw.of(None, normal(rows, width)))
+    both("rms_norm_backward", normal(rows, width), x, weight, inverse, draw.chance(0.5))
+    gate_up = draw.placed(normal(rows, 2 * width, scale=draw.of(1, 30)))
+    both("swiglu", gate_up)
+    both("swiglu_backward", normal(rows, width), gate_up)
+    turn = draw.normal(rows, 1, dim // 2, dtype=DOUBLE)
+    sizes = draw.of((), (h * dim, k * dim), (dim, dim))
+    weights: list[Any] = [normal(size) for size in sizes] or [None, None]
+    qkv = draw.placed(normal(rows, (h + 2 * k) * dim))
+    given = (qkv, *weights, turn.cos().to(dtype), turn.sin().to(dtype))
+    *_, inverse = both("_heads", *given, h, k, 1e-3)
+    grads = (normal(rows, h, dim), normal(rows, k, dim), normal(rows, k, dim))
+    both("_heads_backward", *grads, *given, inverse, bool(sizes) and draw.chance(0.7))
+
+
 CASES: dict[str, Callable[[Draw, Any], None]] = {
-    case.__name__: case for case in (sampling, losses, updates, replicas, linear_losses)
+    case.__name__: case
+    for case in (sampling, losses, updates, replicas, linear_losses, elementwise)
 }
 
 

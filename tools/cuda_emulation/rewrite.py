@@ -20,7 +20,7 @@ NAMESPACE = "megarlx_emulated"
 PTX = {"ex2.approx.ftz.f32": "ex2_approx_ftz", "max.NaN.f32": "max_nan"}
 
 # Bindings without a CUDA half.
-CPU_ONLY = {"decode.cpp", "elementwise.cpp", "elementwise_autograd.cpp"}
+CPU_ONLY = {"decode.cpp"}
 
 
 class CannotRewrite(ValueError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from megarlx.data.draw import Draw, Split
-from megarlx.objectives.environments import interface
+from megarlx.rollouts.environments import interface
 from megarlx.study.world.problems import Problem, Step, Writer, problem_at
 from megarlx.study.world.settings import WorldError, WorldSettings
 

@@ -17,7 +17,7 @@ from megarlx.config.environment import EnvironmentConfig
 from megarlx.data.conversations import Conversation, Template, Turn
 from megarlx.data.draw import Draw, Split
 from megarlx.data.token_files import write_atomically
-from megarlx.objectives.environments.interface import BuiltIn, Task, built_in, success_rate
+from megarlx.rollouts.environments.interface import BuiltIn, Task, built_in, success_rate
 
 TEMPLATE = Template(user="seen : {content} act :", assistant=" {content}")
 TEMPLATE_WORDS = ("seen", "act", ":")

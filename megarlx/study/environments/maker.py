@@ -88,7 +88,7 @@ class AgentsMaker:
 
     def write(self, folder: Path, options: AgentsOptions) -> None:
         from megarlx.data.token_files import write_atomically
-        from megarlx.objectives.environments.interface import built_in
+        from megarlx.rollouts.environments.interface import built_in
         from megarlx.study.environments.demonstrations import Sizes, write_environment
 
         demonstrations: list[str] = []

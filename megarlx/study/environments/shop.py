@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megarlx.data.draw import Draw, Split
-from megarlx.objectives.environments import interface
+from megarlx.rollouts.environments import interface
 from megarlx.study.environments.splits import drawn_of_split
 
 KINDS = ("shirt", "coat", "hat", "bag", "cup", "lamp")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 from megarlx.data.draw import Draw, Split
-from megarlx.objectives.environments import interface
+from megarlx.rollouts.environments import interface
 from megarlx.study.environments.splits import drawn_of_split
 
 Cell = tuple[int, int]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megarlx.objectives.samples import Sample
+from megarlx.rollouts.rewards.sample import Sample
 from megarlx.study.world.behaviours import follows
 
 

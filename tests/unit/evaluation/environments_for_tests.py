@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megarlx.objectives.environments.interface import Step
+from megarlx.rollouts.environments.interface import Step
 
 
 class Letters:

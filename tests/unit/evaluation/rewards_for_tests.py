@@ -1,6 +1,6 @@
 """Rewards that tests name by module:function."""
 
-from megarlx.objectives.samples import Sample
+from megarlx.rollouts.rewards.sample import Sample
 
 
 def even_letters(samples: list[Sample]) -> list[float]:

@@ -16,7 +16,7 @@ from megarlx.config.evaluation import EvaluationConfig, SuiteConfig
 from megarlx.evaluation.questions import questions_of
 from megarlx.evaluation.sampled import at_random
 from megarlx.evaluation.suites import evaluate
-from megarlx.objectives.environment_process import BrokenEnvironment
+from megarlx.rollouts.environments.process import BrokenEnvironment
 
 ENVIRONMENT = {
     "function": "environments_for_tests:Letters",

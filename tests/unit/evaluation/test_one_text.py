@@ -20,11 +20,11 @@ from megarlx.evaluation.sampled import play
 from megarlx.generation.engine import Engine
 from megarlx.generation.requests import SamplingSettings
 from megarlx.generation.stop import text_of
-from megarlx.objectives.player import Player
-from megarlx.objectives.question_game import QuestionGame
-from megarlx.objectives.rewards import Rewards
-from megarlx.objectives.rollout import Sampler
-from megarlx.objectives.samples import Sample
+from megarlx.rollouts.player import Player
+from megarlx.rollouts.question_game import QuestionGame
+from megarlx.rollouts.rewards.rewards import Rewards
+from megarlx.rollouts.rewards.sample import Sample
+from megarlx.rollouts.rollout import Sampler
 
 TOKENIZER = WORLD.tokenizer()
 STOPS = ("ann", "8")  # words of the world; the model is untrained and says anything

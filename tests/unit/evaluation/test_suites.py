@@ -19,7 +19,7 @@ from megarlx.evaluation.questions import SuiteError, check_suites, few_shot_of, 
 from megarlx.evaluation.results import ResultError, finished, read_result, result_path, results_of
 from megarlx.evaluation.sampled import play
 from megarlx.evaluation.suites import Parent, described, evaluate, metrics_of
-from megarlx.objectives.reward_process import RewardError
+from megarlx.rollouts.rewards.process import RewardError
 from megarlx.study.world.maker import WorldMaker
 from megarlx.study.world.problems import guessing_pass_at_k
 

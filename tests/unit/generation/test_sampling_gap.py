@@ -15,7 +15,7 @@ from megarlx.model.build import build_model
 @pytest.mark.parametrize("tokens_per_pass", [64, 4096])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_gap_is_rounding_alone(family: str, tokens_per_pass: int) -> None:
-    model = build_model(small(family, final_cap=0.0), Mesh.alone(), seed=3)
+    model = build_model(small(family), Mesh.alone(), seed=3)
     found = Engine.of(model, slots=32, longest=64).generate(
         mixed_requests(6, 5), SamplingSettings(temperature=0.8, top_k=50), seed=2
     )

@@ -12,7 +12,7 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
     "gemma2": {
         "window": 9,
         "attention_cap": 2.0,
-        "final_cap": 0.0,
+        "final_cap": 3.0,
         "query_scalar": 13.0,
         "rope_theta": 10_000.0,
     },

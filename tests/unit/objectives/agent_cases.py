@@ -17,15 +17,15 @@ from megarlx.data.tokenizer import WordTokenizer
 from megarlx.generation.engine import Engine
 from megarlx.generation.requests import Completion, Request, SamplingSettings
 from megarlx.model.build import ParallelModel
-from megarlx.objectives.environment_game import EnvironmentGame
-from megarlx.objectives.environments.interface import Step
-from megarlx.objectives.episodes import Episode
-from megarlx.objectives.player import Game, Player, Start
-from megarlx.objectives.question_game import QuestionGame
-from megarlx.objectives.rewards import Rewards
-from megarlx.objectives.rl import Reinforcement
-from megarlx.objectives.rollout import Sampler
-from megarlx.objectives.samples import Sample
+from megarlx.objectives.policy import Reinforcement
+from megarlx.rollouts.environment_game import EnvironmentGame
+from megarlx.rollouts.environments.interface import Step
+from megarlx.rollouts.episodes import Episode
+from megarlx.rollouts.player import Game, Player, Start
+from megarlx.rollouts.question_game import QuestionGame
+from megarlx.rollouts.rewards.rewards import Rewards
+from megarlx.rollouts.rewards.sample import Sample
+from megarlx.rollouts.rollout import Sampler
 
 __all__ = ["Early", "agent_config", "agents", "model", "played_both_ways", "tasks", "told"]
 LONGEST = 60

@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Any
 
-from megarlx.objectives.samples import Sample
+from megarlx.rollouts.rewards.sample import Sample
 
 # By what the completion says: what is returned for so many samples.
 ODD: dict[str, Any] = {

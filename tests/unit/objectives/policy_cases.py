@@ -12,8 +12,9 @@ from torch import Tensor
 
 from megarlx.config.policy import PolicyConfig
 from megarlx.objectives.losses import loss_spec
-from megarlx.objectives.policy_loss import Completions, policy_fields
+from megarlx.objectives.policy_loss import policy_fields
 from megarlx.ops import token_loss
+from megarlx.rollouts.completions import Completions
 
 MAX_COMPLETION_TOKENS = 11
 

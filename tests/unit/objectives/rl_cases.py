@@ -15,12 +15,12 @@ from megarlx.data.prompts import Prompt, PromptData
 from megarlx.data.tokenizer import WordTokenizer
 from megarlx.generation.engine import Engine
 from megarlx.model.build import ParallelModel, build_model
-from megarlx.objectives.player import Player
-from megarlx.objectives.question_game import QuestionGame
-from megarlx.objectives.rewards import Rewards
-from megarlx.objectives.rl import Reinforcement
-from megarlx.objectives.rollout import Sampler
-from megarlx.objectives.samples import Sample
+from megarlx.objectives.policy import Reinforcement
+from megarlx.rollouts.player import Player
+from megarlx.rollouts.question_game import QuestionGame
+from megarlx.rollouts.rewards.rewards import Rewards
+from megarlx.rollouts.rewards.sample import Sample
+from megarlx.rollouts.rollout import Sampler
 from megarlx.training.parts import UpdateSettings
 from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage
 

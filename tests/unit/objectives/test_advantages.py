@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megarlx.config.policy import PolicyConfig
-from megarlx.objectives.advantages import (
+from megarlx.rollouts.advantages import (
     STD_FLOOR,
     Turns,
     compares_turns,

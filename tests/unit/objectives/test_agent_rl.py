@@ -18,12 +18,12 @@ from megarlx.comm.groups import Group
 from megarlx.config.objectives import RlConfig
 from megarlx.config.policy import PolicyConfig
 from megarlx.generation.requests import Request, Trajectory
-from megarlx.objectives.environment_process import BrokenEnvironment, Failure
-from megarlx.objectives.episodes import Episode, EpisodeBatch, Turn
 from megarlx.objectives.losses import loss_spec
+from megarlx.objectives.policy import Reinforcement
 from megarlx.objectives.policy_loss import policy_fields
-from megarlx.objectives.rl import Reinforcement
 from megarlx.ops import linear_token_loss
+from megarlx.rollouts.environments.process import BrokenEnvironment, Failure
+from megarlx.rollouts.episodes import Episode, EpisodeBatch, Turn
 from megarlx.training.trainer import Trainer
 
 SAMPO = {"preset": "sampo"}

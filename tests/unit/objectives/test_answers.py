@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megarlx.objectives.answers import (
+from megarlx.rollouts.rewards.answers import (
     answer_format,
     final_answer,
     final_number,
@@ -14,7 +14,7 @@ from megarlx.objectives.answers import (
     math_equal,
     number,
 )
-from megarlx.objectives.samples import Sample
+from megarlx.rollouts.rewards.sample import Sample
 
 
 def sample(completion: str, reference: str | None = None, **rest: object) -> Sample:

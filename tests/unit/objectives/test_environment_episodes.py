@@ -22,10 +22,12 @@ from megarlx.data.tokenizer import WordTokenizer
 from megarlx.generation.engine import Engine
 from megarlx.generation.requests import NOT_WRITTEN, Request, SamplingSettings, Trajectory
 from megarlx.model.transformer import Stage
-from megarlx.objectives.advantages import sample_advantages
-from megarlx.objectives.environment_game import EnvironmentGame
-from megarlx.objectives.environment_process import BrokenEnvironment, Failure
-from megarlx.objectives.episodes import (
+from megarlx.objectives.policy_loss import policy_fields
+from megarlx.rollouts.advantages import sample_advantages
+from megarlx.rollouts.completions import Completions
+from megarlx.rollouts.environment_game import EnvironmentGame
+from megarlx.rollouts.environments.process import BrokenEnvironment, Failure
+from megarlx.rollouts.episodes import (
     Episode,
     EpisodeBatch,
     Turn,
@@ -33,8 +35,7 @@ from megarlx.objectives.episodes import (
     observation_hash,
     stop_if_too_many_failed,
 )
-from megarlx.objectives.player import Player, Start
-from megarlx.objectives.policy_loss import Completions, policy_fields
+from megarlx.rollouts.player import Player, Start
 
 TEMPLATE = Template(user="seen : {content} act :", assistant=" {content}")
 WORDS = ("seen", ":", "act", "go", "stay", "lose", "win", "task", "room", *map(str, range(20)))

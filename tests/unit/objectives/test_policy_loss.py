@@ -10,13 +10,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from megarlx.config.policy import PRESETS, PolicyConfig
-from megarlx.objectives.policy_loss import (
-    Completions,
-    gap_sums,
-    overlong_penalty,
-    policy_fields,
-    select,
-)
+from megarlx.objectives.policy_loss import gap_sums, policy_fields
+from megarlx.rollouts.completions import Completions, overlong_penalty, select
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.3}
 LOSSES = {

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from megarlx.config.reward import RewardConfig
-from megarlx.objectives.reward_http import Judge
-from megarlx.objectives.reward_process import RewardError
-from megarlx.objectives.rewards import Rewards
-from megarlx.objectives.samples import Sample
+from megarlx.rollouts.rewards.judge import Judge
+from megarlx.rollouts.rewards.process import RewardError
+from megarlx.rollouts.rewards.rewards import Rewards
+from megarlx.rollouts.rewards.sample import Sample
 
 
 class Server(ThreadingHTTPServer):

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from megarlx.config.reward import RewardConfig
-from megarlx.objectives.reward_model import RewardModel
-from megarlx.objectives.rewards import Rewards
-from megarlx.objectives.samples import Sample
+from megarlx.rollouts.rewards.model import RewardModel
+from megarlx.rollouts.rewards.rewards import Rewards
+from megarlx.rollouts.rewards.sample import Sample
 
 SAMPLES = [Sample("a b", " c"), Sample("a", " d d d d e"), Sample("b", "")]
 

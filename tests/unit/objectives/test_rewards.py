@@ -20,10 +20,10 @@ from pydantic import ValidationError
 from megarlx.comm.groups import Group
 from megarlx.config.load import ConfigError, load_config
 from megarlx.config.reward import RewardConfig
-from megarlx.objectives import reward_values
-from megarlx.objectives.reward_process import RewardError
-from megarlx.objectives.rewards import Rewards, Scored
-from megarlx.objectives.samples import Sample
+from megarlx.rollouts.rewards import values as reward_values
+from megarlx.rollouts.rewards.process import RewardError
+from megarlx.rollouts.rewards.rewards import Rewards, Scored
+from megarlx.rollouts.rewards.sample import Sample
 
 HERE = "misbehaving_rewards"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from rl_cases import config, model, reinforcement, trainer_of
 
-from megarlx.objectives.answers import marked_answer
-from megarlx.objectives.samples import Sample
+from megarlx.rollouts.rewards.answers import marked_answer
+from megarlx.rollouts.rewards.sample import Sample
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
 from rl_learning import Task, learn, rl_config, train_start

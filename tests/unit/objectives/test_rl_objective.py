@@ -26,9 +26,9 @@ from megarlx.checkpoint import Saver
 from megarlx.comm.groups import Group
 from megarlx.config.policy import PolicyConfig
 from megarlx.model.build import ParallelModel
-from megarlx.objectives.advantages import sample_advantages
-from megarlx.objectives.rewards import RewardError
-from megarlx.objectives.rl import Reinforcement
+from megarlx.objectives.policy import Reinforcement
+from megarlx.rollouts.advantages import sample_advantages
+from megarlx.rollouts.rewards.rewards import RewardError
 from megarlx.training.trainer import Trainer
 
 GRPO = {"preset": "grpo"}

@@ -13,9 +13,10 @@ from megarlx.config.policy import PolicyConfig
 from megarlx.model.transformer import Stage
 from megarlx.objectives.losses import loss_spec
 from megarlx.objectives.packing import Deal, Layout, deal, policy_batch
-from megarlx.objectives.policy_loss import Completions, policy_fields
+from megarlx.objectives.policy_loss import policy_fields
 from megarlx.ops import LossSpec, linear_token_loss
 from megarlx.parallel.microbatches import Loss, call_stage
+from megarlx.rollouts.completions import Completions
 
 MODEL = family_config(
     "olmo2", vocab_size=23, hidden_size=20, layers=2, heads=2, kv_heads=1, head_dim=8,

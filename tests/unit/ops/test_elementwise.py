@@ -148,6 +148,26 @@ def test_one_query_head_beside_several_key_heads_is_normalised_head_by_head() ->
     assert_same(op, reference, inputs)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(4, 2, 22), (2, 1, 32)], ids=str)
+def test_a_norm_is_made_of_its_sums(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    """The sums that ranks exchange, here of one rank alone, give what is computed without them."""
+    h, k, dim = shape
+    _, _, (qkv, *weights) = heads_case("full", dtype, 71, *shape)
+    turn = [normal(71, 1, dim // 2, dtype=dtype, seed=i) for i in (3, 4)]
+    given = (qkv, *weights, *turn)
+    q, keys, inverse = ops._heads(*given, h, k, EPS)
+    sums = ops._heads_sums(qkv, h, k)
+    for a, b in zip(ops._heads(*given, h, k, EPS, 3 * sums, 3), (q, keys, inverse), strict=True):
+        assert relative(a, b) <= 4 * RELATIVE[dtype]
+    grads = [normal(*x.shape, dtype=dtype, seed=8) for x in (q, keys, keys)]
+    wanted = ops._heads_backward(*grads, *given, inverse, True)
+    products = ops._heads_backward_sums(*grads[:2], *given)
+    found = ops._heads_backward(*grads, *given, inverse, True, 3 * products, 3)
+    for a, b in zip(found, wanted, strict=True):
+        assert relative(a, b) <= 4 * RELATIVE[dtype]
+
+
 def test_turned_heads_keep_their_length() -> None:
     op, _, (qkv,) = heads_case("none", torch.float64)
     q, k, v = op(qkv)
@@ -344,6 +364,15 @@ QKV, TURN = torch.ones(3, 16), torch.ones(3, 1, 2)
         (lambda: attention_heads(QKV, TURN, TURN, 3, 1), r"qkv's shape is \[3, 16\]"),
         (lambda: attention_heads(QKV, TURN[:2], TURN, 2, 1), r"cos's shape is \[2, 1, 2\]"),
         (lambda: attention_heads(QKV, TURN, TURN, 2, 1, q_weight=W), "k_weight is missing"),
+        (lambda: ops._heads_sums(QKV, 0, 1), "_heads_sums: heads is 0; allowed"),
+        (
+            lambda: ops._heads(QKV, None, None, TURN, TURN, 2, 1, EPS, torch.ones(3, 2)),
+            "sums is given; allowed: none where no norm spans the heads",
+        ),
+        (
+            lambda: ops._heads(QKV, None, None, TURN, TURN, 2, 1, EPS, None, 0),
+            "ranks is 0; allowed: an integer > 0",
+        ),
         (
             lambda: attention_heads(QKV, TURN, TURN, 2, 1, q_weight=W, k_weight=W[:3]),
             r"k_weight's shape is \[3\]; allowed: \[4\]",
@@ -381,6 +410,12 @@ def test_opcheck(dtype: torch.dtype) -> None:
         given = (q, k, k.clone(), qkv, *weights, turn, turn, inverse)
         for with_weights in {False, bool(sizes)}:
             check(ops._heads_backward, (*given, with_weights))
+        if sizes == (8, 4):
+            check(ops._heads_sums, (qkv, 2, 1))
+            check(ops._heads_backward_sums, given[:2] + given[3:-1])
+            sums = ops._heads_sums(qkv, 2, 1)
+            check(ops._heads, (qkv, *weights, turn, turn, 2, 1, EPS, sums, 2))
+            check(ops._heads_backward, (*given, True, sums, 2))
 
 
 OTHER_SET = """

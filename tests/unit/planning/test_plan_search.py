@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 from planned_jobs import llama3, seventy_billion
 
+from megarlx.comm.hardware import GPUS
 from megarlx.config import Config
 from megarlx.model.check_layout import LayoutError
-from megarlx.planning.hardware import GPUS
 from megarlx.planning.job import Job
 from megarlx.planning.memory import Rollouts, worst_rank
 from megarlx.planning.search import layouts, predict, search

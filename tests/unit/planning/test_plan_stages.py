@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from megarlx.cli import main
+from megarlx.comm.hardware import GPUS
 from megarlx.config import load_config
 from megarlx.generation.engine import Engine
 from megarlx.planning.dry_run import build, dry_run, fake_world, trainer_of
-from megarlx.planning.hardware import GPUS
 from megarlx.planning.memory import optimizer_bytes, rank_memory, worst_rank
 from megarlx.planning.report import compare, differing
 from megarlx.planning.stages import job_of_stage
@@ -89,7 +89,7 @@ combine = "alternate"
 [stages.objectives.rl]
 lr = 1e-5
 turns = 2
-goes_on = true
+inherit = true
 [stages.objectives.sft]
 lr = 1e-5
 """

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from planned_jobs import llama3, seventy_billion
 
+from megarlx.comm.hardware import GPUS, Gpu, gpu_named
 from megarlx.config.model import family_config
-from megarlx.planning.hardware import GPUS, Gpu, gpu_named
 from megarlx.planning.job import Job
 from megarlx.planning.memory import Rollouts
 from megarlx.planning.rollouts import rollout_time

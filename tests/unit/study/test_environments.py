@@ -14,10 +14,10 @@ from megarlx.data.conversations import read_conversations
 from megarlx.data.draw import Draw
 from megarlx.data.prompts import read_prompts
 from megarlx.data.tokenizer import WordTokenizer, load_tokenizer
-from megarlx.objectives.environment_worker import EnvironmentServer
-from megarlx.objectives.environments import BuiltIn
-from megarlx.objectives.environments.gymnasium import TextGym
-from megarlx.objectives.environments.interface import built_in, success_rate
+from megarlx.rollouts.environments import BuiltIn
+from megarlx.rollouts.environments.gymnasium import TextGym
+from megarlx.rollouts.environments.interface import built_in, success_rate
+from megarlx.rollouts.environments.worker import EnvironmentServer
 from megarlx.study.environments import demonstrations
 from megarlx.study.environments.calculator import Calculator
 from megarlx.study.environments.demonstrations import Sizes, demonstration

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megarlx.objectives.samples import Sample
+from megarlx.rollouts.rewards.sample import Sample
 from megarlx.study.world.rewards import world_behaviour
 
 

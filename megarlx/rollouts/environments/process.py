@@ -12,18 +12,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megarlx.config.environment import EnvironmentConfig
-from megarlx.objectives.environment_worker import EnvironmentServer
-from megarlx.objectives.environments.interface import Task
-from megarlx.objectives.worker_process import (
+from megarlx.printable import printable
+from megarlx.redact import check_kept
+from megarlx.rollouts.environments.interface import Task
+from megarlx.rollouts.environments.worker import EnvironmentServer
+from megarlx.rollouts.workers.worker_process import (
     CallFailed,
     CannotStart,
     Limits,
     Tally,
     WorkerProcess,
 )
-from megarlx.objectives.worker_program import describe
-from megarlx.printable import printable
-from megarlx.redact import check_kept
+from megarlx.rollouts.workers.worker_program import describe
 
 
 class BrokenEnvironment(RuntimeError):
@@ -77,7 +77,7 @@ class _Server:
             limits = Limits(
                 config.time_limit_seconds, config.start_limit_seconds, config.memory_limit_mb
             )
-            server = "megarlx.objectives.environment_worker:EnvironmentServer"
+            server = "megarlx.rollouts.environments.worker:EnvironmentServer"
             self._process = WorkerProcess(server, self.arguments, limits)
         self._here: EnvironmentServer | None = None  # without a process
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from megarlx.objectives.samples import Sample
+from megarlx.rollouts.rewards.sample import Sample
 
 
 class RewardModel:

@@ -24,14 +24,14 @@ from megarlx.data.token_files import TokenFile, check_tokenizer
 from megarlx.data.tokenizer import Tokenizer
 from megarlx.generation.interface import Generator, generator_of
 from megarlx.model.build import ParallelModel
-from megarlx.objectives.environment_game import EnvironmentGame
 from megarlx.objectives.interface import Objective
-from megarlx.objectives.player import Player
-from megarlx.objectives.question_game import QuestionGame
-from megarlx.objectives.rewards import Rewards
-from megarlx.objectives.rl import KeepSamples, Reinforcement
-from megarlx.objectives.rollout import Sampler
+from megarlx.objectives.policy import KeepSamples, Reinforcement
 from megarlx.objectives.supervised import Supervised
+from megarlx.rollouts.environment_game import EnvironmentGame
+from megarlx.rollouts.player import Player
+from megarlx.rollouts.question_game import QuestionGame
+from megarlx.rollouts.rewards.rewards import Rewards
+from megarlx.rollouts.rollout import Sampler
 from megarlx.run.directory import RunError
 from megarlx.run.made import data_of, path_of
 from megarlx.run.tokenizer import template_of

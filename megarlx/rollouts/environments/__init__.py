@@ -6,6 +6,6 @@
 (No torch here: environments run in processes that must start fast.)
 """
 
-from megarlx.objectives.environments.interface import BuiltIn, Environment, Step, Task
+from megarlx.rollouts.environments.interface import BuiltIn, Environment, Step, Task
 
 __all__ = ["BuiltIn", "Environment", "Step", "Task"]

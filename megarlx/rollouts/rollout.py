@@ -22,11 +22,11 @@ from megarlx.data.order import key_of
 from megarlx.data.prompts import PromptData
 from megarlx.data.tokenizer import Tokenizer
 from megarlx.generation.requests import SamplingSettings
-from megarlx.objectives.advantages import compares_turns, sample_advantages, uninformative
-from megarlx.objectives.environment_process import BrokenEnvironment
-from megarlx.objectives.episodes import Episode, EpisodeBatch
-from megarlx.objectives.player import Player, Start
-from megarlx.objectives.policy_loss import Completions, overlong_penalty
+from megarlx.rollouts.advantages import compares_turns, sample_advantages, uninformative
+from megarlx.rollouts.completions import Completions, overlong_penalty
+from megarlx.rollouts.environments.process import BrokenEnvironment
+from megarlx.rollouts.episodes import Episode, EpisodeBatch
+from megarlx.rollouts.player import Player, Start
 
 SEEDS = 1 << 31  # of environments: libraries of random numbers often take no larger ones
 COUNTED = ("rl/reward_failures", "rl/environment_failures")  # begin metrics that are sums

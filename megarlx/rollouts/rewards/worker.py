@@ -8,9 +8,9 @@ from functools import partial
 from typing import Any
 
 from megarlx import plug
-from megarlx.objectives.reward_values import numbers
-from megarlx.objectives.samples import Sample
-from megarlx.objectives.worker_program import describe
+from megarlx.rollouts.rewards.sample import Sample
+from megarlx.rollouts.rewards.values import numbers
+from megarlx.rollouts.workers.worker_program import describe
 
 
 def load(name: str, options: dict[str, Any]) -> Any:

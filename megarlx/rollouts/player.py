@@ -20,7 +20,7 @@ from megarlx.data.tokenizer import Tokenizer
 from megarlx.generation.interface import Generator
 from megarlx.generation.requests import Request, SamplingSettings, Trajectory, TurnEnd
 from megarlx.generation.stop import text_of
-from megarlx.objectives.episodes import Episode
+from megarlx.rollouts.episodes import Episode
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from typing import Any
 
 from megarlx.comm.groups import Group, Mesh
 from megarlx.generation.requests import Request, Trajectory, TurnEnd
-from megarlx.objectives.episodes import Episode, Turn
-from megarlx.objectives.player import Start, from_first
-from megarlx.objectives.reward_process import RewardError
-from megarlx.objectives.rewards import Rewards
-from megarlx.objectives.samples import Sample
+from megarlx.rollouts.episodes import Episode, Turn
+from megarlx.rollouts.player import Start, from_first
+from megarlx.rollouts.rewards.process import RewardError
+from megarlx.rollouts.rewards.rewards import Rewards
+from megarlx.rollouts.rewards.sample import Sample
 
 SOLVED = 1.0 - 1e-6  # of the first reward: an answer with all of it is a success
 

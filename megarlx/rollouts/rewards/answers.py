@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import Literal
 
-from megarlx.objectives.samples import Sample
+from megarlx.rollouts.rewards.sample import Sample
 
 Style = Literal["any", "marked", "boxed", "hashes", "last_number"]
 STYLES: tuple[Style, ...] = ("any", "marked", "boxed", "hashes", "last_number")

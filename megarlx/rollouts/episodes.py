@@ -24,15 +24,15 @@ from megarlx.comm.groups import Group
 from megarlx.config.environment import EnvironmentConfig
 from megarlx.config.policy import PolicyConfig
 from megarlx.generation.requests import NOT_WRITTEN, Trajectory
-from megarlx.objectives.advantages import (
+from megarlx.rollouts.advantages import (
     Turns,
     compares_turns,
     sample_advantages,
     turn_advantages,
 )
-from megarlx.objectives.environment_process import BrokenEnvironment, Failure
-from megarlx.objectives.exchange import gather_completions, gather_ragged
-from megarlx.objectives.policy_loss import Completions, places_of, select
+from megarlx.rollouts.completions import Completions, places_of, select
+from megarlx.rollouts.environments.process import BrokenEnvironment, Failure
+from megarlx.rollouts.exchange import gather_completions, gather_ragged
 
 SHOWN = 300  # characters of an observation or an action in an error
 

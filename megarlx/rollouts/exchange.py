@@ -1,4 +1,4 @@
-"""Every data-parallel rank's samples on all of them, so that they can be dealt out evenly.
+"""All-gathers samples over the data-parallel group, so that packing can balance them.
 
 Samples are short beside activations: a thousand of a thousand tokens are 40 MB with all fields.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megarlx.comm.collectives import all_gather
 from megarlx.comm.groups import Group
-from megarlx.objectives.policy_loss import Completions
+from megarlx.rollouts.completions import Completions
 
 OF_SEQUENCES = ("lengths", "truncated")
 

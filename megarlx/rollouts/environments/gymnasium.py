@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from megarlx import plug
-from megarlx.objectives.environments.interface import Step, Task
+from megarlx.rollouts.environments.interface import Step, Task
 
 
 class TextGym:

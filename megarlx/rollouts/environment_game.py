@@ -21,16 +21,16 @@ from megarlx.data.conversations import Turn as Said
 from megarlx.data.prompts import Prompt
 from megarlx.data.tokenizer import Tokenizer, TokenizerError
 from megarlx.generation.requests import Request, Trajectory, TurnEnd
-from megarlx.objectives.environment_process import (
+from megarlx.rollouts.environments.interface import Task
+from megarlx.rollouts.environments.process import (
     Answer,
     BrokenEnvironment,
     EnvironmentPool,
     Failure,
     Outcome,
 )
-from megarlx.objectives.environments.interface import Task
-from megarlx.objectives.episodes import Episode, Turn, metrics_of, stop_if_too_many_failed
-from megarlx.objectives.player import Start, from_first
+from megarlx.rollouts.episodes import Episode, Turn, metrics_of, stop_if_too_many_failed
+from megarlx.rollouts.player import Start, from_first
 
 
 @dataclass

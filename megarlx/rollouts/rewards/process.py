@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megarlx.config.reward import RewardConfig
-from megarlx.objectives import reward_worker
-from megarlx.objectives.reward_values import described, numbers, wrong
-from megarlx.objectives.samples import Sample
-from megarlx.objectives.worker_process import (
+from megarlx.redact import check_kept
+from megarlx.rollouts.rewards import worker as reward_worker
+from megarlx.rollouts.rewards.sample import Sample
+from megarlx.rollouts.rewards.values import described, numbers, wrong
+from megarlx.rollouts.workers.worker_process import (
     CallFailed,
     CannotStart,
     Kind,
@@ -20,8 +21,7 @@ from megarlx.objectives.worker_process import (
     Tally,
     WorkerProcess,
 )
-from megarlx.objectives.worker_program import describe
-from megarlx.redact import check_kept
+from megarlx.rollouts.workers.worker_program import describe
 
 
 class RewardError(RuntimeError):
@@ -95,7 +95,7 @@ class RewardProcess:
     def __init__(self, config: RewardConfig) -> None:
         self.config = config
         self._worker = WorkerProcess(
-            "megarlx.objectives.reward_worker:server",
+            "megarlx.rollouts.rewards.worker:server",
             {"function": config.function, "options": config.options},
             Limits(config.time_limit_seconds, config.start_limit_seconds, config.memory_limit_mb),
         )

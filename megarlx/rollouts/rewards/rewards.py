@@ -13,8 +13,8 @@ import torch
 from megarlx.comm.collectives import all_reduce_, gather_values
 from megarlx.comm.groups import Group
 from megarlx.config.reward import RewardConfig
-from megarlx.objectives.reward_process import Failure, Outcome, RewardError, RewardPool
-from megarlx.objectives.samples import Sample
+from megarlx.rollouts.rewards.process import Failure, Outcome, RewardError, RewardPool
+from megarlx.rollouts.rewards.sample import Sample
 
 SHOWN = 300  # characters of a sample in an error
 

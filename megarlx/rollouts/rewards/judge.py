@@ -10,8 +10,8 @@ import urllib.request
 from dataclasses import asdict
 from typing import Any
 
-from megarlx.objectives.samples import Sample
 from megarlx.redact import hidden
+from megarlx.rollouts.rewards.sample import Sample
 
 LONGEST_REPLY = 1 << 24  # bytes
 

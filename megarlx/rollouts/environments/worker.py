@@ -17,9 +17,9 @@ from collections.abc import Callable
 from typing import Any
 
 from megarlx import plug
-from megarlx.objectives.environments.interface import Environment
-from megarlx.objectives.reward_values import described, number, wrong
-from megarlx.objectives.worker_program import describe
+from megarlx.rollouts.environments.interface import Environment
+from megarlx.rollouts.rewards.values import described, number, wrong
+from megarlx.rollouts.workers.worker_program import describe
 
 
 class Misbehaved(Exception):

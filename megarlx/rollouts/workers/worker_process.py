@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megarlx import processes
-from megarlx.objectives import worker_program
 from megarlx.printable import printable
+from megarlx.rollouts.workers import worker_program
 
 Kind = Literal["timeout", "crash", "error", "wrong_shape", "not_finite", "too_large", "not_asked"]
 

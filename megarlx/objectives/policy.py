@@ -19,23 +19,17 @@ from megarlx.config.objectives import RL, RlConfig
 from megarlx.config.policy import PolicyConfig
 from megarlx.data.order import key_of, shuffled
 from megarlx.model.build import ParallelModel
-from megarlx.objectives.advantages import compares_turns, sample_advantages
 from megarlx.objectives.interface import Batch, Objective
-from megarlx.objectives.json_tensors import from_json, to_json
 from megarlx.objectives.logprobs import layout_for, training_logprobs
 from megarlx.objectives.losses import loss_spec, try_loss
 from megarlx.objectives.packing import Layout, policy_batch
-from megarlx.objectives.policy_loss import (
-    Completions,
-    gap_sums,
-    log_ratios,
-    places_of,
-    policy_fields,
-    select,
-)
+from megarlx.objectives.policy_loss import gap_sums, log_ratios, policy_fields
 from megarlx.objectives.reference import frozen_copy, weights_in_place
-from megarlx.objectives.rollout import Rollout, RolloutSource
 from megarlx.ops import Head, LossInputs, TokenLoss
+from megarlx.rollouts.advantages import compares_turns, sample_advantages
+from megarlx.rollouts.completions import Completions, places_of, select
+from megarlx.rollouts.json_tensors import from_json, to_json
+from megarlx.rollouts.rollout import Rollout, RolloutSource
 
 KeepSamples = Callable[[int, list[dict[str, Any]]], bool]  # rollout's number, examples: kept?
 
@@ -71,7 +65,7 @@ class Reinforcement(Objective):
         self._examples: list[dict[str, Any]] = []
         self._signal: float | None = None
         self._prepared = False
-        self.trainers = model.mesh.dp
+        self.training_group = model.mesh.dp
 
     @property
     def _precision(self) -> torch.dtype:
@@ -79,13 +73,13 @@ class Reinforcement(Objective):
 
     # What the trainer asks.
 
-    def begin(self, weights: Tensor, goes_on: bool) -> Tensor | None:
-        if self.config.policy.needs_reference and (self.reference is None or not goes_on):
+    def begin(self, weights: Tensor, inherit: bool) -> Tensor | None:
+        if self.config.policy.needs_reference and (self.reference is None or not inherit):
             self.reference = frozen_copy(weights)
         return self.reference
 
-    def deal_over(self, trainers: Group, makers: Group) -> None:
-        self.trainers, self.sampler.group = trainers, makers
+    def set_groups(self, training_group: Group, generation_group: Group) -> None:
+        self.training_group, self.sampler.group = training_group, generation_group
 
     def prepare(self) -> None:
         """Every step is counted here, also by ranks that only help to make the samples."""
@@ -110,7 +104,7 @@ class Reinforcement(Objective):
             max_completion_tokens=config.most_written_tokens,
         )
         self._layout = layout_for(
-            self.model, minibatch, config.tokens_per_microbatch, self.trainers
+            self.model, minibatch, config.tokens_per_microbatch, self.training_group
         )
         self._minibatch, self._seen = minibatch, []
         self._first_of_rollout = step == 0
@@ -195,7 +189,7 @@ class Reinforcement(Objective):
     # How a step is made.
 
     def _new_rollout(self) -> None:
-        makers = self.sampler.group
+        generation_group = self.sampler.group
         rollout = self.sampler.rollout(self.rollouts * self.config.steps_of_a_rollout)
         self.waited_seconds += self.sampler.waited_seconds
         self.sampler.waited_seconds = 0.0
@@ -204,11 +198,11 @@ class Reinforcement(Objective):
         moves = self.config.steps_of_a_rollout > 1
         off_reward = policy.kl == "reward"
         if moves or off_reward or policy.importance_cap:
-            made = replace(made, old_logprobs=self._logprobs(made, makers))
+            made = replace(made, old_logprobs=self._logprobs(made, generation_group))
         if policy.needs_reference:
             assert self.reference is not None
             with weights_in_place(self.model.data_parallel, self.reference):
-                made = replace(made, ref_logprobs=self._logprobs(made, makers))
+                made = replace(made, ref_logprobs=self._logprobs(made, generation_group))
         self.current = replace(rollout, completions=made)
         if off_reward:
             self.current = _less_divergence(self.current, policy)
@@ -216,7 +210,11 @@ class Reinforcement(Objective):
         self.work.generated_tokens += rollout.metrics["rl/generated_tokens"]
         self.work.forward_tokens += rollout.metrics["rl/prompt_tokens"]
         self._signal = rollout.metrics["rl/informative_groups"]
-        keep = self.keep_samples if makers.is_first and self.model.mesh.model.is_first else None
+        keep = (
+            self.keep_samples
+            if generation_group.is_first and self.model.mesh.model.is_first
+            else None
+        )
         if keep is not None and keep(self.rollouts, rollout.examples):
             self._examples = rollout.examples
         self.rollouts += 1
@@ -266,7 +264,7 @@ class Reinforcement(Objective):
                 for at, key in enumerate(("gap", "kl", "tokens")):
                     sums[len(names) + at] = gap[key].cpu()
                 most[1] = gap["gap_max"].cpu()
-        for group in (self.trainers, mesh.pp):
+        for group in (self.training_group, mesh.pp):
             all_reduce_(sums, group)
             all_reduce_(most, group, op="max")
         total = dict(zip(names, sums.tolist(), strict=False))

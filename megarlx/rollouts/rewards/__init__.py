@@ -1,0 +1,1 @@
+"""What samples are worth: rewards, in processes that may hang or crash."""
