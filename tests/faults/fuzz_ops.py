@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import random
 import re
 import resource
@@ -115,7 +116,8 @@ FITTING: dict[str, Callable[[], Any]] = {
     **dict.fromkeys(("cosines", "sines"), lambda: floats(M, E // 2)),
     **dict.fromkeys(("cos", "sin"), lambda: floats(T, 1, E // 2)),
     **dict.fromkeys(("q_weight", "k_weight"), lambda: floats(E)),
-    "inverse": lambda: None,
+    **dict.fromkeys(("inverse", "sums"), lambda: None),
+    "ranks": lambda: 1,
     **dict.fromkeys(("scale",), lambda: 0.5),
     "rows": lambda: T,
     "out": lambda: floats(T, H * E),
@@ -147,6 +149,33 @@ OWN: dict[str, dict[str, Callable[[], Any]]] = {
     "decode_attention_": {"keys": lambda: floats(S, M, K, E), "eps": lambda: 1e-6},
     "swiglu_backward": {"grad": lambda: floats(T, F)},
     "_heads": {"eps": lambda: 1e-6},
+    "decode_heads_": {
+        "eps": lambda: 1e-6,
+        **dict.fromkeys(("keys", "values"), lambda: floats(S * 2, M // 2, K, E)),
+        "table": lambda: torch.randperm(S * 2).view(S, 2).to(torch.int32),
+        "q": lambda: floats(T, H, E),
+    },
+    "merge_attention": {
+        **dict.fromkeys(("a", "b"), lambda: floats(T, H, E)),
+        **dict.fromkeys(("a_lse", "b_lse"), lambda: floats(T, H)),
+    },
+    "decode_advance_": {
+        **dict.fromkeys(("drawn", "tokens"), lambda: below(V, T)),
+        **dict.fromkeys(("logprob", "sampled_logprob"), lambda: floats(T)),
+        "ends": lambda: below(V, 2),
+        **dict.fromkeys(("last_positions", "positions"), lambda: below(M, T)),
+        "idle_slot": lambda: 0,
+        "frozen": lambda: torch.rand(T) < 0.5,
+        "step": lambda: below(4, 1),
+        "history": lambda: below(V, 4, T),
+        "logprobs": lambda: floats(2, 4, T),
+    },
+    "_heads_backward_sums": {
+        "grad_q": lambda: floats(T, H, E),
+        "grad_k": lambda: floats(T, K, E),
+        "q_weight": lambda: floats(H * E),
+        "k_weight": lambda: floats(K * E),
+    },
     "_heads_backward": {
         "grad_q": lambda: floats(T, H, E),
         "grad_k": lambda: floats(T, K, E),
@@ -282,7 +311,8 @@ def shown(value: Any) -> str:
 
 def main(seed: int, first: int, count: int) -> None:
     torch.set_num_threads(1)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    if "ASAN_OPTIONS" not in os.environ:  # a sanitizer's shadow of the memory is larger than it
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     for number in range(first, first + count):
         torch.manual_seed(hash((seed, number)))
         draw = random.Random(f"{seed} {number}")

@@ -40,7 +40,8 @@ def starts(count: int) -> dict[int, tuple[dict[str, Any], int]]:
 BAD = {
     "hang": "timeout", "crash": "crash", "exit": "crash", "raise": "error", "none": "wrong_shape",
     "bytes": "wrong_shape", "text reward": "wrong_shape", "nan": "not_finite",
-    "list": "wrong_shape", "long": "too_long", "hoard": "error",
+    "list": "wrong_shape", "long": "too_long", "hoard": "error", "huge": "too_large",
+    "beyond": "not_finite", "digits": "wrong_shape", "flood": "too_long",
 }  # fmt: skip
 
 
@@ -74,7 +75,10 @@ def test_a_bad_step_loses_its_episode_only_and_the_others_go_on_where_they_were(
     assert details["long"] == (
         "step's observation has 10000000 characters; max_observation_characters is 20000"
     )
-    assert details["nan"] == "step's reward is nan"
+    limits = "rewards are between -1e+09 and 1e+09"
+    assert details["nan"] == f"step's reward: returned nan; {limits}"
+    assert details["huge"] == f"step's reward: returned 1e+308; {limits}"
+    assert details["flood"].startswith("step's info has 10000004 characters; ")
 
 
 @pytest.mark.parametrize("action", ["hang", "raise", "crash"])
@@ -140,3 +144,15 @@ def test_finished_episodes_are_forgotten_and_their_environments_used_again() -> 
         assert len(server.running) == 1
         assert len(server.idle) == 3
         assert len(made._histories) == 1
+
+
+def test_an_environment_that_forks_answers_each_episode_with_its_own() -> None:
+    with pool(workers=1) as made:
+        made.reset(starts(3))
+        for turn in range(2):
+            found = made.step({n: "fork" if n == 1 else f"a{n}{turn}" for n in range(3)})
+            assert all(isinstance(one, Answer) for one in found.values())
+            assert [found[n].observation.split()[-1] for n in (0, 2)] == [  # type: ignore[union-attr]
+                f"a0{turn}",
+                f"a2{turn}",
+            ]

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megarlx.printable import complain, indented, printable
+from megarlx.run.screen import Screen
 
 
 @given(st.text())
@@ -55,3 +56,21 @@ def test_an_error_that_quotes_a_strangers_file_is_said_safely(
 ) -> None:
     complain(ValueError("key '\x1b[31m' is unknown"))
     assert capsys.readouterr().err == "key '\\x1b[31m' is unknown\n"
+
+
+def test_samples_on_the_board_are_shown_line_by_line_and_never_rendered() -> None:
+    class Board:
+        text_written = ""
+
+        def text(self, step: int, key: str, text: str) -> None:
+            self.text_written = text
+
+    board = Board()
+    screen = Screen(board, None)  # type: ignore[arg-type]
+    bad = "one\n<img src=x onerror=alert(1)>\n# heading\r\x1b[2J\u202e"
+    sample = {"prompt": bad, "completion": bad, "reference": bad, "reward": 1, "finish_reason": bad}
+    screen.show(1, "samples/rl", [sample, sample])
+    lines = board.text_written.splitlines()
+    assert len(lines) > 20
+    assert all(line.startswith("    ") for line in lines)
+    assert not any(character in board.text_written for character in "\r\x1b\u202e")

@@ -37,6 +37,8 @@ class Obedient:
             os.kill(os.getpid(), 11)
         if action == "exit":
             sys.exit(3)
+        if action == "fork":
+            os.fork()  # a second process, which would answer too
         if action == "raise":
             raise RuntimeError("asked to")
         wrong: dict[str, Any] = {
@@ -46,6 +48,10 @@ class Obedient:
             "nan": ("seen", float("nan"), False, {}),
             "list": ("seen", 0.0, False, []),
             "long": ("x" * 10_000_000, 0.0, False, {}),
+            "huge": ("seen", 1e308, False, {}),
+            "beyond": ("seen", 10**400, False, {}),
+            "digits": ("seen", "000", False, {}),
+            "flood": ("seen", 0.0, False, {"seen": "x" * 10_000_000}),
         }
         if action == "hoard":
             bytearray(1 << 40)
