@@ -20,8 +20,9 @@ WRONG = ["f", "module:", ":f", "module:f()", "", "a b:c", "../x:y", "module:1", 
 
 
 @pytest.mark.parametrize(("kind", "name"), OURS)
-def test_each_of_our_names_stands_for_something_callable(kind: str, name: str) -> None:
-    assert callable(plug.resolve(kind, name))
+def test_each_of_our_names_stands_for_something(kind: str, name: str) -> None:
+    found = plug.resolve(kind, name)
+    assert callable(found) or kind == "family"
 
 
 @pytest.mark.parametrize("kind", plug.KINDS)
