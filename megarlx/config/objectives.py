@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -187,15 +187,32 @@ class RlConfig(Section):
         return self.steps_per_rollout * self.epochs_per_rollout
 
 
+class OwnConfig(Section):
+    """An objective that does not come with megarlx."""
+
+    function: Annotated[str, Named("objective")] = Field(
+        description="Its class, called with the model, the tokenizer and the options"
+    )
+    options: dict[str, Any] = Field(default={}, description="Keyword arguments of the class")
+
+
+AnyObjective = SftConfig | RlConfig | OwnConfig
+
+
 class ObjectiveConfig(Section):
     """A further objective under a name of its own; exactly one of its tables is given."""
 
     sft: SftConfig | None = Field(default=None, description="Supervised fine-tuning")
     rl: RlConfig | None = Field(default=None, description="Policy optimisation")
+    own: OwnConfig | None = Field(default=None, description="An objective of yours")
+
+    @property
+    def given(self) -> list[AnyObjective]:
+        return [one for one in (self.sft, self.rl, self.own) if one is not None]
 
     def problems(self) -> list[tuple[str, str]]:
-        if (self.sft is None) == (self.rl is None):
-            return [("sft", "or rl: exactly one of them must be given")]
+        if len(self.given) != 1:
+            return [("sft", "or rl or own: exactly one of them must be given")]
         return []
 
 

@@ -15,6 +15,7 @@ from megarlx.config.objectives import (
     RL,
     SFT,
     WRITE_TEMPLATE,
+    AnyObjective,
     ObjectiveConfig,
     RlConfig,
     SftConfig,
@@ -255,18 +256,14 @@ class Config(Section):
         return given
 
     @property
-    def named_objectives(self) -> dict[str, SftConfig | RlConfig]:
+    def named_objectives(self) -> dict[str, AnyObjective]:
         """Every objective but pre-training, by name."""
-        found: dict[str, SftConfig | RlConfig] = {}
+        found: dict[str, AnyObjective] = {}
         if self.sft is not None:
             found[SFT] = self.sft
         if self.rl is not None:
             found[RL] = self.rl
-        for name, one in self.objectives.items():
-            kind = one.sft or one.rl
-            assert kind is not None
-            found[name] = kind
-        return found
+        return found | {name: one.given[0] for name, one in self.objectives.items()}
 
     @property
     def all_stages(self) -> tuple[StageConfig, ...]:
@@ -337,7 +334,7 @@ class Config(Section):
         named = self.named_objectives
         for stage in self.stages:
             for name in stage.objectives:
-                if name in named:
+                if isinstance(named.get(name), SftConfig | RlConfig):
                     return f"what objective '{name}' reads"
         if self.evaluation.at_end or self.evaluation.every_steps is not None:
             for suite in self.evaluation.suites:

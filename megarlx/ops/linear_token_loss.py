@@ -5,15 +5,14 @@ gives the chunk's part of both gradients: three products, and never more than a 
 A loss that looks at whole sequences is called once for all chunks; where there are several, their
 logits are made again for the gradient, a fourth product. The formulas are token_loss's.
 
-There are two loops: csrc/linear_token_loss.cpp for the formulas that the op has, and one here, for
-functions and for vocabulary shards, with collectives in it.
+There are two loops: csrc/linear_token_loss.cpp for the formulas that the op has, and loss_loop.py
+for functions and for vocabulary shards.
 
 Letters: T tokens, d hidden size, V vocabulary (this rank's slice).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megarlx.comm.collectives import all_reduce_
-from megarlx.ops.loss_seam import Derivatives, RowTerms, add_sums, row_terms
+from megarlx.ops.loss_loop import python_loop
 from megarlx.ops.loss_spec import LossSpec, TokenLoss, refuse
 from megarlx.ops.token_inputs import (
     LossInputs,
@@ -32,7 +31,6 @@ from megarlx.ops.token_inputs import (
     prepare,
 )
 from megarlx.ops.token_loss import (
-    combine_partials_,
     empty_results,
     scaled,
     shaped,
@@ -221,155 +219,6 @@ def check_weight_grad(op: str, weight: Tensor, weight_grad_: Tensor) -> None:
         for name, value, allowed in zip(names, given, expected, strict=True):
             if value != allowed:
                 refuse(op, f"weight_grad_'s {name}", value, str(allowed))
-
-
-class _Rows:
-    """Hidden rows, the weight and a buffer of a chunk's logits: the three products."""
-
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        tokens: TokenInputs,
-        group: Group | None,
-        vocab_size: int,
-        rows: int,
-        grad_weight: Tensor | None,
-        final_cap: float | None,
-    ) -> None:
-        self.final_cap = final_cap
-        self.hidden, self.tokens, self.group = hidden, tokens, group
-        self.grad_weight, self.count, self.rows = grad_weight, len(hidden), rows
-        self.precision = precision_of(hidden.dtype)
-        narrow = hidden.dtype != self.precision
-        self.mixed = narrow and hidden.device.type == "cuda"  # products of bf16 with fp32 results
-        self.weight = weight.to(self.precision) if narrow and not self.mixed else weight
-        most = min(rows, max(self.count, 1))
-        self.buffer = hidden.new_empty(most, len(weight), dtype=self.precision)
-        self.narrow = torch.empty_like(self.buffer, dtype=hidden.dtype) if self.mixed else None
-        self.grad_hidden = torch.empty_like(hidden)
-        self.place = (0 if group is None else group.rank * len(weight), vocab_size)
-
-    def chunks(self) -> Iterator[slice]:
-        for begin in range(0, self.count, self.rows):
-            yield slice(begin, min(begin + self.rows, self.count))
-
-    def hidden_of(self, chunk: slice) -> Tensor:
-        found, mask = self.hidden[chunk], self.tokens.mask
-        if mask is not None:  # their gradient is 0, and 0 times NaN would be NaN in the weight's
-            found = found.where(mask[chunk, None], 0)
-        return found if self.mixed else found.to(self.precision)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        out = self.buffer[: len(hidden)]
-        if self.mixed:
-            torch.mm(hidden, self.weight.t(), out_dtype=self.precision, out=out)
-        else:
-            torch.mm(hidden, self.weight.t(), out=out)
-        if self.final_cap is not None:
-            out.div_(self.final_cap).tanh_().mul_(self.final_cap)
-        return out
-
-    def sums(self, logits: Tensor, tokens: TokenInputs) -> Tensor:
-        of_rows = (tokens.targets, tokens.mask, tokens.temperature)
-        partials: Tensor = torch.ops.megarlx.token_loss_sums(logits, *of_rows, *self.place)
-        return partials
-
-    def go_back(
-        self,
-        chunk: slice,
-        hidden: Tensor,
-        logits: Tensor,
-        partials: Tensor,
-        derivatives: Derivatives,
-    ) -> None:
-        """Adds the chunk's part of the weight's gradient, and sets that of its hidden rows."""
-        tokens = self.tokens.rows(chunk.start, chunk.stop)
-        into = None if self.narrow is None else self.narrow[: len(hidden)]
-        slope = None
-        if self.final_cap is not None:
-            slope = (logits / self.final_cap).square_().neg_().add_(1)
-        of_rows = (tokens.targets, tokens.mask, *derivatives, tokens.temperature)
-        torch.ops.megarlx.token_loss_gradient_(logits, partials, *of_rows, *self.place, into)
-        gradient = logits if into is None else into
-        if slope is not None:  # of the cap
-            gradient.mul_(slope)
-        self.grad_hidden[chunk] = torch.mm(gradient, self.weight)
-        total = self.grad_weight
-        assert total is not None
-        if self.mixed:
-            torch.addmm(total, gradient.t(), hidden, out_dtype=self.precision, out=total)
-        else:
-            total.addmm_(gradient.t(), hidden)
-
-
-def by_chunks(rows: _Rows, spec: LossSpec) -> list[RowTerms]:
-    """Each chunk by itself: three products."""
-    found = []
-    for chunk in rows.chunks():
-        hidden, tokens = rows.hidden_of(chunk), rows.tokens.rows(chunk.start, chunk.stop)
-        logits = rows.logits(hidden)
-        partials = combine_partials_(rows.sums(logits, tokens), rows.group)
-        with_gradient = rows.grad_weight is not None
-        terms = row_terms(partials, tokens, spec, with_gradient=with_gradient)
-        if with_gradient:
-            rows.go_back(chunk, hidden, logits, partials, terms.derivatives)
-        found.append(terms)
-    return found
-
-
-def by_sequences(rows: _Rows, spec: LossSpec) -> list[RowTerms]:
-    """All chunks together, between two walks over them: four products."""
-    parts = [
-        rows.sums(rows.logits(rows.hidden_of(chunk)), rows.tokens.rows(chunk.start, chunk.stop))
-        for chunk in rows.chunks()
-    ]
-    partials = combine_partials_(torch.cat(parts, 1), rows.group)
-    with_gradient = rows.grad_weight is not None
-    terms = row_terms(partials, rows.tokens, spec, with_gradient=with_gradient)
-    if with_gradient:
-        for chunk in rows.chunks():
-            hidden = rows.hidden_of(chunk)
-            of_chunk = Derivatives(*(slope[chunk] for slope in terms.derivatives))
-            in_chunk = partials[:, chunk].contiguous()
-            rows.go_back(chunk, hidden, rows.logits(hidden), in_chunk, of_chunk)
-    return [terms]
-
-
-def python_loop(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: TokenInputs,
-    spec: LossSpec,
-    vocab_size: int,
-    rows_per_chunk: int,
-    drop_masked: bool,
-    group: Group | None,
-    grad_weight: Tensor | None,
-    final_cap: float | None = None,
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """((loss, log-probs, entropy, metrics), this rank's part of grad_hidden).
-
-    The weight's gradient is added to `grad_weight`; without one there are no gradients.
-    """
-    total, kept = len(hidden), None
-    if tokens.mask is not None and drop_masked:
-        kept = tokens.mask.nonzero()[:, 0]
-        hidden, tokens = hidden.index_select(0, kept), tokens.select(kept)
-    rows = _Rows(hidden, weight, tokens, group, vocab_size, rows_per_chunk, grad_weight, final_cap)
-    walk = by_sequences if spec.loss.needs_sequence and rows.count > rows.rows else by_chunks
-    found = walk(rows, spec)
-    sums = hidden.new_zeros(1 + len(spec.metrics), dtype=torch.float64)
-    for terms in found:
-        sums = add_sums(sums, terms.sums)
-    empty = hidden.new_zeros(0, dtype=rows.precision)
-    logprobs = torch.cat([empty, *(terms.logprobs for terms in found)])
-    entropy = torch.cat([empty, *(terms.entropy for terms in found)])
-    spread = [logprobs, entropy, rows.grad_hidden]
-    if kept is not None:
-        spread = [x.new_zeros(total, *x.shape[1:]).index_copy_(0, kept, x) for x in spread]
-    sums = sums.to(rows.precision)
-    return (sums[0].clone(), spread[0], spread[1], sums[1:]), spread[2]
 
 
 class _LinearTokenLoss(torch.autograd.Function):

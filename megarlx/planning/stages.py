@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from megarlx import plug
 from megarlx.config import Config, RlConfig, SftConfig, StageConfig
-from megarlx.config.objectives import PRETRAINING
+from megarlx.config.objectives import PRETRAINING, OwnConfig
 from megarlx.model.check_layout import LayoutError
 from megarlx.planning.job import Held, Job, Rollouts
 from megarlx.planning.memory import worst_rank
@@ -120,6 +120,8 @@ def _objective(config: Config, stage: StageConfig, name: str, common: Job) -> Jo
             or common.sequences_per_microbatch,
             sequence_length=given.sequence_length or common.sequence_length,
         )
+    if isinstance(given, OwnConfig):
+        return common  # what its batch is, only the objective knows
     rollouts = _rollouts(config, given)
     samples = given.prompts_per_step * given.samples_per_prompt
     each = rollouts.prompt_tokens + rollouts.completion_tokens

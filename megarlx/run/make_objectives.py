@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from megarlx import plug
 from megarlx.comm.groups import Group
 from megarlx.config import Config, RlConfig, SftConfig
 from megarlx.config.environment import EnvironmentConfig
-from megarlx.config.objectives import PRETRAINING
+from megarlx.config.objectives import PRETRAINING, OwnConfig
 from megarlx.config.run_sections import DataConfig, SourceConfig
 from megarlx.data.blend import Blend, Composition
 from megarlx.data.conversations import Template, read_conversations
@@ -75,7 +76,21 @@ class ObjectiveMaker:
         if name == PRETRAINING:
             return self._pretraining()
         given = self.config.named_objectives[name]
+        if isinstance(given, OwnConfig):
+            return self._own(name, given)
         return self._sft(name, given) if isinstance(given, SftConfig) else self._rl(name, given)
+
+    def _own(self, name: str, config: OwnConfig) -> Objective:
+        made = plug.resolve("objective", config.function)(
+            self.model, self._tokenizer, **config.options
+        )
+        if not isinstance(made, Objective):
+            raise RunError(
+                f"objectives.{name}.own.function is {config.function!r}, which makes a "
+                f"{type(made).__name__}; expected a class derived from Objective"
+            )
+        made.name = name
+        return made
 
     # Supervised learning.
 

@@ -12,12 +12,14 @@ import pytest
 from documents import fenced
 from training_runs import ROOT
 
+from megarlx.cli import main
 from megarlx.config.evaluation import EvaluationConfig
 from megarlx.config.objectives import RlConfig, StageConfig
 from megarlx.config.optimizer import OptimizerConfig
 from megarlx.config.run_sections import DataConfig
 from megarlx.report.claims import judge_all
 from megarlx.report.study import Study
+from megarlx.training.metrics import read_metrics
 
 DOCUMENT = ROOT / "docs" / "extending.md"
 FILE = re.compile(r"# (\w+\.py)\n")
@@ -46,7 +48,7 @@ def test_every_python_block_runs_in_order(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_its_configurations_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second, loss, third, fourth, rule, average = (
+    first, second, loss, third, fourth, _, rule, average = (
         tomllib.loads(block) for block in fenced(DOCUMENT, "toml")
     )
     (reward,) = RlConfig.model_validate(first["rl"]).rewards
@@ -78,3 +80,28 @@ def test_its_claim_judges_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     name = "my_claims.py:finished"
     found = judge_all(Study(tmp_path, []), [name])
     assert found[name].evidence["claim"] == "every run is there, and finished"
+
+
+def test_its_objective_trains_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = next(b for b in fenced(DOCUMENT, "python") if b.startswith("# counting.py"))
+    (tmp_path / "counting.py").write_text(block)
+    model = """
+    [model]
+    vocab_size = 97
+    hidden_size = 24
+    layers = 2
+    heads = 4
+    intermediate_size = 40
+    [training]
+    sequence_length = 16
+    device = "cpu"
+    """
+    recipe = next(b for b in fenced(DOCUMENT, "toml") if "counting.own" in b)
+    (tmp_path / "counting.toml").write_text(model + recipe)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    out = tmp_path / "run"
+    assert main(["train", str(tmp_path / "counting.toml"), "--out", str(out)]) == 0
+    lines = read_metrics(out / "metrics.jsonl")
+    losses = [line["loss/counting"] for line in lines if "loss/counting" in line]
+    assert losses[-1] < 4.57  # ln 97: what a guess is worth
+    assert main(["plan", str(tmp_path / "counting.toml"), "--gpus", "1"]) == 0

@@ -98,3 +98,14 @@ def test_the_table_of_names_imports_nothing_of_megarlx() -> None:
     )
     made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert made.stdout.strip() == "['megarlx', 'megarlx.plug']"
+
+
+@pytest.mark.parametrize("kind", plug.KINDS)
+def test_every_kind_is_asked_for_somewhere(kind: str) -> None:
+    package = Path(plug.__file__).parent
+    askers = [
+        path
+        for path in package.rglob("*.py")
+        if path.name != "plug.py" and f'"{kind}"' in path.read_text(encoding="utf-8")
+    ]
+    assert askers, f"nothing asks for a name of the kind '{kind}'"
