@@ -115,7 +115,10 @@ def test_an_environment_that_always_hangs_is_given_up_soon() -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("Unmakeable", "ValueError: not today"), ("Nothing", "AttributeError: .*Nothing")],
+    [
+        ("Unmakeable", "ValueError: not today"),
+        ("Nothing", "PlugError: .*AttributeError: .*Nothing"),
+    ],
 )
 def test_one_that_cannot_be_made_stops_the_run_with_the_reason(
     name: str, reason: str, workers: int

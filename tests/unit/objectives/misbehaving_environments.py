@@ -66,7 +66,7 @@ class Forgetful(Obedient):
         return f"{observation} {os.getpid()}", *rest
 
 
-class Unmakeable:
+class Unmakeable(Obedient):
     def __init__(self) -> None:
         raise ValueError("not today")
 
