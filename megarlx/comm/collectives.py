@@ -5,8 +5,8 @@ the group's `Traffic`, and turns a dead or stuck peer into a `CollectiveError` w
 time limit. Under NCCL the host does not wait for the device, so there a stuck peer ends the
 process through torch's watchdog after the same limit, with the axis in its message.
 
-First the plain operations, then host-side values, then the versions that autograd sees through.
-n is the size of the group.
+First the plain operations, then host-side values. differentiable.py has those that autograd sees
+through. n is the size of the group.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def all_gather(tensor: Tensor, group: Group, dim: int = 0) -> Tensor:
     """[…, d, …] on every rank → […, n·d, …], in group order. Shapes must agree."""
     if group.size == 1:
         return tensor
-    dim = _dimension("all_gather", tensor, dim)
+    dim = dimension_of("all_gather", tensor, dim)
     source = tensor.detach().contiguous()
     gathered = source.new_empty(group.size, *source.shape)
     all_gather_flat_(gathered.view(-1), source.view(-1), group).wait()
@@ -106,8 +106,8 @@ def reduce_scatter(tensor: Tensor, group: Group, dim: int = 0) -> Tensor:
     """Sums […, n·d, …] over the ranks and returns this rank's […, d, …]."""
     if group.size == 1:
         return tensor
-    dim = _dimension("reduce_scatter", tensor, dim)
-    _check_divisible("reduce_scatter", tensor, group, dim)
+    dim = dimension_of("reduce_scatter", tensor, dim)
+    check_divisible("reduce_scatter", tensor, group, dim)
     parts = tensor.detach().unflatten(dim, (group.size, -1)).movedim(dim, 0).contiguous()
     own = parts.new_empty(parts.shape[1:])
     reduce_scatter_flat_(own.view(-1), parts.view(-1), group).wait()
@@ -237,127 +237,10 @@ def gather_values(value: Any, group: Group) -> list[Any]:
     ]
 
 
-# Seen through by autograd.
-
-
-def copy_to_group(x: Tensor, group: Group) -> Tensor:
-    """Identity; the backward sums gradients: x is used by every rank, each with its own part."""
-    return x if group.size == 1 else _CopyToGroup.apply(x, group)
-
-
-def reduce_from_group(x: Tensor, group: Group) -> Tensor:
-    """Sum over the ranks; the backward is the identity: every rank goes on with the same sum."""
-    return x if group.size == 1 else _ReduceFromGroup.apply(x, group)
-
-
-def gather_from_group(x: Tensor, group: Group, dim: int = -1) -> Tensor:
-    """All-gather; the backward keeps this rank's slice."""
-    if group.size == 1:
-        return x
-    return _GatherFromGroup.apply(x, group, _dimension("gather_from_group", x, dim))
-
-
-def scatter_to_group(x: Tensor, group: Group, dim: int = -1) -> Tensor:
-    """This rank's slice; the backward gathers the slices of the gradient."""
-    if group.size == 1:
-        return x
-    dim = _dimension("scatter_to_group", x, dim)
-    _check_divisible("scatter_to_group", x, group, dim)
-    return _ScatterToGroup.apply(x, group, dim)
-
-
-def gather_sequence(x: Tensor, group: Group) -> Tensor:
-    """All-gather of dim 0; the backward sums and scatters: each rank uses the whole its own way."""
-    return x if group.size == 1 else _GatherSequence.apply(x, group)
-
-
-def scatter_sequence(x: Tensor, group: Group) -> Tensor:
-    """Sum over the ranks, this rank's part of dim 0; the backward gathers."""
-    if group.size == 1:
-        return x
-    _check_divisible("scatter_sequence", x, group, 0)
-    return _ScatterSequence.apply(x, group)
-
-
-def _own_slice(x: Tensor, group: Group, dim: int) -> Tensor:
-    width = x.shape[dim] // group.size
-    return x.narrow(dim, group.rank * width, width).contiguous()
-
-
-def _summed(x: Tensor, group: Group) -> Tensor:
-    # A copy: neither an input nor an incoming gradient is ours to write to.
-    return all_reduce_(x.detach().clone(memory_format=torch.contiguous_format), group)
-
-
-class _CopyToGroup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _summed(gradient, ctx.group), None
-
-
-class _ReduceFromGroup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        return _summed(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
-
-
-class _GatherFromGroup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, dim: int) -> Tensor:
-        ctx.group, ctx.dim = group, dim
-        return all_gather(x, group, dim)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _own_slice(gradient, ctx.group, ctx.dim), None, None
-
-
-class _ScatterToGroup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, dim: int) -> Tensor:
-        ctx.group, ctx.dim = group, dim
-        return _own_slice(x, group, dim)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return all_gather(gradient, ctx.group, ctx.dim), None, None
-
-
-class _GatherSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return all_gather(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return reduce_scatter(gradient, ctx.group), None
-
-
-class _ScatterSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return reduce_scatter(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return all_gather(gradient, ctx.group), None
-
-
 # Checks.
 
 
-def _dimension(operation: str, tensor: Tensor, dim: int) -> int:
+def dimension_of(operation: str, tensor: Tensor, dim: int) -> int:
     if not -tensor.dim() <= dim < tensor.dim():
         raise ValueError(
             f"{operation}: dim is {dim}; a tensor of shape {list(tensor.shape)} has the "
@@ -366,7 +249,7 @@ def _dimension(operation: str, tensor: Tensor, dim: int) -> int:
     return dim % tensor.dim()
 
 
-def _check_divisible(operation: str, tensor: Tensor, group: Group, dim: int) -> None:
+def check_divisible(operation: str, tensor: Tensor, group: Group, dim: int) -> None:
     if tensor.dim() == 0 or tensor.shape[dim] % group.size:
         raise ValueError(
             f"{operation}: dimension {dim} of shape {list(tensor.shape)} must be a multiple of "

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megarlx.comm import collectives
+from megarlx.comm import differentiable
 from megarlx.comm.groups import Group
 from megarlx.ops.delayed_linear import DelayedGradients, delayed_linear
 from megarlx.ops.elementwise import rms_norm
@@ -171,15 +171,15 @@ class RMSNorm(nn.Module):
 def enter(x: Tensor, group: Group, sequence_parallel: bool) -> Tensor:
     """[t, …] into a tensor-parallel part as [T, …]."""
     if sequence_parallel:
-        return collectives.gather_sequence(x, group)
-    return collectives.copy_to_group(x, group)
+        return differentiable.gather_sequence(x, group)
+    return differentiable.copy_to_group(x, group)
 
 
 def leave(x: Tensor, group: Group, sequence_parallel: bool) -> Tensor:
     """[T, …], one summand a rank, out of a tensor-parallel part as [t, …]."""
     if sequence_parallel:
-        return collectives.scatter_sequence(x, group)
-    return collectives.reduce_from_group(x, group)
+        return differentiable.scatter_sequence(x, group)
+    return differentiable.reduce_from_group(x, group)
 
 
 def recompute(function: Callable[..., Tensor], *arguments: Any) -> Tensor:

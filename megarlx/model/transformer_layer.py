@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from megarlx.comm import collectives
+from megarlx.comm import differentiable
 from megarlx.config.model import ModelConfig
 from megarlx.model import rope
 from megarlx.model.attention_form import AttentionForm
@@ -154,8 +154,8 @@ class Attention(nn.Module):
         # rank's output depends on them, so their gradient is summed over the ranks as well
         wide_q, wide_k = (x if x.dtype == torch.float64 else x.float() for x in (q, k))
         sums = torch.stack((wide_q.square().sum(1), wide_k.square().sum(1)), dim=1)
-        sums = collectives.copy_to_group(
-            collectives.reduce_from_group(sums, self.group), self.group
+        sums = differentiable.copy_to_group(
+            differentiable.reduce_from_group(sums, self.group), self.group
         )
         of_q, of_k = self.spanned  # copies were summed too
         q = self.q_norm.given_mean_square(wide_q, sums[:, :1] / of_q).to(q.dtype)

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from megarlx.config.families import ON_NO_DEVICE
 from megarlx.config.model import ModelConfig
 from megarlx.model.features import features_of
-from megarlx.planning.job import Job, StagePart
+from megarlx.planning.job import Job
+from megarlx.planning.pieces import StagePart
 
 FIELDS_OF_A_TOKEN = 8  # of the loss's table, beside log-prob and entropy
 

@@ -15,7 +15,8 @@ from megarlx.config.arguments import add_overrides
 from megarlx.printable import complain
 
 if TYPE_CHECKING:
-    from megarlx.planning.job import Job, Rollouts
+    from megarlx.planning.job import Job
+from megarlx.planning.pieces import Rollouts
 
 SLOTS = 64  # of rollouts where nothing is said
 WIDTH = 100  # of what is written to a file or a pipe
@@ -170,7 +171,7 @@ def _made(job: Job) -> list[Rollouts]:
 
 def _rollouts(config: Config, job: Job, arguments: argparse.Namespace) -> Rollouts:
     """Those of the stage, or what generating on this layout would be; as the command line says."""
-    from megarlx.planning.job import Rollouts
+    from megarlx.planning.pieces import Rollouts
 
     made = _made(job)
     words = (arguments.rollout_slots, arguments.prompt_tokens, arguments.completion_tokens)

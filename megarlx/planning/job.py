@@ -24,6 +24,7 @@ from megarlx.parallel.data_parallel import FlatLayout
 from megarlx.parallel.metadata import ParameterLayout
 from megarlx.parallel.pipeline_plan import PipelinePlan, Schedule
 from megarlx.planning.communication import StepShape
+from megarlx.planning.pieces import Held, Rollouts, Sizes, StagePart
 from megarlx.training.combine import Combination, is_linear
 from megarlx.training.parts import UpdateSettings
 from megarlx.training.update_rules import rule_of
@@ -37,50 +38,6 @@ def _precision(given: str, on_gpu: bool) -> str:
     """What `auto` becomes; all GPUs that are planned for have bf16."""
     machine = Machine(gpu="the GPU", capability=AMPERE) if on_gpu else Machine()
     return choose_precision(machine).value if given == "auto" else given
-
-
-@dataclass(frozen=True)
-class StagePart:
-    """One pipeline stage of a rank: its number of layers and what stands at its ends."""
-
-    index: int
-    layers: int
-    embedding: bool
-    head: bool
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What a rank of one kind holds."""
-
-    parameters: int  # numbers, vocabulary padding and copies included
-    flat: int  # of the flat buffer, which pads between parameters
-    completes_gradients: bool  # some are parts of a sum over other axes: reduced after backward
-
-
-@dataclass(frozen=True)
-class Held:
-    """What of an optimizer a rank holds besides the master, each the size of its shard."""
-
-    gradients: int = 1
-    states: int = 2  # of update rules; AdamW has two
-    locals: int = 0  # masters of objectives that take steps of their own
-    exchange: int = 0  # buffers of what goes between replicas
-    frozen: int = 0  # reference policies
-
-
-@dataclass(frozen=True)
-class Rollouts:
-    """Generation beside training: how many sequences at once on one copy of the model."""
-
-    slots: int
-    prompt_tokens: int
-    completion_tokens: int
-    most_tokens: int | None = None  # what a slot has room for; absent: just these
-
-    @property
-    def longest(self) -> int:
-        return self.most_tokens or self.prompt_tokens + self.completion_tokens
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from megarlx.planning.activations import (
     loss_workspace,
     stage_kept,
 )
-from megarlx.planning.job import Job, Rollouts
+from megarlx.planning.job import Job
+from megarlx.planning.pieces import Rollouts
 
 BYTES_OF_A_TOKEN = 8 + 8 + 8 + 1  # id, target, position, mask
 

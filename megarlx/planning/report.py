@@ -12,8 +12,9 @@ from rich.table import Table
 
 from megarlx.comm.hardware import Gpu
 from megarlx.planning.dry_run import DryRun, first_turn
-from megarlx.planning.job import Held, Job, Rollouts
+from megarlx.planning.job import Job
 from megarlx.planning.memory import kv_cache_bytes, optimizer_bytes, rank_memory
+from megarlx.planning.pieces import Held, Rollouts
 from megarlx.planning.rollouts import RolloutTime, generation_seconds, rollout_time
 from megarlx.planning.search import RECOMPUTE, Prediction, Search, predict, search
 from megarlx.planning.sent import bytes_of_step

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 
 from megarlx.comm.hardware import Gpu
 from megarlx.planning.activations import Widths
-from megarlx.planning.job import Job, Rollouts
+from megarlx.planning.job import Job
+from megarlx.planning.pieces import Rollouts
 
 
 @dataclass(frozen=True)

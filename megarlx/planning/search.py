@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from megarlx.comm.hardware import Gpu
 from megarlx.parallel.pipeline_plan import Schedule
-from megarlx.planning.job import Job, Rollouts
+from megarlx.planning.job import Job
 from megarlx.planning.memory import Memory, worst_rank
+from megarlx.planning.pieces import Rollouts
 from megarlx.planning.step_time import StepTime, mfu, step_time
 
 SCHEDULES: tuple[tuple[Schedule, int], ...] = (

@@ -8,8 +8,9 @@ from megarlx import plug
 from megarlx.config import Config, RlConfig, SftConfig, StageConfig
 from megarlx.config.objectives import PRETRAINING, OwnConfig
 from megarlx.model.check_layout import LayoutError
-from megarlx.planning.job import Held, Job, Rollouts
+from megarlx.planning.job import Job
 from megarlx.planning.memory import worst_rank
+from megarlx.planning.pieces import Held, Rollouts
 from megarlx.training.combine import buffers_of
 from megarlx.training.parts import UpdateSettings
 from megarlx.training.update_rules import rule_of

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from megarlx.comm.hardware import Arithmetic, Gpu
 from megarlx.planning.activations import Widths
 from megarlx.planning.communication import Sent, objective_bytes, update_bytes
-from megarlx.planning.job import Job, Sizes
+from megarlx.planning.job import Job
+from megarlx.planning.pieces import Sizes
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megarlx.comm import collectives
+from megarlx.comm import collectives, differentiable
 from megarlx.comm.groups import Mesh
 from megarlx.config.model import ModelConfig, RopeScaling, family_config
 from megarlx.model.documents import Documents
@@ -51,7 +51,7 @@ def small(family: str, kv_heads: int) -> ModelConfig:
 
 def split_loss(head: Head, inputs: LossInputs) -> Any:
     """Cross entropy over a split vocabulary, from the definition; stands for head.token_loss."""
-    logits = collectives.gather_from_group(F.linear(head.hidden, head.weight), head.group)
+    logits = differentiable.gather_from_group(F.linear(head.hidden, head.weight), head.group)
     logits = logits[:, : head.vocab_size]
     return SimpleNamespace(loss=F.cross_entropy(logits, inputs.targets, reduction="sum"))
 
