@@ -12,9 +12,8 @@ from pathlib import Path
 
 from megarlx.comm import launch
 from megarlx.config import load_config
-from megarlx.run.begin import begin, begin_excursion
+from megarlx.run.begin import start, start_excursion
 from megarlx.run.branch import excursion_config
-from megarlx.run.loop import train as train_run
 from megarlx.run.opened import OpenedRun, open_config, open_run
 from megarlx.run.reference import resolve
 from megarlx.run.session import launched
@@ -22,15 +21,18 @@ from megarlx.run.session import launched
 
 def train(
     config: str | Path, out: str | Path, overrides: Sequence[str] = (), *, fresh: bool = False
-) -> None:
+) -> bool:
     """Trains a run, or goes on with it where `out` holds checkpoints.
+
+    Returns whether it is done: False where a signal or logging.stop_after_minutes ended it, after
+    it was saved. After Ctrl-C it is saved too, and KeyboardInterrupt is raised.
 
     overrides   as behind --set: "training.steps=100"
     fresh       refuse a folder that already holds checkpoints
     """
     read = load_config(config, overrides)
     with launched(read) as (started, device):
-        train_run(begin(read, Path(config), Path(out), started, device, fresh=fresh))
+        return _done(start(read, Path(config), Path(out), started, device, fresh=fresh))
 
 
 def branch(
@@ -41,16 +43,22 @@ def branch(
     *,
     trusted: Collection[str] = (),
     fresh: bool = False,
-) -> None:
-    """An excursion from RUN@ITERATION by a recipe.
+) -> bool:
+    """An excursion from RUN@ITERATION by a recipe; returns and raises what `train` does.
 
     trusted   names of code in the run's configuration that may be used, as behind --trust
     """
     reference, path = resolve(run), Path(recipe)
     config = excursion_config(reference.run, path, overrides, trusted)
     with launched(config) as (started, device):
-        made = begin_excursion(reference, config, path, Path(out), started, device, fresh=fresh)
-        train_run(made)
+        whole = reference, config, path, Path(out)
+        return _done(start_excursion(*whole, started, device, fresh=fresh))
+
+
+def _done(stopped: str) -> bool:
+    if stopped == "SIGINT":
+        raise KeyboardInterrupt
+    return not stopped
 
 
 @contextmanager

@@ -1,4 +1,8 @@
-"""A run in its folder, ready to be trained: from nothing, or from a checkpoint of another run."""
+"""A run in its folder: from nothing, or from a checkpoint of another run.
+
+`start` and `start_excursion` train it too. Where they fail before the first step, they take back
+what they have made.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,55 @@ from pathlib import Path
 
 import torch
 
+from megarlx.checkpoint import release
 from megarlx.comm.launch import Launch
 from megarlx.config import Config
 from megarlx.run.assemble import Run, assemble
 from megarlx.run.branch import keep_parent, parent_of, write_lineage
 from megarlx.run.directory import RunDirectory
-from megarlx.run.loop import check_startable
+from megarlx.run.loop import check_startable, train
+from megarlx.run.new_folder import NewFolder
 from megarlx.run.reference import RunReference
+
+
+def start(
+    config: Config,
+    source: Path,
+    out: Path,
+    started: Launch,
+    device: torch.device,
+    *,
+    fresh: bool = False,
+) -> str:
+    """Trains a run; returns what stopped it before its end, if anything did."""
+    with NewFolder(out, first=started.rank == 0) as folder:
+        made = begin(config, source, out, started, device, fresh=fresh)
+        return train(made, folder.keep)
+
+
+def start_excursion(
+    reference: RunReference,
+    config: Config,
+    recipe: Path,
+    out: Path,
+    started: Launch,
+    device: torch.device,
+    *,
+    fresh: bool = False,
+    replayed: Path | None = None,
+) -> str:
+    """`replayed` is a checkpoint that the parent did not save, made again from one before it."""
+    with NewFolder(out, first=started.rank == 0) as folder:
+        if started.rank == 0:
+            parent = parent_of(reference, replayed)
+            write_lineage(RunDirectory(out), parent, recipe, config)
+            if replayed is None and keep_parent(parent, out):
+                by = str(out.resolve())
+                at = reference.checkpoint.parent, reference.iteration
+                folder.undo.append(lambda: release(*at, by))
+        kept = reference.run
+        made = begin(config, recipe, out, started, device, fresh=fresh, tokenizer_from=kept)
+        return train(made, folder.keep)
 
 
 def begin(
@@ -34,23 +80,3 @@ def begin(
     if started.rank == 0:
         made.write_description(source)
     return made
-
-
-def begin_excursion(
-    reference: RunReference,
-    config: Config,
-    recipe: Path,
-    out: Path,
-    started: Launch,
-    device: torch.device,
-    *,
-    fresh: bool = False,
-    replayed: Path | None = None,
-) -> Run:
-    """`replayed` is a checkpoint that the parent did not save, made again from one before it."""
-    if started.rank == 0:
-        start = parent_of(reference, replayed)
-        write_lineage(RunDirectory(out), start, recipe, config)
-        if replayed is None:
-            keep_parent(start, out)
-    return begin(config, recipe, out, started, device, fresh=fresh, tokenizer_from=reference.run)

@@ -181,7 +181,7 @@ def _composition(parent: Parent) -> dict[str, int]:
     return found
 
 
-def keep_parent(parent: Parent, out: Path) -> None:
+def keep_parent(parent: Parent, out: Path) -> bool:
     """Tells the parent's clean-up that this checkpoint is needed; says so where it cannot."""
     folder = Path(parent.run) / "checkpoints"
     try:
@@ -192,6 +192,8 @@ def keep_parent(parent: Parent, out: Path) -> None:
             f"({error}); its retention may delete it",
             file=sys.stderr,
         )
+        return False
+    return True
 
 
 def earlier(reference: str) -> tuple[Path, int, int]:

@@ -75,11 +75,11 @@ def _branch(
     started: Launch,
     device: torch.device,
 ) -> int:
-    from megarlx.run.begin import begin_excursion
+    from megarlx.run.begin import start_excursion
     from megarlx.run.branch import replay
     from megarlx.run.directory import RunDirectory
-    from megarlx.run.loop import train
     from megarlx.run.reference import RunReference, resolve
+    from megarlx.run.stopped import exit_code
 
     recipe, out, replayed = arguments.recipe, arguments.out, None
     if wanted is None:
@@ -88,9 +88,9 @@ def _branch(
         trusted = arguments.trusted
         replayed = replay(arguments.run, RunDirectory(out), config, started, device, trusted)
         reference = RunReference(parent, wanted, replayed)
-    made = begin_excursion(
+    stopped = start_excursion(
         *(reference, config, recipe, out, started, device),
         fresh=arguments.fresh,
         replayed=replayed,
     )
-    return train(made)
+    return exit_code(started.launcher) if stopped else 0

@@ -51,9 +51,10 @@ def _train(config: Config, source: Path, out: Path, fresh: bool) -> int:
     from megarlx.run.session import session
 
     def work(started: Launch, device: torch.device) -> int:
-        from megarlx.run.begin import begin
-        from megarlx.run.loop import train
+        from megarlx.run.begin import start
+        from megarlx.run.stopped import exit_code
 
-        return train(begin(config, source, out, started, device, fresh=fresh))
+        stopped = start(config, source, out, started, device, fresh=fresh)
+        return exit_code(started.launcher) if stopped else 0
 
     return session("train", config, work)

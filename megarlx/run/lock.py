@@ -47,6 +47,21 @@ def run_lock(run: Path, world: Group) -> Iterator[None]:
         yield
 
 
+def is_free(run: Path) -> bool:
+    """Whether it is known that no process is at work in the folder."""
+    path = run / NAME
+    if not path.exists():
+        return True
+    with open(path, "r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, *UNSUPPORTED):
+                raise
+            return False
+    return True
+
+
 @contextmanager
 def _locked(run: Path) -> Iterator[None]:
     run.mkdir(parents=True, exist_ok=True)

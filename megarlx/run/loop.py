@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 from megarlx.checkpoint import check_run_state, latest, read_manifest, reading_state
@@ -17,25 +18,28 @@ from megarlx.run.lock import run_lock
 from megarlx.run.rank_logs import RankLog, rank_log
 from megarlx.run.readiness import beginnings_of_rl, readiness_of
 from megarlx.run.screen import Screen
-from megarlx.run.stopped import REQUEUE, StopRequest, clear_mark, exit_code, mark_stopped
+from megarlx.run.stopped import StopRequest, clear_mark, mark_stopped
 from megarlx.training.metrics import MetricsWriter
 from megarlx.training.trackers import Trackers, check_installed
 
 
-def train(run: Run) -> int:
-    """Trains to the end of the last stage; returns the exit code."""
+def train(run: Run, first_step: Callable[[], None] = lambda: None) -> str:
+    """Trains to the end of the last stage; returns what stopped it before that, if anything did.
+
+    first_step   called when the first step begins
+    """
     place = run.directory.path
     config = run.config.model_dump(mode="json")
     secrets = {*secrets_in(config), *from_environment(config)}
     with run_lock(place, run.mesh.world), rank_log(place, run.mesh.rank, secrets) as log:
         try:
-            return _train(run, log)
+            return _train(run, log, first_step)
         except CollectiveError as error:
             complain(launch.silent_ranks(launch.read(), str(error)))
             raise
 
 
-def _train(run: Run, log: RankLog) -> int:
+def _train(run: Run, log: RankLog, first_step: Callable[[], None]) -> str:
     first = run.mesh.rank == 0
     if first:
         for key, choice in run.choices.items():
@@ -44,22 +48,22 @@ def _train(run: Run, log: RankLog) -> int:
     logging = run.config.logging
     check_installed(logging.trackers)
     writer = _metrics_writer(run, costs.trunk_tokens) if first else None
-    stop = StopRequest(logging.stop_after_minutes)
+    stop = StopRequest(logging.stop_after_minutes, says=first)
     screen = Screen(writer, log)
-    loop = _Loop(run, costs, screen)
+    loop = _Loop(run, costs, screen, first_step)
     progress = screen.progress(run.trainer.steps_done, run.config.steps)
     with writer or nullcontext(), stop.listening(), progress:
         try:
-            code = loop.until(run.config.steps, stop)
+            stopped = loop.until(run.config.steps, stop)
         finally:
             run.close()
-    if code != REQUEUE:
-        return code
+    if not stopped:
+        return ""
+    reason = stop.reason or "another rank"
     if first:
-        reason = stop.reason or "another rank"
         mark_stopped(run.directory.path, reason, run.trainer.steps_done)
         print(f"stopped by {reason}; saved, start again to go on")
-    return exit_code(launch.read().launcher)
+    return reason
 
 
 def _metrics_writer(run: Run, trunk_tokens: int) -> MetricsWriter:
@@ -105,8 +109,10 @@ def _check_nothing_goes_on(run: Run) -> None:
 
 
 class _Loop:
-    def __init__(self, run: Run, costs: Costs, screen: Screen) -> None:
-        self.run, self.costs, self.screen = run, costs, screen
+    def __init__(
+        self, run: Run, costs: Costs, screen: Screen, first_step: Callable[[], None]
+    ) -> None:
+        self.run, self.costs, self.screen, self.first_step = run, costs, screen, first_step
         self.guard = Guard(run)
         self.log = StepLog(run, costs, self.guard, screen)
         self.evaluate = Evaluation(run, costs, self.log, screen)
@@ -116,11 +122,13 @@ class _Loop:
         prompts = run.config.evaluation.readiness_prompts
         self.probed = beginnings_of_rl(run.config) if prompts else {}
 
-    def until(self, steps: int, stop: StopRequest) -> int:
+    def until(self, steps: int, stop: StopRequest) -> bool:
+        """Whether it was told to stop before."""
         trainer, config = self.run.trainer, self.run.config
         while trainer.steps_done < steps:
             if names := self.probed.get(trainer.steps_done):
                 self.evaluate(readiness_of(config, names))
+            self.first_step()
             self._step(steps)
             last = trainer.steps_done == steps
             stopping = stop.agreed(self.run.mesh.world)
@@ -131,14 +139,14 @@ class _Loop:
                 self.run.saver.poll()
             self.screen.advance(trainer.steps_done)
             if stopping and not last and trainer.in_sync:
-                return REQUEUE
+                return True
             if trainer.in_sync and "evaluate" in self.due:
                 self.due.discard("evaluate")
                 self.evaluate(config.evaluation)
         if config.evaluation.at_end:
             self.evaluate(config.evaluation)
         self.save.finish()
-        return 0
+        return False
 
     def _step(self, steps: int) -> None:
         losses, report = self.run.trainer.step()

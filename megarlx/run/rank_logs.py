@@ -11,6 +11,7 @@ What C++ libraries write to the descriptor itself is on the terminal only (torch
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import socket
@@ -18,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,9 @@ from typing import Any, TextIO
 from megarlx.naming import naming
 from megarlx.printable import printable
 from megarlx.redact import hidden
+from megarlx.run.stopped import write_nowhere
 
+GONE = (errno.EPIPE, errno.EIO)  # a pipe's reader has ended, a terminal was closed
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # colours and cursor movements
 
 
@@ -69,14 +72,30 @@ class StampedLines:
 
 class Tee:
     """A stream that goes on as it was, and into the log. Whatever else is asked of it, such as
-    whether it is a terminal, the stream itself answers."""
+    whether it is a terminal, the stream itself answers.
+
+    A run outlives who reads it: Ctrl-C ends a `| tee` at once, and the run has yet to save.
+    """
 
     def __init__(self, stream: TextIO, lines: StampedLines) -> None:
         self._stream, self._lines = stream, lines
 
     def write(self, text: str) -> int:
         self._lines.write(text)
-        return self._stream.write(text)
+        self._unless_gone(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._unless_gone(self._stream.flush)
+
+    def _unless_gone(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
+            write_nowhere([self._stream.fileno()])
+            self._lines.write_apart(f"--- only this log is written now: {error.strerror}")
 
     def writelines(self, texts: Any) -> None:
         for text in texts:

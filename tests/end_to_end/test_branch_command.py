@@ -113,6 +113,16 @@ def test_every_recipe_runs_and_tells_where_it_came_from(
     assert last["step"] == steps * recipe.read_text().count("[[stages]]")
 
 
+def test_an_excursion_that_fails_before_its_first_step_leaves_nothing_and_no_note(
+    trunk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sft, before = ROOT / "configs" / "recipes" / "sft.toml", bytes_of(trunk)
+    assert branch(f"{trunk}@4", sft, tmp_path / "x" / "y", 'logging.trackers=["mlflow"]') == 1
+    assert "mlflow, which is not installed" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert bytes_of(trunk) == before
+
+
 def test_a_parent_is_only_read_but_for_the_note_that_keeps_its_checkpoint(
     trunk: Path, tmp_path: Path
 ) -> None:

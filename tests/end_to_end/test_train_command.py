@@ -118,6 +118,7 @@ def test_checkpoints_are_saved_at_listed_token_counts_and_kept(
         ("layout.tensor=2", "needs 2 processes; there are 1"),
         ("layout.replica=2", "layout.replica is 2; replicas run one objective each"),
         ("training.device=cuda", "torch sees no GPU"),
+        ('logging.trackers=["wandb"]', "logging.trackers names wandb, which is not installed"),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_first_step(

@@ -34,9 +34,10 @@ def told_to_stop(words: list[str], number: signal.Signals) -> tuple[int, str]:
     return process.returncode, said
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)]
-)
+SLOW = [pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGUSR1, signal.SIGHUP)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, *SLOW])
 def test_a_signal_finishes_the_step_saves_and_asks_to_be_started_again(
     tmp_path: Path, config: Path, undisturbed: Path, number: signal.Signals
 ) -> None:

@@ -51,6 +51,19 @@ def test_prints_go_to_the_terminal_and_to_the_ranks_own_file(
     assert captured.err == "to the other stream\n"
 
 
+def test_a_run_outlives_who_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `| tee`, which Ctrl-C ends at once, while the run has yet to save."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", buffering=1) as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with rank_log(tmp_path, 0):
+            print("step 1", flush=True)
+            print("saved", flush=True)
+    _, *said = lines_of(log_path(tmp_path, 0))
+    assert said == ["step 1", "--- only this log is written now: Broken pipe", "saved", "--- ended"]
+
+
 def test_a_second_start_appends_and_an_exception_is_kept_with_its_traceback(tmp_path: Path) -> None:
     with rank_log(tmp_path, 0):
         print("one")
