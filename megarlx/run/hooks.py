@@ -25,8 +25,10 @@ from megarlx.run.costs import Costs, peak_flop_per_second
 from megarlx.run.directory import RunError
 from megarlx.run.finite import Flags, FoundInf
 from megarlx.run.made import made_for
+from megarlx.run.messages import headline
 from megarlx.run.screen import SHOWN_SAMPLES, Screen
 from megarlx.run.tokenizer import template_of
+from megarlx.run.watch import Watch
 
 
 class TrainingError(RuntimeError):
@@ -94,7 +96,9 @@ class StepLog:
 
     def __init__(self, run: Run, costs: Costs, guard: Guard, screen: Screen) -> None:
         self.run, self.costs, self.guard, self.screen = run, costs, guard, screen
+        self.watch = Watch(run.config)
         self._recent: dict[str, _Trained] = {}
+        self._pace: float | None = None  # seconds of a step, a running mean
         self._since = (time.perf_counter(), run.trainer.steps_done)
         self._peak = peak_flop_per_second(run.device) * run.mesh.world.size
 
@@ -119,9 +123,15 @@ class StepLog:
         values |= trainer.replicas.metrics(losses)
         for name, examples in trainer.replicas.new_examples(losses).items():
             self.screen.show(trainer.steps_done, f"samples/{name}", examples)
-        self.screen.say(
-            trainer.steps_done, self._headline(losses, values), values, self.costs.trunk_tokens
-        )
+        text = headline(self.run.config, losses, values, self._seconds_left(values))
+        self.screen.say(trainer.steps_done, text, values, self.costs.trunk_tokens)
+        for warning in self.watch(trainer.stage_index, values):
+            self.screen.warn(trainer.steps_done, warning)
+
+    def _seconds_left(self, values: Mapping[str, float]) -> float:
+        now = values["perf/step_seconds"]
+        self._pace = now if self._pace is None else 0.7 * self._pace + 0.3 * now
+        return self._pace * (self.run.config.steps - self.run.trainer.steps_done)
 
     def _performance(self) -> dict[str, float]:
         trainer = self.run.trainer
@@ -137,16 +147,6 @@ class StepLog:
             **self.costs.metrics(),
             **trainer.replicas.idle_share(seconds),
         }
-
-    def _headline(self, losses: Mapping[str, Tensor], values: Mapping[str, float]) -> str:
-        several = len(self.run.trainer.objectives) > 1
-        shown = [
-            f"{name if several else ''} loss {values[f'loss/{name}']:.4f}".lstrip()
-            for name in losses
-        ]
-        shown += [f"reward {values['rl/reward']:.3f}"] if "rl/reward" in values else []
-        shown += [f"{values['perf/tokens_per_second']:,.0f} tokens/s"]
-        return "  ".join(shown) + f"  mfu {values['perf/mfu']:.2f}"
 
 
 def validate(run: Run, costs: Costs, screen: Screen) -> None:

@@ -15,6 +15,7 @@ from megarlx.run.costs import Costs
 from megarlx.run.directory import RunError
 from megarlx.run.hooks import Evaluation, Guard, Saving, StepLog, validate
 from megarlx.run.lock import run_lock
+from megarlx.run.messages import done, header
 from megarlx.run.rank_logs import RankLog, rank_log
 from megarlx.run.readiness import beginnings_of_rl, readiness_of
 from megarlx.run.screen import Screen
@@ -42,6 +43,8 @@ def train(run: Run, first_step: Callable[[], None] = lambda: None) -> str:
 def _train(run: Run, log: RankLog, first_step: Callable[[], None]) -> str:
     first = run.mesh.rank == 0
     if first:
+        for line in header(run):
+            print(line)
         for key, choice in run.choices.items():
             print(f"{key} = {choice}")
     costs = _start(run)
@@ -49,15 +52,17 @@ def _train(run: Run, log: RankLog, first_step: Callable[[], None]) -> str:
     check_installed(logging.trackers)
     writer = _metrics_writer(run, costs.trunk_tokens) if first else None
     stop = StopRequest(logging.stop_after_minutes, says=first)
-    screen = Screen(writer, log)
+    screen = Screen(writer, log, run.config.steps)
     loop = _Loop(run, costs, screen, first_step)
-    progress = screen.progress(run.trainer.steps_done, run.config.steps)
-    with writer or nullcontext(), stop.listening(), progress:
+    before = run.trainer.steps_done
+    with writer or nullcontext(), stop.listening(), screen.progress(before):
         try:
             stopped = loop.until(run.config.steps, stop)
         finally:
             run.close()
     if not stopped:
+        if first:
+            print(done(run, costs.seconds, run.trainer.steps_done - before))
         return ""
     reason = stop.reason or "another rank"
     if first:
@@ -67,12 +72,15 @@ def _train(run: Run, log: RankLog, first_step: Callable[[], None]) -> str:
 
 
 def _metrics_writer(run: Run, trunk_tokens: int) -> MetricsWriter:
-    done = run.trainer.steps_done
+    steps_done = run.trainer.steps_done
     logging, place = run.config.logging, run.directory.path
     config = redacted(run.config.model_dump(mode="json"))
     trackers = Trackers(logging.trackers, logging.tracker_project, place, config)
     return MetricsWriter(
-        place, resume_at=done + 1 if done else 0, trunk_tokens=trunk_tokens, trackers=trackers
+        place,
+        resume_at=steps_done + 1 if steps_done else 0,
+        trunk_tokens=trunk_tokens,
+        trackers=trackers,
     )
 
 
@@ -132,7 +140,7 @@ class _Loop:
             self._step(steps)
             last = trainer.steps_done == steps
             stopping = stop.agreed(self.run.mesh.world)
-            self._note_what_is_due(trainer.steps_done, last=last, stopping=stopping)
+            self._note_what_is_due(last=last, stopping=stopping)
             if trainer.in_sync:
                 self._do_what_is_due(wait=last or stopping)
             else:
@@ -150,33 +158,33 @@ class _Loop:
 
     def _step(self, steps: int) -> None:
         losses, report = self.run.trainer.step()
-        done = self.run.trainer.steps_done
-        self.guard.after_step(done - 1, report.found_inf, last=done == steps)
+        steps_done = self.run.trainer.steps_done
+        self.guard.after_step(steps_done - 1, report.found_inf, last=steps_done == steps)
         self.log.record(losses, report.gradient_norms)
-        if done == steps or done % self.run.config.logging.log_every_steps == 0:
+        if steps_done == steps or steps_done % self.run.config.logging.log_every_steps == 0:
             self.log.write()
 
-    def _note_what_is_due(self, done: int, *, last: bool, stopping: bool) -> None:
+    def _note_what_is_due(self, *, last: bool, stopping: bool) -> None:
         """Between two averages there is no one set of weights: what is due then waits."""
-        config, before = self.run.config, set(self.due)
+        config, before, steps_done = self.run.config, set(self.due), self.run.trainer.steps_done
 
         def falls_on(every: int | None) -> bool:
-            return bool(every and done % every == 0)
+            return bool(every and steps_done % every == 0)
 
         due = {
             "compare": falls_on(config.logging.compare_replicas_every_steps),
             "validate": last or falls_on(config.logging.validate_every_steps),
             "save": last
             or stopping
-            or done in self.listed
+            or steps_done in self.listed
             or falls_on(config.checkpoints.save_every_steps),
             "evaluate": not last and falls_on(config.evaluation.every_steps),
         }
         self.due |= {what for what, now in due.items() if now}
         if "save" in self.due - before and not self.run.trainer.in_sync:
-            step = config.timeline.next_average(done)
+            step = config.timeline.next_average(steps_done)
             self.screen.say(
-                done, f"the checkpoint waits for step {step}, which averages the objectives"
+                steps_done, f"the checkpoint waits for step {step}, which averages the objectives"
             )
 
     def _do_what_is_due(self, *, wait: bool) -> None:

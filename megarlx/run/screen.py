@@ -1,4 +1,4 @@
-"""What a run says while it trains: lines or a progress bar, and the metrics files."""
+"""Where a run says what it says while it trains: lines, a progress bar, the metrics files."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ SHOWN_SAMPLES = 4
 class Screen:
     """Says something on the first rank only: there alone is a writer."""
 
-    def __init__(self, writer: MetricsWriter | None, log: RankLog) -> None:
-        self.writer, self.log = writer, log
+    def __init__(self, writer: MetricsWriter | None, log: RankLog, steps: int) -> None:
+        """`steps`: of the whole run."""
+        self.writer, self.log, self.steps = writer, log, steps
         self._bar: Progress | None = None
 
     @contextmanager
-    def progress(self, done: int, total: int) -> Iterator[None]:
-        """A bar, where the first rank writes to a terminal."""
+    def progress(self, done: int) -> Iterator[None]:
+        """A bar below the lines, where the first rank writes to a terminal."""
         if self.writer is None or not self.log.terminal.isatty():
             yield
             return
@@ -37,7 +38,7 @@ class Screen:
         )
         console = Console(file=self.log.terminal)
         with Progress(*columns, console=console) as self._bar, self.log.beside_progress():
-            self._task = self._bar.add_task("training", total=total, completed=done)
+            self._task = self._bar.add_task("training", total=self.steps, completed=done)
             yield
         self._bar = None
 
@@ -57,10 +58,10 @@ class Screen:
             return
         if values:
             self.writer.scalars(step, values, trunk_tokens)
-        if self._bar is not None:
-            self._bar.update(self._task, description=text)
-        else:
-            print(f"step {step}: {text}", flush=True)
+        print(f"step {step}/{self.steps}: {text}", flush=True)
+
+    def warn(self, step: int, text: str) -> None:
+        self.say(step, f"warning: {text}")
 
     def show(self, step: int, key: str, samples: Sequence[Mapping[str, Any]]) -> None:
         """A few samples as TensorBoard text; what a model wrote is shown, not rendered."""

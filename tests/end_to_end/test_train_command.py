@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from training_runs import (
     unigram_entropy,
 )
 
+from megarlx.cli import COMMANDS
 from megarlx.training.metrics import read_metrics
 
 
@@ -35,6 +39,38 @@ def test_validation_loss_falls_a_nat_below_the_unigram_entropy(tmp_path: Path) -
     for kind in ("problems", "facts", "stories"):
         loss = last[-1][f"eval/loss/{kind}"]
         assert loss < unigram_entropy(world / f"held_out_{kind}") - 1.0, kind
+
+
+def test_a_run_says_what_it_trains_how_far_it_is_and_what_can_be_typed_next(
+    tmp_path: Path, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(config, tmp_path / "run", "logging.log_every_steps=4") == 0
+    first, *said = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{tmp_path / 'run'}: olmo2, 40,344 parameters, 4 layers of 24")
+    assert "trains: 12 steps of pretraining" in said
+    losses = [line for line in said if ": loss " in line]
+    assert [line.partition(":")[0] for line in losses] == ["step 4/12", "step 8/12", "step 12/12"]
+    assert [line.endswith(" left") for line in losses] == [True, True, False]
+    done, _, typed = said[-1].partition("; next: ")
+    assert done.startswith("done: 12 steps in ")
+    for line in typed.split(", "):
+        program, name, *words = shlex.split(line)
+        parser = argparse.ArgumentParser()
+        importlib.import_module(COMMANDS[name].module).add_arguments(parser)
+        assert program == "megarlx"
+        assert str(tmp_path) in " ".join(words)
+        parser.parse_args(words)  # it would exit
+
+
+def test_a_run_that_is_done_says_so_and_how_it_gets_longer(
+    tmp_path: Path, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(config, tmp_path, "training.steps=2") == 0
+    before = tensors(tmp_path, 2)
+    capsys.readouterr()
+    assert train(config, tmp_path, "training.steps=2") == 0
+    assert "had nothing to train (longer: --set training.steps=" in capsys.readouterr().out
+    assert tensors(tmp_path, 2) == before
 
 
 def test_stopping_and_going_on_equals_never_stopping_bit_for_bit(

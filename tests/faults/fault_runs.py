@@ -87,7 +87,7 @@ def until_step(process: subprocess.Popen[str], step: int) -> list[str]:
     lines = []
     for line in process.stdout:
         lines.append(line)
-        if line.startswith("step ") and int(line.split()[1].rstrip(":")) >= step:
+        if line.startswith("step ") and int(line.split()[1].partition("/")[0]) >= step:
             return lines
     raise AssertionError(f"it ended before step {step}:\n{''.join(lines)}")
 

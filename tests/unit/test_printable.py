@@ -66,7 +66,7 @@ def test_samples_on_the_board_are_shown_line_by_line_and_never_rendered() -> Non
             self.text_written = text
 
     board = Board()
-    screen = Screen(board, None)  # type: ignore[arg-type]
+    screen = Screen(board, None, 4)  # type: ignore[arg-type]
     bad = "one\n<img src=x onerror=alert(1)>\n# heading\r\x1b[2J\u202e"
     sample = {"prompt": bad, "completion": bad, "reference": bad, "reward": 1, "finish_reason": bad}
     screen.show(1, "samples/rl", [sample, sample])
