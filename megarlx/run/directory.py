@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -41,8 +41,16 @@ MAY_CHANGE = (
 )
 
 
+SHOWN_CHARACTERS = 60  # of a value that differs
+SHOWN_KEYS = 12  # that differ
+
+
 class RunError(ValueError):
     """A run that cannot be started or gone on with as asked."""
+
+
+class SaidByFirstRank(RunError):
+    """The first rank's error, on the others: one of them tells it."""
 
 
 @dataclass(frozen=True)
@@ -98,18 +106,30 @@ class RunDirectory:
         """Refuses to go on with another model, data, seed or objective, and says what differs."""
         saved = self._saved()
         saved.pop(CHOSEN, None)
-        differences = [
-            f"  {key}: was {json.dumps(was)}, is {json.dumps(now)}"
+        differences = {
+            key: f"  {key}: was {_short(was)}, is {_short(now)}"
             for key, was, now in _differences(saved, redacted(config.model_dump(mode="json")))
             if not any(fnmatch(key, free) or fnmatch(key, f"{free}.*") for free in MAY_CHANGE)
-        ]
+        }
         if differences:
+            shown = list(differences.values())[:SHOWN_KEYS]
+            if len(differences) > SHOWN_KEYS:
+                shown.append(f"  and {len(differences) - SHOWN_KEYS} more keys")
             raise RunError(
                 f"{self.path} was trained with another configuration:\n"
-                + "\n".join(differences)
+                + "\n".join(shown)
                 + f"\nA resumed run may change {', '.join(MAY_CHANGE)}; for the rest, use --out "
-                "with another folder"
+                f"with another folder{self._more_steps(differences)}"
             )
+
+    def _more_steps(self, differences: Iterable[str]) -> str:
+        if not any(fnmatch(key, "stages.*.steps") for key in differences):
+            return ""
+        return (
+            ". A stage keeps its length, on which its learning rates depend; for more steps give "
+            f"megarlx branch {self.path}@latest a recipe, whose objectives go on where they say "
+            "inherit = true"
+        )
 
     def _saved(self) -> dict[str, Any]:
         path = self.path / "resolved.json"
@@ -178,6 +198,11 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "python": sys.version.split()[0],
     }
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 1]}…"
 
 
 def _differences(saved: Any, now: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:

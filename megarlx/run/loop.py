@@ -12,7 +12,7 @@ from megarlx.printable import complain
 from megarlx.redact import from_environment, redacted, secrets_in
 from megarlx.run.assemble import Run, steps_at_tokens
 from megarlx.run.costs import Costs
-from megarlx.run.directory import RunError
+from megarlx.run.directory import RunError, SaidByFirstRank
 from megarlx.run.hooks import Evaluation, Guard, Saving, StepLog, validate
 from megarlx.run.lock import run_lock
 from megarlx.run.messages import done, header
@@ -212,4 +212,4 @@ def check_startable(run: Run, fresh: bool) -> None:
             problem = str(error)
     problem = gather_values(problem, run.mesh.world)[0]
     if problem:
-        raise RunError(problem)
+        raise (RunError if run.mesh.rank == 0 else SaidByFirstRank)(problem)

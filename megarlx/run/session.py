@@ -14,6 +14,7 @@ from megarlx.printable import complain
 from megarlx.rollouts.environments.process import BrokenEnvironment
 from megarlx.rollouts.rewards.process import RewardError
 from megarlx.run.assemble import choose_device, choose_layout
+from megarlx.run.directory import SaidByFirstRank
 from megarlx.run.hooks import TrainingError
 
 Work = Callable[[launch.Launch, torch.device], int]
@@ -37,6 +38,8 @@ def session(command: str, config: Config, work: Work) -> int:
     try:
         with launched(config) as (started, device):
             return work(started, device)
+    except SaidByFirstRank:
+        return 1
     # What the user can mend is told in one line each; anything else keeps its traceback.
     except (
         *(ValueError, OSError, CheckpointError, TrainingError, RewardError),

@@ -127,6 +127,21 @@ def test_going_on_with_another_model_or_seed_is_refused_with_the_difference(
     assert json.loads((tmp_path / "resolved.json").read_text())["training"]["seed"] == 0
 
 
+def test_a_table_that_differs_is_shown_short_and_a_longer_stage_is_shown_the_way(
+    tmp_path: Path, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    staged, text = tmp_path / "stages.toml", config.read_text().replace("steps = 12\n", "")
+    staged.write_text(f"{text}[[stages]]\nsteps = 2\n[stages.objectives.pretraining]\n")
+    assert train(staged, tmp_path / "run") == 0
+    assert train(staged, tmp_path / "run", "stages.0.steps=4") == 1
+    error = capsys.readouterr().err
+    assert "stages.0.steps: was 2, is 4" in error
+    assert f"for more steps give megarlx branch {tmp_path / 'run'}@latest a recipe" in error
+    assert train(staged, tmp_path / "run", f'template={{user="{"{content} " + "x" * 500}"}}') == 1
+    for line in capsys.readouterr().err.splitlines()[1:-1]:
+        assert len(line) < 200
+
+
 def test_fresh_refuses_a_folder_with_checkpoints(
     tmp_path: Path, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
