@@ -12,6 +12,7 @@ PUBLIC = {
     "train": "megarlx.run.api:train",
     "branch": "megarlx.run.api:branch",
     "open": "megarlx.run.api:open",
+    "report_on": "megarlx.report.command:report_on",  # megarlx.report is a package
 }
 
 

@@ -25,6 +25,7 @@ from megarlx.config.evaluation import SuitesConfig
 from megarlx.config.section import Section
 from megarlx.config.sections import Config
 from megarlx.config.sweep import SweepConfig
+from megarlx.run.opened import OpenedRun
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 FOLDER = DOCS / "reference"
@@ -114,6 +115,8 @@ def python_page() -> str:
         text = inspect.cleandoc(named.__doc__ or "")
         parts.append(f"### `megarlx.{name}`\n\n```python\n{name}{signature(named)}\n```\n\n")
         parts.append(f"```text\n{text}\n```\n\n")
+    parts.append("## What `megarlx.open` gives\n\n")
+    parts += [member_text(name, member) for name, member in public_members(OpenedRun)]
     parts.append("## What a configuration may name\n\n")
     parts.append("[extending.md](../extending.md) adds one of each.\n\n")
     parts.append("| kind | form of yours | ours |\n|---|---|---|\n")
@@ -121,6 +124,23 @@ def python_page() -> str:
         names = ", ".join(f"`{name}`" for name in one.ours) or "none"
         parts.append(f"| {kind} | {one.form}, or file.py in place of module | {names} |\n")
     return "".join(parts)
+
+
+def public_members(kind: type) -> list[tuple[str, Any]]:
+    """Properties and methods of its own, in the order in which they are written."""
+    own = ((name, member) for name, member in vars(kind).items() if not name.startswith("_"))
+    return [(n, m) for n, m in own if isinstance(m, property) or inspect.isfunction(m)]
+
+
+def member_text(name: str, member: Any) -> str:
+    if isinstance(member, property):
+        kind = inspect.signature(member.fget or len).return_annotation
+        head = f"{name}: {kind}"
+    else:
+        head = f"{name}{signature(member)}"
+    text = inspect.cleandoc(member.__doc__ or "")
+    shown = f"```text\n{text}\n```\n\n" if text else ""
+    return f"### `run.{name}`\n\n```python\n{head}\n```\n\n{shown}"
 
 
 def parameter_text(parameter: inspect.Parameter) -> str:
@@ -134,9 +154,10 @@ def signature(named: Any) -> str:
     """One parameter a line, where they are many."""
     whole = inspect.signature(named)
     returns = f" -> {whole.return_annotation}"
-    shown = [parameter_text(parameter) for parameter in whole.parameters.values()]
-    star = next((i for i, p in enumerate(whole.parameters.values()) if p.kind is p.KEYWORD_ONLY), 0)
-    if star:
+    given = [parameter for name, parameter in whole.parameters.items() if name != "self"]
+    shown = [parameter_text(parameter) for parameter in given]
+    star = next((i for i, p in enumerate(given) if p.kind is p.KEYWORD_ONLY), None)
+    if star is not None:
         shown.insert(star, "*")
     inside = "".join(f"    {one},\n" for one in shown)
     return f"(\n{inside}){returns}"

@@ -23,6 +23,8 @@ from megarlx.report.study import BASE, KS, Cell, Study
 from megarlx.report.style import name_of
 
 SHOWN_MISSING = 10
+PAGE = "index.html"
+FOLDER = "report"  # of a study, where no other is given
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    out = arguments.out or arguments.directory / "report"
+    out = arguments.out or arguments.directory / FOLDER
     try:
         study = Study.of(arguments.directory)
         findings = write_report(study, out, arguments.claims)
@@ -50,6 +52,19 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     _print(study, findings, out)
     return 0
+
+
+def report_on(
+    folder: str | Path, out: str | Path | None = None, *, claims: Sequence[str] = ()
+) -> Path:
+    """Writes figures, one page and summary.json of the runs in a folder; returns the page.
+
+    out      where they go; absent: FOLDER/report
+    claims   judge these, ours or module:name; none: P1 to P15
+    """
+    made = Path(folder) / FOLDER if out is None else Path(out)
+    write_report(Study.of(Path(folder)), made, claims)
+    return made / PAGE
 
 
 def write_report(study: Study, out: Path, claims: Sequence[str] = ()) -> dict[str, Finding]:
@@ -99,7 +114,7 @@ def write_report(study: Study, out: Path, claims: Sequence[str] = ()) -> dict[st
     shown = examples(study)
     made_summary = json.dumps(summary(study, findings), indent=2, allow_nan=False)
     write_atomically(out / "summary.json", made_summary + "\n")
-    write_atomically(out / "index.html", page(study, findings, drawn, shown))
+    write_atomically(out / PAGE, page(study, findings, drawn, shown))
     return findings
 
 
@@ -120,7 +135,7 @@ def _print(study: Study, findings: dict[str, Finding], out: Path) -> None:
         console.print(f"missing: {printable(line)}", markup=False)
     if len(missing) > SHOWN_MISSING:
         console.print(f"missing: {len(missing) - SHOWN_MISSING} more; the page names all")
-    console.print(str(out / "index.html"), markup=False, soft_wrap=True)
+    console.print(str(out / PAGE), markup=False, soft_wrap=True)
 
 
 def _results(study: Study) -> Table:

@@ -62,9 +62,22 @@ def _done(stopped: str) -> bool:
 
 
 @contextmanager
-def open(run: str, overrides: Sequence[str] = (), *, device: str = "auto") -> Iterator[OpenedRun]:
-    """The model and the tokenizer of RUN@ITERATION; nothing in the run's folder is written."""
-    reference = resolve(run)
-    config = open_config(reference.run, launch.read().world_size, overrides, device=device)
+def open(
+    run: str,
+    overrides: Sequence[str] = (),
+    *,
+    trusted: Collection[str] = (),
+    device: str = "auto",
+) -> Iterator[OpenedRun]:
+    """The model and the tokenizer of RUN@ITERATION; its folder is only read.
+
+        with megarlx.open("runs/trunk@latest") as run:
+            answers = run.generate(["…"], samples=4, temperature=0.7)
+            results = run.evaluate("suites.toml")
+
+    trusted   names of code in the run's configuration that may be used, as behind --trust
+    """
+    reference, processes = resolve(run), launch.read().world_size
+    config = open_config(reference.run, processes, overrides, trusted=trusted, device=device)
     with launched(config) as (started, place):
-        yield open_run(reference, config, started, place)
+        yield open_run(reference, config, started, place, trusted)

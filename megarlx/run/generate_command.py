@@ -74,50 +74,25 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _generate(arguments: argparse.Namespace, opened: OpenedRun) -> None:
-    from megarlx.data.conversations import Turn
-    from megarlx.generation.interface import generator_of
-    from megarlx.generation.requests import SamplingSettings
-    from megarlx.generation.text import stream_text
-
-    tokenizer, template, mesh = opened.tokenizer, opened.template, opened.model.mesh
-    if arguments.raw:
-        ids = tokenizer.encode(arguments.prompt)
-    else:
-        assert template is not None  # `run` saw to it
-        ids = template.prompt_ids((Turn("user", arguments.prompt),), tokenizer)
-    room = opened.config.model.max_sequence_length - len(ids)
-    new = room if arguments.max_new_tokens is None else arguments.max_new_tokens
-    if not 1 <= new <= room:
-        raise ValueError(
-            f"max_new_tokens is {new} behind a prompt of {len(ids)} tokens; "
-            f"model.max_sequence_length allows 1 to {room}"
-        )
-    settings = SamplingSettings(
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        stop_tokens=(tokenizer.eos_id,),
-    )
-    generator = generator_of(arguments.generator, opened.model, slots=1, longest=len(ids) + new)
+    mesh = opened.model.mesh
     # Tokens are known as they come where the last stage is; one such rank prints them.
     prints = mesh.pp.is_last and mesh.tp.is_first and mesh.dp.is_first
     for number in range(arguments.samples):
-        pieces = stream_text(
-            generator,
+        pieces = opened.stream(
             arguments.prompt,
-            encode=lambda _: ids,
-            decode=tokenizer.decode_sampled,
-            sampling=settings,
-            max_new_tokens=new,
+            temperature=arguments.temperature,
+            top_p=arguments.top_p,
+            max_new_tokens=arguments.max_new_tokens,
             seed=arguments.seed,
-            sequence_id=number,
+            number=number,
+            raw=arguments.raw,
+            generator=arguments.generator,
         )
         for piece in pieces:
-            # The token that ends a document has a name, but is no text.
-            text = "" if piece.finish_reason == "stop" else printable(piece.text)
             if prints and arguments.logprobs:
-                shown = tokenizer.decode_sampled([piece.token])
+                shown = opened.tokenizer.decode_sampled([piece.token])
                 print(f"{piece.logprob:9.4f}  {shown!r}", flush=True)
             elif prints:
-                print(text, end="", flush=True)
+                print(printable(piece.text), end="", flush=True)
         if prints:
             print(flush=True)

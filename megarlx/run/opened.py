@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,14 @@ from megarlx.data.tokenizer import Tokenizer
 from megarlx.generation.interface import generator_of
 from megarlx.generation.requests import Request, SamplingSettings
 from megarlx.generation.stop import text_of
+from megarlx.generation.text import TextPiece, stream_text
 from megarlx.model.build import ParallelModel, build_model
 from megarlx.model.machine import this_machine
 from megarlx.run.assemble import DTYPES, choose_layout, use_tf32
 from megarlx.run.choose import choose
 from megarlx.run.directory import RunDirectory, RunError
 from megarlx.run.reference import RunReference, tokens_of
+from megarlx.run.suites import chosen, made_suites, measured
 from megarlx.run.tokenizer import load_tokenizer_of, template_of
 
 
@@ -39,6 +40,7 @@ class OpenedRun:
     model: ParallelModel
     loaded: Loaded
     device: torch.device
+    trusted: Collection[str] = ()  # names of code in the run's configuration
 
     @property
     def tokens(self) -> dict[str, int]:
@@ -47,6 +49,7 @@ class OpenedRun:
 
     @property
     def trunk_tokens(self) -> int:
+        """Of pre-training among them."""
         return self.tokens.get(PRETRAINING, 0)
 
     @property
@@ -68,7 +71,7 @@ class OpenedRun:
 
         All ranks call this together, and all get the same.
         """
-        sampling = SamplingSettings(temperature, stop_tokens=(self.tokenizer.eos_id,))
+        sampling = SamplingSettings(temperature, stop_tokens=self._ends)
         requests = [
             Request(self._ids(prompt), range(at * samples, (at + 1) * samples), max_new_tokens)
             for at, prompt in enumerate(prompts)
@@ -82,10 +85,102 @@ class OpenedRun:
         texts = [text_of(one.tokens.tolist(), sampling, decode) for one in made]
         return [texts[at * samples : (at + 1) * samples] for at in range(len(prompts))]
 
+    def stream(
+        self,
+        prompt: str,
+        *,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        max_new_tokens: int | None = None,
+        seed: int = 0,
+        number: int = 0,
+        raw: bool = False,
+        generator: str = "engine",
+    ) -> Iterator[TextPiece]:
+        """One sample, token by token as they are drawn, on the ranks that hold the last stage.
+
+        All ranks call this together. A piece has the token, its log-probability and the text that
+        is certain with it; the token that ends a document has none.
+
+        max_new_tokens   absent: as many as the model can take
+        number           of the sample: each is another one
+        raw              give the prompt as it stands, without the run's template
+        """
+        ids = self.tokenizer.encode(prompt) if raw else self._ids(prompt)
+        new = self._new_tokens(len(ids), max_new_tokens)
+        made = generator_of(generator, self.model, slots=1, longest=len(ids) + new)
+        pieces = stream_text(
+            made,
+            prompt,
+            encode=lambda _: ids,
+            decode=self.tokenizer.decode_sampled,
+            sampling=SamplingSettings(temperature, top_p=top_p, stop_tokens=self._ends),
+            max_new_tokens=new,
+            seed=seed,
+            sequence_id=number,
+        )
+        for piece in pieces:
+            yield replace(piece, text="") if piece.finish_reason == "stop" else piece
+
+    def evaluate(
+        self,
+        suites: str | Path | None = None,
+        *,
+        names: Collection[str] = (),
+        samples: int | None = None,
+        temperature: float | None = None,
+        keep: bool = False,
+    ) -> dict[str, dict[str, Any]]:
+        """The result of each suite by its name: "metrics", "standard_errors", "items" and more.
+
+        All ranks call this together, and all get the same.
+
+        suites                 a TOML file of [[suites]], and a [template] if the run has none or
+                               another; absent: the run's own [evaluation]
+        names                  only these of them
+        samples, temperature   in place of the suites' own
+        keep                   write results into the run's folder, as `megarlx evaluate` does, and
+                               take those that are there
+        """
+        run = self.reference.run
+        if suites is None:
+            check_trust(names_in(self.config, {"evaluation"}), str(run), self.trusted)
+        evaluation, template = chosen(
+            *(self.config, str(run)),
+            file=suites,
+            names=names,
+            samples=samples,
+            temperature=temperature,
+        )
+        made = made_suites(self, evaluation)
+        results = measured(self, evaluation, template, made, keep=keep)
+        return {result["suite"]: result for result in results}
+
+    @property
+    def _ends(self) -> tuple[int, ...]:
+        return (self.tokenizer.eos_id,)
+
     def _ids(self, prompt: str) -> Sequence[int]:
         if self.template is None:
             return self.tokenizer.encode(prompt)
         return self.template.prompt_ids((Turn("user", prompt),), self.tokenizer)
+
+    def _new_tokens(self, prompt: int, wanted: int | None) -> int:
+        """Behind a prompt of so many tokens."""
+        longest = self.config.model.max_sequence_length
+        room = longest - prompt
+        if room < 1:
+            raise RunError(
+                f"the prompt has {prompt} tokens; model.max_sequence_length is {longest}, which "
+                f"leaves no room for an answer: it may have {longest - 1}"
+            )
+        new = room if wanted is None else wanted
+        if not 1 <= new <= room:
+            raise RunError(
+                f"max_new_tokens is {new} behind a prompt of {prompt} tokens; "
+                f"model.max_sequence_length allows 1 to {room}"
+            )
+        return new
 
 
 def open_config(
@@ -140,17 +235,6 @@ def open_tokenizer(run: Path, config: Config) -> Tokenizer:
     return found
 
 
-def read_lineage(run: Path) -> dict[str, Any]:
-    path = run / "lineage.json"
-    if not path.exists():
-        return {}
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunError(f"{path} is not JSON: {error}") from None
-    return found
-
-
 def open_model(
     config: Config, checkpoint: Path, mesh: Mesh, device: torch.device
 ) -> tuple[ParallelModel, Loaded]:
@@ -190,6 +274,7 @@ def open_run(
     config: Config,
     started: launch.Launch,
     device: torch.device,
+    trusted: Collection[str] = (),
 ) -> OpenedRun:
     """Needs `launch.start` to have been called; `config` is `open_config`'s."""
     config = choose(config, this_machine(device)).config
@@ -206,4 +291,4 @@ def open_run(
     )
     model, loaded = open_model(config, reference.checkpoint, mesh, device)
     template = template_of(config.template)
-    return OpenedRun(reference, config, tokenizer, template, model, loaded, device)
+    return OpenedRun(reference, config, tokenizer, template, model, loaded, device, trusted)

@@ -1,0 +1,113 @@
+"""Which suites an opened run is asked, in which template, and their results."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from megarlx import plug
+from megarlx.comm import launch
+from megarlx.comm.collectives import barrier
+from megarlx.config import Config, ConfigError, load_config
+from megarlx.config.evaluation import SAMPLED, EvaluationConfig, SuiteConfig, SuitesConfig
+from megarlx.config.objectives import WRITE_TEMPLATE, TemplateConfig
+from megarlx.data.making import Made
+from megarlx.evaluation.interface import Subject
+from megarlx.evaluation.results import Result
+from megarlx.evaluation.suites import Parent, Say, evaluate
+from megarlx.run.directory import RunDirectory
+from megarlx.run.made import made_for, write_data
+from megarlx.run.tokenizer import template_of
+
+if TYPE_CHECKING:
+    from megarlx.run.opened import OpenedRun
+
+
+def chosen(
+    config: Config,
+    run: str,
+    *,
+    file: str | Path | None = None,
+    names: Collection[str] = (),
+    samples: int | None = None,
+    temperature: float | None = None,
+) -> tuple[EvaluationConfig, TemplateConfig | None]:
+    """The suites of the file, else the run's own, with what is said of them besides; and their
+    template: that of the file, else the run's."""
+    evaluation, template = config.evaluation, config.template
+    if file is not None:
+        evaluation = given = load_config(file, (), SuitesConfig)
+        template = given.template or template
+    elif not evaluation.suites and config.data is not None and config.data.maker is not None:
+        suites = plug.resolve("data maker", config.data.maker).evaluated
+        evaluation = EvaluationConfig(suites=suites)
+    there = [suite.name for suite in evaluation.suites]
+    if not there:
+        raise ConfigError(["no suites: the run's configuration has none; give --config FILE.toml"])
+    if unknown := [name for name in names if name not in there]:
+        raise ConfigError([f"--suite {unknown[0]}: there is none; allowed are {', '.join(there)}"])
+    changes = {"samples": samples, "temperature": temperature}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    wanted = [suite for suite in evaluation.suites if suite.name in (names or there)]
+    asking = [suite.name for suite in wanted if suite.uses_template]
+    if template is None and asking:
+        raise ConfigError([_no_template(asking, run, file)])
+    suites = tuple(_changed(suite, changes) for suite in wanted)
+    return evaluation.model_copy(update={"suites": suites}), template
+
+
+def _no_template(asking: list[str], run: str, file: str | Path | None) -> str:
+    return (
+        f"{run} has no [template], in which suite '{asking[0]}' asks its questions; into "
+        f"{file or 'a file of suites, for --config'} {WRITE_TEMPLATE}, as what it is compared with "
+        "is asked, or templated = false for questions as they stand"
+    )
+
+
+def _changed(suite: SuiteConfig, changes: dict[str, Any]) -> SuiteConfig:
+    if not changes or suite.kind not in SAMPLED:
+        return suite
+    try:
+        return SuiteConfig.model_validate({**suite.model_dump(), **changes})
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        raise ConfigError([f"suite {suite.name}: {d['msg']}" for d in details]) from None
+
+
+def made_suites(opened: OpenedRun, evaluation: EvaluationConfig) -> Made | None:
+    """What these suites ask of the run's maker, which writes it unless it is there."""
+    if any(suite.made is not None for suite in evaluation.suites):
+        if launch.read().local_rank == 0:
+            write_data(opened.config)
+        barrier(opened.model.mesh.world)
+    return made_for(evaluation.suites, opened.config)
+
+
+def measured(
+    opened: OpenedRun,
+    evaluation: EvaluationConfig,
+    template: TemplateConfig | None,
+    made: Made | None,
+    *,
+    keep: bool,
+    say: Say | None = None,
+) -> list[Result]:
+    """Of every suite, on every rank. With `keep`, results are written into the run's folder, and
+    those that are there are not computed again."""
+    run = opened.reference.run
+    start = RunDirectory(run).parent
+    parent = None if start is None else Parent(Path(start.run), start.iteration)
+    subject = Subject(
+        opened.model,
+        opened.tokenizer,
+        template_of(template),
+        opened.is_base,
+        opened.reference.iteration,
+        opened.trunk_tokens,
+        opened.loaded.digest,
+        made,
+    )
+    return evaluate(subject, evaluation, run=run if keep else None, parent=parent, say=say)

@@ -1,0 +1,103 @@
+"""What `import megarlx` gives does what the commands do."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from test_evaluate_command import SUITES, digests
+from training_runs import train
+
+import megarlx
+from megarlx.cli import main
+from megarlx.run.loop import _Loop
+
+
+@pytest.fixture(scope="module")
+def trained(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("python") / "run"
+    assert train(config, out, "training.steps=2", "model.max_sequence_length=128") == 0
+    (out.parent / "suites.toml").write_text(SUITES)
+    return out
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_streams_is_what_is_generated(trained: Path, temperature: float) -> None:
+    with megarlx.open(str(trained)) as run:
+        (whole,) = run.generate(["ann has"], samples=3, temperature=temperature, max_new_tokens=12)
+        streamed = [
+            "".join(
+                piece.text
+                for piece in run.stream(
+                    "ann has", temperature=temperature, max_new_tokens=12, number=number
+                )
+            )
+            for number in range(3)
+        ]
+    assert streamed == whole
+    assert len(set(whole)) == (1 if temperature == 0 else 3)
+
+
+def test_a_stream_fills_the_model_and_says_what_has_no_room(trained: Path) -> None:
+    with megarlx.open(str(trained)) as run:
+        prompt = "ann has 7 books"
+        given = len(run.tokenizer.encode(prompt))
+        *_, last = pieces = list(run.stream(prompt, raw=True))
+        assert last.finish_reason == "stop" or given + len(pieces) == 128
+        for wanted in (0, 128 - given + 1):
+            with pytest.raises(ValueError, match=f"max_new_tokens is {wanted} .* allows 1 to"):
+                next(run.stream(prompt, raw=True, max_new_tokens=wanted))
+        with pytest.raises(ValueError, match="leaves no room for an answer"):
+            next(run.stream("books " * 200, raw=True))
+
+
+def test_results_are_those_of_the_command_and_are_kept_only_where_asked(trained: Path) -> None:
+    suites = trained.parent / "suites.toml"
+    before = digests(trained)
+    with megarlx.open(str(trained)) as run:
+        found = run.evaluate(suites)
+        assert not (trained / "evaluations").exists()
+        assert list(run.evaluate(suites, names=["stories"])) == ["stories"]
+        (kept,) = run.evaluate(suites, names=["choice"], keep=True).values()
+    assert (trained / "evaluations" / "iter_00000002.choice.json").exists()
+    assert main(["evaluate", str(trained), "--config", str(suites)]) == 0
+    assert digests(trained) == before
+    assert list(found) == ["problems", "choice", "stories"]
+    for name, result in found.items():
+        path = trained / "evaluations" / f"iter_00000002.{name}.json"
+        written = json.loads(path.read_text())
+        assert written["metrics"] == json.loads(json.dumps(result["metrics"]))
+    assert kept["metrics"] == found["choice"]["metrics"]
+
+
+def test_a_report_is_a_page_of_the_runs_in_a_folder(trained: Path, tmp_path: Path) -> None:
+    page = megarlx.report_on(trained.parent, tmp_path / "report")
+    assert page == tmp_path / "report" / "index.html"
+    assert "<html" in page.read_text(encoding="utf-8")
+    assert {path.name for path in page.parent.iterdir()} >= {"index.html", "summary.json"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_program_that_is_told_to_stop_knows_that_training_is_not_done(
+    tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """Ctrl-C ends the program too, once the run is saved: a loop over runs would go on else."""
+    step = _Loop._step
+
+    def told(loop: _Loop, steps: int) -> None:
+        step(loop, steps)
+        if loop.run.trainer.steps_done == 1:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_Loop, "_step", told)
+        if number == signal.SIGINT:
+            with pytest.raises(KeyboardInterrupt):
+                megarlx.train(config, tmp_path, ["training.steps=3"])
+        else:
+            assert megarlx.train(config, tmp_path, ["training.steps=3"]) is False
+    assert (tmp_path / "checkpoints" / "iter_00000001").is_dir()
+    assert megarlx.train(config, tmp_path, ["training.steps=3"]) is True
