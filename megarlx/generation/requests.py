@@ -40,6 +40,8 @@ class SamplingSettings:
     def __post_init__(self) -> None:
         if "" in self.stop_strings:
             raise ValueError("sampling: stop_strings holds ''; allowed: texts of 1 character up")
+        for name in ("temperature", "top_p", "min_p"):  # 0 and 1 are numbers too
+            object.__setattr__(self, name, float(getattr(self, name)))
 
 
 @dataclass(frozen=True)

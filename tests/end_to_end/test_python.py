@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
 import pytest
+from short_runs import RL, TRUNK
 from test_evaluate_command import SUITES, digests
-from training_runs import train
+from training_runs import ROOT, train
 
 import megarlx
 from megarlx.cli import main
@@ -24,7 +26,7 @@ def trained(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [0, 0.0, 1, 1.0], ids=repr)
 def test_what_streams_is_what_is_generated(trained: Path, temperature: float) -> None:
     with megarlx.open(str(trained)) as run:
         (whole,) = run.generate(["ann has"], samples=3, temperature=temperature, max_new_tokens=12)
@@ -78,6 +80,21 @@ def test_a_report_is_a_page_of_the_runs_in_a_folder(trained: Path, tmp_path: Pat
     assert page == tmp_path / "report" / "index.html"
     assert "<html" in page.read_text(encoding="utf-8")
     assert {path.name for path in page.parent.iterdir()} >= {"index.html", "summary.json"}
+
+
+def test_what_a_notebook_pastes_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/python.md, on a smaller world and for fewer steps."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.S)
+    small = [f"{key}={value}" for key, value in {**TRUNK, "training.steps": "2"}.items()]
+    rl = ["stages.0.steps=6", *(f"{key}={value}" for key, value in RL.items())]
+    short = block.replace('["training.steps=200"]', repr(small))
+    short = short.replace('["stages.0.steps=10"]', repr(rl)).replace("samples=8", "samples=2")
+    assert repr(small) in short
+    assert repr(rl) in short
+    exec(compile(short, "python.md", "exec"), {})
+    assert (tmp_path / "runs" / "report" / "index.html").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
