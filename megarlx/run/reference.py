@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,10 @@ def resolve(text: str) -> RunReference:
     folder = run / "checkpoints"
     there = iterations(folder)
     if not there:
+        if (run / "config.json").exists():
+            words = ["--from", "hf", "--to", "megarlx", str(run), f"runs/{run.resolve().name}"]
+            typed = shlex.join(["python", "tools/convert_checkpoint.py", *words])
+            raise RunError(f"{text} is a Hugging Face model, and not yet a run; first: {typed}")
         what = "holds no checkpoints" if run.is_dir() else "is not there"
         raise RunError(f"{text}: the run {run} {what}; allowed are {FORMS}")
     if which == "latest":

@@ -179,6 +179,13 @@ class SweepRunner:
 
     def _stop_all(self) -> None:
         running = self._in("running")
+        if running:
+            names = ", ".join(progress.job.name for progress in running)
+            self.console.print(
+                f"stopping {names}: each is saved first; the same command goes on from there",
+                highlight=False,
+                markup=False,
+            )
         for progress in running:
             assert progress.process is not None
             processes.signal_group(progress.process, signal.SIGTERM)

@@ -158,9 +158,12 @@ def test_a_budget_leaves_the_rest_for_later(tmp_path: Path) -> None:
     assert runner(tmp_path, jobs).run() == 0
 
 
-def test_sigterm_ends_the_runs_and_they_are_not_taken_for_done(tmp_path: Path) -> None:
+def test_sigterm_ends_the_runs_and_they_are_not_taken_for_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     jobs = [job(tmp_path, "a")]
     one = runner(tmp_path, jobs)
+    one.console = Console()
     program = tmp_path / "megarlx" / "__main__.py"
     said = tmp_path / "told"
     program.write_text(
@@ -172,6 +175,7 @@ def test_sigterm_ends_the_runs_and_they_are_not_taken_for_done(tmp_path: Path) -
     with pytest.raises(KeyboardInterrupt):
         one.run()
     assert said.read_text() == "to end"
+    assert "stopping a: each is saved first" in capsys.readouterr().out
     runner(tmp_path, jobs)  # writes the program that ends well
     assert runner(tmp_path, jobs).run() == 0
     assert ran(tmp_path) == ["a"]
