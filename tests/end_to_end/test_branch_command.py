@@ -155,7 +155,7 @@ def test_pretraining_that_goes_on_in_an_excursion_is_the_trunk_itself(
 ) -> None:
     """Its moments, data and learning-rate course: without RL nothing differs."""
     recipe = tmp_path / "on.toml"
-    recipe.write_text("[[stages]]\nsteps = 4\n[stages.objectives.pretraining]\ngoes_on = true\n")
+    recipe.write_text("[[stages]]\nsteps = 4\n[stages.objectives.pretraining]\ninherit = true\n")
     assert branch(f"{trunk}@4", recipe, tmp_path / "x") == 0
     assert tensors(tmp_path / "x", 4) == tensors(trunk, 8)
 
@@ -216,7 +216,7 @@ def command_of_torchrun(processes: int) -> list[str]:
         ),
         ("[[stages]]\nsteps = 1\n[stages.objectives.rl]\n", "rl is not known"),
         (
-            "[[stages]]\nsteps = 1\n[stages.objectives.sft]\nlr = 1\ngoes_on = true\n[sft]\n",
+            "[[stages]]\nsteps = 1\n[stages.objectives.sft]\nlr = 1\ninherit = true\n[sft]\n",
             "no moments of sft",
         ),
     ],
