@@ -2,7 +2,7 @@
 #   PYTHON        the interpreter to start from (3.11 or newer)
 #   TORCH         torch's pin; TORCH_INDEX the package index to take it from (say, that of CPU builds)
 #   VENV          where the environment lives; EXTRAS which extras of megarlx come along
-#   PINNED        how other versions than torch's are pinned
+#   PINNED        how other versions than torch's are pinned; LOCK their wheels' hashes
 #   PYTEST        further arguments for pytest
 #   OLDEST_TESTS     what test-oldest runs; OLDEST_PYTEST further arguments, say --share 0.2
 #   PREBUILT_PYTHON  for cuda-prebuilt: the Python of the machine that the native code is for
@@ -21,11 +21,6 @@ LOCK ?= $(wildcard tools/locked-$(shell $(PYTHON) -c "import platform as p, sys;
 PREBUILT_PYTHON ?= python3.12
 OLDEST_TESTS ?= tests/distributed $(addprefix tests/unit/,ops parallel planning model generation)
 OLDEST_PYTEST ?=
-# The versions that the tests ran with; empty: the newest that setup.py allows.
-PINNED ?= --constraint tools/constraints.txt
-# Where there is such a file for this Python and machine, only wheels of its hashes are installed.
-LOCK ?= $(wildcard tools/locked-$(shell $(PYTHON) -c "import platform as p, sys; \
-  print('cp%d%d-%s-%s' % (*sys.version_info[:2], p.system().lower(), p.machine()))").txt)
 OLDEST := build/oldest
 
 BIN := $(VENV)/bin
