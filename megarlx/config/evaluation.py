@@ -41,8 +41,10 @@ class SuiteConfig(Section):
     questions: int | None = Field(
         default=None, ge=1, description="At most so many questions, the first; absent: all"
     )
-    split: Literal["validation", "test"] = Field(
-        default="test", description="Split of what is made: choose on one, report the other"
+    split: Literal["validation", "test", "compositions"] = Field(
+        default="test",
+        description="Split of what is made: choose on one, report the other; compositions are "
+        "those held out by a world of tables",
     )
 
     max_prompt_tokens: int | None = Field(

@@ -11,6 +11,8 @@ from megarlx.data.draw import Split
 from megarlx.data.token_files import TokenFileWriter, dtype_for, write_atomically
 from megarlx.data.tokenizer import WordTokenizer
 from megarlx.study.world.settings import WorldSettings
+from megarlx.study.world.tables import tables_of
+from megarlx.study.world.tellings import Counts, Telling
 from megarlx.study.world.world import World
 
 HELD_OUT_KINDS = ("problems", "facts", "stories")
@@ -42,15 +44,19 @@ def write_world(settings: WorldSettings, folder: str | Path, sizes: Sizes | None
     demonstrations.jsonl        {"question", "answers"}             SFT, on the same questions
     validation.jsonl            as prompts.jsonl                    to choose settings by
     test.jsonl                  as prompts.jsonl                    to report
+    tellings.json               {"right", "wrong"}: of each fact of tables, how often it is told
     """
     sizes, folder = sizes or Sizes(), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     world = World(settings)
     tokenizer = world.tokenizer()
     tokenizer.save(folder / "tokenizer.json")
+    told: list[Telling] = []
     for kind, count in sizes.documents.items():
-        texts = (world.document(kind, i) for i in range(count))
+        texts = _texts(world, kind, count, told)
         _write(folder / f"documents_{kind}", texts, tokenizer)
+    if settings.is_of_tables:
+        Counts.of(told, len(tables_of(settings))).write(folder)
     for kind in HELD_OUT_KINDS:
         texts = (world.held_out_document(kind, i) for i in range(sizes.held_out_documents))
         _write(folder / f"held_out_{kind}", texts, tokenizer)
@@ -59,6 +65,17 @@ def write_world(settings: WorldSettings, folder: str | Path, sizes: Sizes | None
     _write_questions(world, folder / "test.jsonl", "test", sizes.test_questions)
     lines = (json.dumps(world.demonstrations(i)) for i in range(sizes.prompts))
     write_atomically(folder / "demonstrations.jsonl", "\n".join(lines) + "\n")
+
+
+def _texts(world: World, kind: str, count: int, told: list[Telling]) -> Iterator[str]:
+    """Documents; what problems tell goes into `told`."""
+    for index in range(count):
+        if kind != "problems":
+            yield world.document(kind, index)
+            continue
+        document = world.problem_document(index)
+        told += document.told
+        yield document.text
 
 
 def _write(prefix: Path, texts: Iterator[str], tokenizer: WordTokenizer) -> None:

@@ -9,10 +9,12 @@ from functools import partial
 from typing import Any
 
 from megarlx.data.conversations import Conversation, Turn
+from megarlx.data.draw import Split
 from megarlx.data.making import Line, MadeSuite, Wanted
 from megarlx.data.order import key_of, shuffled
 from megarlx.study.world import solutions
 from megarlx.study.world.problems import guesses
+from megarlx.study.world.settings import WorldSettings
 from megarlx.study.world.world import World
 
 COUNT = 256  # of questions, prompts and documents, where a suite does not say how many
@@ -31,6 +33,7 @@ def suites_of(world: World) -> dict[str, MadeSuite]:
             examples=partial(_examples, world),
             reward="marked_answer",
             options=("style",),
+            splits=splits_of(world.settings),
         ),
         "facts": make((*TESTS, "perplexity"), partial(_facts, world), options=("choices",)),
         "held_out_facts": make(TESTS, partial(_tests, world, "held_out_"), options=("choices",)),
@@ -39,6 +42,11 @@ def suites_of(world: World) -> dict[str, MadeSuite]:
             ("behaviour",), partial(_behaviours, world), reward="world_behaviour", templated=False
         ),
     }
+
+
+def splits_of(settings: WorldSettings) -> tuple[Split, ...]:
+    own: tuple[Split, ...] = ("compositions",) if settings.held_out_compositions else ()
+    return ("validation", "test", *own)
 
 
 def _problems(world: World, wanted: Wanted) -> Iterator[Line]:
