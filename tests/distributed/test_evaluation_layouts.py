@@ -31,9 +31,16 @@ SUITES = EvaluationConfig.model_validate(
 )
 
 
+OF_TABLES = EvaluationConfig.model_validate(
+    {"suites": [{"name": "l", "kind": "lookups", "made": "lookups", "questions": 5}]}
+)
+
+
 def evaluated(layout: dict[str, int], run: Path | None) -> list[dict[str, Any]]:
     mesh = Mesh.build(**layout, timeout_seconds=20.0)
-    found = evaluate(subject(small_model(mesh=mesh)), SUITES, run=run)
+    model = small_model(mesh=mesh)
+    found = evaluate(subject(model), SUITES, run=run)
+    found += evaluate(subject(model, tables=True), OF_TABLES, run=run)
     return [{**result, "seconds": 0} for result in found]
 
 
@@ -54,7 +61,7 @@ def test_every_rank_has_the_results_of_one_process(
         assert one["settings"] == other["settings"]
         assert [i["id"] for i in one["items"]] == [i["id"] for i in other["items"]]
         for a, b in zip(one["items"], other["items"], strict=True):
-            for key in ("nll", "margin"):
+            for key in ("nll", "margin", "probability"):
                 assert a.get(key) == pytest.approx(b.get(key), abs=1e-4)
         for key, value in one["metrics"].items():
             # a sample in a hundred may differ between tensor-parallel sizes

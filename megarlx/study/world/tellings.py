@@ -81,8 +81,10 @@ class Counts:
         return cls(right, wrong)
 
     def write(self, folder: Path) -> None:
-        text = json.dumps({"right": self.right, "wrong": self.wrong})
-        write_atomically(folder / FILE, text + "\n")
+        write_atomically(folder / FILE, self.to_json() + "\n")
+
+    def to_json(self) -> str:
+        return json.dumps({"right": self.right, "wrong": self.wrong})
 
     @classmethod
     def read(cls, folder: Path) -> Counts:
