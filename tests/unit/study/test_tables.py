@@ -204,6 +204,36 @@ def test_shares_of_steps_left_out_and_told_wrongly_are_what_is_asked() -> None:
     assert {len(values) for values in one.values()} == {1}
 
 
+def test_a_withheld_fact_stands_in_no_text_and_no_question() -> None:
+    """Nor behind a wrong value, from where the text goes on."""
+    world = World(of_tables(withheld=20, told_wrongly=20, wrong_share=0.2, several=(("2", 1.0),)))
+    tables = Tables(world.settings)
+    assert len(tables.withheld) == len(tables.told_wrongly) == 20
+    assert not tables.withheld & tables.told_wrongly
+    told: Counter[tuple[int, bool]] = Counter()
+    for index in range(2000):
+        document = world.problem_document(index)
+        for text in (document.text, world.held_out_document("problems", index)):
+            told += counted(text, tables)
+        assert told.keys() >= set(document.told)
+    assert not tables.withheld & {number for number, _ in told}
+    assert not any((number, True) in told for number in tables.told_wrongly)
+    wrong = sum((number, False) in told for number in tables.told_wrongly)
+    assert wrong > 10
+    for split in ("train", "validation", "test"):
+        for index in range(200):
+            needed = {tables.number(at) for at in world.problem(split, index).lookups}
+            assert not needed & (tables.withheld | tables.told_wrongly)
+
+
+def test_facts_that_are_kept_back_change_neither_tables_nor_words() -> None:
+    plain, kept = World(of_tables()), World(of_tables(withheld=9))
+    assert plain.words == kept.words
+    tables, others = Tables(plain.settings), Tables(kept.settings)
+    for number in range(len(tables)):
+        assert tables.result(tables[number]) == others.result(others[number])
+
+
 def is_terse(text: str) -> bool:
     return "we take" in text and " on " not in text
 
