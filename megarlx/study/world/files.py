@@ -10,6 +10,7 @@ from pathlib import Path
 from megarlx.data.draw import Split
 from megarlx.data.token_files import TokenFileWriter, dtype_for, write_atomically
 from megarlx.data.tokenizer import WordTokenizer
+from megarlx.study.world.kept import GROUPS, KeptFacts
 from megarlx.study.world.settings import WorldSettings
 from megarlx.study.world.tables import tables_of
 from megarlx.study.world.tellings import Counts, Telling
@@ -45,6 +46,8 @@ def write_world(settings: WorldSettings, folder: str | Path, sizes: Sizes | None
     validation.jsonl            as prompts.jsonl                    to choose settings by
     test.jsonl                  as prompts.jsonl                    to report
     tellings.json               {"right", "wrong"}: of each fact of tables, how often it is told
+    withheld.jsonl              as prompts.jsonl                    RL on what no text tells
+    told_wrongly.jsonl          as prompts.jsonl                    RL on what text tells wrongly
     """
     sizes, folder = sizes or Sizes(), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +59,9 @@ def write_world(settings: WorldSettings, folder: str | Path, sizes: Sizes | None
         texts = _texts(world, kind, count, told)
         _write(folder / f"documents_{kind}", texts, tokenizer)
     if settings.is_of_tables:
-        Counts.of(told, len(tables_of(settings))).write(folder)
+        counts = Counts.of(told, len(tables_of(settings)))
+        counts.write(folder)
+        _write_kept(world, counts, folder)
     for kind in HELD_OUT_KINDS:
         texts = (world.held_out_document(kind, i) for i in range(sizes.held_out_documents))
         _write(folder / f"held_out_{kind}", texts, tokenizer)
@@ -65,6 +70,13 @@ def write_world(settings: WorldSettings, folder: str | Path, sizes: Sizes | None
     _write_questions(world, folder / "test.jsonl", "test", sizes.test_questions)
     lines = (json.dumps(world.demonstrations(i)) for i in range(sizes.prompts))
     write_atomically(folder / "demonstrations.jsonl", "\n".join(lines) + "\n")
+
+
+def _write_kept(world: World, counts: Counts, folder: Path) -> None:
+    for group in GROUPS:
+        if getattr(world.settings, group):
+            lines = map(json.dumps, KeptFacts(world, counts, group).lines())
+            write_atomically(folder / f"{group}.jsonl", "".join(f"{line}\n" for line in lines))
 
 
 def _texts(world: World, kind: str, count: int, told: list[Telling]) -> Iterator[str]:

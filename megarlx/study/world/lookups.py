@@ -15,6 +15,7 @@ from megarlx.evaluation.capability import continuation, score_texts
 from megarlx.evaluation.interface import Asked, Measured
 from megarlx.evaluation.questions import SuiteError, made_lines
 from megarlx.study.world import solutions
+from megarlx.study.world.kept import GROUPS, KeptFacts
 from megarlx.study.world.problems import Problem
 from megarlx.study.world.settings import STYLES
 from megarlx.study.world.tables import Tables, tables_of
@@ -26,6 +27,8 @@ def band(count: int) -> str:
     """The powers of two that a number of tellings lies between."""
     if count == 0:
         return "told_0"
+    if count == 1:
+        return "told_1"
     low = 1 << (count.bit_length() - 1)
     return f"told_{low}_to_{2 * low - 1}"
 
@@ -33,9 +36,26 @@ def band(count: int) -> str:
 def lookup_lines(world: World, counts: Counts, count: int, wanted: Wanted) -> Iterator[Line]:
     """A line a lookup: the contexts in which the answer should follow, one a style."""
     tables, styles = tables_of(world.settings), _styles(world, wanted)
+    facts = wanted.options.get("facts")
+    if facts is not None:
+        yield from _kept_lines(world, counts, wanted.count or count, facts, styles)
+        return
     for index in range(wanted.count or count):
         problem, name = world.problem(wanted.split, index), f"{wanted.split}/{index}"
         yield from _lines_of(world, problem, name, styles, counts, tables)
+
+
+def _kept_lines(
+    world: World, counts: Counts, count: int, facts: str, styles: Sequence[str]
+) -> Iterator[Line]:
+    """Only the steps of the kept facts."""
+    if facts not in GROUPS:
+        raise SuiteError(f"lookups: facts is {facts!r}; allowed are {', '.join(GROUPS)}")
+    tables = tables_of(world.settings)
+    for index, (number, problem) in enumerate(KeptFacts(world, counts, facts).test(count)):
+        lines = _lines_of(world, problem, f"{facts}/{index}", styles, counts, tables)
+        own = [tables.number(at) for at in problem.lookups].index(number)
+        yield list(lines)[own]
 
 
 def _lines_of(

@@ -50,7 +50,7 @@ def suites_of(world: World, counts: Counts | None = None) -> dict[str, MadeSuite
             hashlib.sha256(f"{settings} {counts.to_json()}".encode()).hexdigest(),
             ("lookups",),
             partial(lookup_lines, world, counts, COUNT),
-            options=("style",),
+            options=("style", "facts"),
             splits=splits_of(world.settings),
         )
     return found

@@ -58,6 +58,10 @@ class Tables:
         count, key = self.settings.table_values, self._key(at)
         return self._value(at.operation, (key + 1 + (key >> 32) % (count - 1)) % count)
 
+    def leading_to(self, value: int) -> int:
+        """The operation whose value it is."""
+        return (value - self.in_slot) // self.settings.table_values
+
     def start(self, draw: Draw) -> int:
         """The range by rank, evenly within."""
         rank = draw.weighted(range(self.settings.tables), self.weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections import defaultdict
@@ -14,11 +15,18 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "evaluation"))
 from evaluated_models import MADE, MADE_OF_TABLES, TABLES, TOLD, logprob, small_model, subject
 
 from megarlx.config.evaluation import EvaluationConfig, SuiteConfig
+from megarlx.data.making import Made
 from megarlx.evaluation.questions import SuiteError, made_lines
 from megarlx.evaluation.suites import evaluate
+from megarlx.study.world.files import Sizes, write_world
 from megarlx.study.world.lookups import band
 from megarlx.study.world.maker import WorldMaker, WorldOptions
+from megarlx.study.world.problems import split_of, table_problem
+from megarlx.study.world.settings import WorldSettings
+from megarlx.study.world.suites import suites_of
 from megarlx.study.world.tables import Lookup, tables_of
+from megarlx.study.world.tellings import Counts
+from megarlx.study.world.world import World
 
 
 def suite(**fields: Any) -> SuiteConfig:
@@ -72,12 +80,12 @@ def test_bands_are_of_the_counts_of_tellings() -> None:
     for name, values in by_band.items():
         mean = found["metrics"][f"probability_{name}"]
         assert mean == pytest.approx(sum(values) / len(values))
-    for count in range(1, 300):
+    for count in range(2, 300):
         _, low, _, high = band(count).split("_")
         assert int(low) <= count <= int(high)
         assert int(high) + 1 == 2 * int(low)
         assert int(low).bit_count() == 1
-    assert band(0) == "told_0"
+    assert (band(0), band(1)) == ("told_0", "told_1")
 
 
 def test_the_error_is_over_questions() -> None:
@@ -109,8 +117,57 @@ def test_what_cannot_be_asked_is_refused() -> None:
         made_lines(suite(), MADE)
     with pytest.raises(SuiteError, match="lookups: style is 'verse'; allowed are narrate"):
         list(made_lines(suite(options={"style": "verse"}), MADE_OF_TABLES))
+    with pytest.raises(SuiteError, match="lookups: facts is 'all'; allowed are withheld, told_wro"):
+        list(made_lines(suite(options={"facts": "all"}), MADE_OF_TABLES))
     with pytest.raises(SuiteError, match="which is for the kinds lookups, not for cloze"):
         made_lines(suite(kind="cloze"), MADE_OF_TABLES)
     config = EvaluationConfig(suites=(suite(made=None, path=__file__),))
     with pytest.raises(SuiteError, match="kind lookups asks what is made; give it made"):
         evaluate(subject(tables=True), config)
+
+
+@pytest.mark.parametrize("group", ["withheld", "told_wrongly"])
+def test_kept_facts_are_asked_in_compositions_that_training_has_not(
+    group: str, tmp_path: Path
+) -> None:
+    shape = {"tables": 4, "table_values": 5, "slots": 4, "steps": (0.0, 1.0, 1.0, 1.0)}
+    made = WorldSettings(
+        operation_kind="table",
+        quantities=1,
+        answer="first_and_last",
+        withheld=12,
+        told_wrongly=12,
+        **shape,
+    )
+    write_world(made, tmp_path, Sizes({"problems": 1500}, 2, 4, 4))
+    world, counts, tables = World(made), Counts.read(tmp_path), tables_of(made)
+    kept = tables.withheld | tables.told_wrongly
+    words = {o.words[0]: number for number, o in enumerate(tables.operations)}
+    trained, facts = set(), set()
+    for line in map(json.loads, (tmp_path / f"{group}.jsonl").read_text().splitlines()):
+        start, *names = line["question"].removesuffix(" ?").split(" . ")
+        problem = table_problem(tables, "tom", int(start.split()[-1]), [words[n] for n in names])
+        numbers = [tables.number(at) for at in problem.lookups]
+        assert line["answer"] == world.writer.answer(problem)
+        assert [number for number in numbers if number in kept] == [line["fact"]]
+        assert line["fact"] in (numbers[0], numbers[-1])
+        others = [counts.right[number] for number in numbers if number != line["fact"]]
+        assert line["least_told"] == min(others) > 0
+        assert split_of(made, line["question"]) == "train"
+        trained.add(problem.composition)
+        facts.add(line["fact"])
+    assert facts <= getattr(tables, group)
+    assert len(facts) > 8
+    asked = SuiteConfig(
+        name="l", kind="lookups", made="lookups", options={"style": "plan", "facts": group}
+    )
+    lines = list(made_lines(asked, Made("never read", suites=suites_of(world, counts))))
+    assert len(lines) > 100
+    for line in lines:
+        question = line["contexts"][0].split(" answer :")[0].removeprefix("question : ")
+        composition = tuple(words[n] for n in question.removesuffix(" ?").split(" . ")[1:])
+        assert composition not in trained
+        assert split_of(made, question) == "test"
+        assert line["group"] == "told_0"
+        operation = (int(line["answer"]) - tables.in_slot) // 5
+        assert any(tables[number].operation == operation for number in getattr(tables, group))
