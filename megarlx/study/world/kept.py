@@ -1,4 +1,4 @@
-"""Questions about the facts that a world keeps out of its text, or tells wrongly: RL alone sees them.
+"""Questions about facts that a world keeps out of its text, or tells wrongly: only RL sees them.
 
 A training question has one of them, as its first step or its last, so that the answer names its
 value. Its other facts are drawn as often as the text tells them, and none is kept. A test has it in
@@ -30,6 +30,7 @@ class KeptFacts:
         self.tables = tables_of(world.settings)
         self.closed = self.tables.withheld | self.tables.told_wrongly
         self.numbers = sorted(getattr(self.tables, group))
+        self._before: dict[int, list[Lookup]] = {}  # facts that lead to a value
 
     @cached_property
     def train(self) -> list[tuple[int, Problem]]:
@@ -84,8 +85,7 @@ class KeptFacts:
         value, operations = at.value, [at.operation]
         for _ in range(slot - 1):
             operation = self.tables.leading_to(value)
-            before = [n for n in self._inputs(operation) if self.tables.result(n) == value]
-            chosen = self._one_told(before, draw)
+            chosen = self._one_told(self._leading_to(value), draw)
             if chosen is None:
                 return None
             value, operations = chosen.value, [operation, *operations]
@@ -106,9 +106,12 @@ class KeptFacts:
         lengths = range(max(2, slot), len(steps) + 1)
         return draw.weighted(lengths, [steps[n - 1] for n in lengths])
 
-    def _inputs(self, operation: int) -> list[Lookup]:
-        first = operation * self.tables.in_slot
-        return [self.tables[n] for n in range(first, first + self.tables.in_slot)]
+    def _leading_to(self, value: int) -> list[Lookup]:
+        if value not in self._before:
+            first = self.tables.leading_to(value) * self.tables.in_slot
+            lookups = map(self.tables.__getitem__, range(first, first + self.tables.in_slot))
+            self._before[value] = [at for at in lookups if self.tables.result(at) == value]
+        return self._before[value]
 
     def _one_told(self, among: Sequence[Lookup], draw: Draw) -> Lookup | None:
         numbers = [self.tables.number(at) for at in among]
