@@ -145,8 +145,7 @@ void read_cache(const char* op, const Tensor& keys, const Tensor& values,
 }
 
 void read_norm(const char* op, const OptionalTensor& q_weight, const OptionalTensor& k_weight,
-               const OptionalTensor& sums, std::int64_t ranks, const Tensor& qkv,
-               HeadsArgs& args) {
+               const OptionalTensor& sums, std::int64_t ranks, const Tensor& qkv, HeadsArgs& args) {
   MEGARLX_CHECK(op, q_weight.has_value() == k_weight.has_value(), "k_weight",
                 k_weight ? "given" : "missing", "both norm weights or neither");
   MEGARLX_CHECK(op, ranks > 0, "ranks", ranks, "an integer > 0");
@@ -281,9 +280,11 @@ void decode_advance_(const Tensor& drawn, const Tensor& logprob, const Tensor& s
   check(op, "keys", keys, at::kLong, {rows, 2}, history);
   check(op, "frozen", frozen, at::kBool, {rows}, history);
   check(op, "step", step, at::kLong, {1}, history);
-  const std::pair<const char*, const Tensor*> of_rows[] = {
-      {"drawn", &drawn},   {"last_positions", &last_positions}, {"tokens", &tokens},
-      {"slots", &slots}, {"positions", &positions}};
+  const std::pair<const char*, const Tensor*> of_rows[] = {{"drawn", &drawn},
+                                                           {"last_positions", &last_positions},
+                                                           {"tokens", &tokens},
+                                                           {"slots", &slots},
+                                                           {"positions", &positions}};
   for (const auto& [name, tensor] : of_rows) check(op, name, *tensor, at::kLong, {rows}, history);
   check(op, "logprob", logprob, at::kFloat, {rows}, history);
   check(op, "sampled_logprob", sampled_logprob, at::kFloat, {rows}, history);

@@ -29,8 +29,7 @@ Dtype read_dtype(const char* op, const char* name, const Tensor& tensor) {
   const auto dtype = tensor.scalar_type();
   const bool narrow = dtype == at::kBFloat16 && !tensor.is_cpu();
   MEGARLX_CHECK(op, dtype == at::kFloat || dtype == at::kDouble || narrow,
-                std::string(name) + "'s dtype", dtype,
-                "float32, float64, and on CUDA bfloat16");
+                std::string(name) + "'s dtype", dtype, "float32, float64, and on CUDA bfloat16");
   return narrow ? Dtype::kBFloat16 : dtype == at::kDouble ? Dtype::kFloat64 : Dtype::kFloat32;
 }
 
@@ -105,8 +104,8 @@ void launch(const char* op, const Tensor& like, const Args& args,
 #define MEGARLX_LAUNCH(op, like, args, name) \
   if (!like.is_cpu()) return launch(op, like, args, cuda::name)
 #else
-#define MEGARLX_LAUNCH(op, like, args, name)                                          \
-  MEGARLX_CHECK(op, like.is_cpu(), "the inputs' device", like.device(),               \
+#define MEGARLX_LAUNCH(op, like, args, name)                            \
+  MEGARLX_CHECK(op, like.is_cpu(), "the inputs' device", like.device(), \
                 "cpu (this build has no CUDA)")
 #endif
 
@@ -384,11 +383,13 @@ void compute_backward(const char* op, const Tensor& like, const HeadsArgs& args)
             });
 }
 
-std::tuple<Tensor, Tensor, Tensor> heads_backward(
-    const Tensor& grad_q, const Tensor& grad_k, const Tensor& grad_v, const Tensor& qkv,
-    const OptionalTensor& q_weight, const OptionalTensor& k_weight, const Tensor& cos,
-    const Tensor& sin, const Tensor& inverse, bool with_weights, const OptionalTensor& sums,
-    std::int64_t ranks) {
+std::tuple<Tensor, Tensor, Tensor> heads_backward(const Tensor& grad_q, const Tensor& grad_k,
+                                                  const Tensor& grad_v, const Tensor& qkv,
+                                                  const OptionalTensor& q_weight,
+                                                  const OptionalTensor& k_weight, const Tensor& cos,
+                                                  const Tensor& sin, const Tensor& inverse,
+                                                  bool with_weights, const OptionalTensor& sums,
+                                                  std::int64_t ranks) {
   const char* op = "_heads_backward";
   HeadsInputs in = read_upstream(op, grad_q, grad_k, qkv, q_weight, k_weight, cos, sin);
   read_sums(op, qkv, sums, ranks, in);

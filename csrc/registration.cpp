@@ -85,7 +85,8 @@ TORCH_LIBRARY(megarlx, m) {
       "Tensor positions, Tensor cosines, Tensor sines, Tensor? q_weight, Tensor? k_weight, "
       "Tensor? sums, int ranks, float eps, Tensor(c!) q) -> ()");
   m.def(
-      "merge_attention(Tensor a, Tensor a_lse, Tensor b, Tensor b_lse) -> (Tensor out, Tensor lse)");
+      "merge_attention(Tensor a, Tensor a_lse, Tensor b, Tensor b_lse) -> (Tensor out, Tensor "
+      "lse)");
   m.def(
       "decode_advance_(Tensor drawn, Tensor logprob, Tensor sampled_logprob, Tensor ends, "
       "Tensor last_positions, int idle_slot, Tensor(a!) tokens, Tensor(b!) positions, "

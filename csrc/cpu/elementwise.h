@@ -218,9 +218,8 @@ inline void rotate_heads(const HeadsArgs& args, const HeadsKind& kind, std::int6
   if (args.norm == HeadNorm::kFull && args.sums == nullptr) {
     inverses[0] = inverse_rms_of(x, width, args.eps);
   } else if (args.norm == HeadNorm::kFull) {
-    inverses[0] =
-        inverse_root_mean(static_cast<const T*>(args.sums)[token * 2 + kind.first_norm],
-                          static_cast<T>(width * args.ranks), static_cast<T>(args.eps));
+    inverses[0] = inverse_root_mean(static_cast<const T*>(args.sums)[token * 2 + kind.first_norm],
+                                    static_cast<T>(width * args.ranks), static_cast<T>(args.eps));
   }
   for (std::int64_t head = 0; head < kind.heads; ++head, x += dim, out += dim) {
     switch (args.norm) {

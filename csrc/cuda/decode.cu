@@ -1,5 +1,5 @@
-// What a step of cached generation needs besides its products, its attention and the kernels that it
-// shares with training (rms_norm.cu, swiglu.cu, heads.cu).
+// What a step of cached generation needs besides its products, its attention and the kernels that
+// it shares with training (rms_norm.cu, swiglu.cu, heads.cu).
 #include "cuda/rows.h"
 
 namespace megarlx::cuda {

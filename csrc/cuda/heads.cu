@@ -50,8 +50,8 @@ __device__ __forceinline__ Row row_of(const HeadsArgs& args, const Rows<Stored>&
   const std::uint32_t number = static_cast<std::uint32_t>(index);
   const std::uint32_t token = number / rows.rows_of_token;
   const std::uint32_t part = number - token * rows.rows_of_token;
-  return {token, token * token_stride + rows.kind.offset + part * rows.width,
-          index * rows.width, token * norms_of_token(args) + rows.kind.first_norm + part};
+  return {token, token * token_stride + rows.kind.offset + part * rows.width, index * rows.width,
+          token * norms_of_token(args) + rows.kind.first_norm + part};
 }
 
 // Two packs, and what stands beside them.
@@ -214,8 +214,7 @@ __global__ void __launch_bounds__(kThreads, kept ? 2 : 1)
   if (summing) {
     const T zeros[kLanes] = {};
     const std::int64_t q_width = norm_width(args, args.heads);
-    sums.memory +=
-        block * (q_width + norm_width(args, args.kv_heads)) + (of_queries ? 0 : q_width);
+    sums.memory += block * (q_width + norm_width(args, args.kv_heads)) + (of_queries ? 0 : q_width);
     for (int u = 0; u < (kept ? kPacks : 2 * rows.pairs); ++u)
       sums.write_pack(u, place_of_pack(u, place), zeros);
   }
@@ -312,8 +311,8 @@ __global__ void __launch_bounds__(kThreads, kept ? 2 : 1)
           turn_back(widened(upstream[u].first.lane[k]), widened(upstream[u].second.lane[k]),
                     widened(c.lane[k]), widened(s.lane[k]), a, b);
           if (normed) {
-            a = norm_gradient(a, widened(own_x[u].first.lane[k]), inverse,
-                              widened(w.first.lane[k]), slope);
+            a = norm_gradient(a, widened(own_x[u].first.lane[k]), inverse, widened(w.first.lane[k]),
+                              slope);
             b = norm_gradient(b, widened(own_x[u].second.lane[k]), inverse,
                               widened(w.second.lane[k]), slope);
           }
@@ -339,8 +338,8 @@ __host__ bool whole_rows(const HeadsArgs& args) {
   return args.head_dim / 2 % lanes == 0 && args.qkv_stride % lanes == 0 && aligned(args.qkv) &&
          aligned(args.q_weight) && aligned(args.k_weight) && aligned(args.cos) &&
          aligned(args.sin) && aligned(args.q) && aligned(args.k) && aligned(args.keys) &&
-         aligned(args.values) && aligned(args.grad_q) &&
-         aligned(args.grad_k) && aligned(args.grad_v) && aligned(args.grad_qkv);
+         aligned(args.values) && aligned(args.grad_q) && aligned(args.grad_k) &&
+         aligned(args.grad_v) && aligned(args.grad_qkv);
 }
 
 template <typename Stored>
@@ -354,8 +353,7 @@ __host__ void heads_as(const HeadsArgs& args, cudaStream_t stream) {
   const Rows<Stored> q(args, queries(args)), k(args, keys(args));
   const unsigned q_blocks = blocks_of_rows(args, q), blocks = q_blocks + blocks_of_rows(args, k);
   if (whole_rows<Stored>(args))
-    heads_kernel<Stored, true>
-        <<<blocks, kThreads, 0, stream>>>(args, q.team(), k.team(), q_blocks);
+    heads_kernel<Stored, true><<<blocks, kThreads, 0, stream>>>(args, q.team(), k.team(), q_blocks);
   else
     heads_kernel<Stored, false>
         <<<blocks, kThreads, 0, stream>>>(args, q.team(), k.team(), q_blocks);

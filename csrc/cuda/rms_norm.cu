@@ -69,8 +69,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       WidePack<Stored> y;
 #pragma unroll
       for (int k = 0; k < kWidth<Stored>; ++k)
-        y.lane[k] = narrowed<Stored>(normalised(widened(x[u].lane[k]), inverse,
-                                                widened(w.lane[k]), widened(added[u].lane[k])));
+        y.lane[k] = narrowed<Stored>(normalised(widened(x[u].lane[k]), inverse, widened(w.lane[k]),
+                                                widened(added[u].lane[k])));
       write<whole>(y, y_row + at.column, at.count);
     }
   }
@@ -134,8 +134,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         if (summing) sums.write_pack(u, at, sum);
       }
     }
-    const T slope =
-        norm_slope(team_sum(products, team, turn) / static_cast<T>(width), inverse);
+    const T slope = norm_slope(team_sum(products, team, turn) / static_cast<T>(width), inverse);
     for (int begin = 0; begin < mine; begin += round) {
       if (!kept) fetch(begin);
 #pragma unroll
@@ -146,18 +145,16 @@ __global__ void __launch_bounds__(kThreads, 2)
         WidePack<Stored> to;
 #pragma unroll
         for (int k = 0; k < kLanes; ++k)
-          to.lane[k] = narrowed<Stored>(norm_gradient(widened(grad[u].lane[k]),
-                                                      widened(x[u].lane[k]), inverse,
-                                                      widened(w.lane[k]), slope));
+          to.lane[k] = narrowed<Stored>(norm_gradient(
+              widened(grad[u].lane[k]), widened(x[u].lane[k]), inverse, widened(w.lane[k]), slope));
         write<whole>(to, out + at.column, at.count);
       }
     }
   }
   if constexpr (kept)
     if (summing)
-      sums.add_teams(team, [&](int u, int thread) {
-        return place_of<Stored>(u * team + thread, width);
-      });
+      sums.add_teams(team,
+                     [&](int u, int thread) { return place_of<Stored>(u * team + thread, width); });
 }
 
 // [blocks, width] to [width], in an order that never changes.
@@ -181,7 +178,8 @@ __global__ void __launch_bounds__(kThreads)
 template <typename Stored>
 __host__ bool whole_rows(const RmsNormArgs& args) {
   return args.width % kWidth<Stored> == 0 && aligned(args.x) && aligned(args.weight) &&
-         aligned(args.residual) && aligned(args.addend) && aligned(args.sum) && aligned(args.y) && aligned(args.grad) && aligned(args.grad_x);
+         aligned(args.residual) && aligned(args.addend) && aligned(args.sum) && aligned(args.y) &&
+         aligned(args.grad) && aligned(args.grad_x);
 }
 
 }  // namespace
@@ -224,11 +222,11 @@ void sum_blocks(Dtype precision, const void* sums, std::int64_t blocks, std::int
   if (width == 0) return;
   const unsigned grid = static_cast<unsigned>((width + kSumColumns - 1) / kSumColumns);
   if (precision == Dtype::kFloat64)
-    sum_blocks_kernel<double><<<grid, kThreads, 0, stream>>>(static_cast<const double*>(sums), blocks,
-                                                     width, static_cast<double*>(out));
+    sum_blocks_kernel<double><<<grid, kThreads, 0, stream>>>(
+        static_cast<const double*>(sums), blocks, width, static_cast<double*>(out));
   else
     sum_blocks_kernel<float><<<grid, kThreads, 0, stream>>>(static_cast<const float*>(sums), blocks,
-                                                     width, static_cast<float*>(out));
+                                                            width, static_cast<float*>(out));
 }
 
 }  // namespace megarlx::cuda

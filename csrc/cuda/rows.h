@@ -166,8 +166,8 @@ struct WeightSums {
   }
 };
 
-// Blocks that share `rows` of which each has a row of weight sums: a number of their own, so that no
-// sum depends on the card.
+// Blocks that share `rows` of which each has a row of weight sums: a number of their own, so that
+// no sum depends on the card.
 struct BlockRows {
   std::int64_t begin, end;
 };

@@ -35,8 +35,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int k = 0; k < kWidth<Stored>; ++k) {
         const T x = widened(gates[u].lane[k]);
-        to.lane[k] =
-            narrowed<Stored>(swiglu_of(x, widened(ups[u].lane[k]), exp_of(-x), T(1)));
+        to.lane[k] = narrowed<Stored>(swiglu_of(x, widened(ups[u].lane[k]), exp_of(-x), T(1)));
       }
       write<whole>(to, out + at.column, at.count);
     }

@@ -107,8 +107,8 @@ enum class DecodePart {
 // A part that held nothing has -inf there and counts for nothing, whatever its output.
 struct MergeArgs {
   Dtype dtype;
-  std::int64_t rows, width;  // tokens × heads, head_dim
-  const void *a, *b;         // [rows, width]
+  std::int64_t rows, width;   // tokens × heads, head_dim
+  const void *a, *b;          // [rows, width]
   const void *a_lse, *b_lse;  // [rows] in fp32, fp64 for fp64
   void *out, *lse;
 };
@@ -137,9 +137,9 @@ struct MergeWeights {
 // last one. A ring of `ring` steps keeps what was drawn until the host reads it.
 struct AdvanceArgs {
   std::int64_t rows, ends_count, ring, idle_slot;
-  const std::int64_t *drawn, *ends;  // [rows], [ends_count]
-  const float *logprob, *sampled;    // [rows]
-  const std::int64_t* last_positions;  // [rows] of the last token allowed
+  const std::int64_t *drawn, *ends;                 // [rows], [ends_count]
+  const float *logprob, *sampled;                   // [rows]
+  const std::int64_t* last_positions;               // [rows] of the last token allowed
   std::int64_t *tokens, *positions, *slots, *keys;  // [rows], keys [rows, 2]
   bool* frozen;                                     // [rows]
   std::int64_t* step;                               // [1]

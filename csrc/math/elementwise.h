@@ -1,6 +1,6 @@
 // The elementwise parts of a layer: RMSNorm, SwiGLU, and the query and key heads. Formulas, and the
-// arguments of the kernels. Tensors have the type `dtype` unless said otherwise; "precision" is fp32
-// for bfloat16 (CUDA alone) and `dtype` else.
+// arguments of the kernels. Tensors have the type `dtype` unless said otherwise; "precision" is
+// fp32 for bfloat16 (CUDA alone) and `dtype` else.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -135,7 +135,7 @@ struct HeadsArgs {
   const void *q_weight, *k_weight;  // null without norm
   const void *cos, *sin;            // [tokens, head_dim / 2]
   void *q, *k;                      // [tokens, heads or kv_heads, head_dim]
-  void* inverse;  // [tokens, norms_of_token] in precision; backward reads it
+  void* inverse;                    // [tokens, norms_of_token] in precision; backward reads it
   // Where a full norm spans the heads of several ranks: how many, and [tokens, 2] in precision, the
   // sums of q² and k² over all of them, or in backward of grad · x · weight. Else 1 and null.
   std::int64_t ranks;
@@ -176,9 +176,9 @@ MEGARLX_HD constexpr std::int64_t norm_width(const HeadsArgs& args, std::int64_t
 MEGARLX_HD std::int64_t place_in_cache(const HeadsArgs& args, std::int64_t token) {
   const std::int64_t slot = args.slots[token], position = args.positions[token];
   if (slot < 0 || position < 0 || position >= args.pages_of_slot * args.page_size) return -1;
-  const std::int64_t page =
-      args.table == nullptr ? slot
-                            : args.table[slot * args.pages_of_slot + position / args.page_size];
+  const std::int64_t page = args.table == nullptr
+                                ? slot
+                                : args.table[slot * args.pages_of_slot + position / args.page_size];
   return page < 0 || page >= args.pages ? -1 : page * args.page_size + position % args.page_size;
 }
 

@@ -25,7 +25,7 @@ DOCUMENT = ROOT / "docs" / "extending.md"
 FILE = re.compile(r"# (\w+\.py)\n")
 
 
-def test_every_python_block_runs_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documented_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     # Rewards and environments are imported by processes of their own.

@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+import megarlx.ops.decode
+import megarlx.ops.decode_parts  # noqa: F401  (fake kernels)
 from megarlx.comm.groups import Group
 from megarlx.config.model import family_config
 from megarlx.model.documents import Documents

@@ -1,5 +1,6 @@
 """Imports inside megarlx go one way, and optional packages stay where they belong."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -75,3 +76,12 @@ def test_the_walk_sees_imports_of_every_kind(tmp_path: Path) -> None:
         name for name in imports_of_source(source.read_text(), path) if name.startswith("megarlx")
     }
     assert {"megarlx.training.trainer", "megarlx.model.transformer", "megarlx.cli"} <= tree_names
+
+
+def test_megarlx_imports_neither_torch_nor_the_study() -> None:
+    code = (
+        "import sys, megarlx; assert megarlx.load_config; "
+        "print([m for m in sys.modules if m == 'torch' or m.startswith('megarlx.study')])"
+    )
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert made.stdout.strip() == "[]"
