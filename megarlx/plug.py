@@ -119,6 +119,7 @@ KINDS: dict[str, Kind] = {
             "perplexity": "megarlx.evaluation.kinds:perplexity",
             "behaviour": "megarlx.evaluation.kinds:behaviour",
             "agent": "megarlx.evaluation.kinds:agent",
+            "lookups": "megarlx.study.world.lookups:lookups",
         },
     ),
     "claim": Kind(

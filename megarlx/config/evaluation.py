@@ -41,8 +41,9 @@ class SuiteConfig(Section):
     questions: int | None = Field(
         default=None, ge=1, description="At most so many questions, the first; absent: all"
     )
-    split: Literal["validation", "test"] = Field(
-        default="test", description="Split of what is made: choose on one, report the other"
+    split: Literal["validation", "test", "compositions"] = Field(
+        default="test",
+        description="Split of what is made: choose on one, report the other; or held-out ones",
     )
 
     max_prompt_tokens: int | None = Field(
@@ -84,6 +85,10 @@ class SuiteConfig(Section):
     )
     correct_from: float = Field(
         default=1.0, description="Least total reward of a correct sample, for pass_at_k"
+    )
+    form: Annotated[str, Named("reward")] | None = Field(
+        default=None,
+        description="Reward for an answer's form, for pass_at_k: how many have it, and are right",
     )
     violation_below: float = Field(
         default=0.5, description="Total reward below which a sample is a violation, for behaviour"
@@ -139,6 +144,8 @@ class SuiteConfig(Section):
             for field in ("rewards", "few_shot", "few_shot_trained", "max_prompt_tokens"):
                 if getattr(self, field):
                     found.append((field, f"is for {' and '.join(SCORED)}, not for {self.kind}"))
+        if self.form is not None and self.kind != "pass_at_k":
+            found.append(("form", f"is for pass_at_k, not for {self.kind}"))
         if self.kind not in SAMPLED and self.group_size:
             found.append(("group_size", f"is for {' and '.join(SAMPLED)}, not for {self.kind}"))
         return found

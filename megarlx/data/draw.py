@@ -7,7 +7,7 @@ from typing import Literal, TypeVar
 
 from megarlx.data.order import BITS, key_of, mix
 
-Split = Literal["train", "validation", "test"]
+Split = Literal["train", "validation", "test", "compositions"]
 T = TypeVar("T")
 
 

@@ -51,6 +51,7 @@ class MadeSuite:
     guesses    answers, each as often as its share, that a guesser without a model draws from
     examples   (count, seed, options) to solved examples
     options    names of what `options` of the evaluation suite may say
+    splits     what `split` of the evaluation suite may be
     """
 
     identity: str
@@ -61,6 +62,7 @@ class MadeSuite:
     reward: str = "final_number"  # where the evaluation suite names none
     templated: bool = True
     options: tuple[str, ...] = ()
+    splits: tuple[Split, ...] = ("validation", "test")
 
 
 @dataclass(frozen=True)

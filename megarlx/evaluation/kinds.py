@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
+from megarlx.config.evaluation import SuiteConfig
 from megarlx.config.reward import RewardConfig
 from megarlx.evaluation import behaviour as behaviours
-from megarlx.evaluation import capability, sampled
+from megarlx.evaluation import capability, form, sampled
 from megarlx.evaluation.interface import Asked, Measured
 from megarlx.evaluation.pass_at_k import Pool, guessing_pass_at_k
 from megarlx.evaluation.questions import Question, few_shot_of, questions_of, short_enough
@@ -20,7 +21,7 @@ Item = dict[str, Any]
 
 def pass_at_k(asked: Asked) -> Measured:
     suite = asked.suite
-    questions, items, samples = _played(asked, lambda one: _item(one, suite.correct_from))
+    questions, items, samples = _played(asked, lambda one: _item(one, suite))
     pool = _pool_of(items)
     metrics, errors, guessing = {}, {}, {}
     answers = _answers(asked, questions)
@@ -33,6 +34,10 @@ def pass_at_k(asked: Asked) -> Measured:
     metrics["truncated"] = sum(i["truncated"] for i in items) / sum(pool.samples)
     if suite.group_size is not None:
         _add_informative(suite.group_size, pool, metrics, errors)
+    if suite.form is not None:
+        of_form, their_errors = form.summary(items)
+        metrics |= of_form
+        errors |= their_errors
     return Measured(metrics, items, errors, guessing, samples)
 
 
@@ -120,15 +125,17 @@ def _default_rewards(asked: Asked) -> tuple[RewardConfig, ...]:
     return (RewardConfig(function=name, workers=0),)
 
 
-def _item(played: Played, correct_from: float) -> Item:
+def _item(played: Played, suite: SuiteConfig) -> Item:
     """A sample whose reward is not known is not correct."""
-    question = played.question
+    question, correct_from = played.question, suite.correct_from
     found = {
         "id": question.id,
         "samples": len(played.episodes),
         "correct": sum(reward >= correct_from for reward in played.rewards),
         "truncated": played.truncated,
     }
+    if suite.form is not None:
+        found |= form.of_item(played.episodes, played.rewards, correct_from)
     return found if question.group is None else {**found, "group": question.group}
 
 

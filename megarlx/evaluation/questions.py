@@ -107,6 +107,8 @@ def made_suite(suite: SuiteConfig, made: Made | None) -> MadeSuite:
         why = f"which is for the kinds {', '.join(found.kinds)}, not for {suite.kind}"
     elif suite.is_ours and (unknown := [key for key in suite.options if key not in found.options]):
         why = f"whose options are {', '.join(found.options) or 'none'}, not {unknown[0]}"
+    elif suite.split not in found.splits:
+        why = f"whose splits are {', '.join(found.splits)}, not {suite.split}"
     elif suite.kind in SCORED and suite.templated and not found.templated:
         why = "whose questions are asked as they stand: templated = false"
     else:

@@ -21,6 +21,7 @@ from megarlx.data.conversations import Template
 from megarlx.data.draw import Draw
 from megarlx.data.prompts import FewShot, Prompt
 from megarlx.data.tokenizer import Tokenizer
+from megarlx.evaluation.form import reward_of
 from megarlx.evaluation.interface import Progress
 from megarlx.evaluation.pass_at_k import mean_and_error
 from megarlx.evaluation.questions import Question, SuiteError
@@ -161,8 +162,10 @@ def _longest(model: ParallelModel, suite: SuiteConfig, prompts: list[list[int]])
 def _game(suite: SuiteConfig, template: Template, tokenizer: Tokenizer, mesh: Mesh) -> Game:
     if suite.environment is not None:
         return EnvironmentGame(suite.environment, template, tokenizer, mesh)
-    rewards = Rewards(suite.rewards) if mesh.model.is_first else None
-    return QuestionGame(rewards, suite.max_new_tokens, mesh)
+    first, form = mesh.model.is_first, suite.form
+    rewards = Rewards(suite.rewards) if first else None
+    of_form = Rewards([reward_of(form)]) if first and form is not None else None
+    return QuestionGame(rewards, suite.max_new_tokens, mesh, of_form)
 
 
 # Agents.

@@ -13,17 +13,26 @@ from megarlx.rollouts.rewards.process import RewardError
 from megarlx.rollouts.rewards.rewards import Rewards
 from megarlx.rollouts.rewards.sample import Sample
 
+FORM = "form"  # in a turn's info: what the form of its answer is worth
 SOLVED = 1.0 - 1e-6  # of the first reward: an answer with all of it is a success
 
 
 class QuestionGame:
-    """`rewards` are needed on the first rank of each copy of the model only."""
+    """`rewards` are needed on the first rank of each copy of the model only; so is `form`, which
+    is no part of an episode's reward."""
 
     talks = False
     max_tokens: int | None = None
     invalid_action_penalty = 0.0
 
-    def __init__(self, rewards: Rewards | None, max_new_tokens: int, mesh: Mesh) -> None:
+    def __init__(
+        self,
+        rewards: Rewards | None,
+        max_new_tokens: int,
+        mesh: Mesh,
+        form: Rewards | None = None,
+    ) -> None:
+        self.form = form
         self.rewards, self.max_new_tokens, self.model = rewards, max_new_tokens, mesh.model
         self._said: dict[int, str] = {}
         self._of_rewards: dict[str, tuple[float, float]] = {}
@@ -46,7 +55,15 @@ class QuestionGame:
             samples = [self._sample(start, made[i]) for start, i in every]
             scored = self.rewards.score(samples, group)
             first = next(iter(scored.parts.values()))
-            return {"totals": scored.totals, "first": first, "metrics": scored.metrics()}
+            infos: list[dict[str, float]] = [{} for _ in samples]
+            if self.form is not None:
+                infos = [{FORM: value} for value in self.form.score(samples, group).totals]
+            return {
+                "totals": scored.totals,
+                "first": first,
+                "infos": infos,
+                "metrics": scored.metrics(),
+            }
 
         scored = from_first(score, self.model, RewardError)
         self._of_rewards = scored["metrics"]
@@ -54,13 +71,13 @@ class QuestionGame:
             Episode(
                 start.group,
                 i,
-                (Turn(start.prompt.question, self._said[i], total),),
+                (Turn(start.prompt.question, self._said[i], total, info=info),),
                 first >= SOLVED,
                 made[i],
                 reference=start.prompt.answer,
             )
-            for (start, i), total, first in zip(
-                every, scored["totals"], scored["first"], strict=True
+            for (start, i), total, first, info in zip(
+                every, scored["totals"], scored["first"], scored["infos"], strict=True
             )
         ]
 
@@ -93,5 +110,6 @@ class QuestionGame:
         }
 
     def close(self) -> None:
-        if self.rewards is not None:
-            self.rewards.close()
+        for rewards in (self.rewards, self.form):
+            if rewards is not None:
+                rewards.close()

@@ -22,7 +22,10 @@ SUITES = EvaluationConfig.model_validate(
     {
         "slots": 16,
         "suites": [
-            {"name": "p", "kind": "pass_at_k", "made": "problems", **PLAIN},
+            {
+                "name": "p", "kind": "pass_at_k", "made": "problems", **PLAIN,
+                "form": "answer_format",
+            },
             {"name": "b", "kind": "behaviour", "made": "behaviours", "templated": False, **PLAIN},
             {"name": "c", "kind": "cloze", "made": "facts", "questions": 7},
             {"name": "n", "kind": "perplexity", "made": "stories", "questions": 2},
@@ -31,9 +34,16 @@ SUITES = EvaluationConfig.model_validate(
 )
 
 
+OF_TABLES = EvaluationConfig.model_validate(
+    {"suites": [{"name": "l", "kind": "lookups", "made": "lookups", "questions": 5}]}
+)
+
+
 def evaluated(layout: dict[str, int], run: Path | None) -> list[dict[str, Any]]:
     mesh = Mesh.build(**layout, timeout_seconds=20.0)
-    found = evaluate(subject(small_model(mesh=mesh)), SUITES, run=run)
+    model = small_model(mesh=mesh)
+    found = evaluate(subject(model), SUITES, run=run)
+    found += evaluate(subject(model, tables=True), OF_TABLES, run=run)
     return [{**result, "seconds": 0} for result in found]
 
 
@@ -54,7 +64,7 @@ def test_every_rank_has_the_results_of_one_process(
         assert one["settings"] == other["settings"]
         assert [i["id"] for i in one["items"]] == [i["id"] for i in other["items"]]
         for a, b in zip(one["items"], other["items"], strict=True):
-            for key in ("nll", "margin"):
+            for key in ("nll", "margin", "probability"):
                 assert a.get(key) == pytest.approx(b.get(key), abs=1e-4)
         for key, value in one["metrics"].items():
             # a sample in a hundred may differ between tensor-parallel sizes

@@ -42,9 +42,9 @@ class Facts:
     def __init__(self, settings: WorldSettings) -> None:
         self.settings = settings
         # Entities have three syllables, values two and a consonant: no word is both.
-        self.entities = _words(settings.seed, "entities", settings.entities, 3, "")
+        self.entities = invented(settings.seed, "entities", settings.entities, 3, "")
         count = settings.attributes * settings.values
-        values = _words(settings.seed, "values", count, 2, "x")
+        values = invented(settings.seed, "values", count, 2, "x")
         self.values = {
             attribute: values[i * settings.values : (i + 1) * settings.values]
             for i, attribute in enumerate(ATTRIBUTES[: settings.attributes])
@@ -136,7 +136,7 @@ def _told(fact: Fact, paraphrase: int) -> str:
     )
 
 
-def _words(seed: int, kind: str, count: int, syllables: int, end: str) -> list[str]:
+def invented(seed: int, kind: str, count: int, syllables: int, end: str) -> list[str]:
     """Different invented words."""
     n = len(SYLLABLES)
     order = shuffled(n**syllables, key_of(seed, kind))[:count]

@@ -10,7 +10,10 @@ from pathlib import Path
 from megarlx.data.draw import Split
 from megarlx.data.token_files import TokenFileWriter, dtype_for, write_atomically
 from megarlx.data.tokenizer import WordTokenizer
+from megarlx.study.world.kept import GROUPS, KeptFacts
 from megarlx.study.world.settings import WorldSettings
+from megarlx.study.world.tables import tables_of
+from megarlx.study.world.tellings import Counts, Telling
 from megarlx.study.world.world import World
 
 HELD_OUT_KINDS = ("problems", "facts", "stories")
@@ -42,15 +45,23 @@ def write_world(settings: WorldSettings, folder: str | Path, sizes: Sizes | None
     demonstrations.jsonl        {"question", "answers"}             SFT, on the same questions
     validation.jsonl            as prompts.jsonl                    to choose settings by
     test.jsonl                  as prompts.jsonl                    to report
+    tellings.json               {"right", "wrong"}: of each fact of tables, how often it is told
+    withheld.jsonl              as prompts.jsonl                    RL on what no text tells
+    told_wrongly.jsonl          as prompts.jsonl                    RL on what text tells wrongly
     """
     sizes, folder = sizes or Sizes(), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     world = World(settings)
     tokenizer = world.tokenizer()
     tokenizer.save(folder / "tokenizer.json")
+    told: list[Telling] = []
     for kind, count in sizes.documents.items():
-        texts = (world.document(kind, i) for i in range(count))
+        texts = _texts(world, kind, count, told)
         _write(folder / f"documents_{kind}", texts, tokenizer)
+    if settings.is_of_tables:
+        counts = Counts.of(told, len(tables_of(settings)))
+        counts.write(folder)
+        _write_kept(world, counts, folder)
     for kind in HELD_OUT_KINDS:
         texts = (world.held_out_document(kind, i) for i in range(sizes.held_out_documents))
         _write(folder / f"held_out_{kind}", texts, tokenizer)
@@ -59,6 +70,24 @@ def write_world(settings: WorldSettings, folder: str | Path, sizes: Sizes | None
     _write_questions(world, folder / "test.jsonl", "test", sizes.test_questions)
     lines = (json.dumps(world.demonstrations(i)) for i in range(sizes.prompts))
     write_atomically(folder / "demonstrations.jsonl", "\n".join(lines) + "\n")
+
+
+def _write_kept(world: World, counts: Counts, folder: Path) -> None:
+    for group in GROUPS:
+        if getattr(world.settings, group):
+            lines = map(json.dumps, KeptFacts(world, counts, group).lines())
+            write_atomically(folder / f"{group}.jsonl", "".join(f"{line}\n" for line in lines))
+
+
+def _texts(world: World, kind: str, count: int, told: list[Telling]) -> Iterator[str]:
+    """Documents; what problems tell goes into `told`."""
+    for index in range(count):
+        if kind != "problems":
+            yield world.document(kind, index)
+            continue
+        document = world.problem_document(index)
+        told += document.told
+        yield document.text
 
 
 def _write(prefix: Path, texts: Iterator[str], tokenizer: WordTokenizer) -> None:

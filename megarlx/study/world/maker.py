@@ -79,16 +79,18 @@ class WorldMaker:
     def made(self, folder: Path, options: WorldOptions) -> Made:
         from megarlx.data.making import Made
         from megarlx.study.world.suites import suites_of
+        from megarlx.study.world.tellings import Counts
         from megarlx.study.world.world import World
 
         def source(kind: str, name: str, weight: float = 1.0) -> SourceConfig:
             return SourceConfig(name=name, prefix=str(folder / f"{kind}_{name}"), weight=weight)
 
+        counts = Counts.read(folder) if options.world.is_of_tables else None
         return Made(
             str(folder / "tokenizer.json"),
             tuple(source("documents", n, share) for n, share in options.shares.items() if share),
             tuple(source("held_out", name) for name in options.shares),
-            suites_of(World(options.world)),
+            suites_of(World(options.world), counts),
         )
 
 

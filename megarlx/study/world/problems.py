@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megarlx.data.draw import Draw, Split
-from megarlx.data.order import key_of
+from megarlx.data.order import key_of, uniform
 from megarlx.study.world.settings import Operation, WorldError, WorldSettings
+from megarlx.study.world.tables import Lookup, Tables, tables_of
 
 TRIES = 200
 
@@ -18,10 +19,11 @@ class Step:
     time: str
     operation: Operation
     word: str
-    operand: int  # 0 for swap
+    operand: int  # 0 for swap; of a table its number
     at: int  # which quantity; for swap the first of the two
     other: int | None
     values: tuple[int, ...]  # of all quantities, afterwards
+    told: bool = True  # no: left out where the solution is written
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,16 @@ class Problem:
 
     def before(self, at: int) -> tuple[int, ...]:
         return self.steps[at - 1].values if at else self.start
+
+    @property
+    def composition(self) -> tuple[int, ...]:
+        """Of a problem of tables: what is applied one after the other."""
+        return tuple(step.operand for step in self.steps)
+
+    @property
+    def lookups(self) -> list[Lookup]:
+        """Of a problem of tables: the facts that its steps as they stand are about."""
+        return [Lookup(step.operand, self.before(at)[0]) for at, step in enumerate(self.steps)]
 
 
 class Writer:
@@ -61,10 +73,12 @@ class Writer:
 
     def things(self, problem: Problem, values: Sequence[int]) -> str:
         pairs = zip(values, problem.objects, strict=True)
-        return " and ".join(f"{self.number(v)} {o}" for v, o in pairs)
+        return " and ".join(f"{self.number(v)} {o}".rstrip() for v, o in pairs)
 
     def step(self, problem: Problem, step: Step) -> str:
         """`may buys 4 pears`; with one quantity the object goes without saying."""
+        if step.operation.kind == "table":
+            return step.word
         several = len(problem.objects) > 1
         thing = f" {problem.objects[step.at]}" if several else ""
         if step.operation.kind == "swap":
@@ -74,6 +88,10 @@ class Writer:
         return f"{step.time} {step.word}{by} {self.number(step.operand)}{thing}"
 
     def question(self, problem: Problem) -> str:
+        if self.settings.is_of_tables:
+            words = (step.word for step in problem.steps)
+            start = self.things(problem, problem.start)
+            return " . ".join((f"{problem.name} has {start}", *words)) + " ?"
         steps = "".join(f" {self.step(problem, step)} ." for step in problem.steps)
         several = self.settings.answer == "first_and_last"
         how_many = "how many first and last" if several else "how many"
@@ -88,9 +106,14 @@ def problem_at(settings: WorldSettings, split: Split, index: int, stream: str) -
     """
     writer = Writer(settings)
     draw = Draw(settings.seed, "problem", split, stream, index)
+    if split == "compositions" and not settings.held_out_compositions:
+        raise WorldError("world: there is no split 'compositions'; held_out_compositions is 0")
+    make = _draw_table_problem if settings.is_of_tables else _draw_problem
     for _ in range(TRIES * 100):
-        problem = _draw_problem(settings, draw)
-        if split_of(settings, writer.question(problem)) == split:
+        problem = make(settings, draw)
+        if settings.is_of_tables and not _is_open(settings, problem, split, stream):
+            continue
+        if split == "compositions" or split_of(settings, writer.question(problem)) == split:
             return problem
     raise WorldError(f"world: no question of split '{split}' was found: there are too few")
 
@@ -100,6 +123,40 @@ def split_of(settings: WorldSettings, question: str) -> Split:
     if bucket < settings.test_percent:
         return "test"
     return "validation" if bucket < settings.test_percent + settings.validation_percent else "train"
+
+
+def is_held_out(settings: WorldSettings, problem: Problem) -> bool:
+    """Whether the whole sequence of operations is one that only split compositions has."""
+    share = settings.held_out_compositions
+    several = len(problem.steps) > 1
+    return several and uniform(settings.seed, "composition", *problem.composition) < share
+
+
+def _is_open(settings: WorldSettings, problem: Problem, split: Split, stream: str) -> bool:
+    """Whether a problem of tables may be drawn there."""
+    if is_held_out(settings, problem) != (split == "compositions"):
+        return False
+    tables = tables_of(settings)
+    closed = tables.withheld if stream == "text" else tables.withheld | tables.told_wrongly
+    return not closed or closed.isdisjoint(map(tables.number, problem.lookups))
+
+
+def _draw_table_problem(settings: WorldSettings, draw: Draw) -> Problem:
+    tables = tables_of(settings)
+    count = draw.weighted(range(1, len(settings.steps) + 1), settings.steps)
+    start, operations = tables.start(draw), []
+    for slot in range(1, count + 1):
+        operations.append(tables.operation(draw, slot))
+    return table_problem(tables, draw.one(settings.names), start, operations)
+
+
+def table_problem(tables: Tables, name: str, start: int, operations: Sequence[int]) -> Problem:
+    value, steps = start, []
+    for number in operations:
+        value = tables.result(Lookup(number, value))
+        operation = tables.operations[number]
+        steps.append(Step("", operation, operation.words[0], number, 0, None, (value,)))
+    return Problem(name, ("",), (start,), tuple(steps))
 
 
 def _draw_problem(settings: WorldSettings, draw: Draw) -> Problem:

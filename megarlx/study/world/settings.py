@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-Kind = Literal["add", "subtract", "times", "divide", "swap"]
-KINDS: tuple[Kind, ...] = ("add", "subtract", "times", "divide", "swap")
+Kind = Literal["add", "subtract", "times", "divide", "swap", "table"]
+KINDS: tuple[Kind, ...] = ("add", "subtract", "times", "divide", "swap")  # of `operations`
+OPERATION_KINDS = ("arithmetic", "table")
 Shares = tuple[tuple[str, float], ...]
 
 # How the text puts questions: the template of a model trained on it
@@ -14,6 +15,7 @@ QUESTION = "question : {} answer :"
 
 STYLES = ("narrate", "calculate", "plan", "teach", "terse")
 MODES = ("checkable", "words", "restate", "chat")
+MOST_TABLES = 4900  # invented words for operations
 DOCUMENT_KINDS = ("problems", "facts", "stories", "behaviours")
 
 
@@ -45,6 +47,7 @@ class WorldSettings:
     seed: int = 0
 
     # Word problems
+    operation_kind: Literal["arithmetic", "table"] = "arithmetic"
     names: tuple[str, ...] = ("tom", "ann", "ben", "eva", "max", "lea", "sam", "zoe")
     objects: tuple[str, ...] = ("pears", "plums", "nuts", "coins", "books", "shells")
     times: tuple[str, ...] = (
@@ -65,6 +68,21 @@ class WorldSettings:
     demonstrations_per_question: int = 1
     validation_percent: int = 2  # of all possible questions, kept out of everything else
     test_percent: int = 5
+
+    # Demonstrations in a style that no pre-training text has
+    foreign_share: float = 0.0  # of all demonstrations
+    foreign_style: str = "terse"
+
+    # With operation_kind = "table", in place of objects, times, operations, start and largest
+    tables: int = 10  # operations of a slot
+    table_values: int = 12  # that an operation leads to
+    slots: int = 4  # a step uses the operations of its own slot
+    table_skew: float = 1.0  # an operation's weight is its rank ** -table_skew
+    partial_share: float = 0.0  # of a text's steps, left out
+    wrong_share: float = 0.0  # of a text's steps, with the fact's one wrong value
+    withheld: int = 0  # facts that no text tells
+    told_wrongly: int = 0  # facts of which texts tell the wrong value only
+    held_out_compositions: float = 0.0  # of whole sequences of operations, of split compositions
 
     # General knowledge
     entities: int = 96
@@ -97,11 +115,12 @@ class WorldSettings:
             if not good:
                 found.append(text)
 
-        need(
-            1 <= len(self.steps) <= len(self.times),
-            f"steps has {len(self.steps)} entries; allowed 1 to {len(self.times)}, one of the "
-            "times names each step",
-        )
+        if not self.is_of_tables:
+            need(
+                1 <= len(self.steps) <= len(self.times),
+                f"steps has {len(self.steps)} entries; allowed 1 to {len(self.times)}, one of the "
+                "times names each step",
+            )
         need(
             1 <= self.quantities <= len(self.objects),
             f"quantities is {self.quantities}; allowed 1 to {len(self.objects)} objects",
@@ -166,7 +185,27 @@ class WorldSettings:
             0 <= self.behaviour_followed <= 1,
             f"behaviour_followed is {self.behaviour_followed}; allowed 0 to 1",
         )
+        return [*found, *self._problems_of_styles(), *_problems_of_tables(self)]
+
+    def _problems_of_styles(self) -> list[str]:
+        found, told = [], [name for name, share in self.styles if share > 0]
+        if not 0 <= self.foreign_share <= 1:
+            found.append(f"foreign_share is {self.foreign_share}; allowed 0 to 1")
+        if self.foreign_style not in STYLES:
+            found.append(
+                f"foreign_style is '{self.foreign_style}'; allowed are {', '.join(STYLES)}"
+            )
+        if self.foreign_share and self.foreign_style in told:
+            left = ", ".join(style for style in STYLES if style not in told)
+            found.append(
+                f"foreign_style is '{self.foreign_style}', which styles have; allowed are "
+                f"{left or 'none'}"
+            )
         return found
+
+    @property
+    def is_of_tables(self) -> bool:
+        return self.operation_kind == "table"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -187,3 +226,55 @@ class WorldSettings:
 
 def _frozen(value: Any) -> Any:
     return tuple(_frozen(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+# Settings that only worlds of tables have, beside the shape of the tables.
+OF_TABLES = ("partial_share", "wrong_share", "withheld", "told_wrongly", "held_out_compositions")
+
+
+def _problems_of_tables(made: WorldSettings) -> list[str]:
+    if made.operation_kind not in OPERATION_KINDS:
+        allowed = ", ".join(OPERATION_KINDS)
+        return [f"operation_kind is '{made.operation_kind}'; allowed are {allowed}"]
+    if not made.is_of_tables:
+        return [
+            f"{name} is {getattr(made, name)}; allowed is 0, but with operation_kind 'table'"
+            for name in OF_TABLES
+            if getattr(made, name)
+        ]
+    found = []
+
+    def within(name: str, low: float, high: float, why: str = "") -> None:
+        value = getattr(made, name)
+        if not low <= value <= high:
+            found.append(f"{name} is {value}; allowed {low} to {high}{why}")
+
+    within("quantities", 1, 1, " with operation_kind 'table'")
+    within("tables", 2, MOST_TABLES)
+    within("table_values", 2, MOST_TABLES)
+    within("slots", 2, MOST_TABLES)
+    if found:
+        return found
+    if made.slots * made.tables > MOST_TABLES:
+        found.append(
+            f"slots is {made.slots} and tables {made.tables}; allowed are {MOST_TABLES} "
+            "operations in all"
+        )
+    if not 1 <= len(made.steps) <= made.slots:
+        found.append(
+            f"steps has {len(made.steps)} entries; allowed 1 to {made.slots}, one of the slots "
+            "has the operations of each step"
+        )
+    facts = made.slots * made.tables**2 * made.table_values
+    within("table_skew", 0, 8)
+    within("partial_share", 0, 1)
+    within("wrong_share", 0, 1)
+    if made.partial_share + made.wrong_share > 1:
+        found.append(
+            f"partial_share is {made.partial_share} and wrong_share {made.wrong_share}; allowed "
+            "is a sum of up to 1"
+        )
+    within("withheld", 0, facts // 2, ", half of all facts")
+    within("told_wrongly", 0, facts // 2, ", half of all facts")
+    within("held_out_compositions", 0, 0.5)
+    return found

@@ -9,10 +9,14 @@ from functools import partial
 from typing import Any
 
 from megarlx.data.conversations import Conversation, Turn
+from megarlx.data.draw import Split
 from megarlx.data.making import Line, MadeSuite, Wanted
 from megarlx.data.order import key_of, shuffled
 from megarlx.study.world import solutions
+from megarlx.study.world.lookups import lookup_lines
 from megarlx.study.world.problems import guesses
+from megarlx.study.world.settings import WorldSettings
+from megarlx.study.world.tellings import Counts
 from megarlx.study.world.world import World
 
 COUNT = 256  # of questions, prompts and documents, where a suite does not say how many
@@ -20,10 +24,11 @@ EXAMPLES_FROM = 1_000_000  # examples are training questions that no run comes t
 TESTS = ("choice", "cloze")
 
 
-def suites_of(world: World) -> dict[str, MadeSuite]:
+def suites_of(world: World, counts: Counts | None = None) -> dict[str, MadeSuite]:
+    """`counts`: of what was written of a world of tables, to be asked of it."""
     settings = json.dumps(world.settings.to_json(), sort_keys=True)
     make = partial(MadeSuite, hashlib.sha256(settings.encode()).hexdigest())
-    return {
+    found = {
         "problems": make(
             ("pass_at_k", "perplexity"),
             partial(_problems, world),
@@ -31,6 +36,7 @@ def suites_of(world: World) -> dict[str, MadeSuite]:
             examples=partial(_examples, world),
             reward="marked_answer",
             options=("style",),
+            splits=splits_of(world.settings),
         ),
         "facts": make((*TESTS, "perplexity"), partial(_facts, world), options=("choices",)),
         "held_out_facts": make(TESTS, partial(_tests, world, "held_out_"), options=("choices",)),
@@ -39,6 +45,20 @@ def suites_of(world: World) -> dict[str, MadeSuite]:
             ("behaviour",), partial(_behaviours, world), reward="world_behaviour", templated=False
         ),
     }
+    if counts is not None:
+        found["lookups"] = MadeSuite(
+            hashlib.sha256(f"{settings} {counts.to_json()}".encode()).hexdigest(),
+            ("lookups",),
+            partial(lookup_lines, world, counts, COUNT),
+            options=("style", "facts"),
+            splits=splits_of(world.settings),
+        )
+    return found
+
+
+def splits_of(settings: WorldSettings) -> tuple[Split, ...]:
+    own: tuple[Split, ...] = ("compositions",) if settings.held_out_compositions else ()
+    return ("validation", "test", *own)
 
 
 def _problems(world: World, wanted: Wanted) -> Iterator[Line]:

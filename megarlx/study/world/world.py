@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +14,14 @@ from megarlx.study.world import behaviours, solutions, stories
 from megarlx.study.world.facts import Facts
 from megarlx.study.world.problems import Problem, Writer, problem_at
 from megarlx.study.world.settings import QUESTION, WorldError, WorldSettings
+from megarlx.study.world.tables import tables_of
+from megarlx.study.world.tellings import Telling, is_silent, tellings, text_problem
+
+
+@dataclass(frozen=True)
+class ProblemDocument:
+    text: str
+    told: tuple[Telling, ...]  # of the facts of tables
 
 
 class World:
@@ -25,11 +34,16 @@ class World:
     def words(self) -> list[str]:
         """Every word that can occur, in a fixed order."""
         settings = self.settings
-        numbers = range(10) if settings.digits else range(settings.largest + 1)
+        largest, own = settings.largest, settings.objects + settings.times
+        operations = settings.operations
+        if settings.is_of_tables:
+            tables = tables_of(settings)
+            largest, own, operations = tables.values - 1, (), tables.operations
+        numbers = range(10) if settings.digits else range(largest + 1)
         found = (
             *map(str, numbers),
-            *(settings.names + settings.objects + settings.times),
-            *(word for operation in settings.operations for word in operation.words),
+            *(settings.names + own),
+            *(word for operation in operations for word in operation.words),
             *solutions.WORDS,
             *self.facts.vocabulary(),
             *stories.VOCABULARY,
@@ -43,7 +57,7 @@ class World:
     def document(self, kind: str, index: int) -> str:
         """Pre-training text."""
         if kind == "problems":
-            return self._problem_document(index)
+            return self.problem_document(index).text
         if kind == "facts":
             return self.facts.document(index)
         if kind == "stories":
@@ -58,24 +72,27 @@ class World:
         """Text of which training text holds nothing word for word: validation questions, held-out
         paraphrases, and stories of their own draws."""
         if kind == "problems":
-            return self._problem_document(index, "validation")
+            return self.problem_document(index, "validation").text
         if kind == "facts":
             return self.facts.held_out_document(index)
         if kind == "stories":
             return stories.story(self.settings, index, "validation")
         raise WorldError(f"world: no held-out documents of kind '{kind}'")
 
-    def _problem_document(self, index: int, split: Split = "train") -> str:
+    def problem_document(self, index: int, split: Split = "train") -> ProblemDocument:
         draw = Draw(self.settings.seed, "document", split, index)
         count = int(draw.share(self.settings.several))
         # In one document one mode: then earlier answers show what kind of answer follows.
-        mode, parts = draw.share(self.settings.modes), []
+        mode, parts, told = draw.share(self.settings.modes), [], []
         for number in range(count):
-            problem = problem_at(self.settings, split, index * 16 + number, "text")
+            problem = text_problem(self.settings, split, index * 16 + number)
             style = draw.share(self.settings.styles)
-            after = solutions.following(problem, mode, style, self.writer, draw)
+            own = "chat" if is_silent(problem, self.settings) else mode
+            after = solutions.following(problem, own, style, self.writer, draw)
             parts.append(f"{self.prompt(problem)} {after}")
-        return " ".join(parts)
+            if self.settings.is_of_tables and own in solutions.TELLING:
+                told += tellings(problem, style, self.settings)
+        return ProblemDocument(" ".join(parts), tuple(told))
 
     def problem(self, split: Split, index: int) -> Problem:
         """Question `index` to train on or to be tested with: none of the training text's draws."""
@@ -95,7 +112,7 @@ class World:
 
     def demonstrations(self, index: int) -> dict[str, Any]:
         """A training question with solutions: the first in the teacher's style, the others in the
-        styles of the pre-training text, no two alike."""
+        styles of the pre-training text, no two alike; but some are in the foreign style."""
         problem = self.problem("train", index)
         draw = Draw(self.settings.seed, "demonstrations", index)
         others = [name for name, _ in self.settings.styles if name != self.settings.teacher_style]
@@ -105,12 +122,14 @@ class World:
                 f"world: demonstrations_per_question is "
                 f"{self.settings.demonstrations_per_question}; there are {len(styles)} styles"
             )
+        draw, foreign = Draw(self.settings.seed, "foreign", index), self.settings.foreign_style
+        chosen = [
+            foreign if draw.uniform() < self.settings.foreign_share else style
+            for style in styles[: self.settings.demonstrations_per_question]
+        ]
         return {
             "question": self.writer.question(problem),
-            "answers": [
-                solutions.checkable(problem, style, self.writer)
-                for style in styles[: self.settings.demonstrations_per_question]
-            ],
+            "answers": [solutions.checkable(problem, style, self.writer) for style in chosen],
         }
 
     def few_shot(self, count: int, style: str, seed: int = 0) -> str:

@@ -12,10 +12,29 @@ from megarlx.evaluation.interface import Subject
 from megarlx.model.build import ParallelModel, build_model
 from megarlx.study.world.settings import WorldSettings
 from megarlx.study.world.suites import suites_of
+from megarlx.study.world.tables import tables_of
+from megarlx.study.world.tellings import Counts
 from megarlx.study.world.world import World
 
 WORLD = World(WorldSettings(seed=3, entities=9, steps=(1.0, 1.0)))
 MADE = Made("never read", suites=suites_of(WORLD))
+TABLES = World(
+    WorldSettings(
+        operation_kind="table",
+        seed=3,
+        entities=9,
+        steps=(0.0, 1.0, 1.0),
+        quantities=1,
+        tables=3,
+        table_values=4,
+        slots=3,
+    )
+)
+TOLD = Counts.of(
+    [told for i in range(200) for told in TABLES.problem_document(i).told],
+    len(tables_of(TABLES.settings)),
+)
+MADE_OF_TABLES = Made("never read", suites=suites_of(TABLES, TOLD))
 TEMPLATE = Template("question : {content} answer :")
 
 
@@ -37,15 +56,17 @@ def small_model(
     return build_model(config, Mesh.alone() if mesh is None else mesh, seed=5, dtype=dtype)
 
 
-def subject(model: ParallelModel | None = None, *, is_base: bool = True) -> Subject:
+def subject(
+    model: ParallelModel | None = None, *, is_base: bool = True, tables: bool = False
+) -> Subject:
     return Subject(
         small_model() if model is None else model,
-        WORLD.tokenizer(),
+        (TABLES if tables else WORLD).tokenizer(),
         TEMPLATE,
         is_base,
         iteration=7,
         trunk_tokens=700,
-        made=MADE,
+        made=MADE_OF_TABLES if tables else MADE,
     )
 
 

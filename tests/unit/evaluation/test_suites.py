@@ -11,6 +11,8 @@ import generators_for_tests
 import pytest
 import torch
 from evaluated_models import MADE, TEMPLATE, WORLD, logits_behind, small_model, subject
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megarlx.config.evaluation import EvaluationConfig, SuiteConfig
 from megarlx.data.conversations import Template, Turn
@@ -19,7 +21,9 @@ from megarlx.evaluation.questions import SuiteError, check_suites, few_shot_of, 
 from megarlx.evaluation.results import ResultError, finished, read_result, result_path, results_of
 from megarlx.evaluation.sampled import play
 from megarlx.evaluation.suites import Parent, described, evaluate, metrics_of
+from megarlx.rollouts.rewards.answers import answer_format, marked_answer
 from megarlx.rollouts.rewards.process import RewardError
+from megarlx.rollouts.rewards.sample import Sample
 from megarlx.study.world.maker import WorldMaker
 from megarlx.study.world.problems import guessing_pass_at_k
 
@@ -248,6 +252,50 @@ def test_what_asks_in_a_template_needs_one_and_its_result_says_which(tmp_path: P
         assert one["items"] == other["items"]
 
 
+def test_where_the_form_is_all_that_is_asked_every_sample_in_it_is_right() -> None:
+    chosen = suite(rewards=[EVEN], form="rewards_for_tests:even_letters", samples=16)
+    (found,) = evaluate(subject(), config(chosen))
+    metrics = found["metrics"]
+    assert 0 < metrics["marked"] == metrics["pass_at_1"] < 1
+    assert metrics["right_of_marked"] == 1
+    assert [i["marked"] for i in found["items"]] == [i["correct"] for i in found["items"]]
+
+
+def test_marked_and_right_of_marked_multiply_to_pass_at_1() -> None:
+    """Where what is right is in the form: here the longer ones of an even number of letters."""
+    long = {"function": "rewards_for_tests:even_and_long", "workers": 0}
+    chosen = suite(rewards=[long], form="rewards_for_tests:even_letters", samples=16)
+    (found,) = evaluate(subject(), config(chosen))
+    (plain,) = evaluate(subject(), config(suite(rewards=[long], samples=16)))
+    m, a = found["metrics"]["marked"], found["metrics"]["right_of_marked"]
+    assert 0 < a < 1
+    assert m * a == pytest.approx(plain["metrics"]["pass_at_1"], rel=1e-12)
+    assert found["metrics"]["pass_at_4"] == plain["metrics"]["pass_at_4"]
+    marked, right = (
+        [item[key] / 16 for item in found["items"]] for key in ("marked", "marked_correct")
+    )
+    assert a == pytest.approx(sum(right) / sum(marked))
+    away = [r - a * one for r, one in zip(right, marked, strict=True)]
+    error = (sum(value**2 for value in away) / (5 * 4)) ** 0.5 / m
+    assert found["standard_errors"]["right_of_marked"] == pytest.approx(error)
+
+
+@given(st.lists(st.sampled_from(["####", "1", "8", "so", "."]), max_size=8), st.booleans())
+def test_every_answer_that_a_world_counts_as_right_has_the_form(
+    words: list[str], finished: bool
+) -> None:
+    sample = Sample("?", " ".join(words), "1 8", {}, "stop" if finished else "length")
+    (right,), (marked,) = marked_answer([sample]), answer_format([sample])
+    assert right is not None
+    assert right <= marked
+
+
+def test_where_nothing_has_the_form_there_is_no_share_of_it() -> None:
+    (found,) = evaluate(subject(), config(suite(form="answer_format")))
+    assert found["metrics"]["marked"] == found["metrics"]["pass_at_1"] == 0
+    assert "right_of_marked" not in found["metrics"]
+
+
 def test_group_size_adds_the_share_of_informative_groups() -> None:
     (found,) = evaluate(subject(), config(suite(rewards=[EVEN], group_size=2)))
     share = 0.0
@@ -326,6 +374,10 @@ def test_files_that_are_no_results_are_named(tmp_path: Path) -> None:
         ({"group_size": 9}, "group_size: is 9; samples is 4"),
         ({"path": "x", "few_shot": 3}, "few_shot_path: is missing; 3 examples"),
         ({"path": "x", "kind": "behaviour"}, "rewards: are missing"),
+        (
+            {"kind": "behaviour", "made": "behaviours", "form": "answer_format"},
+            "form: is for pass_at_k, not for behaviour",
+        ),
         ({"kind": "cloze", "made": "facts", "few_shot": 2}, "few_shot: is for pass_at_k and"),
         ({"name": "../x"}, "name: is '../x'; allowed are letters"),
     ],
