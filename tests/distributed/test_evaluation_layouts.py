@@ -23,7 +23,10 @@ SUITES = EvaluationConfig.model_validate(
         "slots": 16,
         "suites": [
             {
-                "name": "p", "kind": "pass_at_k", "made": "problems", **PLAIN,
+                "name": "p",
+                "kind": "pass_at_k",
+                "made": "problems",
+                **PLAIN,
                 "form": "answer_format",
             },
             {"name": "b", "kind": "behaviour", "made": "behaviours", "templated": False, **PLAIN},

@@ -490,6 +490,8 @@ user = "{content}"
 function = "shop"
 [[rl.rewards]]
 function = "final_number"
+[objectives.mine.own]
+function = "mine:Objective"
 [objectives.other_sft.sft]
 [objectives.other_rl.rl.environment]
 function = "shop"
