@@ -11,7 +11,7 @@ from megarlx import plug
 from megarlx.choices import Served
 from megarlx.config import parameters
 from megarlx.config.families import PLAIN
-from megarlx.config.section import TRUSTED, Named, Section, may_import
+from megarlx.config.section import LARGEST, TRUSTED, Named, Section, may_import
 
 
 def _from(source: str, **limits: Any) -> Any:
@@ -140,7 +140,8 @@ class ModelConfig(Section):
             filled |= {"kv_heads": 1, "head_dim": 2}
         filled |= values
         width = filled.get("head_dim")
-        return {"query_scalar": float(width) if _is_size(width) else 1.0} | filled
+        known = _is_size(width) and width <= LARGEST  # else an error of its own
+        return {"query_scalar": float(width) if known else 1.0} | filled
 
     def problems(self) -> list[tuple[str, str]]:
         found = []

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -447,6 +447,7 @@ def test_any_text_gives_a_clear_error_or_a_valid_configuration(tmp_path_factory,
         max_size=4,
     )
 )
+@example(overrides=["model.hidden_size=1" + "0" * 400])
 def test_any_overrides_give_a_clear_error_or_a_valid_configuration(tmp_path_factory, overrides):
     path = tmp_path_factory.getbasetemp() / "fuzz_overrides.toml"
     path.write_text(SPARSE)
