@@ -140,8 +140,9 @@ class ModelConfig(Section):
             filled |= {"kv_heads": 1, "head_dim": 2}
         filled |= values
         width = filled.get("head_dim")
-        known = _is_size(width) and width <= LARGEST  # else an error of its own
-        return {"query_scalar": float(width) if known else 1.0} | filled
+        if not isinstance(width, int) or not 0 < width <= LARGEST:
+            width = 1  # an error of its own
+        return {"query_scalar": float(width)} | filled
 
     def problems(self) -> list[tuple[str, str]]:
         found = []
