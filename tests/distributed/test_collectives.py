@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megarlx.comm import collectives as c
+from megarlx.comm import differentiable as d
 from megarlx.comm.exchange import all_to_all
 from megarlx.comm.groups import Group, Mesh
 
@@ -179,7 +180,7 @@ def traffic_of_everything(n: int) -> dict[str, tuple[int, int]]:
     x = torch.ones(6 * n, 5)  # 120·n bytes
     c.all_gather(x, group)
     c.reduce_scatter(x, group)
-    y = c.gather_sequence(x.requires_grad_(), group)
+    y = d.gather_sequence(x.requires_grad_(), group)
     y.sum().backward()
     c.all_gather_flat_(torch.empty(2 * n), torch.ones(2), group, async_op=True).wait()
     return {op: (k.calls, k.bytes) for (_, op), k in group.traffic.counts.items()}
@@ -235,25 +236,25 @@ def part(x: Tensor, n: int, rank: int, dim: int) -> Tensor:
 # name: (call, which input a rank holds, which weights its loss has, what it should see)
 Seen = Callable[[list[Tensor], int, int], Tensor]
 DIFFERENTIABLE: dict[str, tuple[Callable, Callable, Callable, Seen]] = {
-    "copy_to_group": (c.copy_to_group, replicated, own, lambda xs, n, r: xs[0]),
-    "reduce_from_group": (c.reduce_from_group, own, replicated, lambda xs, n, r: sum(xs)),
+    "copy_to_group": (d.copy_to_group, replicated, own, lambda xs, n, r: xs[0]),
+    "reduce_from_group": (d.reduce_from_group, own, replicated, lambda xs, n, r: sum(xs)),
     "gather_from_group -1": (
-        c.gather_from_group, own, replicated, lambda xs, n, r: torch.cat(xs, -1),
+        d.gather_from_group, own, replicated, lambda xs, n, r: torch.cat(xs, -1),
     ),
     "gather_from_group 1": (
-        lambda x, g: c.gather_from_group(x, g, dim=1), own, replicated,
+        lambda x, g: d.gather_from_group(x, g, dim=1), own, replicated,
         lambda xs, n, r: torch.cat(xs, 1),
     ),
     "scatter_to_group -1": (
-        c.scatter_to_group, replicated, own, lambda xs, n, r: part(xs[0], n, r, -1),
+        d.scatter_to_group, replicated, own, lambda xs, n, r: part(xs[0], n, r, -1),
     ),
     "scatter_to_group 0": (
-        lambda x, g: c.scatter_to_group(x, g, dim=0), replicated, own,
+        lambda x, g: d.scatter_to_group(x, g, dim=0), replicated, own,
         lambda xs, n, r: part(xs[0], n, r, 0),
     ),
-    "gather_sequence": (c.gather_sequence, own, own, lambda xs, n, r: torch.cat(xs, 0)),
+    "gather_sequence": (d.gather_sequence, own, own, lambda xs, n, r: torch.cat(xs, 0)),
     "scatter_sequence": (
-        c.scatter_sequence, own, own, lambda xs, n, r: part(sum(xs), n, r, 0),
+        d.scatter_sequence, own, own, lambda xs, n, r: part(sum(xs), n, r, 0),
     ),
 }  # fmt: skip
 
@@ -289,9 +290,9 @@ def test_values_and_gradients_equal_those_of_one_process(run, name, n):
 
 def block(x: Tensor, up: Tensor, down: Tensor, group: Group, sequence_parallel: bool) -> Tensor:
     enter, leave = (
-        (c.gather_sequence, c.scatter_sequence)
+        (d.gather_sequence, d.scatter_sequence)
         if sequence_parallel
-        else (c.copy_to_group, c.reduce_from_group)
+        else (d.copy_to_group, d.reduce_from_group)
     )
     return leave(torch.tanh(enter(x, group) @ up) @ down, group)
 
@@ -371,8 +372,8 @@ WRONG_ARGUMENTS: dict[str, tuple[Callable[[Group], object], str]] = {
     "divisible": (
         lambda g: c.reduce_scatter(torch.ones(3, 5), g), "dimension 0 of shape .3, 5. must be",
     ),
-    "divisible slices": (lambda g: c.scatter_to_group(torch.ones(2, 5), g), "the 2 ranks of tp"),
-    "divisible sequence": (lambda g: c.scatter_sequence(torch.ones(5, 2), g), "must be a multiple"),
+    "divisible slices": (lambda g: d.scatter_to_group(torch.ones(2, 5), g), "the 2 ranks of tp"),
+    "divisible sequence": (lambda g: d.scatter_sequence(torch.ones(5, 2), g), "must be a multiple"),
     "source": (lambda g: c.broadcast_(torch.ones(2), g, source=2), "source is 2; .* 0 to 1"),
     "to itself": (lambda g: c.send(torch.ones(2), g, to=g.rank), "other than its own"),
     "length": (
