@@ -38,7 +38,7 @@ $(INSTALLED): setup.py pyproject.toml tools/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(if $(LOCK),$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r $(LOCK))
 	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
-	$(BIN)/python -m pip install --quiet $(PINNED) setuptools wheel pybind11 ninja packaging
+	$(BIN)/python -m pip install --quiet $(PINNED) "setuptools>=77" wheel pybind11 ninja packaging
 	$(BIN)/python -m pip install $(PINNED) --no-build-isolation --editable ".[$(EXTRAS)]"
 	@touch $(INSTALLED) $(BUILT)
 
