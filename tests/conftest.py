@@ -8,9 +8,24 @@ takes about a fifth of the tests, others with another seed, and all tests of the
 from __future__ import annotations
 
 import hashlib
+import signal
+import threading
 from pathlib import Path
 
 import pytest
+
+
+def pytest_configure() -> None:
+    """What is started in the background has signals switched off, and hands that on to what tests
+    start; they are switched on again."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number, usual in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGHUP, signal.SIG_DFL),
+    ):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, usual)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
