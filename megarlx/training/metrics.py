@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -39,10 +40,11 @@ class MetricsWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _drop_from(self.path, resume_at)
         self._file = self.path.open("a", encoding="utf-8")
+        board, over_tokens = run / "tensorboard", run / "tensorboard" / "tokens"
+        _wait_for_a_second_of_its_own(board)
         # purge_step hides events of steps that will be written again.
-        self._board: Any = SummaryWriter(str(run / "tensorboard"), purge_step=resume_at)
-        over_tokens = str(run / "tensorboard" / "tokens")
-        self._over_tokens: Any = SummaryWriter(over_tokens, purge_step=trunk_tokens + 1)
+        self._board: Any = SummaryWriter(str(board), purge_step=resume_at)
+        self._over_tokens: Any = SummaryWriter(str(over_tokens), purge_step=trunk_tokens + 1)
         self._trunk_tokens = trunk_tokens
         self._trackers = trackers
 
@@ -109,6 +111,14 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
             if not isinstance(found, dict) or type(found.get("step")) is not int:
                 raise ValueError(f"{path}:{number}: not a line of metrics: it has no step")
             yield found
+
+
+def _wait_for_a_second_of_its_own(board: Path) -> None:
+    """TensorBoard reads a run's files in the order of their names, which begin with the second they
+    were made in; within one second a run that goes on could come before what it goes on from."""
+    made = [int(path.name.split(".")[3]) for path in board.rglob("events.out.tfevents.*")]
+    while int(time.time()) in made:
+        time.sleep(0.02)
 
 
 def _drop_from(path: Path, step: int) -> None:

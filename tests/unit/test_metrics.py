@@ -77,3 +77,16 @@ def test_infinities_are_words_so_every_line_is_json(tmp_path: Path) -> None:
     text = (tmp_path / "metrics.jsonl").read_text()
     found = json.loads(text, parse_constant=lambda word: pytest.fail(f"not JSON: {word}"))
     assert found == {"step": 0, "loss": "nan", "grad_norm/rl": "inf"}
+
+
+def test_files_of_a_run_that_goes_on_at_once_are_read_in_its_order(tmp_path: Path) -> None:
+    folders = [tmp_path / "tensorboard", tmp_path / "tensorboard" / "tokens"]
+    before: list[list[str]] = [[], []]
+    for step in (1, 2, 3):
+        with MetricsWriter(tmp_path, resume_at=step) as writer:
+            writer.scalars(step, {"loss": 1.0 / step}, step)
+        after = [sorted(path.name for path in one.glob("events.out.*")) for one in folders]
+        for old, new in zip(before, after, strict=True):
+            assert new[:-1] == old
+            assert not old or new[-1].split(".")[3] > old[-1].split(".")[3]
+        before = after
