@@ -152,7 +152,8 @@ def _claims(study: Study, findings: dict[str, Finding]) -> str:
         "allows; not held where none of it does. Of a trunk, its mean over questions and "
         "checkpoints counts. Beside it stand the 95% interval over questions, for these trunks, "
         "and how many trunks lie above 0. Two trunks rarely decide: their interval is 12.7 "
-        "standard errors to each side. A cell counts only where SFT's pass@1 is more than twice guessing. All evidence is in "
+        "standard errors to each side. A cell counts only where SFT's pass@1 is more than twice "
+        "guessing. All evidence is in "
     )
     return (
         f'<p>{text(told)}<a href="summary.json">summary.json</a>.</p>'

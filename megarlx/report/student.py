@@ -59,7 +59,8 @@ def t_quantile(probability: float, degrees: int) -> float:
 def within(t: float, degrees: int) -> float:
     """The chance that Student's t lies between -t and t.
 
-    Of whole degrees of freedom it is a finite sum over powers of the cosine of arctan(t / √degrees).
+    Of whole degrees of freedom it is a finite sum over powers of the cosine of an angle, whose
+    tangent is t over the root of the degrees.
     """
     angle = math.atan2(t, math.sqrt(degrees))
     sine, cosine = math.sin(angle), math.cos(angle)
