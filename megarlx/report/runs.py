@@ -102,19 +102,22 @@ class Run:
     settings: Mapping[str, Any]  # resolved.json
     metrics: tuple[Mapping[str, float], ...] = field(repr=False)
     evaluations: tuple[Evaluation, ...] = field(repr=False)  # by iteration
+    parts: tuple[str, ...] = ()  # runs whose weights it is a sum of, beside its parent's
 
     @property
     def is_trunk(self) -> bool:
         """Whether it pre-trains: from nothing, or nothing but that from a run that did."""
-        if self.parent is None:
-            return True
+        if self.parent is None or self.parts:
+            return self.parent is None
         stages = self.settings.get("stages") or ()
         trained = {name for stage in stages for name in stage.get("objectives") or ()}
         return self.parent.is_base and trained == {PRETRAINING}
 
     @property
     def planned_steps(self) -> int | None:
-        """As its settings say; None where they do not."""
+        """As its settings say; None where they do not. A sum of weights has no steps to take."""
+        if self.parts:
+            return None
         stages = self.settings.get("stages") or ()
         counts = [stage.get("steps", stage.get("iterations")) for stage in stages]
         if counts and all(isinstance(count, int) for count in counts):
@@ -198,6 +201,7 @@ def read_run(path: Path, root: Path, problems: list[str]) -> Run | None:
         return None
     resolved = path / "resolved.json"
     settings = (read(resolved, _settings) if resolved.exists() else None) or {}
+    settings |= read(path / "lineage.json", _settings_of_sum) or {}
     files = sorted((path / "evaluations").glob("iter_*.json"))
     evaluations = [e for file in files if (e := read(file, _evaluation)) is not None]
     evaluations.sort(key=lambda e: (e.iteration, e.suite))
@@ -240,12 +244,28 @@ def _lineage(values: Any) -> dict[str, Any]:
         parent = Parent(str(given["run"]), int(given["iteration"]), int(tokens), not any(others))
     recipe = values.get("recipe")
     return {
+        "parts": _parts(values.get("sum")),
         "recipe": None if recipe is None else str(recipe),
         "seed": int(values.get("seed", 0)),
         "trunk_tokens": int(values.get("trunk_tokens", 0)),
         "parent": parent,
         "composition": {str(k): float(v) for k, v in (values.get("composition") or {}).items()},
     }
+
+
+def _settings_of_sum(values: Any) -> dict[str, Any]:
+    """What tells sums of weights apart: how much of which recipes."""
+    if "sum" not in _object(values):
+        return {}
+    terms = values["sum"]["terms"]
+    weights = [f"{float(term['weight']):g}" for term in terms]
+    recipes = [str(term["plus"]["recipe"] or "pre-training") for term in terms]
+    return {"sum": {"weights": " ".join(weights), "of": " ".join(recipes)}}
+
+
+def _parts(made: Any) -> tuple[str, ...]:
+    terms = [] if made is None else _object(made)["terms"]
+    return tuple(Path(str(term["plus"]["run"])).name for term in terms)
 
 
 def _evaluation(values: Any) -> Evaluation:

@@ -14,9 +14,12 @@ from megarlx.comm import launch
 from megarlx.config import load_config
 from megarlx.run.begin import start, start_excursion
 from megarlx.run.branch import excursion_config
+from megarlx.run.merge import merged
 from megarlx.run.opened import OpenedRun, open_config, open_run
 from megarlx.run.reference import resolve
 from megarlx.run.session import launched
+from megarlx.run.sums import write_sum
+from megarlx.run.transplant import Asked, make
 
 
 def train(
@@ -53,6 +56,41 @@ def branch(
     with launched(config) as (started, device):
         whole = reference, config, path, Path(out)
         return _done(start_excursion(*whole, started, device, fresh=fresh))
+
+
+def transplant(
+    excursions: Sequence[str],
+    onto: str,
+    out: str | Path,
+    *,
+    alpha: float | Sequence[float] = 1.0,
+    starts: Sequence[str] = (),
+    trusted: Collection[str] = (),
+) -> bool:
+    """A run of the weights θ_onto + Σ alpha (θ_excursion − θ_start); False where it is there.
+
+    alpha    one for all, or one each
+    starts   checkpoints, one for all or one each; none: those that the excursions branched from
+    """
+    given = [alpha] if isinstance(alpha, int | float) else list(alpha)
+    asked = Asked(excursions, onto, Path(out), given, starts, trusted=trusted)
+    return make(asked)
+
+
+def merge(
+    runs: Sequence[str],
+    out: str | Path,
+    *,
+    shares: Sequence[float] = (),
+    trusted: Collection[str] = (),
+) -> bool:
+    """A run of the mean of checkpoints' weights; False where it is there already.
+
+    shares   of each; none: equal
+    """
+    made = merged(runs, shares)
+    made.check(trusted)
+    return write_sum(made, Path(out))
 
 
 def _done(stopped: str) -> bool:

@@ -158,7 +158,7 @@ def write_lineage(out: RunDirectory, parent: Parent, recipe: Path, config: Confi
         "recipe": recipe.stem,
         "seed": config.training.seed,
         "trunk_tokens": parent.trunk_tokens,
-        "composition": _composition(parent),
+        "composition": composition_of(parent),
         "restored": ["weights", *(f"{name}: moments, data, course" for name in restored)],
         "reset": [f"{name}: moments, data, course" for name in sorted(set(first) - set(restored))],
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -167,7 +167,7 @@ def write_lineage(out: RunDirectory, parent: Parent, recipe: Path, config: Confi
     out.write_json("lineage.json", lineage)
 
 
-def _composition(parent: Parent) -> dict[str, int]:
+def composition_of(parent: Parent) -> dict[str, int]:
     """Tokens of each source that the parent had read."""
     from megarlx.training.metrics import read_metrics
 
@@ -181,9 +181,12 @@ def _composition(parent: Parent) -> dict[str, int]:
     return found
 
 
-def keep_parent(parent: Parent, out: Path) -> bool:
-    """Tells the parent's clean-up that this checkpoint is needed; says so where it cannot."""
-    folder = Path(parent.run) / "checkpoints"
+def keep_parent(parent: Parent, out: Path, folder: Path | None = None) -> bool:
+    """Tells the parent's clean-up that this checkpoint is needed; says so where it cannot.
+
+    folder   that holds it; None: the parent's own
+    """
+    folder = folder or Path(parent.run) / "checkpoints"
     try:
         refer(folder, parent.iteration, str(out.resolve()))
     except (OSError, CheckpointError) as error:

@@ -79,15 +79,26 @@ class RunDirectory:
         self.tokenizer = path / "tokenizer.json"
 
     @property
-    def parent(self) -> Parent | None:
-        """Where the run branched from, by its lineage.json."""
+    def lineage(self) -> dict[str, Any]:
+        """What lineage.json says; nothing where it is not there."""
         path = self.path / "lineage.json"
         if not path.exists():
+            return {}
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise RunError(f"{path}: cannot be read: {error!r}") from None
+
+    @property
+    def parent(self) -> Parent | None:
+        """Where the run branched from, by its lineage.json."""
+        if not (lineage := self.lineage):
             return None
         try:
-            parent = json.loads(path.read_text(encoding="utf-8"))["parent"]
+            parent = lineage["parent"]
             return None if parent is None else Parent(**parent)
-        except (ValueError, KeyError, TypeError) as error:
+        except (KeyError, TypeError) as error:
+            path = self.path / "lineage.json"
             raise RunError(f"{path}: cannot be read: {error!r}") from None
 
     @property
@@ -100,6 +111,15 @@ class RunDirectory:
             raise RunError(
                 f"{self.path} holds checkpoints, up to step {iterations(self.checkpoints)[-1]}; "
                 "--fresh starts in an empty folder only: choose another --out or delete this one"
+            )
+
+    def check_was_trained(self) -> None:
+        """A sum of weights has no moments: nothing can go on with it."""
+        lineage = self.lineage
+        if "sum" in lineage:
+            raise RunError(
+                f"{self.path} is a {lineage.get('recipe')}: weights were summed, which has no "
+                "moments to go on with; `megarlx branch` starts a run of its own from it"
             )
 
     def check_same_run(self, config: Config) -> None:

@@ -206,7 +206,8 @@ def check_startable(run: Run, fresh: bool) -> None:
         try:
             if fresh:
                 run.directory.check_fresh()
-            elif run.directory.has_checkpoints:
+            run.directory.check_was_trained()
+            if run.directory.has_checkpoints:
                 run.directory.check_same_run(run.config)
         except RunError as error:
             problem = str(error)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megarlx.checkpoint import WEIGHTS_ONLY, FlatShards, Loaded, load
 from megarlx.comm import launch
@@ -261,12 +262,35 @@ def load_weights(model: ParallelModel, checkpoint: Path) -> Loaded:
     shard = parallel.shard_of_weights()
     # Checkpoints hold master weights, which are wider than what a bf16 model computes with.
     masters = shard if shard.dtype == parallel.gradient_dtype else shard.to(parallel.gradient_dtype)
-    shards = FlatShards(parallel.layout, parallel.layouts, parallel.group.rank, {"": masters})
-    loaded = load(checkpoint, shards, model.mesh.world, ignore=WEIGHTS_ONLY)
+    loaded = _fill(masters, model, checkpoint)
     if shard is not masters:
         shard.copy_(masters)
     parallel.gather_weights(shard)
     return loaded
+
+
+@torch.no_grad()
+def masters_of(model: ParallelModel, checkpoint: Path) -> Tensor:
+    """This rank's shard of a checkpoint's weights, beside the model; called by all ranks."""
+    parallel = model.data_parallel
+    masters = torch.zeros_like(parallel.shard_of_weights(), dtype=parallel.gradient_dtype)
+    _fill(masters, model, checkpoint)
+    return masters
+
+
+@torch.no_grad()
+def put_weights(model: ParallelModel, masters: Tensor) -> None:
+    """Rounded as a checkpoint of them is, then to the model's type; on every rank."""
+    parallel = model.data_parallel
+    shard = parallel.shard_of_weights()
+    shard.copy_(masters.to(parallel.gradient_dtype))
+    parallel.gather_weights(shard)
+
+
+def _fill(masters: Tensor, model: ParallelModel, checkpoint: Path) -> Loaded:
+    parallel = model.data_parallel
+    shards = FlatShards(parallel.layout, parallel.layouts, parallel.group.rank, {"": masters})
+    return load(checkpoint, shards, model.mesh.world, ignore=WEIGHTS_ONLY)
 
 
 def open_run(

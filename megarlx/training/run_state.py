@@ -72,9 +72,11 @@ def start_from(trainer: Trainer, checkpoint: Path) -> Loaded:
     manifest = read_manifest(checkpoint)
     held = {name.split("/")[1] for name in manifest.tensors if name.startswith(OPTIMIZER)}
     if missing := [name for name in going_on if name not in held]:
+        summed = manifest.state.get("run", {}).get("sum")
+        why = f": it is a {summed}, of weights alone" if summed else ""
         raise CheckpointError(
             f"{checkpoint}: holds no moments of {', '.join(missing)} to go on with; it has "
-            f"those of {', '.join(sorted(held)) or 'no objective'}"
+            f"those of {', '.join(sorted(held)) or 'no objective'}{why}"
         )
     trainer.optimizer.kept.check_rules(manifest.state.get("optimizer", {}), going_on)
     ignore = [FROZEN, *(f"{OPTIMIZER}{name}/" for name in held if name not in going_on)]
