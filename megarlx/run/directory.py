@@ -12,12 +12,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from megarlx import __version__
-from megarlx.checkpoint import checkpoint_name, iterations
+from megarlx.checkpoint import AVERAGE, checkpoint_name, iterations
 from megarlx.config import CHOSEN, Config
 from megarlx.data.token_files import write_atomically
 from megarlx.data.tokenizer import Tokenizer
@@ -41,8 +41,15 @@ MAY_CHANGE = (
 )
 
 
+MAY_NOT = ("checkpoints.average_decay",)  # of these: it is of all steps, or of none
+
 SHOWN_CHARACTERS = 60  # of a value that differs
 SHOWN_KEYS = 12  # that differ
+
+
+# Of a checkpoint, which are read: those of its last step, or their moving average.
+Weights = Literal["last", "average"]
+PREFIX_OF: Mapping[Weights, str] = {"last": "", "average": AVERAGE}  # of the tensors' names
 
 
 class RunError(ValueError):
@@ -63,6 +70,7 @@ class Parent:
     trunk_tokens: int  # of pre-training, up to there
     tokens: dict[str, int]  # by objective, of all ancestors
     replayed: str | None = None  # the checkpoint itself, where the parent had not saved it
+    weights: Weights = "last"
 
     @property
     def checkpoint(self) -> Path:
@@ -129,7 +137,7 @@ class RunDirectory:
         differences = {
             key: f"  {key}: was {_short(was)}, is {_short(now)}"
             for key, was, now in _differences(saved, redacted(config.model_dump(mode="json")))
-            if not any(fnmatch(key, free) or fnmatch(key, f"{free}.*") for free in MAY_CHANGE)
+            if key in MAY_NOT or not any(_covers(free, key) for free in MAY_CHANGE)
         }
         if differences:
             shown = list(differences.values())[:SHOWN_KEYS]
@@ -138,7 +146,8 @@ class RunDirectory:
             raise RunError(
                 f"{self.path} was trained with another configuration:\n"
                 + "\n".join(shown)
-                + f"\nA resumed run may change {', '.join(MAY_CHANGE)}; for the rest, use --out "
+                + f"\nA resumed run may change {', '.join(MAY_CHANGE)} (but not "
+                f"{', '.join(MAY_NOT)}); for the rest, use --out "
                 f"with another folder{self._more_steps(differences)}"
             )
 
@@ -210,6 +219,10 @@ class RunDirectory:
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path / name, json.dumps(value, indent=2) + "\n")
+
+
+def _covers(free: str, key: str) -> bool:
+    return fnmatch(key, free) or fnmatch(key, f"{free}.*")
 
 
 def versions() -> dict[str, str]:

@@ -129,9 +129,8 @@ def build(place: Place, family: str, seed: int, *objectives: str) -> Trainer:
         for name in objectives or ("pretraining",)
     ]
     adam = UpdateSettings(weight_decay=0.1, clip_norm=0.5)
-    return Trainer(
-        model, [TrainingStage([TrainedObjective(o, adam, lambda step: 1e-3) for o in made])]
-    )
+    stage = TrainingStage([TrainedObjective(o, adam, lambda step: 1e-3) for o in made])
+    return Trainer(model, [stage], average_decay=0.9)
 
 
 def steps(trainer: Trainer, count: int) -> list[float]:
