@@ -43,6 +43,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "merge": Command("megarlx.run.merge_command", "the mean of several checkpoints' weights"),
     "demo": Command("megarlx.study.demo", "a trunk, excursions and their report, in minutes"),
+    "study": Command("megarlx.study.command", "what decides how the study is run: gate, tuning"),
     "sweep": Command("megarlx.sweeps.command", "all runs of a study, resumed where they stopped"),
     "report": Command("megarlx.report.command", "figures, a page and summary.json of many runs"),
     "tree": Command("megarlx.report.tree", "which run came from which, and what it reached"),

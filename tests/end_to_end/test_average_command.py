@@ -114,4 +114,6 @@ def test_a_run_goes_on_with_the_decay_that_it_has_or_not_at_all(
 
 
 def test_the_recipe_of_the_repository_is_untouched_by_default() -> None:
-    assert megarlx.load_config(ROOT / "configs" / "demo_trunk.toml").checkpoints.average_decay is None
+    assert (
+        megarlx.load_config(ROOT / "configs" / "demo_trunk.toml").checkpoints.average_decay is None
+    )

@@ -155,7 +155,7 @@ NOT_RUN = {
     ),
     "megarlx demo --study ": LONG,
     "megarlx branch runs/study/": LONG,
-    "megarlx train configs/study_trunk.toml --out runs/harder ": LONG,
+    "megarlx train configs/arithmetic_study_trunk.toml --out runs/harder ": LONG,
     "megarlx branch runs/harder@": LONG,
     **dict.fromkeys(
         (

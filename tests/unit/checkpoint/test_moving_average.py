@@ -56,7 +56,9 @@ def test_n_and_n_steps_end_with_the_average_of_2n(tmp_path: Path) -> None:
 
 def test_a_checkpoint_holds_an_average_of_every_weight_or_none(tmp_path: Path) -> None:
     for decay in (DECAY, None):
-        names = set(read_manifest(saved(trainer(average_decay=decay), tmp_path / f"{decay}")).tensors)
+        names = set(
+            read_manifest(saved(trainer(average_decay=decay), tmp_path / f"{decay}")).tensors
+        )
         weights = {name for name in names if "/" not in name}
         held = {name.removeprefix(AVERAGE) for name in names if name.startswith(AVERAGE)}
         assert held == (weights if decay else set())

@@ -169,7 +169,9 @@ def test_a_moving_average_of_the_weights_is_one_more_shard(write: Any) -> None:
         for changes in ([], ["checkpoints.average_decay=0.99"])
     )
     numbers = without.sizes(0).flat
-    assert optimizer_bytes(with_one, numbers) == optimizer_bytes(without, numbers) + numbers // 4 * 4
+    assert (
+        optimizer_bytes(with_one, numbers) == optimizer_bytes(without, numbers) + numbers // 4 * 4
+    )
 
 
 def test_moments_that_wait_for_a_later_stage_are_held(write: Any) -> None:

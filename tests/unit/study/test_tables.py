@@ -344,6 +344,6 @@ def test_what_only_tables_have_is_refused_of_other_worlds(name: str) -> None:
 def test_a_refusal_says_where_in_the_file(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     text = (Path(__file__).parents[3] / "configs" / "demo_trunk.toml").read_text()
-    path.write_text(text.replace("quantities = 1\n", 'quantities = 1\noperation_kind = "magic"\n'))
+    path.write_text(text.replace('operation_kind = "table" ', 'operation_kind = "magic" '))
     with pytest.raises(ConfigError, match=r"data.options.settings.*operation_kind is 'magic'"):
         load_config(path)
