@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from megarlx.printable import printable
-from megarlx.report.claims import SEEDS_NEEDED, Finding
+from megarlx.report.claims import TRUNKS_NEEDED, Finding
 from megarlx.report.drawing import Figure, Table
 from megarlx.report.samples import Example
 from megarlx.report.settings import quantity
@@ -84,7 +84,7 @@ def page(
     sections = [*_figure_sections(figures), ("lineage", "Lineage", _lineage(study))]
     claims = ("predicates", "The claims", _claims(study, findings))
     # With one seed nothing is claimed: the numbers come first.
-    sections.insert(0 if len(study.seeds) >= SEEDS_NEEDED else len(sections) - 1, claims)
+    sections.insert(0 if len(study.trunks) >= TRUNKS_NEEDED else len(sections) - 1, claims)
     if examples:
         sections.append(("samples", "Completions", _examples(examples)))
     links = "".join(f'<a href="#{text(i)}">{text(t)}</a>' for i, t, _ in sections)
@@ -113,8 +113,8 @@ def _facts(study: Study) -> str:
         f"{suites}; settings {study.settings_hash[:12]}."
     )
     found = [f'<p class="facts">{text(facts)}</p>']
-    if len(study.seeds) < SEEDS_NEEDED:
-        found.append('<p class="note">One seed: numbers are shown, no verdict is claimed.</p>')
+    if len(study.trunks) < TRUNKS_NEEDED:
+        found.append('<p class="note">One trunk: numbers are shown, no verdict is claimed.</p>')
     missing = study.missing()
     if missing:
         rows = "".join(f"<li>{text(line)}</li>" for line in missing)

@@ -19,11 +19,13 @@ OPEN = 75  # when something is still to be measured
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
-        choices=["gate", "tuning"],
+        choices=["gate", "tuning", "hash"],
         help="gate: does competence grow smoothly in the world? tuning: which settings of the "
-        "recipes does the rule choose?",
+        "recipes does the rule choose? hash: of the settings that claims are judged by",
     )
-    parser.add_argument("directory", type=Path, metavar="DIR", help="holds runs, or their records")
+    parser.add_argument(
+        "directory", type=Path, nargs="?", metavar="DIR", help="holds runs, or their records"
+    )
     parser.add_argument(
         "--records",
         type=Path,
@@ -33,12 +35,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from megarlx.config import ConfigError
     from megarlx.report.runs import ReportError
     from megarlx.report.study import Study
+    from megarlx.study.expected import settings_hash
 
     try:
+        if arguments.what == "hash":
+            print(settings_hash())
+            return 0
+        if arguments.directory is None:
+            complain(
+                f"megarlx study {arguments.what}: needs DIR, which holds runs or their records"
+            )
+            return 2
         study = Study.of(arguments.directory, arguments.records)
-    except (ReportError, OSError) as error:
+    except (ConfigError, ReportError, OSError) as error:
         complain(f"megarlx study: {error}")
         return 1
     return {"gate": _gate, "tuning": _tuning}[arguments.what](study)

@@ -1,9 +1,9 @@
 """Tuning by rule: of each recipe the settings with the highest mean of pass@1, @8 and @32.
 
 Over all tuning seeds, on validation questions. What is dialled (say the foreign share of
-demonstrations) has a choice for each of its values; the value is that with most of P3, P4, P5 and P7
-in the paper's direction on every seed, and of equals the one whose weakest effect is the largest in
-standard errors.
+demonstrations) has a choice for each of its values. The value is that with most of P3, P4, P5 and
+P7 in the paper's direction on every seed, and of equals the one whose weakest effect is the largest
+in standard errors.
 """
 
 from __future__ import annotations

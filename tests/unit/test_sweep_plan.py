@@ -248,6 +248,6 @@ def test_both_worlds_are_asked_the_same_question_of_placement(
             {**one.model_dump(), "checkpoints": [end - int(at) for at in one.checkpoints]}
             for one in sweep.excursions
         ]
-        asked.append((left, excursions, sweep.seeds, sweep.seed_keys))
+        asked.append((left, excursions, sweep.seed_keys))
     assert asked[0] == asked[1]
     assert {key.split(".")[0] for key in sweep.set} == {"data"}
