@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from megarlx.run.branch import composition_of, keep_parent, parent_of, read_conf
 from megarlx.run.directory import Parent, RunDirectory, RunError, versions
 from megarlx.run.reference import RunReference
 from megarlx.run.tokenizer import load_tokenizer_of
+from megarlx.run.vectors import vector_of
 
 COPIED = ("config.toml", "resolved.json", "tokenizer.json")  # from the run that it stands beside
 FILE_BYTES = 10**9
@@ -44,6 +46,7 @@ class Term:
     weight: float
     plus: RunReference
     minus: RunReference | None = None
+    change: str | None = None  # a control in place of it, as vectors.py has them
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ class WeightSum:
                     "weight": term.weight,
                     "plus": _part(term.plus),
                     "minus": None if term.minus is None else _part(term.minus),
+                    "change": term.change,
                 }
                 for term in self.terms
             ],
@@ -147,14 +151,13 @@ def _fingerprint(run: Path, trusted: Collection[str]) -> str | None:
     return None if tokenizer is None else tokenizer.fingerprint
 
 
-def add(base: Tensor | None, terms: Iterable[tuple[float, Tensor, Tensor | None]]) -> Tensor:
-    """base + Σ weight · (plus − minus), in fp64. A weight of 0 leaves every bit of the base."""
+def add(base: Tensor | None, terms: Iterable[tuple[float, Callable[[], Tensor]]]) -> Tensor:
+    """base + Σ weight · vector, in fp64. A weight of 0 leaves every bit of the base."""
     total = None if base is None else base.double()
-    for weight, plus, minus in terms:
+    for weight, vector in terms:
         if weight == 0 and total is not None:
             continue
-        part = plus.double() if minus is None else plus.double() - minus.double()
-        part = weight * part
+        part = weight * vector()
         total = part if total is None else total + part
     if total is None:
         raise ValueError("a sum without a base needs at least one term")
@@ -166,22 +169,21 @@ class SummedSource:
 
     def __init__(self, made: WeightSum) -> None:
         opened = {one: CheckpointSource(one.checkpoint) for one in made.references}
-        self._base = None if made.base is None else opened[made.base]
-        self._terms = [
-            (t.weight, opened[t.plus], None if t.minus is None else opened[t.minus])
-            for t in made.terms
-        ]
         like = opened[made.beside]
         names = [name for name in like.shapes if not name.startswith(WEIGHTS_ONLY)]
         self.shapes = {name: like.shapes[name] for name in names}
         self.dtypes = {name: like.dtypes[name] for name in names}
+        self._base = None if made.base is None else opened[made.base]
+        self._terms = []
+        for term in made.terms:
+            minus = None if term.minus is None else opened[term.minus]
+            vector = vector_of(opened[term.plus], minus, self.shapes, term.change)
+            self._terms.append((term.weight, vector))
 
     def read(self, name: str, start: Sequence[int], size: Sequence[int]) -> Tensor:
-        def read(source: CheckpointSource | None) -> Tensor | None:
-            return None if source is None else source.read(name, start, size)
-
-        terms = ((w, plus.read(name, start, size), read(minus)) for w, plus, minus in self._terms)
-        return add(read(self._base), terms)
+        base = None if self._base is None else self._base.read(name, start, size)
+        block = (name, start, size)
+        return add(base, ((weight, partial(one.read, *block)) for weight, one in self._terms))
 
 
 def write_sum(made: WeightSum, out: Path, layout: str | None = None) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,15 @@ from megarlx.run.session import launched
 from megarlx.run.suites import chosen as chosen_suites
 from megarlx.run.suites import made_suites, measured
 from megarlx.run.sums import Term, WeightSum, add, write_shared, write_sum
+from megarlx.run.vectors import parsed
 
 RECIPE = "transplant"
 MOST_ALPHA, EVALUATIONS, WITHIN = 2.0, 8, 0.02  # of a match: where, how often, how near
 Measure = Callable[[float], float]
+
+
+class NotReachedError(RunError):
+    """No α was found that matches."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,7 @@ class Asked:
     alphas: Sequence[float] = ()
     match: str | None = None
     suite: str | None = None
+    change: str | None = None
     layout: str | None = None
     overrides: Sequence[str] = ()
     trusted: Collection[str] = ()
@@ -55,6 +62,10 @@ class Asked:
             raise RunError(f"{' and '.join(ways)} cannot be given together: each says what α is")
         if self.suite is not None and not (self.alphas or self.match):
             raise RunError("--suite is for --alphas and --match, which measure")
+        if self.change is not None:
+            parsed(self.change)
+            if ways != ["--alpha"] and ways:
+                raise RunError(f"--change is a control: its --alpha is given, not by {ways[0]}")
         for way in ("alpha", "alphas"):
             for value in getattr(self, way):
                 if not math.isfinite(value):
@@ -78,7 +89,7 @@ class Asked:
         given: list[RunReference | None] = [resolve(text) for text in self.starts] or [None]
         starts = given * (len(taken) if len(given) == 1 else 1)
         terms = tuple(
-            Term(weight, one, start or start_of(one))
+            Term(weight, one, start or start_of(one), self.change)
             for weight, one, start in zip(self.weights, taken, starts, strict=True)
         )
         return WeightSum(RECIPE, onto, onto, terms)
@@ -208,10 +219,12 @@ class Trial:
     def __call__(self, alpha: float) -> float:
         assert self.made.base is not None
         held = self._masters
-        terms = (
-            (alpha, held[t.plus], None if t.minus is None else held[t.minus])
-            for t in self.made.terms
-        )
+
+        def vector(term: Term) -> Tensor:
+            plus = held[term.plus].double()
+            return plus if term.minus is None else plus - held[term.minus].double()
+
+        terms = ((alpha, partial(vector, term)) for term in self.made.terms)
         value = self._measure(add(held[self.made.base], terms), self.made.tokens())
         self.tried.append({"alpha": alpha, self.metric: value})
         self.say(f"alpha {alpha:g}: {self.metric} {value:.4f}")
@@ -248,7 +261,7 @@ def bisected(measure: Measure, target: float) -> float:
             return alpha
         low, high = (alpha, high) if value < target else (low, alpha)
     nearest = min(tried, key=lambda alpha: (abs(tried[alpha] - target), alpha))
-    raise RunError(
+    raise NotReachedError(
         f"--match: no α in [0, {MOST_ALPHA:g}] was found in {EVALUATIONS} evaluations whose share "
         f"of marked answers is within {WITHIN:g} of {target:.4f}; the nearest is α = {nearest:g} "
         f"with {tried[nearest]:.4f}"

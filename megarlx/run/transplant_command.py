@@ -10,6 +10,8 @@ from megarlx.config import ConfigError
 from megarlx.config.arguments import add_overrides, add_trust
 from megarlx.printable import complain
 
+NOT_REACHED = 3  # exit code where --match finds no alpha
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -54,6 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="that --alphas or --match measure (default: the one pass_at_k suite with split = "
         "'validation')",
     )
+    parser.add_argument(
+        "--change",
+        metavar="permuted:SEED|random:SEED",
+        help="a control: the difference with its layers permuted, or random numbers of its norm",
+    )
     add_layout(parser)
     add_overrides(parser, "of RUN@M's configuration while it is measured, as layout.tensor=2")
     add_trust(parser)
@@ -80,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     from megarlx.checkpoint import CheckpointError
     from megarlx.comm.launch import LaunchError
     from megarlx.rollouts.rewards.process import RewardError
-    from megarlx.run.transplant import Asked, make
+    from megarlx.run.transplant import Asked, NotReachedError, make
 
     given = arguments
     try:
@@ -93,6 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
             numbers("--alphas", [] if given.alphas is None else [given.alphas]),
             given.match,
             given.suite,
+            given.change,
             given.layout,
             given.overrides,
             given.trusted,
@@ -103,6 +111,6 @@ def run(arguments: argparse.Namespace) -> int:
         return 2
     except (ValueError, OSError, CheckpointError, RewardError, LaunchError) as error:
         complain(f"megarlx transplant: {error}")
-        return 1
+        return NOT_REACHED if isinstance(error, NotReachedError) else 1
     print(asked.out if written else f"{asked.out}: there already")
     return 0

@@ -11,7 +11,10 @@ from safetensors.torch import load_file
 from training_runs import ROOT, tool, train
 
 import megarlx
+from megarlx.checkpoint import AVERAGE, CheckpointError
 from megarlx.cli import main
+from megarlx.hf.sources import CheckpointSource
+from megarlx.hf.trunk import find_checkpoint
 
 SETTINGS = ("training.steps=4", "checkpoints.save_every_steps=2", "checkpoints.average_decay=0.5")
 SUITES = '[[suites]]\nname = "stories"\nkind = "perplexity"\nmade = "stories"\nquestions = 4\n'
@@ -58,10 +61,9 @@ def test_open_evaluate_generate_export_and_branch_read_the_average(
     convert = ["--from", "megarlx", "--to", "hf", str(run), str(tmp_path / "hf"), "--quiet"]
     assert tool("convert_checkpoint").main([*convert, "--weights", "average"]) == 0
     exported = load_file(tmp_path / "hf" / "model.safetensors")["model.embed_tokens.weight"]
-    with megarlx.open(str(run), weights="average") as opened:
-        parameters = dict(opened.model.named_parameters())
-    (embedding,) = (p for name, p in parameters.items() if name.endswith("embedding.weight"))
-    assert torch.equal(exported, embedding[: len(exported)])
+    source = CheckpointSource(find_checkpoint(str(run)))
+    shape = source.shapes["embedding.weight"]
+    assert torch.equal(exported, source.read(f"{AVERAGE}embedding.weight", (0, 0), shape))
     branch = ["branch", str(run), str(runs / "recipe.toml"), "--out", str(tmp_path / "x")]
     assert main([*branch, "--weights", "average"]) == 0
     torch.testing.assert_close(weights(tmp_path / "x", "last"), average, rtol=0, atol=1e-7)
@@ -88,7 +90,10 @@ def test_an_average_that_is_not_kept_is_refused_by_all_that_could_read_it(
     convert = ["--from", "megarlx", "--to", "hf", run, str(tmp_path / "hf"), "--quiet"]
     assert tool("convert_checkpoint").main([*convert, *average]) == 1
     assert "keeps no average of the weights" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="keeps no average"), megarlx.open(run, weights="average"):
+    with (
+        pytest.raises(CheckpointError, match="keeps no average"),
+        megarlx.open(run, weights="average"),
+    ):
         pass
 
 

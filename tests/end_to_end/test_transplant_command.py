@@ -12,6 +12,7 @@ from training_runs import ROOT, tool, train
 
 import megarlx
 from megarlx.cli import main
+from megarlx.data.tokenizer import WordTokenizer, load_tokenizer
 from megarlx.hf.sources import CheckpointSource
 from megarlx.hf.trunk import find_checkpoint
 from megarlx.run import transplant as transplants
@@ -152,6 +153,31 @@ def test_a_transplant_is_the_fp64_formula_bit_for_bit_in_any_layout(
     assert not same_bits(single, weights(f"{runs / 'trunk'}@8"))
 
 
+def test_controls_have_the_vectors_norm_and_not_its_place(runs: Path, tmp_path: Path) -> None:
+    trunk, one = f"{runs / 'trunk'}", str(runs / "one")
+    eight, four, changed = weights(f"{trunk}@8"), weights(f"{trunk}@4"), weights(one)
+    vector = {n: changed[n].double() - four[n].double() for n in four}
+    made = {}
+    for change in ("permuted:3", "random:1", "random:2"):
+        out = tmp_path / change.replace(":", "-")
+        assert transplant(runs, out, "--change", change) == 0
+        again = tmp_path / f"again-{out.name}"
+        assert transplant(runs, again, "--change", change, "--layout", "2,1,2") == 0
+        assert same_bits(weights(str(again)), weights(str(out)))
+        made[change] = {n: w.double() - eight[n].double() for n, w in weights(str(out)).items()}
+    for name, values in vector.items():
+        other = name.replace("layers.0", "layers.x").replace("layers.1", "layers.0")
+        other = other.replace("layers.x", "layers.1")
+        assert torch.allclose(made["permuted:3"][name], vector[other], rtol=0, atol=1e-6)
+        for change in ("random:1", "random:2"):
+            norm = made[change][name].norm()
+            torch.testing.assert_close(norm, values.norm(), rtol=1e-3, atol=1e-6)
+    flat = [torch.cat([v.flatten() for v in m.values()]) for m in (vector, *made.values())]
+    for control in flat[2:]:
+        assert abs(torch.cosine_similarity(flat[0], control, dim=0)) < 0.1
+    assert abs(torch.cosine_similarity(flat[2], flat[3], dim=0)) < 0.1
+
+
 def test_alpha_0_is_the_checkpoint_itself(runs: Path, tmp_path: Path) -> None:
     assert transplant(runs, tmp_path / "made", "--alpha", "0") == 0
     assert same_bits(weights(f"{tmp_path / 'made'}@8"), weights(f"{runs / 'trunk'}@8"))
@@ -268,6 +294,8 @@ REFUSED = {
     "--suite other: it is none": ("--alphas", "1", "--suite", "other"),
     "iteration 7 was not saved": ("--from", "{runs}/trunk@7"),
     "layout is '2'": ("--layout", "2"),
+    "--change is 'shuffled'": ("--change", "shuffled"),
+    "--change is a control": ("--change", "random:0", "--alphas", "1,2"),
 }
 
 
@@ -299,13 +327,12 @@ def test_another_model_and_another_tokenizer_are_refused_by_their_first_differen
     why = refusal(capsys, transplant(runs, tmp_path / "x", "--from", str(runs / "wide")))
     assert "model.intermediate_size is 48" in why
     assert "is 40" in why
-    told = json.loads((runs / "one" / "tokenizer.json").read_text())
     other = tmp_path / "other"
     convert = ["--from", "megarlx", "--to", "megarlx", str(runs / "one"), str(other), "--quiet"]
     assert tool("convert_checkpoint").main(convert) == 0
-    words_ = told["words"]
-    words_[-1], words_[-2] = words_[-2], words_[-1]
-    (other / "tokenizer.json").write_text(json.dumps(told))
+    words_ = list(load_tokenizer(runs / "one" / "tokenizer.json").words)
+    changed = WordTokenizer([*words_[:-2], words_[-1], words_[-2]])
+    changed.save(other / "tokenizer.json")
     excursion = ["transplant", str(other), "--onto", f"{runs / 'trunk'}@8"]
     why = refusal(capsys, main([*excursion, "--out", str(tmp_path / "x")]))
     assert "its tokenizer has the fingerprint" in why
