@@ -178,7 +178,11 @@ class _Loop:
             or stopping
             or steps_done in self.listed
             or falls_on(config.checkpoints.save_every_steps),
-            "evaluate": not last and falls_on(config.evaluation.every_steps),
+            "evaluate": not last
+            and (
+                steps_done in config.evaluation.at_steps
+                or falls_on(config.evaluation.every_steps)
+            ),
         }
         self.due |= {what for what, now in due.items() if now}
         if "save" in self.due - before and not self.run.trainer.in_sync:
