@@ -149,7 +149,7 @@ class SweepConfig(Section):
         for key in (key for key, value in built.items() if value and self.axes):
             found.append((key, "is for sweeps without axes of the trunk"))
         if self.trunk_is_there:
-            given = {"set": self.set, "axes": self.axes, "trunks": self.trunks}
+            given: dict[str, Any] = {"set": self.set, "axes": self.axes, "trunks": self.trunks}
             given["partners"] = self.partners
             found += [
                 (key, f"is for trunks that are trained; {self.trunk} is a run")

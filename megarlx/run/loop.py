@@ -180,8 +180,7 @@ class _Loop:
             or falls_on(config.checkpoints.save_every_steps),
             "evaluate": not last
             and (
-                steps_done in config.evaluation.at_steps
-                or falls_on(config.evaluation.every_steps)
+                steps_done in config.evaluation.at_steps or falls_on(config.evaluation.every_steps)
             ),
         }
         self.due |= {what for what, now in due.items() if now}

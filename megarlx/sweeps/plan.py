@@ -155,8 +155,12 @@ def _excursions(trunk: _Trunk, config: ExcursionConfig) -> Iterator[Job]:
         if start is None or where != "latest":
             stem += f"-at-{_plain(where)}"
         run = trunk.named(stem, values)
-        words = ("branch", f"{parent}@{where}", recipe, "--out", str(run))
-        words += (*_overrides({**config.set, **values}), *trunk.trust)
+        overrides = _overrides({**config.set, **values})
+        words = (
+            *("branch", f"{parent}@{where}", recipe, "--out", str(run)),
+            *overrides,
+            *trunk.trust,
+        )
         yield Job(run.name, words, run, None, needs, run, trunk.seed)
 
 
