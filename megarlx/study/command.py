@@ -75,9 +75,11 @@ def _gate(study: Study) -> int:
     for line in study.missing():
         _say(f"missing: {line}")
     verdict = None if study.missing() else passed(lines)
-    said = {True: "The gate is passed.", False: "The gate is not passed."}
-    _say(said.get(verdict, "The gate is open: something is not measured yet."))
-    return {True: 0, False: FAILED}.get(verdict, OPEN)
+    if verdict is None:
+        _say("The gate is open: something is not measured yet.")
+        return OPEN
+    _say("The gate is passed." if verdict else "The gate is not passed.")
+    return 0 if verdict else FAILED
 
 
 def _tuning(study: Study) -> int:

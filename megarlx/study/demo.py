@@ -50,6 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     if code not in (0, LEFT):
         return code
     records = None if config.records is None else Path(config.records)
-    told = {"directory": Path(config.out), "records": records, "out": None, "claims": []}
-    shown = report(argparse.Namespace(**told))
+    shown = report(
+        argparse.Namespace(directory=Path(config.out), records=records, out=None, claims=[])
+    )
     return code or shown
