@@ -6,13 +6,15 @@ import argparse
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megarlx.config import Config, ConfigError
 from megarlx.config.arguments import add_overrides, add_trust
 from megarlx.config.evaluation import EvaluationConfig
-from megarlx.config.objectives import TemplateConfig
 from megarlx.printable import complain
+
+if TYPE_CHECKING:
+    from megarlx.run.suites import Templates
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
             uses=() if arguments.config else ("evaluation",),
             trusted=arguments.trusted,
         )
-        evaluation, template = chosen(
+        evaluation, templates = chosen(
             config,
             arguments.run,
             file=arguments.config,
@@ -64,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         device = choose_device(config.training.device)
         launch.start(started, device, config.layout.time_limit_seconds)
         try:
-            _evaluate(references, config, evaluation, template, started, device)
+            _evaluate(references, config, evaluation, templates, started, device)
         finally:
             launch.stop()
     except ConfigError as error:
@@ -99,7 +101,7 @@ def _evaluate(
     references: list[Any],
     config: Config,
     evaluation: EvaluationConfig,
-    template: TemplateConfig | None,
+    templates: Templates,
     started: Any,
     device: Any,
 ) -> None:
@@ -116,4 +118,4 @@ def _evaluate(
         if say is not None:
             kind = "pre-trained only" if opened.is_base else "trained to answer"
             say(f"{reference.checkpoint} ({opened.trunk_tokens:,} tokens of pre-training, {kind})")
-        measured(opened, evaluation, template, made, keep=True, say=say)
+        measured(opened, evaluation, templates, made, keep=True, say=say)
