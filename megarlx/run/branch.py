@@ -35,7 +35,7 @@ from megarlx.run.directory import Parent, RunDirectory, RunError, Weights, versi
 from megarlx.run.reference import RunReference, tokens_of
 
 # Sections of the parent's configuration that a recipe need not repeat.
-INHERITED = ("model", "data", "template", "evaluation", "sft", "rl", "objectives")
+INHERITED = (*("model", "data", "template", "templates", "evaluation", "sft", "rl", "objectives"),)
 OF_TRAINING = (
     *("sequences_per_step", "sequences_per_microbatch", "sequence_length"),
     *("z_loss", "seed", "precision", "recompute", "layers", "fp8", "device"),

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from megarlx.config import ConfigError
 from megarlx.config.arguments import add_overrides, add_trust, add_weights
 from megarlx.config.evaluation import EvaluationConfig
-from megarlx.config.objectives import TemplateConfig
 from megarlx.printable import complain
 
 if TYPE_CHECKING:
     from megarlx.run.opened import OpenedRun
+    from megarlx.run.suites import Templates
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
             uses=() if arguments.config else ("evaluation",),
             trusted=arguments.trusted,
         )
-        evaluation, template = chosen(
+        evaluation, templates = chosen(
             config,
             arguments.run,
             file=arguments.config,
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
         launch.start(started, device, config.layout.time_limit_seconds)
         try:
             opened = open_run(references[0], config, started, device, weights=arguments.weights)
-            _evaluate(references, opened, evaluation, template, started)
+            _evaluate(references, opened, evaluation, templates, started)
         finally:
             launch.stop()
     except ConfigError as error:
@@ -104,7 +104,7 @@ def _evaluate(
     references: list[Any],
     opened: OpenedRun,
     evaluation: EvaluationConfig,
-    template: TemplateConfig | None,
+    templates: Templates,
     started: Any,
 ) -> None:
     from megarlx.run.opened import load_weights
@@ -119,4 +119,4 @@ def _evaluate(
         if say is not None:
             kind = "pre-trained only" if opened.is_base else "trained to answer"
             say(f"{reference.checkpoint} ({opened.trunk_tokens:,} tokens of pre-training, {kind})")
-        measured(opened, evaluation, template, made, keep=True, say=say)
+        measured(opened, evaluation, templates, made, keep=True, say=say)

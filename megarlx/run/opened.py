@@ -14,7 +14,7 @@ from megarlx.checkpoint import WEIGHTS_ONLY, FlatShards, Loaded, load
 from megarlx.comm import launch
 from megarlx.comm.groups import Mesh
 from megarlx.config import Config, load_config
-from megarlx.config.objectives import PRETRAINING
+from megarlx.config.objectives import PRETRAINING, unknown_template
 from megarlx.config.trust import check_trust, names_in
 from megarlx.data.conversations import Template, Turn
 from megarlx.data.tokenizer import Tokenizer
@@ -29,7 +29,7 @@ from megarlx.run.choose import choose
 from megarlx.run.directory import PREFIX_OF, RunDirectory, RunError, Weights
 from megarlx.run.reference import RunReference, tokens_of
 from megarlx.run.suites import chosen, made_suites, measured
-from megarlx.run.tokenizer import load_tokenizer_of, template_of
+from megarlx.run.tokenizer import load_tokenizer_of, template_of, templates_of
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,19 @@ class OpenedRun:
         temperature: float = 1.0,
         max_new_tokens: int = 128,
         seed: int = 0,
+        template: str | None = None,
         generator: str = "engine",
     ) -> list[list[str]]:
-        """Samples of each prompt, asked in the run's template, or as it stands where there is none.
+        """Samples of each prompt, asked in the run's template or another by its name, or as it
+        stands where there is none.
 
         All ranks call this together, and all get the same.
         """
         sampling = SamplingSettings(temperature, stop_tokens=self._ends)
         requests = [
-            Request(self._ids(prompt), range(at * samples, (at + 1) * samples), max_new_tokens)
+            Request(
+                self._ids(prompt, template), range(at * samples, (at + 1) * samples), max_new_tokens
+            )
             for at, prompt in enumerate(prompts)
         ]
         longest = max((len(one.prompt) for one in requests), default=0) + max_new_tokens
@@ -97,6 +101,7 @@ class OpenedRun:
         seed: int = 0,
         number: int = 0,
         raw: bool = False,
+        template: str | None = None,
         generator: str = "engine",
     ) -> Iterator[TextPiece]:
         """One sample, token by token as they are drawn, on the ranks that hold the last stage.
@@ -107,8 +112,9 @@ class OpenedRun:
         max_new_tokens   absent: as many as the model can take
         number           of the sample: each is another one
         raw              give the prompt as it stands, without the run's template
+        template         one of the run's [templates] in its place
         """
-        ids = self.tokenizer.encode(prompt) if raw else self._ids(prompt)
+        ids = self.tokenizer.encode(prompt) if raw else self._ids(prompt, template)
         new = self._new_tokens(len(ids), max_new_tokens)
         made = generator_of(generator, self.model, slots=1, longest=len(ids) + new)
         pieces = stream_text(
@@ -147,7 +153,7 @@ class OpenedRun:
         run = self.reference.run
         if suites is None:
             check_trust(names_in(self.config, {"evaluation"}), str(run), self.trusted)
-        evaluation, template = chosen(
+        evaluation, templates = chosen(
             *(self.config, str(run)),
             file=suites,
             names=names,
@@ -155,17 +161,23 @@ class OpenedRun:
             temperature=temperature,
         )
         made = made_suites(self, evaluation)
-        results = measured(self, evaluation, template, made, keep=keep)
+        results = measured(self, evaluation, templates, made, keep=keep)
         return {result["suite"]: result for result in results}
 
     @property
     def _ends(self) -> tuple[int, ...]:
         return (self.tokenizer.eos_id,)
 
-    def _ids(self, prompt: str) -> Sequence[int]:
-        if self.template is None:
+    def _ids(self, prompt: str, named: str | None) -> Sequence[int]:
+        template = self.template
+        if named is not None:
+            known = templates_of(self.config)
+            if named not in known:
+                raise RunError(f"template {unknown_template(named, known)}")
+            template = known[named]
+        if template is None:
             return self.tokenizer.encode(prompt)
-        return self.template.prompt_ids((Turn("user", prompt),), self.tokenizer)
+        return template.prompt_ids((Turn("user", prompt),), self.tokenizer)
 
     def _new_tokens(self, prompt: int, wanted: int | None) -> int:
         """Behind a prompt of so many tokens."""
