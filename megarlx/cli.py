@@ -35,6 +35,7 @@ COMMANDS: Mapping[str, Command] = {
     "generate": Command(
         "megarlx.run.generate_command", "what a checkpoint says to a prompt, as it is drawn"
     ),
+    "chat": Command("megarlx.run.chat_command", "a conversation with a checkpoint"),
     "branch": Command(
         "megarlx.run.branch_command", "an excursion: start from a checkpoint, follow a recipe"
     ),
