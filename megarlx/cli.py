@@ -42,6 +42,7 @@ COMMANDS: Mapping[str, Command] = {
     "demo": Command("megarlx.study.demo", "a trunk, excursions and their report, in minutes"),
     "sweep": Command("megarlx.sweeps.command", "all runs of a study, resumed where they stopped"),
     "report": Command("megarlx.report.command", "figures, a page and summary.json of many runs"),
+    "view": Command("megarlx.report.view_command", "the samples of runs, as a page to read"),
     "tree": Command("megarlx.report.tree", "which run came from which, and what it reached"),
     "plan": Command(
         "megarlx.planning.command", "memory, messages and time of a layout, without the GPUs"

@@ -10,7 +10,7 @@ from megarlx.generation.requests import FinishReason, Request, SamplingSettings
 
 INCOMPLETE = "\ufffd"  # what a tokenizer makes of the first bytes of a character
 
-LONGEST_CHARACTER = 4  # bytes, so tokens too
+MOST_HELD = 64  # tokens that wait for the end of a character; nonsense is shown then
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,15 @@ def pieces_of(tokens: Sequence[int], decode: Callable[[Sequence[int]], str]) -> 
     decoded at once: those before a token may change how it is written."""
     pieces: list[str] = []
     begin = read = 0  # tokens[begin:read] are what stands before the next piece
-    before = ""
+    shown = 0  # characters of the text of tokens[begin:]
     for end in range(1, len(tokens) + 1):
         text = decode(tokens[begin:end])
-        cut = text.endswith(INCOMPLETE) and end - read < LONGEST_CHARACTER and end < len(tokens)
-        pieces.append("" if cut else text[len(before) :])
-        if not cut:
+        whole = text.rstrip(INCOMPLETE)
+        if end == len(tokens) or end - read == MOST_HELD:
+            whole = text
+        pieces.append(whole[shown:])
+        shown = max(shown, len(whole))
+        if len(whole) == len(text):
             begin, read = read, end
-            before = decode(tokens[begin:read])
+            shown = len(decode(tokens[begin:read]))
     return pieces
