@@ -150,7 +150,7 @@ def _key(line: dict[str, Any]) -> tuple[str | None, str]:
 
 def _sample(line: dict[str, Any]) -> dict[str, Any]:
     reward = line.get("reward")
-    found = {
+    found: dict[str, Any] = {
         "reward": None if reward is None else float(reward),
         "finish": printable(str(line.get("finish_reason") or "–")),
     }
