@@ -14,14 +14,14 @@ from megarlx.checkpoint import WEIGHTS_ONLY, FlatShards, Loaded, load
 from megarlx.comm import launch
 from megarlx.comm.groups import Mesh
 from megarlx.config import Config, load_config
-from megarlx.config.objectives import PRETRAINING, unknown_template
+from megarlx.config.objectives import PRETRAINING, WRITE_TEMPLATE, unknown_template
 from megarlx.config.trust import check_trust, names_in
 from megarlx.data.conversations import Template, Turn
 from megarlx.data.tokenizer import Tokenizer
 from megarlx.generation.interface import generator_of
 from megarlx.generation.requests import Request, SamplingSettings
 from megarlx.generation.stop import text_of
-from megarlx.generation.text import TextPiece, stream_text
+from megarlx.generation.text import TextPiece, stream_texts
 from megarlx.model.build import ParallelModel, build_model
 from megarlx.model.machine import this_machine
 from megarlx.run.assemble import DTYPES, choose_layout, use_tf32
@@ -61,28 +61,38 @@ class OpenedRun:
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Sequence[Turn]],
         *,
         samples: int = 1,
         temperature: float = 1.0,
-        max_new_tokens: int = 128,
+        top_p: float = 1.0,
+        max_new_tokens: int | None = 128,
         seed: int = 0,
+        number: int = 0,
+        raw: bool = False,
         template: str | None = None,
         generator: str = "engine",
     ) -> list[list[str]]:
-        """Samples of each prompt, asked in the run's template or another by its name, or as it
-        stands where there is none.
+        """Samples of each prompt, a question or the turns of a conversation, in the run's template.
 
         All ranks call this together, and all get the same.
+
+        max_new_tokens   None: as many as the model can take
+        number           of the first sample: each is another one
+        raw              give prompts as they stand; so it is too where the run has no template
+        template         one of the run's [templates] in its place
         """
-        sampling = SamplingSettings(temperature, stop_tokens=self._ends)
+        sampling = self._sampling(temperature, top_p)
+        every = [self.prompt_ids(prompt, raw=raw, template=template) for prompt in prompts]
         requests = [
             Request(
-                self._ids(prompt, template), range(at * samples, (at + 1) * samples), max_new_tokens
+                ids,
+                range(number + at * samples, number + (at + 1) * samples),
+                self._new_tokens(len(ids), max_new_tokens),
             )
-            for at, prompt in enumerate(prompts)
+            for at, ids in enumerate(every)
         ]
-        longest = max((len(one.prompt) for one in requests), default=0) + max_new_tokens
+        longest = max((len(one.prompt) + one.max_new_tokens for one in requests), default=0)
         slots = max(1, min(64, len(prompts) * samples))
         made = generator_of(generator, self.model, slots=slots, longest=longest).generate(
             requests, sampling, seed
@@ -93,7 +103,7 @@ class OpenedRun:
 
     def stream(
         self,
-        prompt: str,
+        prompt: str | Sequence[Turn],
         *,
         temperature: float = 1.0,
         top_p: float = 1.0,
@@ -114,21 +124,60 @@ class OpenedRun:
         raw              give the prompt as it stands, without the run's template
         template         one of the run's [templates] in its place
         """
-        ids = self.tokenizer.encode(prompt) if raw else self._ids(prompt, template)
-        new = self._new_tokens(len(ids), max_new_tokens)
-        made = generator_of(generator, self.model, slots=1, longest=len(ids) + new)
-        pieces = stream_text(
-            made,
+        pieces = self.stream_samples(
             prompt,
-            encode=lambda _: ids,
-            decode=self.tokenizer.decode_sampled,
-            sampling=SamplingSettings(temperature, top_p=top_p, stop_tokens=self._ends),
-            max_new_tokens=new,
+            (number,),
+            temperature=temperature,
+            top_p=top_p,
+            max_new_tokens=max_new_tokens,
             seed=seed,
-            sequence_id=number,
+            raw=raw,
+            template=template,
+            generator=generator,
         )
-        for piece in pieces:
-            yield replace(piece, text="") if piece.finish_reason == "stop" else piece
+        yield from (piece for _, piece in pieces)
+
+    def stream_samples(
+        self,
+        prompt: str | Sequence[Turn],
+        numbers: Sequence[int],
+        *,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        max_new_tokens: int | None = None,
+        seed: int = 0,
+        raw: bool = False,
+        template: str | None = None,
+        generator: str = "engine",
+    ) -> Iterator[tuple[int, TextPiece]]:
+        """As `stream`, the samples of these numbers at once: each piece behind its number."""
+        ids = self.prompt_ids(prompt, raw=raw, template=template)
+        new = self._new_tokens(len(ids), max_new_tokens)
+        pieces = stream_texts(
+            generator_of(generator, self.model, slots=len(numbers), longest=len(ids) + new),
+            Request(ids, tuple(numbers), new),
+            decode=self.tokenizer.decode_sampled,
+            sampling=self._sampling(temperature, top_p),
+            seed=seed,
+        )
+        for number, piece in pieces:
+            yield number, replace(piece, text="") if piece.finish_reason == "stop" else piece
+
+    def prompt_ids(
+        self, prompt: str | Sequence[Turn], *, raw: bool = False, template: str | None = None
+    ) -> list[int]:
+        """Of a question, or of the turns before an answer, in the run's template or the one of
+        [templates] by that name; of a text as it stands where it has none, or with `raw`."""
+        written = self.template if template is None else self._named(template)
+        if written is not None and not raw:
+            turns = (Turn("user", prompt),) if isinstance(prompt, str) else prompt
+            return written.prompt_ids(turns, self.tokenizer)
+        if not isinstance(prompt, str):
+            raise RunError(
+                f"{self.reference.run} has no [template] to write turns in; give a text, or "
+                + WRITE_TEMPLATE
+            )
+        return self.tokenizer.encode(prompt)
 
     def evaluate(
         self,
@@ -164,20 +213,14 @@ class OpenedRun:
         results = measured(self, evaluation, templates, made, keep=keep)
         return {result["suite"]: result for result in results}
 
-    @property
-    def _ends(self) -> tuple[int, ...]:
-        return (self.tokenizer.eos_id,)
+    def _named(self, template: str) -> Template:
+        known = templates_of(self.config)
+        if template not in known:
+            raise RunError(f"template {unknown_template(template, known)}")
+        return known[template]
 
-    def _ids(self, prompt: str, named: str | None) -> Sequence[int]:
-        template = self.template
-        if named is not None:
-            known = templates_of(self.config)
-            if named not in known:
-                raise RunError(f"template {unknown_template(named, known)}")
-            template = known[named]
-        if template is None:
-            return self.tokenizer.encode(prompt)
-        return template.prompt_ids((Turn("user", prompt),), self.tokenizer)
+    def _sampling(self, temperature: float, top_p: float) -> SamplingSettings:
+        return SamplingSettings(temperature, top_p=top_p, stop_tokens=(self.tokenizer.eos_id,))
 
     def _new_tokens(self, prompt: int, wanted: int | None) -> int:
         """Behind a prompt of so many tokens."""
