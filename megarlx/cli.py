@@ -39,6 +39,13 @@ COMMANDS: Mapping[str, Command] = {
         "megarlx.run.branch_command", "an excursion: start from a checkpoint, follow a recipe"
     ),
     "demo": Command("megarlx.study.demo", "a trunk, excursions and their report, in minutes"),
+    "convert": Command(
+        "megarlx.hf.convert_command", "a Hugging Face model into a run, a run into one"
+    ),
+    "prepare": Command("megarlx.data.prepare_command", "texts into token files"),
+    "inspect": Command(
+        "megarlx.run.inspect_command", "what a checkpoint holds; what of a test stands in the data"
+    ),
     "sweep": Command("megarlx.sweeps.command", "all runs of a study, resumed where they stopped"),
     "report": Command("megarlx.report.command", "figures, a page and summary.json of many runs"),
     "tree": Command("megarlx.report.tree", "which run came from which, and what it reached"),

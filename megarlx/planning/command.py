@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trunk",
         metavar="CONFIG.toml",
-        help="where CONFIG.toml is a recipe: the configuration, or the run, that it starts from",
+        help="where CONFIG.toml is a recipe: the configuration, the run, or the Hugging Face "
+        "model that it starts from",
     )
     parser.add_argument(
         "--stage", metavar="NAME", help="a stage by name or number (default: the fullest)"
@@ -94,10 +95,16 @@ def planned_config(arguments: argparse.Namespace) -> Config:
     """The configuration, or the recipe over that of its trunk."""
     if arguments.trunk is None:
         return load_config(arguments.config, arguments.overrides)
+    from megarlx.hf.config_map import model_config, read_json
+    from megarlx.hf.sources import is_hugging_face
+    from megarlx.hf.trunk import plain_config
     from megarlx.run.branch import recipe_config
 
     trunk = Path(arguments.trunk)
-    if trunk.is_dir():  # a run; of what may be another's code a plan needs nothing
+    if is_hugging_face(trunk):  # its weights are not looked at
+        model = model_config(read_json(trunk / "config.json"), str(trunk))
+        before, own = Config.model_validate(plain_config(model)), None
+    elif trunk.is_dir():  # a run; of what may be another's code a plan needs nothing
         before, own = load_config(trunk / "resolved.json", trusted=()), set[str]()
     else:
         before, own = load_config(trunk), None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from megarlx.config import Config, ConfigError
@@ -82,16 +81,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _references(text: str) -> Iterator[Any]:
     from megarlx.checkpoint import iterations
-    from megarlx.run.directory import RunError
     from megarlx.run.reference import resolve
 
     if not text.endswith("@all"):
         yield resolve(text)
         return
-    run = text.removesuffix("@all")
-    there = iterations(Path(run) / "checkpoints")
-    if not there:
-        raise RunError(f"{text}: the run {run} holds no checkpoints")
+    run = resolve(text.removesuffix("@all")).run
+    there = iterations(run / "checkpoints")
     yield from (resolve(f"{run}@{iteration}") for iteration in there)
 
 

@@ -34,7 +34,7 @@ from megarlx.rollouts.question_game import QuestionGame
 from megarlx.rollouts.rewards.rewards import Rewards
 from megarlx.rollouts.rollout import Sampler
 from megarlx.run.directory import RunError
-from megarlx.run.made import data_of, path_of
+from megarlx.run.made import data_of, file_of
 from megarlx.run.tokenizer import template_of
 
 
@@ -109,7 +109,7 @@ class ObjectiveMaker:
 
     def _sft(self, name: str, config: SftConfig) -> Supervised:
         training = self.config.training
-        conversations = list(read_conversations(path_of(config.conversations, self.config)))
+        conversations = list(read_conversations(file_of(config.conversations, self.config, f"{name}.conversations")))
         length = config.sequence_length or training.sequence_length
         if length > self.config.model.max_sequence_length:
             raise RunError(
@@ -244,12 +244,13 @@ class ObjectiveMaker:
         return Player(self._generator(config, longest), game, self.tokenizer), prompts
 
     def _prompts(self, name: str, config: RlConfig, most: int) -> PromptData:
-        keys = PromptKeys(config.question_key, config.answer_key)
+        asks = config.environment is None
+        keys = PromptKeys(config.question_key, config.answer_key, needs_question=asks)
         examples: tuple[Any, ...] = ()
         if config.examples is not None:
-            examples = tuple(read_conversations(path_of(config.examples, self.config)))
+            examples = tuple(read_conversations(file_of(config.examples, self.config, f"{name}.examples")))
         return PromptData(
-            read_prompts(path_of(config.prompts, self.config), keys),
+            read_prompts(file_of(config.prompts, self.config, f"{name}.prompts"), keys),
             self.template,
             self.tokenizer,
             self.config.training.seed,

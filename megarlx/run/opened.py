@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -24,9 +25,13 @@ from megarlx.generation.text import TextPiece, stream_text
 from megarlx.model.build import ParallelModel, build_model
 from megarlx.model.machine import this_machine
 from megarlx.run.assemble import DTYPES, choose_layout, use_tf32
+from megarlx.run.begin import start_excursion
+from megarlx.run.branch import excursion_config
 from megarlx.run.choose import choose
 from megarlx.run.directory import RunDirectory, RunError
+from megarlx.run.learner import Learner, Samples
 from megarlx.run.reference import RunReference, tokens_of
+from megarlx.run.stopped import done
 from megarlx.run.suites import chosen, made_suites, measured
 from megarlx.run.tokenizer import load_tokenizer_of, template_of
 
@@ -41,6 +46,17 @@ class OpenedRun:
     loaded: Loaded
     device: torch.device
     trusted: Collection[str] = ()  # names of code in the run's configuration
+    closing: ExitStack = field(default_factory=ExitStack, repr=False)  # what ends with the run
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the communication with other processes. `with megarlx.open(…) as run` does it."""
+        self.closing.close()
 
     @property
     def tokens(self) -> dict[str, int]:
@@ -71,6 +87,29 @@ class OpenedRun:
 
         All ranks call this together, and all get the same.
         """
+        return self.sample(
+            prompts,
+            samples=samples,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            generator=generator,
+        ).texts
+
+    def sample(
+        self,
+        prompts: Sequence[str],
+        *,
+        samples: int = 1,
+        temperature: float = 1.0,
+        max_new_tokens: int = 128,
+        seed: int = 0,
+        generator: str = "engine",
+    ) -> Samples:
+        """As `generate`, with the tokens and their log-probabilities: what a learner's step takes.
+
+        Another seed gives other samples.
+        """
         sampling = SamplingSettings(temperature, stop_tokens=self._ends)
         requests = [
             Request(self._ids(prompt), range(at * samples, (at + 1) * samples), max_new_tokens)
@@ -83,7 +122,31 @@ class OpenedRun:
         )
         decode = self.tokenizer.decode_sampled
         texts = [text_of(one.tokens.tolist(), sampling, decode) for one in made]
-        return [texts[at * samples : (at + 1) * samples] for at in range(len(prompts))]
+        by_prompt = [texts[at * samples : (at + 1) * samples] for at in range(len(prompts))]
+        return Samples(by_prompt, tuple(made), sampling.temperature)
+
+    def learner(
+        self,
+        lr: float,
+        *,
+        policy: Mapping[str, Any] | None = None,
+        temperature: float = 1.0,
+        weight_decay: float = 0.0,
+        tokens_per_microbatch: int = 4096,
+    ) -> Learner:
+        """For a loop of RL of one's own: `step(samples, rewards)` changes the opened run's weights,
+        and no file.
+
+        policy   keys of [rl.policy], as {"preset": "dr_grpo"}
+        """
+        return Learner(
+            self,
+            lr,
+            policy=policy,
+            temperature=temperature,
+            weight_decay=weight_decay,
+            tokens_per_microbatch=tokens_per_microbatch,
+        )
 
     def stream(
         self,
@@ -155,6 +218,33 @@ class OpenedRun:
         made = made_suites(self, evaluation)
         results = measured(self, evaluation, template, made, keep=keep)
         return {result["suite"]: result for result in results}
+
+    def branch(
+        self,
+        recipe: str | Path,
+        out: str | Path,
+        overrides: Sequence[str] = (),
+        *,
+        fresh: bool = False,
+    ) -> bool:
+        """An excursion from the checkpoint as it lies on the disk; returns and raises what
+        `megarlx.branch` does. Both models are in memory meanwhile.
+
+        overrides   as behind --set: "stages.0.steps=100"
+        fresh       refuse a folder that already holds checkpoints
+        """
+        path, started = Path(recipe), launch.read()
+        config = excursion_config(self.reference.run, path, overrides, self.trusted)
+        choose_layout(config, started.world_size)
+        whole = self.reference, config, path, Path(out)
+        return done(start_excursion(*whole, started, self.device, fresh=fresh))
+
+    def report(self, folder: str | Path | None = None) -> Path:
+        """The page about all runs in a folder; absent: the one that this run lies in."""
+        import megarlx
+
+        page: Path = megarlx.report_on(folder or self.reference.run.parent)
+        return page
 
     @property
     def _ends(self) -> tuple[int, ...]:

@@ -37,13 +37,7 @@ def chosen(
 ) -> tuple[EvaluationConfig, TemplateConfig | None]:
     """The suites of the file, else the run's own, with what is said of them besides; and their
     template: that of the file, else the run's."""
-    evaluation, template = config.evaluation, config.template
-    if file is not None:
-        evaluation = given = load_config(file, (), SuitesConfig)
-        template = given.template or template
-    elif not evaluation.suites and config.data is not None and config.data.maker is not None:
-        suites = plug.resolve("data maker", config.data.maker).evaluated
-        evaluation = EvaluationConfig(suites=suites)
+    evaluation, template = suites_of(config, file)
     there = [suite.name for suite in evaluation.suites]
     if not there:
         raise ConfigError(["no suites: the run's configuration has none; give --config FILE.toml"])
@@ -57,6 +51,20 @@ def chosen(
         raise ConfigError([_no_template(asking, run, file)])
     suites = tuple(_changed(suite, changes) for suite in wanted)
     return evaluation.model_copy(update={"suites": suites}), template
+
+
+def suites_of(
+    config: Config, file: str | Path | None = None
+) -> tuple[EvaluationConfig, TemplateConfig | None]:
+    """Those of the file, else the run's own, else what its data maker has to be measured with."""
+    if file is not None:
+        given = load_config(file, (), SuitesConfig)
+        return given, given.template or config.template
+    evaluation = config.evaluation
+    if not evaluation.suites and config.data is not None and config.data.maker is not None:
+        suites = plug.resolve("data maker", config.data.maker).evaluated
+        evaluation = EvaluationConfig(suites=suites)
+    return evaluation, config.template
 
 
 def _no_template(asking: list[str], run: str, file: str | Path | None) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from megarlx.config import Config
 from megarlx.config.objectives import TemplateConfig
-from megarlx.data.conversations import Template
+from megarlx.data.chat_template import ChatTemplate
+from megarlx.data.conversations import Frames, Template
 from megarlx.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from megarlx.run.directory import RunDirectory, RunError
 from megarlx.run.made import data_of
@@ -31,4 +32,8 @@ def load_tokenizer_of(config: Config, directory: RunDirectory) -> Tokenizer | No
 
 
 def template_of(given: TemplateConfig | None) -> Template | None:
-    return None if given is None else Template(**given.model_dump())
+    if given is None:
+        return None
+    if given.chat is not None:
+        return ChatTemplate(given.chat, given.bos)
+    return Frames(**given.model_dump(exclude={"chat", "bos"}))

@@ -11,9 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megarlx.checkpoint import CheckpointError
 from megarlx.config import ConfigError, load_config
 from megarlx.config.sweep import ExcursionConfig, SweepConfig
 from megarlx.config.trust import names_in, needs_trust
+from megarlx.hf.on_the_fly import run_of_model
+from megarlx.hf.sources import is_hugging_face
+from megarlx.run.reference import resolve
 
 
 @dataclass(frozen=True)
@@ -58,12 +62,29 @@ def _of_seed(sweep: SweepConfig, seed: int) -> Iterator[Job]:
 def _from_run(sweep: SweepConfig, seed: int) -> Iterator[Job]:
     """Excursions from a trunk that is there: the seed is theirs, and it is measured once."""
     trunk, trust = Path(sweep.trunk), _trust(sweep.trust)
+    if is_hugging_face(trunk):
+        trunk = run_of_model(trunk, Path(sweep.out))
     if seed == sweep.seeds[0]:
+        _check_checkpoints(sweep, trunk)
         yield from _evaluations(sweep, trunk, trust, None)
     for excursions in sweep.excursions:
         seeded = {**dict.fromkeys(sweep.seed_keys, seed), **excursions.set}
         own = excursions.model_copy(update={"set": seeded})
         yield from _excursions(own, Path(sweep.out), trunk, {}, seed, trust, None)
+
+
+def _check_checkpoints(sweep: SweepConfig, trunk: Path) -> None:
+    """Before anything is run, or listed: what starts from a trunk that is there finds it."""
+    wanted = [*sweep.evaluate, *(at for one in sweep.excursions for at in one.checkpoints)]
+    problems = []
+    for where in dict.fromkeys(wanted):
+        try:
+            if where != "all":
+                resolve(f"{trunk}@{where}")
+        except (ValueError, CheckpointError) as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError(problems)
 
 
 def _trust(names: Collection[str]) -> tuple[str, ...]:

@@ -103,11 +103,11 @@ SHORT: dict[str, dict[str, str]] = {
 # What a line begins with, and the command that stands for it: for a pattern, for a placeholder, or
 # for more processes than are needed.
 INSTEAD = {
-    "[mpirun -n N] python tools/prepare_tokens.py ": "python tools/prepare_tokens.py "
+    "[mpirun -n N] megarlx prepare ": "megarlx prepare "
     "documents.jsonl documents.jsonl --tokenizer bytes --out data/mine",
-    "python tools/prepare_tokens.py … --out data/dolmino/web": "python tools/prepare_tokens.py "
+    "megarlx prepare … --out data/dolmino/web": "megarlx prepare "
     "documents.jsonl --tokenizer data/dolmino/tokenizer.json --out data/dolmino/web",
-    "python tools/inspect_checkpoint.py RUN ": "python tools/inspect_checkpoint.py "
+    "megarlx inspect RUN ": "megarlx inspect "
     "runs/trunk --verify",
     "megarlx train CONFIG.toml ": "megarlx train configs/demo_trunk.toml --out runs/trunk",
     "megarlx branch … --replay": "megarlx branch runs/trunk@6 configs/recipes/sft.toml "
@@ -130,7 +130,7 @@ ITERATIONS = {"runs/trunk@1000 configs": "runs/trunk@4 configs"}
 
 # Commands that a document takes for granted.
 TRUNK_FIRST = ["megarlx train configs/demo_trunk.toml --out runs/trunk"]
-PAPER_DATA = ["python tools/prepare_tokens.py … --out data/dolmino/web"]
+PAPER_DATA = ["megarlx prepare … --out data/dolmino/web"]
 BEFORE = {
     "agents.md": ["megarlx train configs/demo_agent.toml --out runs/demo_agent"],
     "evaluation.md": TRUNK_FIRST,

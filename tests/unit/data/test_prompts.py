@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megarlx.data.conversations import Conversation, Template, Turn
+from megarlx.data.conversations import Conversation, Frames, Turn
 from megarlx.data.documents import BadLineError
 from megarlx.data.prompts import (
     Drawn,
@@ -25,7 +25,7 @@ from megarlx.data.prompts import (
 from megarlx.data.tokenizer import ByteTokenizer
 
 BYTES = ByteTokenizer()
-TEMPLATE = Template(user="Q: {content}\n", opening="A:", assistant=" {content}")
+TEMPLATE = Frames(user="Q: {content}\n", opening="A:", assistant=" {content}")
 
 
 def data(count: int = 7, seed: int = 3, **rest: Any) -> PromptData:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Engine
 from tokenizers import models, pre_tokenizers
 
 from megarlx.config.objectives import TemplateConfig
-from megarlx.data.conversations import Conversation, Template, Turn
+from megarlx.data.conversations import Conversation, Frames, Turn
 from megarlx.data.tokenizer import ByteTokenizer, Tokenizer, WordTokenizer, load_tokenizer
 from megarlx.hf.export import learned_template
 from megarlx.hf.tokenizer_files import (
@@ -130,7 +130,7 @@ def test_the_exported_chat_template_writes_what_the_model_was_trained_on(
     assert has_chat_template(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     turns = [Turn("system", "be short"), Turn("user", ODD), Turn("assistant", ODD)]
-    ours = Template(**settings.model_dump())
+    ours = Frames(**settings.model_dump())
     asked = [*turns, Turn("user", "and now?")]
     for given in (asked, asked[1:], asked[:2], asked[-1:]):
         messages = [{"role": turn.role, "content": turn.content} for turn in given]
