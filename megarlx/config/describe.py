@@ -58,6 +58,8 @@ def describe(kind: type[Section], word: str = "", *, rich: bool | None = None) -
     every = field_lines(kind)
     lines = [line for line in every if f".{line.name}".startswith(f".{word}.")]
     lines = lines or [line for line in every if word in line.name or word in line.description]
+    if not lines:
+        return ""
     if rich is None:
         rich = sys.stdout.isatty()
     return _table(lines) if rich else _plain(lines)

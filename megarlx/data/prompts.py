@@ -165,6 +165,11 @@ class PromptData:
         }
         self._order: tuple[int, list[int]] = (-1, [])  # of one epoch
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(map(len, self._ids))
+
     def take(self, count: int) -> list[Drawn]:
         """The next prompts; the same on every rank that has drawn as many."""
         taken = [self._at(self.drawn + i) for i in range(count)]

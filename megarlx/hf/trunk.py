@@ -36,9 +36,10 @@ from megarlx.config.model import ModelConfig, resolved_model
 from megarlx.config.objectives import TemplateConfig
 from megarlx.data.token_files import write_atomically
 from megarlx.data.tokenizer import Tokenizer, load_tokenizer
+from megarlx.hf.config_map import model_config, read_json
 from megarlx.hf.conversion import Conversion
 from megarlx.hf.errors import ConversionError
-from megarlx.hf.tokenizer_files import keep
+from megarlx.hf.tokenizer_files import chat_of, keep
 
 CONVERTING = ".converting-"
 COPIED = ("config.toml", "resolved.json", "lineage.json", "tokenizer.json")
@@ -249,9 +250,12 @@ def _new_lineage() -> dict[str, Any]:
     }
 
 
-def plain_config(model: ModelConfig) -> dict[str, Any]:
-    """Of a run that holds this model, and of whose training nothing is known."""
-    return tomllib.loads(_toml(model))
+def plain_config(folder: Path) -> dict[str, Any]:
+    """Of the run that a folder of Hugging Face would become; its weights are not looked at."""
+    model = model_config(read_json(folder / "config.json"), str(folder))
+    there = (folder / "tokenizer.json").is_file()
+    template = chat_of(folder, load_tokenizer(folder) if there else None)
+    return tomllib.loads(_toml(model, template))
 
 
 def _toml(model: ModelConfig, template: TemplateConfig | None = None) -> str:

@@ -95,15 +95,13 @@ def planned_config(arguments: argparse.Namespace) -> Config:
     """The configuration, or the recipe over that of its trunk."""
     if arguments.trunk is None:
         return load_config(arguments.config, arguments.overrides)
-    from megarlx.hf.config_map import model_config, read_json
     from megarlx.hf.sources import is_hugging_face
     from megarlx.hf.trunk import plain_config
     from megarlx.run.branch import recipe_config
 
     trunk = Path(arguments.trunk)
-    if is_hugging_face(trunk):  # its weights are not looked at
-        model = model_config(read_json(trunk / "config.json"), str(trunk))
-        before, own = Config.model_validate(plain_config(model)), None
+    if is_hugging_face(trunk):
+        before, own = Config.model_validate(plain_config(trunk)), None
     elif trunk.is_dir():  # a run; of what may be another's code a plan needs nothing
         before, own = load_config(trunk / "resolved.json", trusted=()), set[str]()
     else:

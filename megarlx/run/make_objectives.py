@@ -233,7 +233,7 @@ class ObjectiveMaker:
             )
         most = min(config.max_prompt_tokens or room, room)
         prompts = self._prompts(name, config, most)
-        longest = most + config.max_completion_tokens
+        longest = prompts.longest + config.max_completion_tokens
         if config.tokens_per_microbatch < longest:
             raise RunError(
                 f"{name}.tokens_per_microbatch is {config.tokens_per_microbatch}; a prompt and its "
