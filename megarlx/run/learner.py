@@ -111,12 +111,24 @@ class Learner:
         return Rollout(completions, rewards, advantages, groups, metrics, [])
 
 
+class _NoPrompts(PromptData):
+    """The program has them: nothing here is resumed."""
+
+    def __init__(self) -> None:
+        self.drawn = 0
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Nothing is kept."""
+
+
 class _Given:
     """Where an objective's rollouts come from: the program's own."""
 
-    prompts: PromptData  # there are none: nothing here is resumed
-
     def __init__(self, model: ParallelModel, seed: int) -> None:
+        self.prompts: PromptData = _NoPrompts()
         self.group, self.seed = model.mesh.dp, seed
         self.waited_seconds = 0.0
         self.pending: Rollout | None = None

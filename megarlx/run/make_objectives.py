@@ -109,7 +109,9 @@ class ObjectiveMaker:
 
     def _sft(self, name: str, config: SftConfig) -> Supervised:
         training = self.config.training
-        conversations = list(read_conversations(file_of(config.conversations, self.config, f"{name}.conversations")))
+        conversations = list(
+            read_conversations(file_of(config.conversations, self.config, f"{name}.conversations"))
+        )
         length = config.sequence_length or training.sequence_length
         if length > self.config.model.max_sequence_length:
             raise RunError(
@@ -248,7 +250,9 @@ class ObjectiveMaker:
         keys = PromptKeys(config.question_key, config.answer_key, needs_question=asks)
         examples: tuple[Any, ...] = ()
         if config.examples is not None:
-            examples = tuple(read_conversations(file_of(config.examples, self.config, f"{name}.examples")))
+            examples = tuple(
+                read_conversations(file_of(config.examples, self.config, f"{name}.examples"))
+            )
         return PromptData(
             read_prompts(file_of(config.prompts, self.config, f"{name}.prompts"), keys),
             self.template,

@@ -107,8 +107,7 @@ INSTEAD = {
     "documents.jsonl documents.jsonl --tokenizer bytes --out data/mine",
     "megarlx prepare … --out data/dolmino/web": "megarlx prepare "
     "documents.jsonl --tokenizer data/dolmino/tokenizer.json --out data/dolmino/web",
-    "megarlx inspect RUN ": "megarlx inspect "
-    "runs/trunk --verify",
+    "megarlx inspect RUN ": "megarlx inspect runs/trunk --verify",
     "megarlx train CONFIG.toml ": "megarlx train configs/demo_trunk.toml --out runs/trunk",
     "megarlx branch … --replay": "megarlx branch runs/trunk@6 configs/recipes/sft.toml "
     "--out runs/replayed --replay",

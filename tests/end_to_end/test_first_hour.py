@@ -131,7 +131,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data.mkdir()
     own_model(folder / "models" / "own")
     questions = [f"What is {n} and one, said without any doubt at all?" for n in range(6)]
-    lines(data / "test.jsonl", *({"question": q, "answer": str(n)} for n, q in enumerate(questions)))
+    lines(
+        data / "test.jsonl", *({"question": q, "answer": str(n)} for n, q in enumerate(questions))
+    )
     lines(data / "questions.jsonl", *({"question": f"{n} + 1?", "answer": "1"} for n in range(4)))
     lines(data / "texts.jsonl", *({"text": q} for q in [*questions[:2], "nothing of the kind"] * 9))
     call = {"function": {"name": "add", "arguments": {"x": 1}}}

@@ -126,7 +126,10 @@ def test_turns_of_tools_are_given_and_their_calls_are_learned(tmp_path: Path) ->
         ({"messages": []}, "must be a list of at least one message"),
         ({"messages": [{"role": "user"}]}, "message 0 must be an object with role and content"),
         ({"messages": [{"role": "bot", "content": ""}]}, "role 'bot'; allowed system, user, ass"),
-        ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "only the assistant"),
+        (
+            {"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]},
+            "only the assistant",
+        ),
         ({"messages": [{"role": "assistant", "tool_calls": "f"}]}, "must be a list of objects"),
         ({"prompt": "x", "completion": 3}, "'completion' is int; expected a string"),
         ({"text": 3}, "'text' is int; expected a string"),
