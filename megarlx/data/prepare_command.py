@@ -31,9 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--format", choices=FORMATS, help="of all inputs, whatever their names")
     add("--key", default="text", help="field of JSON objects, column of Parquet (default: text)")
     add("--text-unit", choices=("line", "file"), default="line", help="what a document is in text")
-    add(
-        "--on-bad-line", choices=("stop", "skip"), default="stop", help="a line that is no document"
-    )
+    add("--on-bad-line", choices=("stop", "skip"), default="stop", help="no document in a line")
     add(
         "--processes",
         type=int,

@@ -70,9 +70,9 @@ class TokenFile:
         path = idx_path(prefix)
         if not path.exists():
             raise TokenFileError(
-                f"{prefix}: there is no {path}; a token file is PREFIX.bin with PREFIX.idx, told as "
-                f"PREFIX; of texts it is made by: megarlx prepare {prefix} --tokenizer TOKENIZER "
-                "--out PREFIX"
+                f"{prefix}: there is no {path}; a token file is PREFIX.bin with PREFIX.idx, told "
+                f"as PREFIX; of texts it is made by: megarlx prepare {prefix} --tokenizer "
+                "TOKENIZER --out PREFIX"
             )
         size = path.stat().st_size
         if size < HEADER.size:

@@ -65,7 +65,6 @@ def _from_run(sweep: SweepConfig, seed: int) -> Iterator[Job]:
     if is_hugging_face(trunk):
         trunk = run_of_model(trunk, Path(sweep.out))
     if seed == sweep.seeds[0]:
-        _check_checkpoints(sweep, trunk)
         yield from _evaluations(sweep, trunk, trust, None)
     for excursions in sweep.excursions:
         seeded = {**dict.fromkeys(sweep.seed_keys, seed), **excursions.set}
@@ -73,14 +72,16 @@ def _from_run(sweep: SweepConfig, seed: int) -> Iterator[Job]:
         yield from _excursions(own, Path(sweep.out), trunk, {}, seed, trust, None)
 
 
-def _check_checkpoints(sweep: SweepConfig, trunk: Path) -> None:
+def check_checkpoints(sweep: SweepConfig) -> None:
     """Before anything is run, or listed: what starts from a trunk that is there finds it."""
+    if not sweep.trunk_is_there:
+        return
     wanted = [*sweep.evaluate, *(at for one in sweep.excursions for at in one.checkpoints)]
     problems = []
     for where in dict.fromkeys(wanted):
         try:
             if where != "all":
-                resolve(f"{trunk}@{where}")
+                resolve(f"{sweep.trunk}@{where}", Path(sweep.out))
         except (ValueError, CheckpointError) as error:
             problems.append(str(error))
     if problems:

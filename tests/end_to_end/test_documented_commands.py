@@ -73,7 +73,7 @@ def test_commands_are_found_in_every_form_that_the_documents_use() -> None:
         "tree",
         "plan",
     } <= commands
-    assert {"doctor", "convert", "prepare", "inspect"} <= commands
+    assert {"doctor", "convert", "inspect"} <= commands
     assert len(ALL) > 40
 
 

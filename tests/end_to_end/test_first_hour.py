@@ -199,7 +199,7 @@ def test_rl_that_trains_nothing_gains_nothing() -> None:
     assert main(["evaluate", "models/own", "--config", "data/suites.toml"]) == 0
     figure = gains(Study.of(Path("runs")), "")
     assert figure is not None
-    heading, *rows = figure.table
+    _, *rows = figure.table
     assert len(rows) == 1
     assert [cell.split(" ")[0] for cell in rows[0] if "[" in cell] == ["0.0"]
 

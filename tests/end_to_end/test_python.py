@@ -88,10 +88,10 @@ def test_a_loop_of_ones_own_learns_what_it_is_paid_for_and_writes_nothing(traine
             rewards.append(metrics["rl/reward"])
         assert {"loss", "gradient_norm", "rl/entropy", "rl/informative_groups"} <= set(metrics)
         assert metrics["rl/logprob_gap"] < 1e-4  # what is drawn is what is trained
-        with pytest.raises(ValueError, match="rewards are for .*1.* samples; drawn were .*16, 16"):
+        with pytest.raises(ValueError, match=r"rewards are for .*1.* samples; drawn were .*16, 16"):
             learner.step(samples, [[1.0]])
         cold = run.sample(["ann has"], samples=2, temperature=0.5, max_new_tokens=2)
-        with pytest.raises(ValueError, match="drawn at temperature 0.5, and the learner's is 1"):
+        with pytest.raises(ValueError, match=r"drawn at temperature 0\.5, and the learner's is 1"):
             learner.step(cold, [[1.0, 0.0]])
     assert sum(rewards[-3:]) > sum(rewards[:3])
     assert digests(trained) == before

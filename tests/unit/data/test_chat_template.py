@@ -162,7 +162,7 @@ def test_tools_and_their_calls_are_written(tokenizer: FileTokenizer) -> None:
     tools = json.dumps([{"name": "add"}])
     said = tokenizer.decode(ChatTemplate(THINKING).encode(Conversation(turns, tools), tokenizer)[0])
     assert said.startswith('<|start|>system\n[{"name": "add"}]<|end|>\n')
-    with pytest.raises(ConversationError, match="lists tools, for which .template. in frames"):
+    with pytest.raises(ConversationError, match=r"lists tools, for which \[template\] in frames"):
         Frames("{content}").encode(Conversation(turns, tools), tokenizer)
 
 

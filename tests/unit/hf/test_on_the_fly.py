@@ -84,7 +84,7 @@ def test_other_ranks_wait_for_the_first_and_say_when_it_never_comes(
                         ("MASTER_PORT", "29511")):  # fmt: skip
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(on_the_fly, "LONGEST_WAIT_SECONDS", 0.1)
-    with pytest.raises(ConversionError, match="was not there after .*; rank 0 makes it"):
+    with pytest.raises(ConversionError, match=r"was not there after .*; rank 0 makes it"):
         run_of_model(model, tmp_path)
     monkeypatch.setattr(on_the_fly, "LONGEST_WAIT_SECONDS", 60.0)
     found: list[Path] = []

@@ -120,7 +120,7 @@ def test_it_asks_again_when_the_server_is_busy_and_follows_no_redirect(server: S
     assert ChatJudge(server.url, "m", pause_seconds=0.01)([Sample("q", "a")]) == [0.7]
     assert len(server.asked) == 3
     server.status = [302]
-    with pytest.raises(ValueError, match="a redirect to .* is not followed"):
+    with pytest.raises(ValueError, match=r"a redirect to .* is not followed"):
         ChatJudge(server.url, "m")([Sample("q", "a")])
     assert len(server.asked) == 4
 
