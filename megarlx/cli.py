@@ -46,6 +46,7 @@ COMMANDS: Mapping[str, Command] = {
     "inspect": Command(
         "megarlx.run.inspect_command", "what a checkpoint holds; what of a test stands in the data"
     ),
+    "study": Command("megarlx.study.command", "what decides how the study is run: gate, tuning"),
     "sweep": Command("megarlx.sweeps.command", "all runs of a study, resumed where they stopped"),
     "report": Command("megarlx.report.command", "figures, a page and summary.json of many runs"),
     "tree": Command("megarlx.report.tree", "which run came from which, and what it reached"),

@@ -61,6 +61,11 @@ class SweepConfig(Section):
     excursions: Annotated[tuple[ExcursionConfig, ...], Field(strict=False)] = Field(
         default=(), description="What starts from the trunks, each an [[excursions]] table"
     )
+    records: str | None = Field(
+        default=None,
+        description="Folder of files, one a seed, in which finished runs leave their counts by "
+        "question; what stands there of the same settings is not run again",
+    )
     jobs: int = Field(default=1, ge=1, description="Runs at the same time")
     threads_per_job: int | None = Field(
         default=None, ge=1, description="CPU threads of a run; absent: its share of the machine"

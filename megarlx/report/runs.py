@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megarlx import plug
 from megarlx.config import as_asked
 from megarlx.config.objectives import PRETRAINING
 from megarlx.evaluation.pass_at_k import pass_at_k
@@ -23,7 +24,6 @@ from megarlx.training.metrics import read_metrics
 FORMAT = 1
 ACCURACY_KINDS = ("choice", "cloze")
 AGENT = "agent"
-KINDS = ("pass_at_k", *ACCURACY_KINDS, "perplexity", "behaviour", AGENT)
 NOT_RUNS = ("checkpoints", "tensorboard", "evaluations", "samples", "logs")
 T = TypeVar("T")
 
@@ -39,6 +39,7 @@ class Evaluation:
     iteration: int
     trunk_tokens: int
     metrics: Mapping[str, float]
+    standard_errors: Mapping[str, float]
     guessing: Mapping[str, float]
     items: tuple[Mapping[str, Any], ...] = field(repr=False)
     template: Mapping[str, str] | None = None  # what the questions were written in, if in any
@@ -166,11 +167,7 @@ def find_runs(root: Path) -> tuple[list[Run], list[str]]:
         raise ReportError(f"{root} is not a folder; allowed is one that holds runs at any depth")
     problems: list[str] = []
     runs = [read_run(path, root, problems) for path in sorted(_run_folders(root))]
-    found = [run for run in runs if run is not None]
-    if not found:
-        detail = "".join(f"\n  {problem}" for problem in problems)
-        raise ReportError(f"{root} holds no run: no lineage.json in it or below it{detail}")
-    return found, problems
+    return [run for run in runs if run is not None], problems
 
 
 def _run_folders(root: Path) -> Iterator[Path]:
@@ -190,21 +187,21 @@ def read_run(path: Path, root: Path, problems: list[str]) -> Run | None:
             return make(json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             shown = Path(os.path.relpath(file, root)).as_posix()
-            problems.append(f"{shown}: cannot be used: {_said(error)}")
+            problems.append(f"{shown}: cannot be used: {said(error)}")
             return None
 
-    lineage = read(path / "lineage.json", _lineage)
+    lineage = read(path / "lineage.json", lineage_of)
     if lineage is None:
         return None
     resolved = path / "resolved.json"
-    settings = (read(resolved, _settings) if resolved.exists() else None) or {}
+    settings = (read(resolved, settings_of) if resolved.exists() else None) or {}
     files = sorted((path / "evaluations").glob("iter_*.json"))
-    evaluations = [e for file in files if (e := read(file, _evaluation)) is not None]
+    evaluations = [e for file in files if (e := read(file, evaluation_of)) is not None]
     evaluations.sort(key=lambda e: (e.iteration, e.suite))
     try:
-        metrics = tuple(_numbers(line) for line in read_metrics(path / "metrics.jsonl"))
+        metrics = tuple(numbers(line) for line in read_metrics(path / "metrics.jsonl"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        problems.append(f"{name}/metrics.jsonl: cannot be used: {_said(error)}")
+        problems.append(f"{name}/metrics.jsonl: cannot be used: {said(error)}")
         metrics = ()
     return Run(
         path,
@@ -216,7 +213,7 @@ def read_run(path: Path, root: Path, problems: list[str]) -> Run | None:
     )
 
 
-def _said(error: Exception) -> str:
+def said(error: Exception) -> str:
     return f"lacks {error}" if isinstance(error, KeyError) else str(error)
 
 
@@ -226,12 +223,12 @@ def _object(values: Any) -> dict[str, Any]:
     return values
 
 
-def _settings(values: Any) -> dict[str, Any]:
+def settings_of(values: Any) -> dict[str, Any]:
     """Without what a machine chose for itself: the same experiment on two machines is one."""
     return as_asked(_object(values))
 
 
-def _lineage(values: Any) -> dict[str, Any]:
+def lineage_of(values: Any) -> dict[str, Any]:
     given = _object(values).get("parent")
     parent = None
     if given is not None:
@@ -248,18 +245,19 @@ def _lineage(values: Any) -> dict[str, Any]:
     }
 
 
-def _evaluation(values: Any) -> Evaluation:
+def evaluation_of(values: Any) -> Evaluation:
     if _object(values).get("format") != FORMAT:
         raise ValueError(f"format is {values.get('format')!r}; allowed is {FORMAT}")
-    if values["kind"] not in KINDS:
-        raise ValueError(f"kind is {values['kind']!r}; allowed are {', '.join(KINDS)}")
+    if problem := plug.problem("suite", str(values["kind"])):
+        raise ValueError(f"kind {problem}")
     made = Evaluation(
         suite=str(values["suite"]),
         kind=values["kind"],
         iteration=int(values["iteration"]),
         trunk_tokens=int(values["trunk_tokens"]),
-        metrics=_numbers(values["metrics"]),
-        guessing=_numbers(values.get("guessing") or {}),
+        metrics=numbers(values["metrics"]),
+        standard_errors=numbers(values.get("standard_errors") or {}),
+        guessing=numbers(values.get("guessing") or {}),
         items=tuple(map(_object, values["items"])),
         template=(values.get("settings") or {}).get("template"),
     )
@@ -267,7 +265,7 @@ def _evaluation(values: Any) -> Evaluation:
     return made
 
 
-def _numbers(values: Any) -> dict[str, float]:
+def numbers(values: Any) -> dict[str, float]:
     """Metrics are numbers; JSON has no infinity and no NaN, which are written as words."""
     found = {key: float(value) for key, value in _object(values).items() if value is not None}
     if "step" in found and not math.isfinite(found["step"]):

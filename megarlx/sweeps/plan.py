@@ -29,6 +29,8 @@ class Job:
     out: Path | None  # the run it makes; None: it adds to another one
     steps: int | None
     needs: str | None = None  # the job that must be done before
+    run: Path = Path()  # whose files hold what it makes
+    seed: int = 0
 
 
 def jobs_of(sweep: SweepConfig) -> list[Job]:
@@ -51,10 +53,10 @@ def _of_seed(sweep: SweepConfig, seed: int) -> Iterator[Job]:
         overrides = _overrides(settings)
         config = load_config(sweep.trunk, [f"{k}={_toml(v)}" for k, v in settings.items()])
         words = ("train", sweep.trunk, "--out", str(trunk), *overrides)
-        yield Job(trunk.name, words, trunk, config.steps)
+        yield Job(trunk.name, words, trunk, config.steps, None, trunk, seed)
         # The trunk is the user's own, as the sweep is.
         trust = _trust({name for _, kind, name in names_in(config) if needs_trust(kind, name)})
-        yield from _evaluations(sweep, trunk, trust, trunk.name)
+        yield from _evaluations(sweep, trunk, seed, trust, trunk.name)
         for excursions in sweep.excursions:
             yield from _excursions(excursions, out, trunk, values, seed, trust, trunk.name)
 
@@ -65,7 +67,7 @@ def _from_run(sweep: SweepConfig, seed: int) -> Iterator[Job]:
     if is_hugging_face(trunk):
         trunk = run_of_model(trunk, Path(sweep.out))
     if seed == sweep.seeds[0]:
-        yield from _evaluations(sweep, trunk, trust, None)
+        yield from _evaluations(sweep, trunk, seed, trust, None)
     for excursions in sweep.excursions:
         seeded = {**dict.fromkeys(sweep.seed_keys, seed), **excursions.set}
         own = excursions.model_copy(update={"set": seeded})
@@ -93,12 +95,13 @@ def _trust(names: Collection[str]) -> tuple[str, ...]:
 
 
 def _evaluations(
-    sweep: SweepConfig, trunk: Path, trust: tuple[str, ...], needs: str | None
+    sweep: SweepConfig, trunk: Path, seed: int, trust: tuple[str, ...], needs: str | None
 ) -> Iterator[Job]:
     suites = () if sweep.suites is None else ("--config", sweep.suites)
     for where in sweep.evaluate:
         name = f"{trunk.name}-evaluate-{_plain(where)}"
-        yield Job(name, ("evaluate", f"{trunk}@{where}", *suites, *trust), None, None, needs)
+        words = ("evaluate", f"{trunk}@{where}", *suites, *trust)
+        yield Job(name, words, None, None, needs, trunk, seed)
 
 
 def _excursions(
@@ -123,6 +126,8 @@ def _excursions(
             run,
             None,
             needs,
+            run,
+            seed,
         )
 
 

@@ -21,6 +21,7 @@ from megarlx import processes
 from megarlx.config.sweep import SweepConfig
 from megarlx.printable import printable
 from megarlx.sweeps.plan import Job
+from megarlx.sweeps.records import SweepRecords
 from megarlx.training.metrics import read_metrics
 
 POLL_SECONDS = 0.5
@@ -66,14 +67,14 @@ class SweepRunner:
         self.logs = Path(config.out) / "logs"
         self.all = {job.name: Progress(job) for job in jobs}
         self.begun = time.monotonic()
+        self.records: SweepRecords | None = None
+        if config.records is not None:
+            self.records = SweepRecords(Path(config.records), jobs)
 
     def run(self) -> int:
         """0 when all jobs are done, 1 when one failed, 75 when the budget left some."""
         self.logs.mkdir(parents=True, exist_ok=True)
-        for progress in self.all.values():
-            marker = self._marker(progress.job)
-            if marker.exists() and marker.read_text(encoding="utf-8") == _said(progress.job):
-                progress.state = "done"
+        self._find_done()
         live = Live(console=self.console, refresh_per_second=2, transient=True)
         show = self.console.is_terminal
         with sigterm_as_interrupt():
@@ -93,9 +94,33 @@ class SweepRunner:
             return 1
         return LEFT if "left" in states else 0
 
+    def _find_done(self) -> None:
+        for progress in self.all.values():
+            if self._is_done(progress.job):
+                progress.state = "done"
+        for progress in self._in("waiting"):
+            below = [p for p in self.all.values() if p.job.needs == progress.job.name]
+            if self.records is not None and below and all(p.state == "done" for p in below):
+                progress.state = "done"  # what a trunk is needed for stands in the records
+
+    def _is_done(self, job: Job) -> bool:
+        """A run whose folder is gone is not, unless the records hold what it measured."""
+        marker = self._marker(job)
+        here = job.run == Path() or (job.run / "lineage.json").exists()
+        if here and marker.exists() and marker.read_text(encoding="utf-8") == self._said(job):
+            if self.records is not None:
+                self.records.add(job)
+            return True
+        return self.records is not None and self.records.has(job)
+
     def _marker(self, job: Job) -> Path:
         """Written when a job is done, with the command that it was."""
         return self.logs / f"{job.name}.done"
+
+    def _said(self, job: Job) -> str:
+        """The command; where records are kept, also what the configurations that it names say."""
+        words = " ".join(job.arguments)
+        return f"{words}\n" if self.records is None else f"{words}\n{self.records.settings(job)}\n"
 
     def _advance(self) -> bool:
         """Whether anything is still to be waited for."""
@@ -146,7 +171,9 @@ class SweepRunner:
         job = progress.job
         progress.state = "done" if code == 0 else "failed"
         if code == 0:
-            self._marker(job).write_text(_said(job), encoding="utf-8")
+            self._marker(job).write_text(self._said(job), encoding="utf-8")
+            if self.records is not None:
+                self.records.add(job)
         counts = f"{sum(p.state == 'done' for p in self.all.values())} of {len(self.all)}"
         if code == 0:
             self.console.print(
@@ -250,7 +277,3 @@ def _quoted(word: str) -> str:
     import shlex
 
     return shlex.quote(word)
-
-
-def _said(job: Job) -> str:
-    return " ".join(job.arguments) + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,28 @@ def test_every_sweep_that_comes_with_megarlx_can_be_planned(
             assert (ROOT / recipe).exists(), (path, recipe)
 
 
+SWEEPS = [p for p in ROOT.glob("configs/**/*.toml") if "\ntrunk = " in p.read_text()]
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
+def test_the_trunk_of_a_sweep_saves_the_checkpoints_that_the_sweep_names(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    sweep = load_config(path, (), SweepConfig)
+    trunk = load_config(sweep.trunk, [f"{key}={json.dumps(v)}" for key, v in sweep.set.items()])
+    named = {*sweep.evaluate, *(at for one in sweep.excursions for at in one.checkpoints)}
+    assert named
+    for at in named - {"latest"}:
+        if at.startswith("tokens:"):
+            tokens = float(at.removeprefix("tokens:").replace("B", "e9").replace("M", "e6"))
+            a_step = trunk.training.sequences_per_step * trunk.training.sequence_length
+            assert tokens <= trunk.steps * a_step
+        else:
+            assert 0 < int(at) <= trunk.steps
+            assert int(at) % trunk.checkpoints.save_every_steps == 0 or int(at) == trunk.steps
+
+
 def runner(tmp_path: Path, todo: list[Job], **settings: object) -> SweepRunner:
     """Jobs are programs of this test in place of megarlx."""
     program = tmp_path / "megarlx" / "__main__.py"
@@ -211,15 +234,23 @@ def test_a_sweep_without_values_on_an_axis_is_refused(tmp_path: Path) -> None:
         sweep(tmp_path, '[axes]\n"optimizer.lr" = 1e-3')
 
 
-def test_both_worlds_are_asked_the_same_question_of_placement() -> None:
-    """What differs but the world would be compared along with it."""
-    one, other = (
-        load_config(ROOT / "configs" / f"{name}.toml", (), SweepConfig).model_dump()
-        for name in ("placement", "placement_agreeing")
-    )
-    differing = {key for key in one if one[key] != other[key]}
-    assert differing == {"out", "trunks", "set"}  # its trunks are not the study's
-    assert {key.split(".")[0] for key in other["set"]} == {"data"}
+def test_both_worlds_are_asked_the_same_question_of_placement(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As many steps before the trunk's end, with the same recipes."""
+    monkeypatch.chdir(ROOT)
+    asked = []
+    for name in ("placement", "placement_agreeing"):
+        sweep = load_config(ROOT / "configs" / f"{name}.toml", (), SweepConfig)
+        end = load_config(sweep.trunk).steps
+        left = [end - int(at) for at in sweep.evaluate]
+        excursions = [
+            {**one.model_dump(), "checkpoints": [end - int(at) for at in one.checkpoints]}
+            for one in sweep.excursions
+        ]
+        asked.append((left, excursions, sweep.seed_keys))
+    assert asked[0] == asked[1]
+    assert {key.split(".")[0] for key in sweep.set} == {"data"}
 
 
 def test_checkpoints_that_a_trunk_does_not_hold_are_said_before_anything_is_listed(
