@@ -146,7 +146,9 @@ class PromptData:
                 if too_long == "stop":
                     raise PromptError(
                         f"{name}: the prompt {prompt.question[:80]!r} has {len(ids)} tokens; "
-                        f"max_prompt_tokens allows {max_prompt_tokens}"
+                        f"it may have {max_prompt_tokens}: what {name}.max_prompt_tokens says, or "
+                        f"what the model's longest sequence leaves; {name}.too_long = 'skip' "
+                        "leaves such prompts out"
                     )
                 self.too_long += 1
                 continue

@@ -122,6 +122,7 @@ def _plan(config: Config, arguments: argparse.Namespace) -> int:
         print_dry_run,
         print_plan,
         print_stages,
+        print_whole,
     )
     from megarlx.planning.stages import chosen_stage, jobs_by_stage
 
@@ -166,6 +167,8 @@ def _plan(config: Config, arguments: argparse.Namespace) -> int:
         if len(jobs) > 1:
             print_stages(jobs, plan.gpu, console)
         print_plan(plan, console)
+        if jobs:
+            print_whole(jobs, [s.steps for s in config.all_stages], plan.gpu, console)
     return 0
 
 

@@ -68,4 +68,13 @@ def run(arguments: argparse.Namespace) -> int:
     records = None if config.records is None else Path(config.records)
     told = {"directory": Path(config.out), "records": records, "out": None, "claims": []}
     shown = report(argparse.Namespace(**told))
-    return code or shown
+    if code or shown:
+        return code or shown
+    trunk = next(job.out for job in jobs if job.out is not None)
+    console.print(
+        f"next: look at {config.out}/report/index.html; ask the model something: megarlx generate "
+        f"{trunk} --prompt '…'; your own model: docs/own_model.md",
+        markup=False,
+        soft_wrap=True,
+    )
+    return 0

@@ -87,6 +87,49 @@ lr = 1e-3
 warmup_steps = 0
 """
 )
+ROOMS = (
+    TRAINING
+    + """
+[[evaluation.suites]]
+name = "rooms"
+kind = "agent"
+path = "data/rooms.jsonl"
+samples = 2
+[evaluation.suites.environment]
+function = "data/rooms.py:Rooms"
+max_turns = 2
+max_turn_tokens = 6
+max_episode_tokens = 128
+[rl]
+prompts = "data/rooms.jsonl"
+prompts_per_step = 2
+samples_per_prompt = 2
+tokens_per_microbatch = 256
+keep_samples_every_steps = 1
+policy.preset = "sampo"
+[rl.environment]
+function = "data/rooms.py:Rooms"
+max_turns = 2
+max_turn_tokens = 6
+max_episode_tokens = 128
+[[stages]]
+steps = 2
+[stages.objectives.rl]
+lr = 1e-4
+warmup_steps = 0
+"""
+)
+# What an action calls is answered by a turn of the role tool.
+ROOMS_CODE = """
+class Rooms:
+    def reset(self, task, seed):
+        self.left = 2
+        return f"go to {task['goal']}"
+
+    def step(self, action):
+        self.left -= 1
+        return "a wall", len(action) / 10, self.left == 0, {"role": "tool"}
+"""
 # Text of a model that knows nothing gets it half of the time.
 REWARD = """
 def even(samples):
@@ -149,7 +192,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ]},
     )  # fmt: skip
     (data / "reward.py").write_text(REWARD)
-    for name, text in (("suites", SUITES), ("rl", RL), ("sft", SFT), ("cpt", CPT)):
+    (data / "rooms.py").write_text(ROOMS_CODE)
+    lines(data / "rooms.jsonl", *({"goal": goal} for goal in range(3)))
+    texts = {"suites": SUITES, "rl": RL, "sft": SFT, "cpt": CPT, "rooms": ROOMS}
+    for name, text in texts.items():
         (data / f"{name}.toml").write_text(text)
     return folder
 
@@ -235,6 +281,17 @@ def test_conversations_with_tools_and_texts_are_learned_and_go_back(folder: Path
     )
     assert before.keys() == after.keys()
     assert any(not before[name].equal(after[name]) for name in before)
+
+
+def test_an_environment_asks_by_itself_and_tools_are_called() -> None:
+    """The lines have no question; `tools` itself has tests of its own."""
+    assert main(["branch", "models/own", "data/rooms.toml", "--out", "runs/rooms"]) == 0
+    result = json.loads(Path("runs/rooms/evaluations/iter_00000002.rooms.json").read_text())
+    assert [item["samples"] for item in result["items"]] == [2, 2, 2]
+    (first, *_) = sorted(Path("runs/rooms/samples").glob("step_*.rl.jsonl"))
+    sample = json.loads(first.read_text().splitlines()[0])
+    assert sample["prompt"].startswith("go to ")
+    assert "saw: a wall" in sample["completion"]
 
 
 def test_a_model_that_was_taught_another_template_goes_back_with_that_one() -> None:

@@ -140,7 +140,7 @@ def test_resume_refuses_other_prompts_and_says_what_changed() -> None:
 
 def test_prompts_that_are_too_long_stop_or_are_left_out_and_counted() -> None:
     prompts = [Prompt("x"), Prompt("long " * 10)]
-    with pytest.raises(PromptError, match=r"'long long .* tokens; max_prompt_tokens allows 9"):
+    with pytest.raises(PromptError, match=r"'long long .* tokens; it may have 9"):
         PromptData(prompts, TEMPLATE, BYTES, 0, max_prompt_tokens=9)
     kept = PromptData(prompts, TEMPLATE, BYTES, 0, max_prompt_tokens=9, too_long="skip")
     assert (kept.too_long, questions(kept.take(3))) == (1, ["x"] * 3)
