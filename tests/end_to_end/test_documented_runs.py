@@ -107,6 +107,7 @@ INSTEAD = {
     "documents.jsonl documents.jsonl --tokenizer bytes --out data/mine",
     "megarlx prepare … --out data/dolmino/web": "megarlx prepare "
     "documents.jsonl --tokenizer data/dolmino/tokenizer.json --out data/dolmino/web",
+    "megarlx inspect RUN --overlap": "megarlx inspect runs/trunk --overlap",
     "megarlx inspect RUN ": "megarlx inspect runs/trunk --verify",
     "megarlx train CONFIG.toml ": "megarlx train configs/demo_trunk.toml --out runs/trunk",
     "megarlx branch … --replay": "megarlx branch runs/trunk@6 configs/recipes/sft.toml "
@@ -132,7 +133,9 @@ TRUNK_FIRST = ["megarlx train configs/demo_trunk.toml --out runs/trunk"]
 PAPER_DATA = ["megarlx prepare … --out data/dolmino/web"]
 BEFORE = {
     "agents.md": ["megarlx train configs/demo_agent.toml --out runs/demo_agent"],
+    "data.md": TRUNK_FIRST,
     "evaluation.md": TRUNK_FIRST,
+    "faq.md": TRUNK_FIRST,
     "launching.md": PAPER_DATA,
     "report.md": TRUNK_FIRST,
     "troubleshooting.md": TRUNK_FIRST,
