@@ -38,6 +38,10 @@ COMMANDS: Mapping[str, Command] = {
     "branch": Command(
         "megarlx.run.branch_command", "an excursion: start from a checkpoint, follow a recipe"
     ),
+    "transplant": Command(
+        "megarlx.run.transplant_command", "add what excursions changed to another checkpoint"
+    ),
+    "merge": Command("megarlx.run.merge_command", "the mean of several checkpoints' weights"),
     "demo": Command("megarlx.study.demo", "a trunk, excursions and their report, in minutes"),
     "convert": Command(
         "megarlx.hf.convert_command", "a Hugging Face model into a run, a run into one"

@@ -160,6 +160,9 @@ class EvaluationConfig(Section):
     every_steps: int | None = Field(
         default=None, ge=1, description="Steps between evaluations while training; absent: none"
     )
+    at_steps: Annotated[tuple[Count, ...], Field(strict=False)] = Field(
+        default=(), description="Steps behind which it is evaluated besides"
+    )
     at_end: bool = Field(default=False, description="Whether the last step is evaluated as well")
     readiness_prompts: int = Field(
         default=32,
@@ -182,6 +185,10 @@ class EvaluationConfig(Section):
     kept_samples: int = Field(
         default=2, ge=0, description="Samples of each question that are written to samples/"
     )
+
+    @property
+    def while_training(self) -> bool:
+        return self.at_end or bool(self.at_steps) or self.every_steps is not None
 
     def problems(self) -> list[tuple[str, str]]:
         names = [suite.name for suite in self.suites]

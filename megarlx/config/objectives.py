@@ -255,11 +255,6 @@ class StageObjective(OptimizerConfig):
         default=False,
         description="Whether moments, data and course continue those of the stage or run before",
     )
-    schedule_steps: int | None = Field(
-        default=None,
-        ge=1,
-        description="Length of its learning-rate course; absent: its steps in this stage",
-    )
 
 
 class AdaptiveConfig(Section):

@@ -119,6 +119,12 @@ class CheckpointConfig(Section):
     keep_every_steps: int | None = Field(
         default=None, ge=1, description="Checkpoints at multiples of this are kept besides"
     )
+    average_decay: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Of a moving average of the weights, saved beside them; absent: none",
+    )
     in_background: bool = Field(
         default=True, description="Whether training goes on while a checkpoint is written"
     )

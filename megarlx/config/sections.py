@@ -336,7 +336,7 @@ class Config(Section):
             for name in stage.objectives:
                 if isinstance(named.get(name), SftConfig | RlConfig):
                     return f"what objective '{name}' reads"
-        if self.evaluation.at_end or self.evaluation.every_steps is not None:
+        if self.evaluation.while_training:
             for suite in self.evaluation.suites:
                 if suite.uses_template:
                     return f"what suite '{suite.name}' asks"
@@ -349,7 +349,7 @@ class Config(Section):
             for name in stage.objectives:
                 if isinstance(named.get(name), RlConfig):
                     return f"objective '{name}'"
-        if self.evaluation.at_end or self.evaluation.every_steps is not None:
+        if self.evaluation.while_training:
             for suite in self.evaluation.suites:
                 if suite.kind in SAMPLED:
                     return f"suite '{suite.name}'"

@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--iteration", type=int, help="that the checkpoint gets (default: 0)")
     add("--tokens", help="seen in pre-training until then, as 4B or 4194304000 (default: 0)")
     add("--layout", metavar="tp,pp,dp", help="write the files that a run in this layout would")
+    add("--weights", choices=("last", "average"), default="last", help="of the checkpoint, for hf")
     add("--dtype", choices=TYPE_NAMES, help="of the tensors in hf (default: nothing is rounded)")
     add("--verify", action="store_true", help="compare logits with transformers on random tokens")
     add("--tolerance", type=float, default=1e-4, help="of --verify, relative (default: 1e-4)")
@@ -55,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         iteration=arguments.iteration or 0,
         tokens=arguments.tokens or "0",
         layout=arguments.layout,
+        weights=arguments.weights,
         dtype=arguments.dtype,
         verify=arguments.verify,
         tolerance=arguments.tolerance,
@@ -99,6 +101,8 @@ def _wrong(arguments: argparse.Namespace, kind_from: str, kind_to: str) -> str:
         return "--into needs --iteration and --tokens"
     if arguments.verify and kind_from == kind_to:
         return "--verify compares with Hugging Face, and neither side is one"
+    if arguments.weights != "last" and (kind_from, kind_to) != ("megarlx", "hf"):
+        return f"--weights is for --from megarlx --to hf, and this is {kinds}"
     if arguments.file_megabytes <= 0 or (arguments.files_at_once or 1) < 1:
         return "--file-megabytes must be above 0, --files-at-once at least 1"
     return ""

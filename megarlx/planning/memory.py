@@ -3,7 +3,8 @@
     weights          the model's, in the type it computes in
     gradients        the flat buffer that every objective's backward fills in turn
     optimizer        masters, of each objective a gradient shard and what its update rule keeps;
-                     local masters, what is combined and frozen references where a stage has them
+                     local masters, what is combined, frozen references and a moving average of the
+                     weights where there are any
     activations      of the micro-batches in flight, as the recomputation leaves them
     workspace        what the loss, or the backward of a layer, needs on top at the worst moment
     batch            the step's token ids and masks
@@ -114,7 +115,7 @@ def optimizer_bytes(job: Job, numbers: int) -> int:
     shard, w, held = numbers // job.dp, job.wide_bytes, job.kept
     masters_are_weights = job.dp == 1 and job.element_bytes == w and not held.locals
     gradients_are_buffer = job.dp == 1 and held.gradients == 1
-    wide = held.states + held.locals + held.exchange
+    wide = held.states + held.locals + held.exchange + held.average
     wide += 0 if gradients_are_buffer else held.gradients
     wide += 0 if masters_are_weights else 1
     total = shard * (wide * w + held.frozen * job.element_bytes)

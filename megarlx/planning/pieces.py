@@ -33,6 +33,7 @@ class Held:
     locals: int = 0  # masters of objectives that take steps of their own
     exchange: int = 0  # buffers of what goes between replicas
     frozen: int = 0  # reference policies
+    average: int = 0  # moving averages of the weights
 
 
 @dataclass(frozen=True)

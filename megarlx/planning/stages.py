@@ -104,6 +104,7 @@ def _held(config: Config, index: int, name: str) -> Held:
             apart=shared or local,
         ),
         frozen=len(references),
+        average=int(config.checkpoints.average_decay is not None),
     )
 
 

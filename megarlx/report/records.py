@@ -1,6 +1,7 @@
 """What is left of finished runs when their folders are gone: one JSON file a seed.
 
-Of each evaluation its metrics and, of suites that count, the counts of every question. A report
+Of each evaluation its metrics and, of suites that count, the counts of every question; of an
+excursion's steps before its last, only of suites that sample. A report
 reads a folder of these files as it reads runs. settings.json beside them holds what the runs were
 told, once for all seeds: a run names its settings by their hash. Counts up to 35 are written as one
 character each, so that a study fits into a repository.
@@ -10,21 +11,33 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from megarlx.data.token_files import write_atomically
-from megarlx.report.runs import Run, evaluation_of, lineage_of, numbers, said, settings_of
+from megarlx.report.runs import (
+    AGENT,
+    Run,
+    evaluation_of,
+    lineage_of,
+    numbers,
+    said,
+    settings_of,
+)
 from megarlx.report.settings import comparable
 from megarlx.training.metrics import read_metrics
 
 FORMAT = "megarlx records 1"
 SETTINGS = "settings.json"
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
+BITS = "bits:"  # before hexadecimal digits
 COUNTS = ("samples", "correct", "marked", "marked_correct")  # of an item
 SIGNIFICANT = 6  # digits of a metric
+OF_COUNTS = ("accuracy", "informative_groups")  # their errors follow from the counts
+ON_THE_WAY = ("pass_at_k", AGENT)  # kinds that are kept of the steps before a run's last
 WHOLE = ("cost/", "data/")  # prefixes of metrics that are kept
 LINEAGE = ("recipe", "seed", "trunk_tokens", "composition")
 
@@ -65,11 +78,16 @@ class SeedRecords:
             }
             | {"run": Path(parent["run"]).name}
         }
+        if "sum" in lineage:
+            kept["sum"] = {"terms": [_term(term) for term in lineage["sum"]["terms"]]}
         settings = comparable(settings_of(_read_json(folder / "resolved.json")))
         _keep_settings(self.path.parent, settings)
+        found = [_read_json(file) for file in (folder / "evaluations").glob("iter_*.json")]
+        last = max((e["iteration"] for e in found), default=0)
         evaluations = [
-            self._compact(_read_json(file))
-            for file in sorted((folder / "evaluations").glob("iter_*.json"))
+            self._compact(e)
+            for e in found
+            if parent is None or e["iteration"] == last or e["kind"] in ON_THE_WAY
         ]
         before = self.runs.get(name, {}).get("evaluations", [])
         there = {(e["iteration"], e["suite"]) for e in evaluations}
@@ -90,36 +108,56 @@ class SeedRecords:
 
     def _compact(self, evaluation: Mapping[str, Any]) -> dict[str, Any]:
         kept = {key: evaluation[key] for key in ("suite", "kind", "iteration", "trunk_tokens")}
-        for key in ("metrics", "standard_errors", "guessing"):
-            if evaluation.get(key):
-                kept[key] = _rounded(evaluation[key])
-        template = (evaluation.get("settings") or {}).get("template")
+        errors = evaluation.get("standard_errors") or {}
+        own = {k: v for k, v in errors.items() if not k.startswith(OF_COUNTS)}
+        told = {"metrics": evaluation["metrics"], "standard_errors": own}
+        told["guessing"] = evaluation.get("guessing")
+        kept |= {key: _rounded(values) for key, values in told.items() if values}
         items = evaluation["items"]
-        if template is not None:
-            kept["template"] = template
         if items and "correct" in items[0]:
-            asked = {"ids": _ids([str(item["id"]) for item in items])}
-            if "group" in items[0]:
-                asked["groups"] = [item["group"] for item in items]
-            name = hash_of(asked)[:12]
-            self.questions.setdefault(name, asked)
-            kept["questions"] = name
-            columns = [key for key in COUNTS if key in items[0]]
-            kept["counts"] = {key: _packed([int(item[key]) for item in items]) for key in columns}
+            kept["questions"] = self._asked(evaluation)
+            columns = {key: [int(i[key]) for i in items] for key in COUNTS if key in items[0]}
+            if columns.get("marked_correct") == columns["correct"]:
+                columns["marked_correct"] = []
+            kept["counts"] = {key: _packed(values) for key, values in columns.items()}
         return kept
+
+    def _asked(self, evaluation: Mapping[str, Any]) -> str:
+        """The name of these questions, asked in this way, in the file's table of them."""
+        items = evaluation["items"]
+        asked: dict[str, Any] = {"ids": _ids([str(item["id"]) for item in items])}
+        if "group" in items[0]:
+            names = sorted({item["group"] for item in items})
+            places = _packed([names.index(item["group"]) for item in items])
+            asked["groups"] = {"names": names, "of": places}
+        if template := (evaluation.get("settings") or {}).get("template"):
+            asked["template"] = template
+        name = hash_of(asked)[:12]
+        self.questions.setdefault(name, asked)
+        return name
 
     def whole(self, kept: Mapping[str, Any]) -> dict[str, Any]:
         """As the file of an evaluation has it."""
-        items: list[dict[str, Any]] = []
-        if "questions" in kept:
-            asked = self.questions[kept["questions"]]
-            items = [{"id": name} for name in _ids_of(asked["ids"])]
-            columns = {key: _counts_of(value, len(items)) for key, value in kept["counts"].items()}
-            for key, values in (columns | {"group": asked.get("groups", [])}).items():
-                for item, value in zip(items, values, strict=False):
-                    item[key] = value
-        settings = {"template": kept.get("template")}
+        asked = self.questions[kept["questions"]] if "questions" in kept else {"ids": []}
+        items: list[dict[str, Any]] = [{"id": name} for name in _ids_of(asked["ids"])]
+        for key, packed in kept.get("counts", {}).items():
+            for item, count in zip(items, _counts_of(packed, len(items)), strict=False):
+                item[key] = count
+            if not packed and not isinstance(packed, int):
+                for item in items:
+                    item[key] = item["correct"]
+        if "groups" in asked:
+            names = asked["groups"]["names"]
+            for item, at in zip(items, _counts_of(asked["groups"]["of"], len(items)), strict=True):
+                item["group"] = names[at]
+        settings = {"template": asked.get("template")}
         return {"format": 1, "metrics": {}, **kept, "items": items, "settings": settings}
+
+
+def _term(term: Mapping[str, Any]) -> dict[str, Any]:
+    plus = term["plus"]
+    told = {"run": Path(plus["run"]).name, "recipe": plus["recipe"]}
+    return {"weight": term["weight"], "plus": told}
 
 
 def runs_of_records(root: Path, problems: list[str]) -> list[Run]:
@@ -193,7 +231,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _keep_settings(folder: Path, settings: Any) -> None:
     path = folder / SETTINGS
-    held = _read(path) if path.exists() else {"format": FORMAT, "settings": {}}
+    held: dict[str, Any] = {"format": FORMAT, "settings": {}}
+    if path.exists():
+        held = _read(path)
     if hash_of(settings) not in held["settings"]:
         held["settings"][hash_of(settings)] = settings
         folder.mkdir(parents=True, exist_ok=True)
@@ -220,14 +260,17 @@ def _metrics(folder: Path, evaluated: set[int]) -> Iterator[dict[str, Any]]:
     """Costs and tokens where something was measured, and where RL begins."""
     lines = list(read_metrics(folder / "metrics.jsonl"))
     rl = next((i for i, line in enumerate(lines) if any(k[:3] == "rl/" for k in line)), None)
-    for number, line in enumerate(lines):
-        first = number == rl or (rl is not None and number == rl - 1)
-        if line["step"] in evaluated or first or number == len(lines) - 1:
-            kept = {key: value for key, value in line.items() if key.startswith(WHOLE)}
-            mark = [key for key in line if key[:3] == "rl/"][:1] if number == rl else []
-            loss = [key for key in line if key[:5] == "loss/"][:1]
-            kept |= {key: line[key] for key in (*mark, *loss)}
-            yield {"step": line["step"], **_rounded(kept)}
+    spent = [i for i, line in enumerate(lines) if any(k.startswith(WHOLE) for k in line)]
+    ends = [bisect_right(spent, i, key=lambda n: lines[n]["step"]) for i in evaluated]
+    last_before = {spent[end - 1] for end in (*ends, len(spent)) if end}
+    around_rl = set() if rl is None else {rl - 1, rl}
+    for number in sorted(n for n in last_before | around_rl | {len(lines) - 1} if n >= 0):
+        line = lines[number]
+        kept = {key: value for key, value in line.items() if key.startswith(WHOLE)}
+        mark = [key for key in line if key[:3] == "rl/"][:1] if number == rl else []
+        loss = [key for key in line if key[:5] == "loss/"][:1]
+        kept |= {key: line[key] for key in (*mark, *loss)}
+        yield {"step": line["step"], **_rounded(kept)}
 
 
 def _rounded(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -239,9 +282,12 @@ def _rounded(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _packed(counts: Sequence[int]) -> int | str | list[int]:
+    """One number where all are alike, hexadecimal digits of bits, a character each, or a list."""
     if len(set(counts)) == 1:
         return counts[0]
-    if min(counts) >= 0 and max(counts) < len(DIGITS):
+    if set(counts) == {0, 1}:
+        return f"{BITS}{int(''.join(map(str, counts)), 2):x}"
+    if counts and min(counts) >= 0 and max(counts) < len(DIGITS):
         return "".join(DIGITS[count] for count in counts)
     return list(counts)
 
@@ -249,6 +295,9 @@ def _packed(counts: Sequence[int]) -> int | str | list[int]:
 def _counts_of(packed: int | str | list[int], length: int) -> list[int]:
     if isinstance(packed, int):
         return [packed] * length
+    if isinstance(packed, str) and packed.startswith(BITS):
+        bits = int(packed.removeprefix(BITS), 16)
+        return [int(bit) for bit in f"{bits:0{length}b}"]
     return [DIGITS.index(c) for c in packed] if isinstance(packed, str) else packed
 
 

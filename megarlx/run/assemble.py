@@ -163,7 +163,11 @@ def assemble(
         chosen.choices,
         directory,
         mesh,
-        Trainer(model, [training_stage(stage, objectives) for stage in config.all_stages]),
+        Trainer(
+            model,
+            [training_stage(stage, objectives) for stage in config.all_stages],
+            keep.average_decay,
+        ),
         tokenizer,
         objectives.validation(),
         Saver(directory.checkpoints, mesh.world, retention),

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from megarlx import plug
-from megarlx.config.arguments import add_overrides, add_trust
+from megarlx.config.arguments import add_overrides, add_trust, add_weights
 from megarlx.printable import complain, printable
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_overrides(parser, "override a key of the run's configuration, as layout.tensor=2")
     add_trust(parser)
+    add_weights(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -61,7 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
         device = choose_device(config.training.device)
         launch.start(started, device, config.layout.time_limit_seconds)
         try:
-            _generate(arguments, open_run(reference, config, started, device))
+            opened = open_run(reference, config, started, device, weights=arguments.weights)
+            _generate(arguments, opened)
         finally:
             launch.stop()
     except ConfigError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from torch import Tensor
 
 from megarlx.checkpoint import WEIGHTS_ONLY, FlatShards, Loaded, load
 from megarlx.comm import launch
@@ -28,7 +29,7 @@ from megarlx.run.assemble import DTYPES, choose_layout, use_tf32
 from megarlx.run.begin import start_excursion
 from megarlx.run.branch import excursion_config
 from megarlx.run.choose import choose
-from megarlx.run.directory import RunDirectory, RunError
+from megarlx.run.directory import PREFIX_OF, RunDirectory, RunError, Weights
 from megarlx.run.learner import Learner, Samples
 from megarlx.run.reference import RunReference, tokens_of
 from megarlx.run.stopped import done
@@ -46,6 +47,7 @@ class OpenedRun:
     loaded: Loaded
     device: torch.device
     trusted: Collection[str] = ()  # names of code in the run's configuration
+    weights: Weights = "last"
     closing: ExitStack = field(default_factory=ExitStack, repr=False)  # what ends with the run
 
     def __enter__(self) -> Self:
@@ -237,7 +239,9 @@ class OpenedRun:
         config = excursion_config(self.reference.run, path, overrides, self.trusted)
         choose_layout(config, started.world_size)
         whole = self.reference, config, path, Path(out)
-        return done(start_excursion(*whole, started, self.device, fresh=fresh))
+        return done(
+            start_excursion(*whole, started, self.device, fresh=fresh, weights=self.weights)
+        )
 
     def report(self, folder: str | Path | None = None) -> Path:
         """The page about all runs in a folder; absent: the one that this run lies in."""
@@ -326,7 +330,11 @@ def open_tokenizer(run: Path, config: Config) -> Tokenizer:
 
 
 def open_model(
-    config: Config, checkpoint: Path, mesh: Mesh, device: torch.device
+    config: Config,
+    checkpoint: Path,
+    mesh: Mesh,
+    device: torch.device,
+    weights: Weights = "last",
 ) -> tuple[ParallelModel, Loaded]:
     layout = config.layout
     model = build_model(
@@ -341,22 +349,46 @@ def open_model(
         dtype=DTYPES[config.training.precision],
         device=device,
     )
-    return model, load_weights(model, checkpoint)
+    return model, load_weights(model, checkpoint, weights)
 
 
 @torch.no_grad()
-def load_weights(model: ParallelModel, checkpoint: Path) -> Loaded:
+def load_weights(model: ParallelModel, checkpoint: Path, weights: Weights = "last") -> Loaded:
     """Fills a model of any layout, without an optimizer; called by all ranks."""
     parallel = model.data_parallel
     shard = parallel.shard_of_weights()
     # Checkpoints hold master weights, which are wider than what a bf16 model computes with.
     masters = shard if shard.dtype == parallel.gradient_dtype else shard.to(parallel.gradient_dtype)
-    shards = FlatShards(parallel.layout, parallel.layouts, parallel.group.rank, {"": masters})
-    loaded = load(checkpoint, shards, model.mesh.world, ignore=WEIGHTS_ONLY)
+    loaded = _fill(masters, model, checkpoint, weights)
     if shard is not masters:
         shard.copy_(masters)
     parallel.gather_weights(shard)
     return loaded
+
+
+@torch.no_grad()
+def masters_of(model: ParallelModel, checkpoint: Path) -> Tensor:
+    """This rank's shard of a checkpoint's weights, beside the model; called by all ranks."""
+    parallel = model.data_parallel
+    masters = torch.zeros_like(parallel.shard_of_weights(), dtype=parallel.gradient_dtype)
+    _fill(masters, model, checkpoint, "last")
+    return masters
+
+
+@torch.no_grad()
+def put_weights(model: ParallelModel, masters: Tensor) -> None:
+    """Rounded as a checkpoint of them is, then to the model's type; on every rank."""
+    parallel = model.data_parallel
+    shard = parallel.shard_of_weights()
+    shard.copy_(masters.to(parallel.gradient_dtype))
+    parallel.gather_weights(shard)
+
+
+def _fill(masters: Tensor, model: ParallelModel, checkpoint: Path, weights: Weights) -> Loaded:
+    parallel, prefix = model.data_parallel, PREFIX_OF[weights]
+    shards = FlatShards(parallel.layout, parallel.layouts, parallel.group.rank, {prefix: masters})
+    ignore = () if prefix else WEIGHTS_ONLY
+    return load(checkpoint, shards, model.mesh.world, ignore=ignore, only=prefix)
 
 
 def open_run(
@@ -365,6 +397,7 @@ def open_run(
     started: launch.Launch,
     device: torch.device,
     trusted: Collection[str] = (),
+    weights: Weights = "last",
 ) -> OpenedRun:
     """Needs `launch.start` to have been called; `config` is `open_config`'s."""
     config = choose(config, this_machine(device)).config
@@ -379,6 +412,8 @@ def open_run(
         timeout_seconds=config.layout.time_limit_seconds,
         device=device,
     )
-    model, loaded = open_model(config, reference.checkpoint, mesh, device)
+    model, loaded = open_model(config, reference.checkpoint, mesh, device, weights)
     template = template_of(config.template)
-    return OpenedRun(reference, config, tokenizer, template, model, loaded, device, trusted)
+    return OpenedRun(
+        *(reference, config, tokenizer, template, model, loaded, device, trusted, weights)
+    )

@@ -106,6 +106,11 @@ def measured(
     """Of every suite, on every rank. With `keep`, results are written into the run's folder, and
     those that are there are not computed again."""
     run = opened.reference.run
+    if opened.weights != "last":  # results of both are kept side by side
+        named = (
+            s.model_copy(update={"name": f"{s.name}_{opened.weights}"}) for s in evaluation.suites
+        )
+        evaluation = evaluation.model_copy(update={"suites": tuple(named)})
     start = RunDirectory(run).parent
     parent = None if start is None else Parent(Path(start.run), start.iteration)
     subject = Subject(

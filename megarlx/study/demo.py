@@ -66,8 +66,9 @@ def run(arguments: argparse.Namespace) -> int:
     if code not in (0, LEFT):
         return code
     records = None if config.records is None else Path(config.records)
-    told = {"directory": Path(config.out), "records": records, "out": None, "claims": []}
-    shown = report(argparse.Namespace(**told))
+    shown = report(
+        argparse.Namespace(directory=Path(config.out), records=records, out=None, claims=[])
+    )
     if code or shown:
         return code or shown
     trunk = next(job.out for job in jobs if job.out is not None)

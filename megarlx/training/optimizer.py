@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarlx.checkpoint import FROZEN, FlatShards
+from megarlx.checkpoint import AVERAGE, FROZEN, FlatShards
 from megarlx.comm.collectives import all_reduce_, broadcast_
 from megarlx.comm.groups import Group
 from megarlx.ops.averaging import average_adamw_
@@ -61,12 +61,14 @@ class Optimizer:
         combination: Combination = weighted_sum,
         waiting: Mapping[str, UpdateSettings] | None = None,
         frozen: Mapping[str, Tensor] | None = None,
+        average: Tensor | None = None,
         replicas: Group | None = None,
         local_steps: bool = False,
         whole_tensors: Callable[[Wanted], WholeTensors] | None = None,
     ) -> None:
         """`waiting` objectives are not trained, but keep their state for later; `frozen` shards
-        are saved and restored beside the weights (a reference policy's, say)."""
+        are saved and restored beside the weights (a reference policy's, say), as is the weights'
+        `average`."""
         if not settings:
             raise ValueError("an optimizer needs at least one objective")
         self.data_parallel, self.settings = data_parallel, dict(settings)
@@ -118,6 +120,7 @@ class Optimizer:
             {"": self.master}
             | dict(self.kept.named(here))
             | {f"{FROZEN}{name}/": shard for name, shard in self.frozen.items()}
+            | ({} if average is None else {AVERAGE: average})
         )
 
     def _shards(self, shards: Mapping[str, Tensor]) -> FlatShards:
@@ -357,9 +360,10 @@ class Optimizer:
         self.kept.restore(state, self.owners if owners is None else owners)
         self.masters.to_weights()
 
-    def starting_shards(self, going_on: Sequence[str]) -> FlatShards:
-        """What a run takes over from the run it branches from: weights, and some states."""
-        return self._shards({"": self.master, **dict(self.kept.named(going_on))})
+    def starting_shards(self, going_on: Sequence[str], weights: str = "") -> FlatShards:
+        """What a run takes over from the run it branches from: weights, those whose names begin
+        so, and some states."""
+        return self._shards({weights: self.master, **dict(self.kept.named(going_on))})
 
     @torch.no_grad()
     def take_over(self, before: Optimizer, owners: Sequence[str]) -> None:

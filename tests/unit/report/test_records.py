@@ -91,16 +91,17 @@ def test_counts_of_any_size_come_back(tmp_path: Path) -> None:
     (path,) = (run / "evaluations").glob("*1000.math.json")
     held = json.loads(path.read_text())
     names = [f"q{i}" for i in range(3)]
-    for counts in ([0, 3, 35], [0, 36, 64], [5, 5, 5]):
-        held["items"] = [
-            {"id": name, "samples": 64, "correct": count, "marked": 64, "group": "easy"}
-            for name, count in zip(names, counts, strict=True)
-        ]
-        path.write_text(json.dumps(held))
-        (found,) = Study.of(recorded(run, tmp_path / f"{counts[1]}")).runs
-        (first, _) = found.course("math")
-        assert list(first.items) == held["items"]
-        assert first.groups == dict.fromkeys(names, "easy")
+    for counts in ([0, 3, 35], [0, 36, 64], [5, 5, 5], [0, 1, 0], [1, 0, 0]):
+        for right in (counts, [0, 0, 0]):
+            held["items"] = [
+                {"id": n, "samples": 64, "correct": c, "marked_correct": r, "group": g}
+                for n, c, r, g in zip(names, counts, right, ("easy", "hard", "easy"), strict=True)
+            ]
+            path.write_text(json.dumps(held))
+            (found,) = Study.of(recorded(run, tmp_path / f"{counts}{right}")).runs
+            (first, _) = found.course("math")
+            assert list(first.items) == held["items"]
+            assert first.groups == {"q0": "easy", "q1": "hard", "q2": "easy"}
 
 
 def test_damaged_records_are_named(tmp_path: Path) -> None:
