@@ -44,6 +44,13 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "merge": Command("megarlx.run.merge_command", "the mean of several checkpoints' weights"),
     "demo": Command("megarlx.study.demo", "a trunk, excursions and their report, in minutes"),
+    "convert": Command(
+        "megarlx.hf.convert_command", "a Hugging Face model into a run, a run into one"
+    ),
+    "prepare": Command("megarlx.data.prepare_command", "texts into token files"),
+    "inspect": Command(
+        "megarlx.run.inspect_command", "what a checkpoint holds; what of a test stands in the data"
+    ),
     "study": Command("megarlx.study.command", "what decides how the study is run: gate, tuning"),
     "sweep": Command("megarlx.sweeps.command", "all runs of a study, resumed where they stopped"),
     "report": Command("megarlx.report.command", "figures, a page and summary.json of many runs"),

@@ -37,6 +37,8 @@ ACTIVATIONS = {
     "gelu_tanh": (("gelu_pytorch_tanh",), "ops.elementwise.geglu"),
 }
 
+TYPE_NAMES = ("float32", "float64", "bfloat16", "float16")  # of the tensors in a folder of theirs
+
 # Keys whose value every family has; all but these may be left out of `values`.
 PLAIN: dict[str, Any] = {
     "norm_position": "pre",

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch import Tensor
 
-from megarlx.checkpoint import WEIGHTS_ONLY, FlatShards, Loaded, load
+from megarlx.checkpoint import Loaded
 from megarlx.comm import launch
 from megarlx.comm.groups import Mesh
-from megarlx.config import Config, load_config
+from megarlx.config import Config
 from megarlx.config.objectives import PRETRAINING, WRITE_TEMPLATE, unknown_template
 from megarlx.config.trust import check_trust, names_in
 from megarlx.data.conversations import Template, Turn
@@ -22,14 +22,19 @@ from megarlx.generation.interface import generator_of
 from megarlx.generation.requests import Request, SamplingSettings
 from megarlx.generation.stop import text_of
 from megarlx.generation.text import TextPiece, stream_texts
-from megarlx.model.build import ParallelModel, build_model
+from megarlx.model.build import ParallelModel
 from megarlx.model.machine import this_machine
-from megarlx.run.assemble import DTYPES, choose_layout, use_tf32
+from megarlx.run.assemble import choose_layout, use_tf32
+from megarlx.run.begin import start_excursion
+from megarlx.run.branch import excursion_config
 from megarlx.run.choose import choose
-from megarlx.run.directory import PREFIX_OF, RunDirectory, RunError, Weights
+from megarlx.run.directory import RunError, Weights
+from megarlx.run.learner import Learner, Samples
+from megarlx.run.opening import open_model, open_tokenizer
 from megarlx.run.reference import RunReference, tokens_of
+from megarlx.run.stopped import done
 from megarlx.run.suites import chosen, made_suites, measured
-from megarlx.run.tokenizer import load_tokenizer_of, template_of, templates_of
+from megarlx.run.tokenizer import template_of, templates_of
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,17 @@ class OpenedRun:
     device: torch.device
     trusted: Collection[str] = ()  # names of code in the run's configuration
     weights: Weights = "last"
+    closing: ExitStack = field(default_factory=ExitStack, repr=False)  # what ends with the run
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the communication with other processes. `with megarlx.open(…) as run` does it."""
+        self.closing.close()
 
     @property
     def tokens(self) -> dict[str, int]:
@@ -82,6 +98,37 @@ class OpenedRun:
         raw              give prompts as they stand; so it is too where the run has no template
         template         one of the run's [templates] in its place
         """
+        return self.sample(
+            prompts,
+            samples=samples,
+            temperature=temperature,
+            top_p=top_p,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            number=number,
+            raw=raw,
+            template=template,
+            generator=generator,
+        ).texts
+
+    def sample(
+        self,
+        prompts: Sequence[str | Sequence[Turn]],
+        *,
+        samples: int = 1,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        max_new_tokens: int | None = 128,
+        seed: int = 0,
+        number: int = 0,
+        raw: bool = False,
+        template: str | None = None,
+        generator: str = "engine",
+    ) -> Samples:
+        """As `generate`, with the tokens and their log-probabilities: what a learner's step takes.
+
+        Another seed gives other samples.
+        """
         sampling = self._sampling(temperature, top_p)
         every = [self.prompt_ids(prompt, raw=raw, template=template) for prompt in prompts]
         requests = [
@@ -99,7 +146,31 @@ class OpenedRun:
         )
         decode = self.tokenizer.decode_sampled
         texts = [text_of(one.tokens.tolist(), sampling, decode) for one in made]
-        return [texts[at * samples : (at + 1) * samples] for at in range(len(prompts))]
+        by_prompt = [texts[at * samples : (at + 1) * samples] for at in range(len(prompts))]
+        return Samples(by_prompt, tuple(made), sampling.temperature)
+
+    def learner(
+        self,
+        lr: float,
+        *,
+        policy: Mapping[str, Any] | None = None,
+        temperature: float = 1.0,
+        weight_decay: float = 0.0,
+        tokens_per_microbatch: int = 4096,
+    ) -> Learner:
+        """For a loop of RL of one's own: `step(samples, rewards)` changes the opened run's weights,
+        and no file.
+
+        policy   keys of [rl.policy], as {"preset": "dr_grpo"}
+        """
+        return Learner(
+            self,
+            lr,
+            policy=policy,
+            temperature=temperature,
+            weight_decay=weight_decay,
+            tokens_per_microbatch=tokens_per_microbatch,
+        )
 
     def stream(
         self,
@@ -213,6 +284,35 @@ class OpenedRun:
         results = measured(self, evaluation, templates, made, keep=keep)
         return {result["suite"]: result for result in results}
 
+    def branch(
+        self,
+        recipe: str | Path,
+        out: str | Path,
+        overrides: Sequence[str] = (),
+        *,
+        fresh: bool = False,
+    ) -> bool:
+        """An excursion from the checkpoint as it lies on the disk; returns and raises what
+        `megarlx.branch` does. Both models are in memory meanwhile.
+
+        overrides   as behind --set: "stages.0.steps=100"
+        fresh       refuse a folder that already holds checkpoints
+        """
+        path, started = Path(recipe), launch.read()
+        config = excursion_config(self.reference.run, path, overrides, self.trusted)
+        choose_layout(config, started.world_size)
+        whole = self.reference, config, path, Path(out)
+        return done(
+            start_excursion(*whole, started, self.device, fresh=fresh, weights=self.weights)
+        )
+
+    def report(self, folder: str | Path | None = None) -> Path:
+        """The page about all runs in a folder; absent: the one that this run lies in."""
+        import megarlx
+
+        page: Path = megarlx.report_on(folder or self.reference.run.parent)
+        return page
+
     def _named(self, template: str) -> Template:
         known = templates_of(self.config)
         if template not in known:
@@ -238,120 +338,6 @@ class OpenedRun:
                 f"model.max_sequence_length allows 1 to {room}"
             )
         return new
-
-
-def open_config(
-    run: Path,
-    processes: int,
-    overrides: Sequence[str] = (),
-    *,
-    uses: Collection[str] = (),
-    trusted: Collection[str] = (),
-    device: str = "auto",
-) -> Config:
-    """The run's configuration in a layout for so many processes.
-
-    The run may have been made by somebody else: code that it names in [model], [data] and `uses`
-    has to be `trusted`. The run's own tensor and pipeline sizes hold where they divide the
-    processes, else every process holds the whole model; `layout.…` overrides replace both.
-    """
-    path = run / "resolved.json"
-    if not path.exists():
-        raise RunError(f"{run} holds no resolved.json: what its model looks like is not known")
-    given = load_config(path, trusted=trusted)
-    check_trust(names_in(given, {"model", "data", *uses}), str(run), trusted)
-    own = given.layout
-    model = own.tensor * own.pipeline
-    # Whether micro-batches come out even is a question of training only, and torch's layers take
-    # the weights of Transformer Engine's. What the model computes in stays.
-    reset = [
-        f"training.device={device}",
-        f"training.sequences_per_step={processes}",
-        "training.sequences_per_microbatch=1",
-        *("training.layers=torch", "training.attention=auto", "training.fp8=none"),
-    ]
-    if any(o.startswith("layout.") for o in overrides) or processes % model:
-        reset.append("layout={}")
-    elif own.schedule == "zbv":  # nothing is trained here, and a V cannot generate
-        sizes = f"tensor = {own.tensor}, pipeline = {own.pipeline}, data = {processes // model}"
-        split = str(own.sequence_parallel).lower()
-        reset.append(f"layout={{ {sizes}, sequence_parallel = {split} }}")
-    else:
-        reset += ["layout.replica=1", f"layout.data={processes // model}"]
-    return load_config(path, [*reset, *overrides])
-
-
-def open_tokenizer(run: Path, config: Config) -> Tokenizer:
-    """The one kept with the run; for runs that keep none, where their data was prepared."""
-    found = load_tokenizer_of(config, RunDirectory(run))
-    if found is None:
-        raise RunError(
-            f"{run} keeps no tokenizer.json, and its configuration names no data.tokenizer: "
-            "there is no way from text to tokens"
-        )
-    return found
-
-
-def open_model(
-    config: Config,
-    checkpoint: Path,
-    mesh: Mesh,
-    device: torch.device,
-    weights: Weights = "last",
-) -> tuple[ParallelModel, Loaded]:
-    layout = config.layout
-    model = build_model(
-        config.model,
-        mesh,
-        seed=config.training.seed,
-        schedule=layout.schedule,
-        virtual_stages=layout.virtual_stages,
-        layers_per_stage=layout.layers_per_stage,
-        sequence_parallel=layout.sequence_parallel,
-        attention=config.training.attention,
-        dtype=DTYPES[config.training.precision],
-        device=device,
-    )
-    return model, load_weights(model, checkpoint, weights)
-
-
-@torch.no_grad()
-def load_weights(model: ParallelModel, checkpoint: Path, weights: Weights = "last") -> Loaded:
-    """Fills a model of any layout, without an optimizer; called by all ranks."""
-    parallel = model.data_parallel
-    shard = parallel.shard_of_weights()
-    # Checkpoints hold master weights, which are wider than what a bf16 model computes with.
-    masters = shard if shard.dtype == parallel.gradient_dtype else shard.to(parallel.gradient_dtype)
-    loaded = _fill(masters, model, checkpoint, weights)
-    if shard is not masters:
-        shard.copy_(masters)
-    parallel.gather_weights(shard)
-    return loaded
-
-
-@torch.no_grad()
-def masters_of(model: ParallelModel, checkpoint: Path) -> Tensor:
-    """This rank's shard of a checkpoint's weights, beside the model; called by all ranks."""
-    parallel = model.data_parallel
-    masters = torch.zeros_like(parallel.shard_of_weights(), dtype=parallel.gradient_dtype)
-    _fill(masters, model, checkpoint, "last")
-    return masters
-
-
-@torch.no_grad()
-def put_weights(model: ParallelModel, masters: Tensor) -> None:
-    """Rounded as a checkpoint of them is, then to the model's type; on every rank."""
-    parallel = model.data_parallel
-    shard = parallel.shard_of_weights()
-    shard.copy_(masters.to(parallel.gradient_dtype))
-    parallel.gather_weights(shard)
-
-
-def _fill(masters: Tensor, model: ParallelModel, checkpoint: Path, weights: Weights) -> Loaded:
-    parallel, prefix = model.data_parallel, PREFIX_OF[weights]
-    shards = FlatShards(parallel.layout, parallel.layouts, parallel.group.rank, {prefix: masters})
-    ignore = () if prefix else WEIGHTS_ONLY
-    return load(checkpoint, shards, model.mesh.world, ignore=ignore, only=prefix)
 
 
 def open_run(
