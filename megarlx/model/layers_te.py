@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformer_engine.pytorch as te
@@ -49,6 +49,7 @@ class _Linear(te.Linear):
     it is added to `main_grad`, which is `.grad`, and a layer with a bias does not wait.
     """
 
+    READ: ClassVar[tuple[str, ...]] = ()  # features.py
     _by_product = False
 
     def __init__(
@@ -136,6 +137,8 @@ class RowLinear(_Linear):
 
 class RMSNorm(te.RMSNorm):
     """Over the last dimension; a residual is added to the result."""
+
+    READ: ClassVar[tuple[str, ...]] = ("plus_one",)
 
     def __init__(
         self,
