@@ -67,6 +67,7 @@ KINDS: dict[str, Kind] = {
             "grpo": "megarlx.rollouts.advantages:grpo",
             "dr_grpo": "megarlx.rollouts.advantages:dr_grpo",
             "rloo": "megarlx.rollouts.advantages:rloo",
+            "maxrl": "megarlx.rollouts.advantages:maxrl",
             "gigpo": "megarlx.rollouts.advantages:gigpo",
         },
     ),

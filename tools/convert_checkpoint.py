@@ -38,6 +38,7 @@ def arguments(argv: list[str] | None = None) -> Asked:
     add("--iteration", type=int, help="that the checkpoint gets (default: 0)")
     add("--tokens", help="seen in pre-training until then, as 4B or 4194304000 (default: 0)")
     add("--layout", metavar="tp,pp,dp", help="write the files that a run in this layout would")
+    add("--weights", choices=("last", "average"), default="last", help="of the checkpoint, for hf")
     add("--dtype", choices=tuple(TYPES), help="of the tensors in hf (default: nothing is rounded)")
     add("--verify", action="store_true", help="compare logits with transformers on random tokens")
     add("--tolerance", type=float, default=1e-4, help="of --verify, relative (default: 1e-4)")
@@ -57,6 +58,8 @@ def arguments(argv: list[str] | None = None) -> Asked:
         parser.error("--into needs --iteration and --tokens")
     if asked.verify and asked.kind_from == asked.kind_to:
         parser.error("--verify compares with Hugging Face, and neither side is one")
+    if asked.weights != "last" and (asked.kind_from, asked.kind_to) != ("megarlx", "hf"):
+        parser.error("--weights is for --from megarlx --to hf")
     if asked.file_megabytes <= 0 or (asked.files_at_once or 1) < 1:
         parser.error("--file-megabytes must be above 0, --files-at-once at least 1")
     return Asked(
@@ -67,6 +70,7 @@ def arguments(argv: list[str] | None = None) -> Asked:
         iteration=asked.iteration or 0,
         tokens=asked.tokens or "0",
         layout=asked.layout,
+        weights=asked.weights,
         dtype=asked.dtype,
         verify=asked.verify,
         tolerance=asked.tolerance,

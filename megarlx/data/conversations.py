@@ -58,7 +58,8 @@ class Template:
 
     `opening` is what the model is given before each of its answers. All of `assistant`, and after
     it the token that ends a document, is what it learns to say itself. Special tokens of the
-    tokenizer may be written in the template; in the content of a turn they stay plain text.
+    tokenizer, and <reserved_0> and so on, may be written in the template; in the content of a turn
+    they stay plain text.
     """
 
     user: str
@@ -79,7 +80,7 @@ class Template:
         for turn in turns:
             given, said = self._turn_ids(turn, tokenizer)
             ids += given + said
-        return ids + tokenizer.encode(self.opening, specials=True)
+        return ids + tokenizer.encode_frame(self.opening)
 
     def encode(
         self, conversation: Conversation, tokenizer: Tokenizer
@@ -97,16 +98,16 @@ class Template:
         ids = self._written(getattr(self, turn.role), turn.content, tokenizer)
         if turn.role != "assistant":
             return ids, []
-        return tokenizer.encode(self.opening, specials=True), [*ids, tokenizer.eos_id]
+        return tokenizer.encode_frame(self.opening), [*ids, tokenizer.eos_id]
 
     @staticmethod
     def _written(frame: str, content: str, tokenizer: Tokenizer) -> list[int]:
         """In one piece, so that words meet as they do in running text; in three where the frame
         holds special tokens, which the content must not be able to write."""
         before, after = frame.split(PLACE)
-        if not any(tokenizer.has_specials(part) for part in (before, after)):
+        if not any(tokenizer.has_frame(part) for part in (before, after)):
             return tokenizer.encode(before + content + after)
-        first, last = (tokenizer.encode(part, specials=True) for part in (before, after))
+        first, last = (tokenizer.encode_frame(part) for part in (before, after))
         return first + tokenizer.encode(content) + last
 
 

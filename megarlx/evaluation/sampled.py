@@ -107,7 +107,7 @@ def play(
             episodes = player.play(starts, settings, seed, group)
             for at, i in enumerate(part):
                 own = tuple(episodes[at * n : (at + 1) * n])
-                lines = (player.game.example(one) for one in own[:kept_samples])
+                lines = (player.example(one) for one in own[:kept_samples])
                 shown = tuple({**line, "id": questions[i].id} for line in lines)
                 found.append(Played(questions[i], own, shown))
             if progress is not None:

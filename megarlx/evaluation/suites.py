@@ -117,7 +117,8 @@ def _suite(
 
 def settings_of(subject: Subject, config: EvaluationConfig, suite: SuiteConfig) -> dict[str, Any]:
     """All that a result depends on."""
-    template = subject.template if suite.uses_template or not suite.is_ours else None
+    asked_in = suite.uses_template or not suite.is_ours
+    template = subject.template_of(suite) if asked_in else None
     return {
         "suite": redacted(suite.model_dump(mode="json")),
         "seed": config.seed,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from megarlx.checkpoint.manifest import Manifest, SavedFile
+from megarlx.checkpoint.storage import AVERAGE
 from megarlx.checkpoint.verify import check_digests
 from megarlx.comm.groups import Layout
 from megarlx.comm.share import Share
@@ -30,7 +31,7 @@ from megarlx.hf.plan import (
     hugging_face_files,
     saved_tensors,
 )
-from megarlx.hf.sources import CheckpointSource, HuggingFaceFolder, TensorSource
+from megarlx.hf.sources import AveragedSource, CheckpointSource, HuggingFaceFolder, TensorSource
 from megarlx.hf.tokenizer_files import kept_files, tokenizer_of_run
 from megarlx.hf.trunk import (
     CONVERTING,
@@ -59,6 +60,7 @@ class Asked:
     iteration: int = 0
     tokens: str = "0"
     layout: str | None = None
+    weights: str = "last"
     dtype: str | None = None
     verify: bool = False
     tolerance: float = 1e-4
@@ -81,7 +83,8 @@ class Converter:
         if self.asked.kind_from == "hf":
             return self._from_hugging_face()
         checkpoint = find_checkpoint(self.asked.source)
-        source = CheckpointSource(checkpoint)
+        averaged = self.asked.weights == "average"
+        source = AveragedSource(checkpoint) if averaged else CheckpointSource(checkpoint)
         model = model_of_run(run_of(checkpoint))
         source.check_model(model)
         if self.asked.kind_to == "hf":
@@ -147,9 +150,10 @@ class Converter:
             source,
             hugging_face_files(names, shapes, dtypes, asked.file_bytes),
             export.working_folder(asked.target),
-            {"checkpoint": source.manifest.digest},
+            {"checkpoint": source.manifest.digest, "weights": asked.weights},
         )
-        used = {c.file for name in names for c in source.manifest.tensors[name].chunks}
+        prefix = AVERAGE if asked.weights == "average" else ""
+        used = {c.file for name in names for c in source.manifest.tensors[prefix + name].chunks}
         self._check_digests(source, used)
 
         def check() -> bool:

@@ -12,8 +12,16 @@ from megarlx import plug
 from megarlx.config.objectives import PLACE, TemplateConfig
 from megarlx.config.run_sections import DataConfig
 from megarlx.data.making import made
-from megarlx.data.tokenizer import EOS, ByteTokenizer, Tokenizer, WordTokenizer, load_tokenizer
+from megarlx.data.tokenizer import (
+    EOS,
+    RESERVED,
+    ByteTokenizer,
+    Tokenizer,
+    WordTokenizer,
+    load_tokenizer,
+)
 from megarlx.hf.config_map import read_json
+from megarlx.hf.errors import ConversionError
 
 CHAT_TEMPLATE = "chat_template.jinja"
 # What comes with a model besides its tensors, and goes back with it.
@@ -53,6 +61,12 @@ def hugging_face_tokenizer(tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[s
 def chat_template(template: TemplateConfig) -> str:
     """A run's [template] in Jinja, for `apply_chat_template`: the text whose ids it was trained on,
     `add_generation_prompt` for what stands before an answer."""
+    texts = (template.user, template.system, template.opening, template.assistant)
+    if any(RESERVED.search(text) for text in texts):
+        raise ConversionError(
+            "the template writes reserved tokens, which have no text in a tokenizer of Hugging "
+            "Face; allowed is a template without them"
+        )
 
     def literal(text: str) -> str:
         return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""

@@ -221,6 +221,7 @@ def _print_memory(plan: Plan, console: Console) -> None:
 
 def _shards(held: Held) -> str:
     names = {"states": "of update rules", "locals": "local masters", "frozen": "references"}
+    names |= {"outer": "for outer steps", "masks": "masks of a byte each"}
     return ", ".join(
         f"{count} {names.get(kind, kind)}" for kind, count in asdict(held).items() if count
     ).replace("exchange", "to exchange updates")

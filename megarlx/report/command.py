@@ -16,7 +16,7 @@ from rich.table import Table
 from megarlx import plug
 from megarlx.data.token_files import write_atomically
 from megarlx.printable import complain, printable
-from megarlx.report.claims import SEEDS_NEEDED, Finding
+from megarlx.report.claims import TRUNKS_NEEDED, Finding
 from megarlx.report.runs import Evaluation, ReportError
 from megarlx.report.settings import quantity
 from megarlx.report.study import BASE, KS, Cell, Study
@@ -33,6 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="DIR", help="where the report goes (default: DIR/report)"
     )
     parser.add_argument(
+        "--records",
+        type=Path,
+        metavar="DIR",
+        help="records of a sweep: they tell of runs that are not in the first folder",
+    )
+    parser.add_argument(
         "--claim",
         action="append",
         default=[],
@@ -45,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     out = arguments.out or arguments.directory / FOLDER
     try:
-        study = Study.of(arguments.directory)
+        study = Study.of(arguments.directory, arguments.records)
         findings = write_report(study, out, arguments.claims)
     except (ReportError, plug.PlugError, OSError) as error:
         complain(f"megarlx report: {error}")
@@ -121,8 +127,8 @@ def write_report(study: Study, out: Path, claims: Sequence[str] = ()) -> dict[st
 def _print(study: Study, findings: dict[str, Finding], out: Path) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     console.print(_results(study))
-    if len(study.seeds) < SEEDS_NEEDED:
-        console.print("One seed: no verdict on the claims of the paper is made.")
+    if len(study.trunks) < TRUNKS_NEEDED:
+        console.print("One trunk: no verdict on the claims of the paper is made.")
     else:
         table = Table(box=None, pad_edge=False)
         for name in ("", "claim", "verdict"):

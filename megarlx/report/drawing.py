@@ -16,6 +16,7 @@ from matplotlib.ticker import FuncFormatter
 
 from megarlx.evaluation.bootstrap import Interval
 from megarlx.report.settings import quantity
+from megarlx.report.student import TrunkInterval
 from megarlx.report.style import WIDTH_INCHES, look_of
 
 Table = list[list[str]]  # the first row is the head
@@ -128,7 +129,7 @@ def save(figure: Figure, folder: Path) -> None:
     figure.canvas.savefig(folder / f"{figure.name}.svg", metadata={"Date": None})
 
 
-def with_interval(interval: Interval | None, digits: int = 1) -> str:
+def with_interval(interval: Interval | TrunkInterval | None, digits: int = 1) -> str:
     if interval is None:
         return "–"
     text = f"{interval.estimate:.{digits}f}"

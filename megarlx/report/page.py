@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from megarlx.printable import printable
-from megarlx.report.claims import SEEDS_NEEDED, Finding
+from megarlx.report.claims import TRUNKS_NEEDED, Finding
 from megarlx.report.drawing import Figure, Table
 from megarlx.report.samples import Example
 from megarlx.report.settings import quantity
@@ -84,7 +84,7 @@ def page(
     sections = [*_figure_sections(figures), ("lineage", "Lineage", _lineage(study))]
     claims = ("predicates", "The claims", _claims(study, findings))
     # With one seed nothing is claimed: the numbers come first.
-    sections.insert(0 if len(study.seeds) >= SEEDS_NEEDED else len(sections) - 1, claims)
+    sections.insert(0 if len(study.trunks) >= TRUNKS_NEEDED else len(sections) - 1, claims)
     if examples:
         sections.append(("samples", "Completions", _examples(examples)))
     links = "".join(f'<a href="#{text(i)}">{text(t)}</a>' for i, t, _ in sections)
@@ -113,8 +113,8 @@ def _facts(study: Study) -> str:
         f"{suites}; settings {study.settings_hash[:12]}."
     )
     found = [f'<p class="facts">{text(facts)}</p>']
-    if len(study.seeds) < SEEDS_NEEDED:
-        found.append('<p class="note">One seed: numbers are shown, no verdict is claimed.</p>')
+    if len(study.trunks) < TRUNKS_NEEDED:
+        found.append('<p class="note">One trunk: numbers are shown, no verdict is claimed.</p>')
     missing = study.missing()
     if missing:
         rows = "".join(f"<li>{text(line)}</li>" for line in missing)
@@ -135,7 +135,7 @@ def _plural(things: Sequence[Any], noun: str) -> str:
 
 
 def _claims(study: Study, findings: dict[str, Finding]) -> str:
-    head = ["", "verdict", "claim of the paper", "difference in points, 95% interval", "why"]
+    head = ["", "verdict", "claim of the paper", "difference in points", "why"]
     rows = []
     for name, finding in findings.items():
         sign = f"{SIGNS[finding.verdict]} {finding.verdict}"
@@ -148,9 +148,12 @@ def _claims(study: Study, findings: dict[str, Finding]) -> str:
             f'<td class="wrap">{text(_why(finding))}</td></tr>'
         )
     told = (
-        "A claim is held where all of the paired 95% interval over questions, pooled over "
-        "checkpoints and seeds, lies in what the claim allows; not held where none of it does. A "
-        "cell counts only where SFT's pass@1 is more than twice guessing. All evidence is in "
+        "A claim is held where all of the 95% t-interval over trunks lies in what the claim "
+        "allows; not held where none of it does. Of a trunk, its mean over questions and "
+        "checkpoints counts. Beside it stand the 95% interval over questions, for these trunks, "
+        "and how many trunks lie above 0. Two trunks rarely decide: their interval is 12.7 "
+        "standard errors to each side. A cell counts only where SFT's pass@1 is more than twice "
+        "guessing. All evidence is in "
     )
     return (
         f'<p>{text(told)}<a href="summary.json">summary.json</a>.</p>'
@@ -162,9 +165,17 @@ def _claims(study: Study, findings: dict[str, Finding]) -> str:
 def _difference(comparison: dict[str, Any]) -> str:
     if comparison["points"] is None:
         return f"{comparison['difference']}: –"
-    low, high = (math.inf if v is None else v for v in comparison["interval"])
-    around = f" [{low:+.1f}, {high:+.1f}]" if math.isfinite(low) and math.isfinite(high) else ""
-    return f"{comparison['difference']}: {comparison['points']:+.1f}{around}"
+    these = _between(comparison["these_trunks"]["interval_over_questions"])
+    trunks, above = comparison["trunks"], comparison["signs"]["above"]
+    return (
+        f"{comparison['difference']}: {comparison['points']:+.1f}"
+        f"{_between(comparison['interval'])}; these trunks{these}; {above} of {trunks} above 0"
+    )
+
+
+def _between(bounds: list[float | None]) -> str:
+    low, high = (math.inf if v is None else v for v in bounds)
+    return f" [{low:+.1f}, {high:+.1f}]" if math.isfinite(low) and math.isfinite(high) else ""
 
 
 def _why(finding: Finding) -> str:
@@ -177,6 +188,8 @@ def _why(finding: Finding) -> str:
     for metric, points in finding.evidence.get("since_the_checkpoint", {}).items():
         if points is not None:
             parts.append(f"{metric} since the checkpoint {points:+.1f}")
+    if direction := finding.evidence.get("direction"):
+        parts.append(f"{direction['claim']}: {direction['verdict']}")
     if counted:
         parts.append(f"{_count(counted, 'cell')} compared")
     if left_out:

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 from megarlx.evaluation.readiness import PROBE
+from megarlx.report.records import runs_of_records, with_recorded
 from megarlx.report.runs import (
     ACCURACY_KINDS,
     AGENT,
@@ -85,14 +86,21 @@ class Study:
         self.root, self.runs, self.problems = root, runs, list(problems)
 
     @staticmethod
-    def of(root: Path) -> Study:
-        """The runs below a folder, and those elsewhere that they started from."""
+    def of(root: Path, records: Path | None = None) -> Study:
+        """The runs below a folder, and those elsewhere that they started from; and what records,
+        below it or in a folder of their own, tell of runs that are not there."""
         study = Study(root, *find_runs(root))
         while elsewhere := study._ancestors_elsewhere():
             found = [read_run(path, root, study.problems) for path in elsewhere]
             if not (read := [run for run in found if run is not None]):
                 break
             study = Study(root, [*study.runs, *read], study.problems)
+        for folder in (root, records):
+            recorded = [] if folder is None else runs_of_records(folder, study.problems)
+            study = Study(root, with_recorded(study.runs, recorded), study.problems)
+        if not study.runs:
+            detail = "".join(f"\n  {problem}" for problem in study.problems)
+            raise ReportError(f"{root} holds no run: no lineage.json in it or below it{detail}")
         return study
 
     @property

@@ -14,9 +14,13 @@ from megarlx.comm import launch
 from megarlx.config import load_config
 from megarlx.run.begin import start, start_excursion
 from megarlx.run.branch import excursion_config
+from megarlx.run.directory import Weights
+from megarlx.run.merge import merged
 from megarlx.run.opened import OpenedRun, open_config, open_run
 from megarlx.run.reference import resolve
 from megarlx.run.session import launched
+from megarlx.run.sums import write_sum
+from megarlx.run.transplant import Asked, make
 
 
 def train(
@@ -43,16 +47,53 @@ def branch(
     *,
     trusted: Collection[str] = (),
     fresh: bool = False,
+    weights: Weights = "last",
 ) -> bool:
     """An excursion from RUN@ITERATION by a recipe; returns and raises what `train` does.
 
     trusted   names of code in the run's configuration that may be used, as behind --trust
+    weights   those of the checkpoint's step, or their moving average where it keeps one
     """
     reference, path = resolve(run), Path(recipe)
     config = excursion_config(reference.run, path, overrides, trusted)
     with launched(config) as (started, device):
         whole = reference, config, path, Path(out)
-        return _done(start_excursion(*whole, started, device, fresh=fresh))
+        return _done(start_excursion(*whole, started, device, fresh=fresh, weights=weights))
+
+
+def transplant(
+    excursions: Sequence[str],
+    onto: str,
+    out: str | Path,
+    *,
+    alpha: float | Sequence[float] = 1.0,
+    starts: Sequence[str] = (),
+    trusted: Collection[str] = (),
+) -> bool:
+    """A run of the weights θ_onto + Σ alpha (θ_excursion − θ_start); False where it is there.
+
+    alpha    one for all, or one each
+    starts   checkpoints, one for all or one each; none: those that the excursions branched from
+    """
+    given = [alpha] if isinstance(alpha, int | float) else list(alpha)
+    asked = Asked(excursions, onto, Path(out), given, starts, trusted=trusted)
+    return make(asked)
+
+
+def merge(
+    runs: Sequence[str],
+    out: str | Path,
+    *,
+    shares: Sequence[float] = (),
+    trusted: Collection[str] = (),
+) -> bool:
+    """A run of the mean of checkpoints' weights; False where it is there already.
+
+    shares   of each; none: equal
+    """
+    made = merged(runs, shares)
+    made.check(trusted)
+    return write_sum(made, Path(out))
 
 
 def _done(stopped: str) -> bool:
@@ -68,6 +109,7 @@ def open(
     *,
     trusted: Collection[str] = (),
     device: str = "auto",
+    weights: Weights = "last",
 ) -> Iterator[OpenedRun]:
     """The model and the tokenizer of RUN@ITERATION; its folder is only read.
 
@@ -76,8 +118,9 @@ def open(
             results = run.evaluate("suites.toml")
 
     trusted   names of code in the run's configuration that may be used, as behind --trust
+    weights   those of the checkpoint's step, or their moving average where it keeps one
     """
     reference, processes = resolve(run), launch.read().world_size
     config = open_config(reference.run, processes, overrides, trusted=trusted, device=device)
     with launched(config) as (started, place):
-        yield open_run(reference, config, started, place, trusted)
+        yield open_run(reference, config, started, place, trusted, weights)

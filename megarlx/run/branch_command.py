@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megarlx.config import Config, ConfigError
-from megarlx.config.arguments import add_overrides, add_trust
+from megarlx.config.arguments import add_overrides, add_trust, add_weights
 from megarlx.printable import complain
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_overrides(parser)
     add_trust(parser)
+    add_weights(parser)
     parser.add_argument(
         "--replay",
         action="store_true",
@@ -92,5 +93,6 @@ def _branch(
         *(reference, config, recipe, out, started, device),
         fresh=arguments.fresh,
         replayed=replayed,
+        weights=arguments.weights,
     )
     return exit_code(started.launcher) if stopped else 0

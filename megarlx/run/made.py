@@ -33,15 +33,16 @@ def data_of(config: Config) -> DataConfig | None:
     data, made = config.data, made_of(config)
     if data is None or made is None:
         return data
+    sources = (*made.sources, *data.sources)  # of the maker, and rollouts beside them
     changes: dict[str, Any] = {
         "maker": None,
         "folder": None,
         "options": {},
         "tokenizer": made.tokenizer,
-        "sources": made.sources,
+        "sources": sources,
         "validation": made.validation,
     }
-    if not made.sources:  # nothing to pre-train on
+    if not sources:  # nothing to pre-train on
         return data.model_copy(update=changes)
     return DataConfig.model_validate({**data.model_dump(), **changes})
 

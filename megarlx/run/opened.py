@@ -8,27 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megarlx.checkpoint import WEIGHTS_ONLY, FlatShards, Loaded, load
 from megarlx.comm import launch
 from megarlx.comm.groups import Mesh
 from megarlx.config import Config, load_config
-from megarlx.config.objectives import PRETRAINING
+from megarlx.config.objectives import PRETRAINING, WRITE_TEMPLATE, unknown_template
 from megarlx.config.trust import check_trust, names_in
 from megarlx.data.conversations import Template, Turn
 from megarlx.data.tokenizer import Tokenizer
 from megarlx.generation.interface import generator_of
 from megarlx.generation.requests import Request, SamplingSettings
 from megarlx.generation.stop import text_of
-from megarlx.generation.text import TextPiece, stream_text
+from megarlx.generation.text import TextPiece, stream_texts
 from megarlx.model.build import ParallelModel, build_model
 from megarlx.model.machine import this_machine
 from megarlx.run.assemble import DTYPES, choose_layout, use_tf32
 from megarlx.run.choose import choose
-from megarlx.run.directory import RunDirectory, RunError
+from megarlx.run.directory import PREFIX_OF, RunDirectory, RunError, Weights
 from megarlx.run.reference import RunReference, tokens_of
 from megarlx.run.suites import chosen, made_suites, measured
-from megarlx.run.tokenizer import load_tokenizer_of, template_of
+from megarlx.run.tokenizer import load_tokenizer_of, template_of, templates_of
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class OpenedRun:
     loaded: Loaded
     device: torch.device
     trusted: Collection[str] = ()  # names of code in the run's configuration
+    weights: Weights = "last"
 
     @property
     def tokens(self) -> dict[str, int]:
@@ -59,24 +61,38 @@ class OpenedRun:
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Sequence[Turn]],
         *,
         samples: int = 1,
         temperature: float = 1.0,
-        max_new_tokens: int = 128,
+        top_p: float = 1.0,
+        max_new_tokens: int | None = 128,
         seed: int = 0,
+        number: int = 0,
+        raw: bool = False,
+        template: str | None = None,
         generator: str = "engine",
     ) -> list[list[str]]:
-        """Samples of each prompt, asked in the run's template, or as it stands where there is none.
+        """Samples of each prompt, a question or the turns of a conversation, in the run's template.
 
         All ranks call this together, and all get the same.
+
+        max_new_tokens   None: as many as the model can take
+        number           of the first sample: each is another one
+        raw              give prompts as they stand; so it is too where the run has no template
+        template         one of the run's [templates] in its place
         """
-        sampling = SamplingSettings(temperature, stop_tokens=self._ends)
+        sampling = self._sampling(temperature, top_p)
+        every = [self.prompt_ids(prompt, raw=raw, template=template) for prompt in prompts]
         requests = [
-            Request(self._ids(prompt), range(at * samples, (at + 1) * samples), max_new_tokens)
-            for at, prompt in enumerate(prompts)
+            Request(
+                ids,
+                range(number + at * samples, number + (at + 1) * samples),
+                self._new_tokens(len(ids), max_new_tokens),
+            )
+            for at, ids in enumerate(every)
         ]
-        longest = max((len(one.prompt) for one in requests), default=0) + max_new_tokens
+        longest = max((len(one.prompt) + one.max_new_tokens for one in requests), default=0)
         slots = max(1, min(64, len(prompts) * samples))
         made = generator_of(generator, self.model, slots=slots, longest=longest).generate(
             requests, sampling, seed
@@ -87,7 +103,7 @@ class OpenedRun:
 
     def stream(
         self,
-        prompt: str,
+        prompt: str | Sequence[Turn],
         *,
         temperature: float = 1.0,
         top_p: float = 1.0,
@@ -95,6 +111,7 @@ class OpenedRun:
         seed: int = 0,
         number: int = 0,
         raw: bool = False,
+        template: str | None = None,
         generator: str = "engine",
     ) -> Iterator[TextPiece]:
         """One sample, token by token as they are drawn, on the ranks that hold the last stage.
@@ -105,22 +122,62 @@ class OpenedRun:
         max_new_tokens   absent: as many as the model can take
         number           of the sample: each is another one
         raw              give the prompt as it stands, without the run's template
+        template         one of the run's [templates] in its place
         """
-        ids = self.tokenizer.encode(prompt) if raw else self._ids(prompt)
-        new = self._new_tokens(len(ids), max_new_tokens)
-        made = generator_of(generator, self.model, slots=1, longest=len(ids) + new)
-        pieces = stream_text(
-            made,
+        pieces = self.stream_samples(
             prompt,
-            encode=lambda _: ids,
-            decode=self.tokenizer.decode_sampled,
-            sampling=SamplingSettings(temperature, top_p=top_p, stop_tokens=self._ends),
-            max_new_tokens=new,
+            (number,),
+            temperature=temperature,
+            top_p=top_p,
+            max_new_tokens=max_new_tokens,
             seed=seed,
-            sequence_id=number,
+            raw=raw,
+            template=template,
+            generator=generator,
         )
-        for piece in pieces:
-            yield replace(piece, text="") if piece.finish_reason == "stop" else piece
+        yield from (piece for _, piece in pieces)
+
+    def stream_samples(
+        self,
+        prompt: str | Sequence[Turn],
+        numbers: Sequence[int],
+        *,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        max_new_tokens: int | None = None,
+        seed: int = 0,
+        raw: bool = False,
+        template: str | None = None,
+        generator: str = "engine",
+    ) -> Iterator[tuple[int, TextPiece]]:
+        """As `stream`, the samples of these numbers at once: each piece behind its number."""
+        ids = self.prompt_ids(prompt, raw=raw, template=template)
+        new = self._new_tokens(len(ids), max_new_tokens)
+        pieces = stream_texts(
+            generator_of(generator, self.model, slots=len(numbers), longest=len(ids) + new),
+            Request(ids, tuple(numbers), new),
+            decode=self.tokenizer.decode_sampled,
+            sampling=self._sampling(temperature, top_p),
+            seed=seed,
+        )
+        for number, piece in pieces:
+            yield number, replace(piece, text="") if piece.finish_reason == "stop" else piece
+
+    def prompt_ids(
+        self, prompt: str | Sequence[Turn], *, raw: bool = False, template: str | None = None
+    ) -> list[int]:
+        """Of a question, or of the turns before an answer, in the run's template or the one of
+        [templates] by that name; of a text as it stands where it has none, or with `raw`."""
+        written = self.template if template is None else self._named(template)
+        if written is not None and not raw:
+            turns = (Turn("user", prompt),) if isinstance(prompt, str) else prompt
+            return written.prompt_ids(turns, self.tokenizer)
+        if not isinstance(prompt, str):
+            raise RunError(
+                f"{self.reference.run} has no [template] to write turns in; give a text, or "
+                + WRITE_TEMPLATE
+            )
+        return self.tokenizer.encode(prompt)
 
     def evaluate(
         self,
@@ -145,7 +202,7 @@ class OpenedRun:
         run = self.reference.run
         if suites is None:
             check_trust(names_in(self.config, {"evaluation"}), str(run), self.trusted)
-        evaluation, template = chosen(
+        evaluation, templates = chosen(
             *(self.config, str(run)),
             file=suites,
             names=names,
@@ -153,17 +210,17 @@ class OpenedRun:
             temperature=temperature,
         )
         made = made_suites(self, evaluation)
-        results = measured(self, evaluation, template, made, keep=keep)
+        results = measured(self, evaluation, templates, made, keep=keep)
         return {result["suite"]: result for result in results}
 
-    @property
-    def _ends(self) -> tuple[int, ...]:
-        return (self.tokenizer.eos_id,)
+    def _named(self, template: str) -> Template:
+        known = templates_of(self.config)
+        if template not in known:
+            raise RunError(f"template {unknown_template(template, known)}")
+        return known[template]
 
-    def _ids(self, prompt: str) -> Sequence[int]:
-        if self.template is None:
-            return self.tokenizer.encode(prompt)
-        return self.template.prompt_ids((Turn("user", prompt),), self.tokenizer)
+    def _sampling(self, temperature: float, top_p: float) -> SamplingSettings:
+        return SamplingSettings(temperature, top_p=top_p, stop_tokens=(self.tokenizer.eos_id,))
 
     def _new_tokens(self, prompt: int, wanted: int | None) -> int:
         """Behind a prompt of so many tokens."""
@@ -236,7 +293,11 @@ def open_tokenizer(run: Path, config: Config) -> Tokenizer:
 
 
 def open_model(
-    config: Config, checkpoint: Path, mesh: Mesh, device: torch.device
+    config: Config,
+    checkpoint: Path,
+    mesh: Mesh,
+    device: torch.device,
+    weights: Weights = "last",
 ) -> tuple[ParallelModel, Loaded]:
     layout = config.layout
     model = build_model(
@@ -251,22 +312,46 @@ def open_model(
         dtype=DTYPES[config.training.precision],
         device=device,
     )
-    return model, load_weights(model, checkpoint)
+    return model, load_weights(model, checkpoint, weights)
 
 
 @torch.no_grad()
-def load_weights(model: ParallelModel, checkpoint: Path) -> Loaded:
+def load_weights(model: ParallelModel, checkpoint: Path, weights: Weights = "last") -> Loaded:
     """Fills a model of any layout, without an optimizer; called by all ranks."""
     parallel = model.data_parallel
     shard = parallel.shard_of_weights()
     # Checkpoints hold master weights, which are wider than what a bf16 model computes with.
     masters = shard if shard.dtype == parallel.gradient_dtype else shard.to(parallel.gradient_dtype)
-    shards = FlatShards(parallel.layout, parallel.layouts, parallel.group.rank, {"": masters})
-    loaded = load(checkpoint, shards, model.mesh.world, ignore=WEIGHTS_ONLY)
+    loaded = _fill(masters, model, checkpoint, weights)
     if shard is not masters:
         shard.copy_(masters)
     parallel.gather_weights(shard)
     return loaded
+
+
+@torch.no_grad()
+def masters_of(model: ParallelModel, checkpoint: Path) -> Tensor:
+    """This rank's shard of a checkpoint's weights, beside the model; called by all ranks."""
+    parallel = model.data_parallel
+    masters = torch.zeros_like(parallel.shard_of_weights(), dtype=parallel.gradient_dtype)
+    _fill(masters, model, checkpoint, "last")
+    return masters
+
+
+@torch.no_grad()
+def put_weights(model: ParallelModel, masters: Tensor) -> None:
+    """Rounded as a checkpoint of them is, then to the model's type; on every rank."""
+    parallel = model.data_parallel
+    shard = parallel.shard_of_weights()
+    shard.copy_(masters.to(parallel.gradient_dtype))
+    parallel.gather_weights(shard)
+
+
+def _fill(masters: Tensor, model: ParallelModel, checkpoint: Path, weights: Weights) -> Loaded:
+    parallel, prefix = model.data_parallel, PREFIX_OF[weights]
+    shards = FlatShards(parallel.layout, parallel.layouts, parallel.group.rank, {prefix: masters})
+    ignore = () if prefix else WEIGHTS_ONLY
+    return load(checkpoint, shards, model.mesh.world, ignore=ignore, only=prefix)
 
 
 def open_run(
@@ -275,6 +360,7 @@ def open_run(
     started: launch.Launch,
     device: torch.device,
     trusted: Collection[str] = (),
+    weights: Weights = "last",
 ) -> OpenedRun:
     """Needs `launch.start` to have been called; `config` is `open_config`'s."""
     config = choose(config, this_machine(device)).config
@@ -289,6 +375,8 @@ def open_run(
         timeout_seconds=config.layout.time_limit_seconds,
         device=device,
     )
-    model, loaded = open_model(config, reference.checkpoint, mesh, device)
+    model, loaded = open_model(config, reference.checkpoint, mesh, device, weights)
     template = template_of(config.template)
-    return OpenedRun(reference, config, tokenizer, template, model, loaded, device, trusted)
+    return OpenedRun(
+        *(reference, config, tokenizer, template, model, loaded, device, trusted, weights)
+    )

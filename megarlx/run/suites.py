@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import ValidationError
 
@@ -13,7 +13,8 @@ from megarlx.comm import launch
 from megarlx.comm.collectives import barrier
 from megarlx.config import Config, ConfigError, load_config
 from megarlx.config.evaluation import SAMPLED, EvaluationConfig, SuiteConfig, SuitesConfig
-from megarlx.config.objectives import WRITE_TEMPLATE, TemplateConfig
+from megarlx.config.objectives import WRITE_TEMPLATE, TemplateConfig, unknown_template
+from megarlx.data.conversations import Template
 from megarlx.data.making import Made
 from megarlx.evaluation.interface import Subject
 from megarlx.evaluation.results import Result
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
     from megarlx.run.opened import OpenedRun
 
 
+class Templates(NamedTuple):
+    own: TemplateConfig | None  # of suites that name none
+    named: Mapping[str, TemplateConfig]
+
+
 def chosen(
     config: Config,
     run: str,
@@ -34,13 +40,13 @@ def chosen(
     names: Collection[str] = (),
     samples: int | None = None,
     temperature: float | None = None,
-) -> tuple[EvaluationConfig, TemplateConfig | None]:
+) -> tuple[EvaluationConfig, Templates]:
     """The suites of the file, else the run's own, with what is said of them besides; and their
-    template: that of the file, else the run's."""
-    evaluation, template = config.evaluation, config.template
+    templates: those of the file, else the run's."""
+    evaluation, template, named = config.evaluation, config.template, config.templates
     if file is not None:
         evaluation = given = load_config(file, (), SuitesConfig)
-        template = given.template or template
+        template, named = given.template or template, {**named, **given.templates}
     elif not evaluation.suites and config.data is not None and config.data.maker is not None:
         suites = plug.resolve("data maker", config.data.maker).evaluated
         evaluation = EvaluationConfig(suites=suites)
@@ -52,11 +58,14 @@ def chosen(
     changes = {"samples": samples, "temperature": temperature}
     changes = {name: value for name, value in changes.items() if value is not None}
     wanted = [suite for suite in evaluation.suites if suite.name in (names or there)]
-    asking = [suite.name for suite in wanted if suite.uses_template]
+    if lost := [one for one in wanted if one.template is not None and one.template not in named]:
+        wrong = unknown_template(lost[0].template or "", named)
+        raise ConfigError([f"suite {lost[0].name}: template {wrong}"])
+    asking = [one.name for one in wanted if one.uses_template and one.template is None]
     if template is None and asking:
         raise ConfigError([_no_template(asking, run, file)])
     suites = tuple(_changed(suite, changes) for suite in wanted)
-    return evaluation.model_copy(update={"suites": suites}), template
+    return evaluation.model_copy(update={"suites": suites}), Templates(template, named)
 
 
 def _no_template(asking: list[str], run: str, file: str | Path | None) -> str:
@@ -89,7 +98,7 @@ def made_suites(opened: OpenedRun, evaluation: EvaluationConfig) -> Made | None:
 def measured(
     opened: OpenedRun,
     evaluation: EvaluationConfig,
-    template: TemplateConfig | None,
+    templates: Templates,
     made: Made | None,
     *,
     keep: bool,
@@ -98,16 +107,22 @@ def measured(
     """Of every suite, on every rank. With `keep`, results are written into the run's folder, and
     those that are there are not computed again."""
     run = opened.reference.run
+    if opened.weights != "last":  # results of both are kept side by side
+        named = (
+            s.model_copy(update={"name": f"{s.name}_{opened.weights}"}) for s in evaluation.suites
+        )
+        evaluation = evaluation.model_copy(update={"suites": tuple(named)})
     start = RunDirectory(run).parent
     parent = None if start is None else Parent(Path(start.run), start.iteration)
     subject = Subject(
         opened.model,
         opened.tokenizer,
-        template_of(template),
+        template_of(templates.own),
         opened.is_base,
         opened.reference.iteration,
         opened.trunk_tokens,
         opened.loaded.digest,
         made,
+        {name: Template(**one.model_dump()) for name, one in templates.named.items()},
     )
     return evaluate(subject, evaluation, run=run if keep else None, parent=parent, say=say)

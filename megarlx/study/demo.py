@@ -49,5 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
     code = SweepRunner(config, jobs, console=console).run()
     if code not in (0, LEFT):
         return code
-    shown = report(argparse.Namespace(directory=Path(config.out), out=None, claims=[]))
+    records = None if config.records is None else Path(config.records)
+    shown = report(
+        argparse.Namespace(directory=Path(config.out), records=records, out=None, claims=[])
+    )
     return code or shown

@@ -155,7 +155,7 @@ NOT_RUN = {
     ),
     "megarlx demo --study ": LONG,
     "megarlx branch runs/study/": LONG,
-    "megarlx train configs/study_trunk.toml --out runs/harder ": LONG,
+    "megarlx train configs/arithmetic_study_trunk.toml --out runs/harder ": LONG,
     "megarlx branch runs/harder@": LONG,
     **dict.fromkeys(
         (
@@ -163,10 +163,13 @@ NOT_RUN = {
             for name in (
                 *("study", "combinations", "group_size", "longer"),
                 *("placement", "placement_agreeing", "composition"),
+                *("study_gate", "tuning/1_rl", "tuning/2_sft", "tuning/3_parallel"),
+                "tuning/4_gold",
             )
         ),
         LONG,
     ),
+    "megarlx study ": "reads what takes hours; tests/unit/study/test_gate.py has made-up runs",
     "torchrun … -m megarlx doctor": DOCTOR,
     "megarlx doctor": DOCTOR,
     "megarlx train configs/demo_pretraining.toml --set 'logging.trackers": "needs the service's "

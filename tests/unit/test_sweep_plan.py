@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +44,7 @@ def test_runs_are_trunks_times_checkpoints_times_recipes_times_seeds(tmp_path: P
     assert len({job.out for job in jobs if job.out is not None}) == 20
     seen: set[str] = set()
     for job in jobs:
-        assert job.needs is None or job.needs in seen
+        assert seen.issuperset(job.needs)
         seen.add(job.name)
     wide = next(job for job in jobs if job.name == "trunk-hidden_size-96-seed-5")
     assert "model.hidden_size=96" in wide.arguments
@@ -78,7 +79,7 @@ def test_a_run_that_is_there_is_measured_once_and_branched_with_every_seed(tmp_p
     )
     measured, *branches = jobs_of(load_config(path, (), SweepConfig))
     assert measured.arguments == ("evaluate", f"{run}@1000", "--config", "suites.toml")
-    assert [job.needs for job in (measured, *branches)] == [None] * 3
+    assert [job.needs for job in (measured, *branches)] == [()] * 3
     for job, seed in zip(branches, (3, 5), strict=True):
         out = tmp_path / "out" / f"rl-at-latest-seed-{seed}"
         assert job.arguments[:5] == ("branch", f"{run}@latest", "rl.toml", "--out", str(out))
@@ -94,7 +95,7 @@ def test_trunks_can_be_those_of_another_sweep(tmp_path: Path) -> None:
         if job.arguments[0] == "train":
             assert job.out == Path("elsewhere") / job.name
         else:
-            assert job.arguments[1].startswith(f"elsewhere/{job.needs}@")
+            assert job.arguments[1].startswith(f"elsewhere/{job.needs[0]}@")
             assert job.out == tmp_path / "out" / job.name
 
 
@@ -108,6 +109,28 @@ def test_every_sweep_that_comes_with_megarlx_can_be_planned(
         for job in jobs_of(load_config(path, (), SweepConfig)):
             recipe = job.arguments[2] if job.arguments[0] == "branch" else "README.md"
             assert (ROOT / recipe).exists(), (path, recipe)
+
+
+SWEEPS = [p for p in ROOT.glob("configs/**/*.toml") if "\ntrunk = " in p.read_text()]
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
+def test_the_trunk_of_a_sweep_saves_the_checkpoints_that_the_sweep_names(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    sweep = load_config(path, (), SweepConfig)
+    trunk = load_config(sweep.trunk, [f"{key}={json.dumps(v)}" for key, v in sweep.set.items()])
+    named = {*sweep.evaluate, *(at for one in sweep.excursions for at in one.checkpoints)}
+    assert named
+    for at in named - {"latest"}:
+        if at.startswith("tokens:"):
+            tokens = float(at.removeprefix("tokens:").replace("B", "e9").replace("M", "e6"))
+            a_step = trunk.training.sequences_per_step * trunk.training.sequence_length
+            assert tokens <= trunk.steps * a_step
+        else:
+            assert 0 < int(at) <= trunk.steps
+            assert int(at) % trunk.checkpoints.save_every_steps == 0 or int(at) == trunk.steps
 
 
 def runner(tmp_path: Path, todo: list[Job], **settings: object) -> SweepRunner:
@@ -124,7 +147,7 @@ def runner(tmp_path: Path, todo: list[Job], **settings: object) -> SweepRunner:
     return SweepRunner(config, todo, console=Console(quiet=True))
 
 
-def job(tmp_path: Path, name: str, code: int = 0, needs: str | None = None) -> Job:
+def job(tmp_path: Path, name: str, code: int = 0, *needs: str) -> Job:
     return Job(name, (str(tmp_path / "log"), name, str(code)), None, None, needs)
 
 
@@ -189,7 +212,7 @@ def test_the_slurm_script_is_valid_and_holds_every_command(tmp_path: Path) -> No
     assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
     text = path.read_text()
     assert all(" ".join(one.arguments[:2]) in text for one in jobs)
-    assert '--dependency="afterok:$first"' in text
+    assert '--dependency="afterok:$level0"' in text
     assert "--array=0-1%" in text
 
 
@@ -211,12 +234,20 @@ def test_a_sweep_without_values_on_an_axis_is_refused(tmp_path: Path) -> None:
         sweep(tmp_path, '[axes]\n"optimizer.lr" = 1e-3')
 
 
-def test_both_worlds_are_asked_the_same_question_of_placement() -> None:
-    """What differs but the world would be compared along with it."""
-    one, other = (
-        load_config(ROOT / "configs" / f"{name}.toml", (), SweepConfig).model_dump()
-        for name in ("placement", "placement_agreeing")
-    )
-    differing = {key for key in one if one[key] != other[key]}
-    assert differing == {"out", "trunks", "set"}  # its trunks are not the study's
-    assert {key.split(".")[0] for key in other["set"]} == {"data"}
+def test_both_worlds_are_asked_the_same_question_of_placement(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As many steps before the trunk's end, with the same recipes."""
+    monkeypatch.chdir(ROOT)
+    asked = []
+    for name in ("placement", "placement_agreeing"):
+        sweep = load_config(ROOT / "configs" / f"{name}.toml", (), SweepConfig)
+        end = load_config(sweep.trunk).steps
+        left = [end - int(at) for at in sweep.evaluate]
+        excursions = [
+            {**one.model_dump(), "checkpoints": [end - int(at) for at in one.checkpoints]}
+            for one in sweep.excursions
+        ]
+        asked.append((left, excursions, sweep.seed_keys))
+    assert asked[0] == asked[1]
+    assert {key.split(".")[0] for key in sweep.set} == {"data"}

@@ -9,6 +9,7 @@ occurs falls with its rank in its slot.
 from __future__ import annotations
 
 from functools import cached_property, lru_cache
+from itertools import islice
 from typing import NamedTuple
 
 from megarlx.data.draw import Draw
@@ -84,8 +85,16 @@ class Tables:
     @cached_property
     def _kept(self) -> list[int]:
         count = self.settings.withheld + self.settings.told_wrongly
-        order = shuffled(len(self), key_of(self.settings.seed, "kept facts"))[:count]
-        return [int(number) for number in order]
+        order = map(int, shuffled(len(self), key_of(self.settings.seed, "kept facts")))
+        return list(islice((n for n in order if self._may_be_kept(n)), count))
+
+    def _may_be_kept(self, number: int) -> bool:
+        """By the ranks of its operation and of the range of its value."""
+        if not self.settings.kept_ranks:
+            return True
+        at = self[number]
+        of_value = at.value % self.in_slot // self.settings.table_values
+        return max(at.operation % self.settings.tables, of_value) < self.settings.kept_ranks
 
     def _key(self, at: Lookup) -> int:
         return key_of(self.settings.seed, "table", at.operation, at.value)

@@ -17,7 +17,7 @@ from megarlx.data.conversations import (
 from megarlx.data.documents import BadLineError
 from megarlx.data.loader import BatchLayout, Loader
 from megarlx.data.packing import ConversationData, pack
-from megarlx.data.tokenizer import ByteTokenizer, WordTokenizer
+from megarlx.data.tokenizer import ByteTokenizer, TokenizerError, WordTokenizer
 
 BYTES = ByteTokenizer()
 WORDS = WordTokenizer(["question", "answer", ":", "how", "many", "?", "9", "pears", "####", "4"])
@@ -52,6 +52,42 @@ def test_the_prompt_has_the_ids_that_training_showed() -> None:
         ids, learned = template.encode(conversation, tokenizer)
         assert ids[: len(prompt)] == prompt
         assert learned == [False] * len(prompt) + [True] * (len(ids) - len(prompt))
+
+
+def reserving(count: int) -> ByteTokenizer:
+    tokenizer = ByteTokenizer()
+    tokenizer.reserved = count
+    return tokenizer
+
+
+texts = st.text("<>_reservd012 \n", max_size=12) | st.sampled_from(
+    ["<reserved_0>", "<reserved_1>a"]
+)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(texts, texts, st.booleans())
+def test_reserved_tokens_appear_only_where_the_template_puts_them(
+    question: str, answer: str, in_answers: bool
+) -> None:
+    tokenizer = reserving(2)
+    said = "<reserved_1>{content}" if in_answers else " {content}"
+    template = Template("<reserved_0>Q: {content}\n", assistant=said)
+    turns = (Turn("user", question), Turn("assistant", answer)) * 2
+    ids, learned = template.encode(Conversation(turns), tokenizer)
+    mode, other = tokenizer.vocab_size, tokenizer.vocab_size + 1
+    each = [i for i in ids if i >= tokenizer.vocab_size]
+    assert each == ([mode, other] if in_answers else [mode]) * 2
+    assert ids[0] == mode
+    assert not learned[0]
+    plain = Template("Q: {content}\n").encode(Conversation(turns), tokenizer)[0]
+    assert max(plain) < tokenizer.vocab_size
+
+
+def test_a_reserved_token_that_the_model_does_not_have_is_refused() -> None:
+    for count, names in ((0, "none"), (2, "<reserved_0>, <reserved_1>")):
+        with pytest.raises(TokenizerError, match=rf"writes <reserved_2>; the model has {names}:"):
+            Template("<reserved_2>{content}").prompt_ids((Turn("user", "a"),), reserving(count))
 
 
 def test_special_tokens_come_from_the_template_only() -> None:

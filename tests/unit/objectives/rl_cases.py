@@ -106,7 +106,8 @@ def reinforcement(
 ) -> Reinforcement:
     tokenizer = WordTokenizer(WORDS)
     engine = Engine.of(policy, slots=given.slots, longest=32, detokenize=tokenizer.decode_sampled)
-    data = PromptData(questions or prompts(), TEMPLATE, tokenizer, seed, name=name)
+    drawn = {"by_difficulty": given.by_difficulty, "name": name}
+    data = PromptData(questions or prompts(), TEMPLATE, tokenizer, seed, **drawn)
     rewards = Rewards(given.rewards, given.reward_failures_allowed)
     game = QuestionGame(rewards, given.max_completion_tokens, policy.mesh)
     sampler = Sampler(given, Player(lambda: engine, game, tokenizer), data, policy.mesh.dp, seed)
