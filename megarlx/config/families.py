@@ -185,6 +185,18 @@ PLAIN_LAYERS = listed(
 )
 
 
+# The same layers of Transformer Engine, and its attention beside either; not what is inside them.
+_TE = "model.layers_te."
+TE_LAYERS = listed(
+    Stage=f"backend=model.layers_te norm={_TE}RMSNorm",
+    Layer=f"attention_norm={_TE}RMSNorm mlp_norm={_TE}RMSNorm",
+    Attention=f"recompute={_TE}recompute qkv={_TE}ColumnLinear o={_TE}RowLinear "
+    f"q_norm={_TE}RMSNorm k_norm={_TE}RMSNorm",
+    CoreAttention="kind=cudnn packed=model.attention_te.CudnnAttention",
+    MLP=f"gate_up={_TE}ColumnLinear down={_TE}RowLinear",
+)
+
+
 # And what Gemma 2 and 3 have besides.
 WINDOWS_AND_CAPS = listed(
     Stage="embedding_scale=number final_cap=number",
