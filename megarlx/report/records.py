@@ -78,6 +78,8 @@ class SeedRecords:
             }
             | {"run": Path(parent["run"]).name}
         }
+        if "sum" in lineage:
+            kept["sum"] = {"terms": [_term(term) for term in lineage["sum"]["terms"]]}
         settings = comparable(settings_of(_read_json(folder / "resolved.json")))
         _keep_settings(self.path.parent, settings)
         found = [_read_json(file) for file in (folder / "evaluations").glob("iter_*.json")]
@@ -150,6 +152,12 @@ class SeedRecords:
                 item["group"] = names[at]
         settings = {"template": asked.get("template")}
         return {"format": 1, "metrics": {}, **kept, "items": items, "settings": settings}
+
+
+def _term(term: Mapping[str, Any]) -> dict[str, Any]:
+    plus = term["plus"]
+    told = {"run": Path(plus["run"]).name, "recipe": plus["recipe"]}
+    return {"weight": term["weight"], "plus": told}
 
 
 def runs_of_records(root: Path, problems: list[str]) -> list[Run]:

@@ -91,6 +91,15 @@ class Parent:
     is_base: bool  # whether its weights had seen pre-training only
 
 
+@dataclass(frozen=True)
+class Part:
+    """A run whose weights, or what it changed, is in a sum of weights."""
+
+    run: str
+    recipe: str
+    weight: float
+
+
 @dataclass(frozen=True, eq=False)
 class Run:
     path: Path
@@ -103,19 +112,31 @@ class Run:
     settings: Mapping[str, Any]  # resolved.json
     metrics: tuple[Mapping[str, float], ...] = field(repr=False)
     evaluations: tuple[Evaluation, ...] = field(repr=False)  # by iteration
+    parts: tuple[Part, ...] = ()  # of which it is a sum, beside its parent's weights
 
     @property
     def is_trunk(self) -> bool:
         """Whether it pre-trains: from nothing, or nothing but that from a run that did."""
-        if self.parent is None:
-            return True
+        if self.parent is None or self.parts:
+            return self.parent is None
         stages = self.settings.get("stages") or ()
         trained = {name for stage in stages for name in stage.get("objectives") or ()}
         return self.parent.is_base and trained == {PRETRAINING}
 
     @property
+    def told(self) -> dict[str, Any]:
+        """Its settings; of a sum of weights also how much of which recipes it is."""
+        if not self.parts:
+            return dict(self.settings)
+        weights = " ".join(f"{part.weight:g}" for part in self.parts)
+        recipes = " ".join(part.recipe for part in self.parts)
+        return {**self.settings, "sum": {"weights": weights, "of": recipes}}
+
+    @property
     def planned_steps(self) -> int | None:
-        """As its settings say; None where they do not."""
+        """As its settings say; None where they do not. A sum of weights has no steps to take."""
+        if self.parts:
+            return None
         stages = self.settings.get("stages") or ()
         counts = [stage.get("steps", stage.get("iterations")) for stage in stages]
         if counts and all(isinstance(count, int) for count in counts):
@@ -237,12 +258,25 @@ def lineage_of(values: Any) -> dict[str, Any]:
         parent = Parent(str(given["run"]), int(given["iteration"]), int(tokens), not any(others))
     recipe = values.get("recipe")
     return {
+        "parts": _parts(values.get("sum")),
         "recipe": None if recipe is None else str(recipe),
         "seed": int(values.get("seed", 0)),
         "trunk_tokens": int(values.get("trunk_tokens", 0)),
         "parent": parent,
         "composition": {str(k): float(v) for k, v in (values.get("composition") or {}).items()},
     }
+
+
+def _parts(made: Any) -> tuple[Part, ...]:
+    terms = [] if made is None else _object(made)["terms"]
+    return tuple(
+        Part(
+            Path(str(term["plus"]["run"])).name,
+            str(term["plus"]["recipe"] or "pre-training"),
+            float(term["weight"]),
+        )
+        for term in terms
+    )
 
 
 def evaluation_of(values: Any) -> Evaluation:

@@ -15,7 +15,7 @@ from megarlx.report.runs import Run
 def settings_hash(runs: Sequence[Run]) -> str:
     """The same for the same experiment, whatever its seeds, their number, and where it ran."""
     texts = {
-        json.dumps([run.recipe, comparable(run.settings)], sort_keys=True)
+        json.dumps([run.recipe, comparable(run.told)], sort_keys=True)
         for run in runs
         if run.settings
     }
@@ -97,7 +97,7 @@ def told_apart(runs: Sequence[tuple[Run, Hashable]]) -> dict[str, str]:
 
 def _described(run: Run) -> dict[str, Any]:
     """All settings, but of the model its size where that is known: one number, not ten."""
-    found = dict(flat(run.settings))
+    found = dict(flat(run.told))
     size = parameters(run)
     if size is None:
         return found

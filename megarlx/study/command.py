@@ -19,12 +19,16 @@ OPEN = 75  # when something is still to be measured
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
-        choices=["gate", "tuning", "hash"],
+        choices=["gate", "tuning", "hash", "kept", "kept-tuning", "kept-hash"],
         help="gate: does competence grow smoothly in the world? tuning: which settings of the "
-        "recipes does the rule choose? hash: of the settings that claims are judged by",
+        "recipes does the rule choose? hash: of the settings that claims are judged by. kept: the "
+        "table of what early RL leaves; kept-tuning and kept-hash: the same of that study",
     )
     parser.add_argument(
         "directory", type=Path, nargs="?", metavar="DIR", help="holds runs, or their records"
+    )
+    parser.add_argument(
+        "--figure", type=Path, metavar="FILE", help="of kept: also draw it, as .png or .svg"
     )
     parser.add_argument(
         "--records",
@@ -38,11 +42,11 @@ def run(arguments: argparse.Namespace) -> int:
     from megarlx.config import ConfigError
     from megarlx.report.runs import ReportError
     from megarlx.report.study import Study
-    from megarlx.study.expected import settings_hash
+    from megarlx.study.expected import kept_hash, settings_hash
 
     try:
-        if arguments.what == "hash":
-            print(settings_hash())
+        if arguments.what in ("hash", "kept-hash"):
+            print(settings_hash() if arguments.what == "hash" else kept_hash())
             return 0
         if arguments.directory is None:
             complain(
@@ -53,7 +57,9 @@ def run(arguments: argparse.Namespace) -> int:
     except (ConfigError, ReportError, OSError) as error:
         complain(f"megarlx study: {error}")
         return 1
-    return {"gate": _gate, "tuning": _tuning}[arguments.what](study)
+    if arguments.what == "kept":
+        return _kept(study, arguments.figure)
+    return {"gate": _gate, "tuning": _tuning, "kept-tuning": _kept_tuning}[arguments.what](study)
 
 
 def _gate(study: Study) -> int:
@@ -105,6 +111,44 @@ def _tuning(study: Study) -> int:
     runs = len(study.excursions)
     _say(f"{runs} runs of at most {MOST_RUNS}")
     return 0 if found and runs <= MOST_RUNS else FAILED
+
+
+def _kept(study: Study, figure: Path | None) -> int:
+    from megarlx.study.kept.arms import arms_of
+    from megarlx.study.kept.chosen import frozen_rates
+    from megarlx.study.kept.shown import sections
+    from megarlx.study.kept.table import Table
+
+    trunks = arms_of(study)
+    table = Table(trunks, frozen_rates(study.root.resolve().name))
+    for title, head, rows in sections(table):
+        _say(f"\n{title}")
+        _print(head, rows)
+    if figure is not None:
+        from megarlx.study.kept.figure import draw
+
+        draw(table, figure)
+        _say(str(figure))
+    for line in study.missing():
+        _say(f"missing: {line}")
+    return 0 if trunks else FAILED
+
+
+def _kept_tuning(study: Study) -> int:
+    from megarlx.study.kept.arms import arms_of
+    from megarlx.study.kept.chosen import alphas, best, rates
+    from megarlx.study.kept.table import STARTS
+
+    trunks = arms_of(study)
+    found = {**alphas(trunks), **rates(trunks, STARTS)}
+    rows = [
+        [what, name, f"{value:.2f}", "chosen" if name == best(by) else ""]
+        for what, by in found.items()
+        for name, value in by.items()
+    ]
+    seeds = "/".join(str(arms.seed) for arms in trunks)
+    _print(["", "alpha or rate", f"pass@1, validation, mean of seeds {seeds}", ""], rows)
+    return 0 if found else FAILED
 
 
 def _print(head: list[str], rows: list[list[str]]) -> None:

@@ -26,41 +26,64 @@ class JobSettings:
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self.jobs = {job.name: job for job in jobs}
-        self._trunks: dict[str, tuple[Config, str]] = {}
-        self._excursions: dict[tuple[str, ...], str] = {}
+        self._runs: dict[str, tuple[Config, str]] = {}
+        self._excursions: dict[tuple[str, ...], tuple[Config, str]] = {}
 
     def __call__(self, job: Job) -> str:
-        command, first = job.arguments[:2]
-        if command == "train":
-            return self._trunk(job.name)[1]
-        before, trunk = self._trunk(job.needs or first.rpartition("@")[0])
-        where = first.rpartition("@")[2]
-        if command != "branch":
-            words = [*_without_out(job.arguments[2:])]
-            files = [Path(word) for word in words if word.endswith(".toml")]
-            held = [comparable(tomllib.loads(file.read_text(encoding="utf-8"))) for file in files]
-            return hash_of([command, trunk, where, [w for w in words if "/" not in w], held])
-        recipe, overrides = job.arguments[2], _overrides(job.arguments)
-        key = (trunk, where, recipe, *overrides)
-        if key not in self._excursions:
-            told = _told(self._excursion(before, recipe, overrides, first))
-            self._excursions[key] = hash_of([trunk, where, told])
-        return self._excursions[key]
+        if job.arguments[0] != "evaluate":
+            return self._run(job.name)[1]
+        path, where = _reference(job.arguments[1])
+        words = [*_without_out(job.arguments[2:])]
+        files = [Path(word) for word in words if word.endswith(".toml")]
+        held = [comparable(tomllib.loads(file.read_text(encoding="utf-8"))) for file in files]
+        plain = [word for word in words if "/" not in word]
+        return hash_of(["evaluate", self._run(path)[1], where, plain, held])
 
     def all(self) -> str:
         """Of a whole sweep, of however many seeds."""
         return hash_of(sorted({self(job) for job in self.jobs.values()}))
 
-    def _trunk(self, name: str) -> tuple[Config, str]:
-        """By its job, or by its folder where it is there."""
-        if name not in self._trunks:
-            if name in self.jobs:
-                words = self.jobs[name].arguments
-                config = load_config(words[1], _overrides(words))
-            else:
-                config = load_config(Path(name) / "resolved.json", trusted=())
-            self._trunks[name] = (config, hash_of(_told(config)))
-        return self._trunks[name]
+    def _run(self, path: str) -> tuple[Config, str]:
+        """What it is told and its hash: by its job, or by its folder where it is there."""
+        name = Path(path).name
+        if name not in self._runs:
+            self._runs[name] = self._of_job(self.jobs[name]) if name in self.jobs else _there(path)
+        return self._runs[name]
+
+    def _of_job(self, job: Job) -> tuple[Config, str]:
+        command, first = job.arguments[:2]
+        if command == "train":
+            return _hashed(load_config(first, _overrides(job.arguments)))
+        return self._of_branch(job) if command == "branch" else self._of_transplant(job)
+
+    def _of_branch(self, job: Job) -> tuple[Config, str]:
+        _, first, recipe = job.arguments[:3]
+        path, where = _reference(first)
+        before, start = self._run(path)
+        overrides = _overrides(job.arguments)
+        key = (start, where, recipe, *overrides)
+        if key not in self._excursions:
+            config = self._excursion(before, recipe, overrides, first)
+            self._excursions[key] = config, hash_of([start, where, _told(config)])
+        return self._excursions[key]
+
+    def _of_transplant(self, job: Job) -> tuple[Config, str]:
+        """It is configured as the run that something is added to."""
+        words = job.arguments[1:]
+        options = [word for word in words if word.startswith("--")]
+        first = words.index(options[0])
+        told: list[Any] = [[self._run(_reference(text)[0])[1] for text in words[:first]]]
+        config: Config | None = None
+        for option, value in zip(words[first::2], words[first + 1 :: 2], strict=True):
+            if option in ("--onto", "--from", "--match"):
+                path, where = _reference(value)
+                held, start = self._run(path)
+                config = held if option == "--onto" else config
+                told.append([option, start, where])
+            elif option not in ("--out", "--trust"):
+                told.append([option, value])
+        assert config is not None  # --onto is among them
+        return config, hash_of(["transplant", told])
 
     def _excursion(
         self, before: Config, recipe: str, overrides: Sequence[str], parent: str
@@ -86,6 +109,20 @@ class SweepRecords:
             records.add(job.run)
             records.done[job.name] = self.settings(job)
             records.write()
+
+
+def _there(path: str) -> tuple[Config, str]:
+    return _hashed(load_config(Path(path) / "resolved.json", trusted=()))
+
+
+def _hashed(config: Config) -> tuple[Config, str]:
+    return config, hash_of(_told(config))
+
+
+def _reference(text: str) -> tuple[str, str]:
+    """RUN and what stands behind its @."""
+    path, at, where = text.rpartition("@")
+    return (path, where) if at else (text, "latest")
 
 
 def _told(config: Config) -> Any:

@@ -45,7 +45,7 @@ def test_runs_are_trunks_times_checkpoints_times_recipes_times_seeds(tmp_path: P
     assert len({job.out for job in jobs if job.out is not None}) == 20
     seen: set[str] = set()
     for job in jobs:
-        assert job.needs is None or job.needs in seen
+        assert seen.issuperset(job.needs)
         seen.add(job.name)
     wide = next(job for job in jobs if job.name == "trunk-hidden_size-96-seed-5")
     assert "model.hidden_size=96" in wide.arguments
@@ -80,7 +80,7 @@ def test_a_run_that_is_there_is_measured_once_and_branched_with_every_seed(tmp_p
     )
     measured, *branches = jobs_of(load_config(path, (), SweepConfig))
     assert measured.arguments == ("evaluate", f"{run}@1000", "--config", "suites.toml")
-    assert [job.needs for job in (measured, *branches)] == [None] * 3
+    assert [job.needs for job in (measured, *branches)] == [()] * 3
     for job, seed in zip(branches, (3, 5), strict=True):
         out = tmp_path / "out" / f"rl-at-latest-seed-{seed}"
         assert job.arguments[:5] == ("branch", f"{run}@latest", "rl.toml", "--out", str(out))
@@ -96,7 +96,7 @@ def test_trunks_can_be_those_of_another_sweep(tmp_path: Path) -> None:
         if job.arguments[0] == "train":
             assert job.out == Path("elsewhere") / job.name
         else:
-            assert job.arguments[1].startswith(f"elsewhere/{job.needs}@")
+            assert job.arguments[1].startswith(f"elsewhere/{job.needs[0]}@")
             assert job.out == tmp_path / "out" / job.name
 
 
@@ -159,7 +159,7 @@ def runner(tmp_path: Path, todo: list[Job], **settings: object) -> SweepRunner:
     return SweepRunner(config, todo, console=Console(quiet=True))
 
 
-def job(tmp_path: Path, name: str, code: int = 0, needs: str | None = None) -> Job:
+def job(tmp_path: Path, name: str, code: int = 0, *needs: str) -> Job:
     return Job(name, (str(tmp_path / "log"), name, str(code)), None, None, needs)
 
 
@@ -224,7 +224,7 @@ def test_the_slurm_script_is_valid_and_holds_every_command(tmp_path: Path) -> No
     assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
     text = path.read_text()
     assert all(" ".join(one.arguments[:2]) in text for one in jobs)
-    assert '--dependency="afterok:$first"' in text
+    assert '--dependency="afterok:$level0"' in text
     assert "--array=0-1%" in text
 
 
@@ -263,3 +263,24 @@ def test_both_worlds_are_asked_the_same_question_of_placement(
         asked.append((left, excursions, sweep.seed_keys))
     assert asked[0] == asked[1]
     assert {key.split(".")[0] for key in sweep.set} == {"data"}
+
+
+def test_checkpoints_that_a_trunk_does_not_hold_are_said_before_anything_is_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "recipe.toml").write_text("")
+    path = tmp_path / "sweep.toml"
+    path.write_text(f"""
+out = "{tmp_path}/out"
+trunk = "{tmp_path}/run"
+evaluate = ["1000"]
+[[excursions]]
+recipes = ["{tmp_path}/recipe.toml"]
+checkpoints = ["1000", "2000"]
+""")
+    assert main(["sweep", str(path), "--list"]) == 2
+    shown = capsys.readouterr()
+    assert "megarlx branch" not in shown.out
+    for iteration in ("1000", "2000"):
+        assert f"run@{iteration}: the run {tmp_path}/run holds no checkpoints" in shown.err

@@ -65,6 +65,11 @@ class KeptFacts:
                 "least_told": min(self.counts.right[n] for n in others),
             }
 
+    def solved(self) -> Iterator[Line]:
+        """The same questions with their solutions, as of any question to train on."""
+        for index, (_, problem) in enumerate(self.train):
+            yield self.world.solved(problem, "kept", self.group, index)
+
     def _check(self) -> None:
         least = self.world.settings.least_told
         without = len(self.numbers) - len({number for number, _ in self.train})

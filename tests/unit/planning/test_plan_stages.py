@@ -163,6 +163,17 @@ def test_what_a_stage_holds_is_what_its_optimizer_holds(
     assert rank_memory(job, 0).persistent == held + reference
 
 
+def test_a_moving_average_of_the_weights_is_one_more_shard(write: Any) -> None:
+    without, with_one = (
+        job_of_stage(load_config(write(), changes), 4, 0)
+        for changes in ([], ["checkpoints.average_decay=0.99"])
+    )
+    numbers = without.sizes(0).flat
+    assert (
+        optimizer_bytes(with_one, numbers) == optimizer_bytes(without, numbers) + numbers // 4 * 4
+    )
+
+
 def test_moments_that_wait_for_a_later_stage_are_held(write: Any) -> None:
     config = load_config(write())
     both, after, again = (job_of_stage(config, 4, stage) for stage in range(3))
