@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -121,7 +121,9 @@ def test_the_trunk_of_a_sweep_saves_the_checkpoints_that_the_sweep_names(
 ) -> None:
     monkeypatch.chdir(ROOT)
     sweep = load_config(path, (), SweepConfig)
-    trunk = load_config(sweep.trunk, [f"{key}={json.dumps(v)}" for key, v in sweep.set.items()])
+    job = next(job for job in jobs_of(sweep) if job.arguments[0] == "train")
+    words = job.arguments
+    trunk = load_config(words[1], [value for key, value in pairwise(words) if key == "--set"])
     named = {*sweep.evaluate, *(at for one in sweep.excursions for at in one.checkpoints)}
     assert named
     for at in named - {"latest"}:
