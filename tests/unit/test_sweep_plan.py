@@ -14,6 +14,7 @@ from megarlx.cli import main
 from megarlx.config import ConfigError, load_config
 from megarlx.config.sweep import SweepConfig
 from megarlx.sweeps.plan import Job, jobs_of
+from megarlx.sweeps.records import JobSettings
 from megarlx.sweeps.run import LEFT, SweepRunner, slurm_script
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,6 +132,17 @@ def test_the_trunk_of_a_sweep_saves_the_checkpoints_that_the_sweep_names(
         else:
             assert 0 < int(at) <= trunk.steps
             assert int(at) % trunk.checkpoints.save_every_steps == 0 or int(at) == trunk.steps
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
+def test_every_run_of_a_sweep_has_settings_that_hold(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    sweep = load_config(path, (), SweepConfig)
+    settings = JobSettings(jobs_of(sweep.model_copy(update={"seeds": sweep.seeds[:1]})))
+    hashes = [settings(job) for job in settings.jobs.values()]
+    assert len(set(hashes)) == len(hashes)
 
 
 def runner(tmp_path: Path, todo: list[Job], **settings: object) -> SweepRunner:
