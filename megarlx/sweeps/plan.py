@@ -74,6 +74,10 @@ class _Trunk:
     def needs(self) -> tuple[str, ...]:
         return () if self.job is None else (self.job,)
 
+    @property
+    def suites(self) -> tuple[str, ...]:
+        return () if self.sweep.suites is None else ("--config", self.sweep.suites)
+
     def named(self, stem: str, values: Mapping[str, Any] | None = None) -> Path:
         return Path(self.sweep.out) / _named(stem, {**self.values, **(values or {})}, self.seed)
 
@@ -127,10 +131,9 @@ def _with_added(
 
 def _made_of(trunk: _Trunk) -> Iterator[Job]:
     sweep = trunk.sweep
-    suites = () if sweep.suites is None else ("--config", sweep.suites)
     for where in sweep.evaluate:
         name = f"{trunk.path.name}-evaluate-{_plain(where)}"
-        words = ("evaluate", f"{trunk.path}@{where}", *suites, *trunk.trust)
+        words = ("evaluate", f"{trunk.path}@{where}", *trunk.suites, *trunk.trust)
         yield Job(name, words, None, None, trunk.needs, trunk.path, trunk.seed)
     for excursions in sweep.excursions:
         yield from _excursions(trunk, excursions)
@@ -176,7 +179,7 @@ def _transplants(trunk: _Trunk, config: TransplantConfig) -> Iterator[Job]:
             words += ["--from", f"{trunk.named(name)}@{where or 'latest'}"]
             needs.append(trunk.named(name).name)
         if config.match is not None:
-            words += ["--match", str(trunk.named(config.match))]
+            words += ["--match", str(trunk.named(config.match)), *trunk.suites]
             needs.append(trunk.named(config.match).name)
         else:
             given = config.alpha if alpha is None else (alpha,)
@@ -186,7 +189,7 @@ def _transplants(trunk: _Trunk, config: TransplantConfig) -> Iterator[Job]:
                 words += [f"--{option}", value]
         words += trunk.trust
         yield Job(run.name, tuple(words), run, None, tuple(dict.fromkeys(needs)), run, trunk.seed)
-        measure = ("evaluate", str(run), *trunk.trust)
+        measure = ("evaluate", str(run), *trunk.suites, *trunk.trust)
         yield Job(f"{run.name}-evaluate", measure, None, None, (run.name,), run, trunk.seed)
 
 

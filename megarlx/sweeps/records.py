@@ -80,6 +80,8 @@ class JobSettings:
                 held, start = self._run(path)
                 config = held if option == "--onto" else config
                 told.append([option, start, where])
+            elif option == "--config":
+                told.append([option, comparable(tomllib.loads(Path(value).read_text()))])
             elif option not in ("--out", "--trust"):
                 told.append([option, value])
         assert config is not None  # --onto is among them
