@@ -172,7 +172,7 @@ NOT_RUN = {
         ),
         LONG,
     ),
-    "megarlx report runs/kept ": "reads what takes hours; tests/unit/study/test_kept.py has such runs",
+    "megarlx report runs/kept ": "tests/unit/study/test_kept.py has runs that it reads",
     "megarlx transplant ": "tests/end_to_end/test_transplant_command.py has all of it",
     "megarlx merge ": "tests/end_to_end/test_transplant_command.py has all of it",
     "megarlx study ": "reads what takes hours; tests/unit/study/test_gate.py has made-up runs",
