@@ -62,7 +62,7 @@ class Supervised(Objective):
         return field.to(self.device, non_blocking=True)
 
     def loss(self, head: Head, inputs: LossInputs, normalizer: Tensor) -> TokenLoss:
-        return head.token_loss(inputs, self.spec, normalizer=normalizer)
+        return head.token_loss(inputs, self.spec, normalizer=normalizer, as_it_is=True)
 
     def metrics(self) -> dict[str, float]:
         consumed = self.loader.consumed_sequences

@@ -30,11 +30,7 @@ from megarlx.ops.token_inputs import (
     precision_of,
     prepare,
 )
-from megarlx.ops.token_loss import (
-    empty_results,
-    scaled,
-    shaped,
-)
+from megarlx.ops.token_loss import empty_results, scaled, shaped
 
 if TYPE_CHECKING:
     from megarlx.comm.groups import Group
@@ -157,6 +153,7 @@ class Head:
     group: Group
     vocab_size: int
     final_cap: float | None = None
+    weight_grad: Tensor | None = None  # where training adds weight gradients by the product itself
 
     def token_loss(
         self,
@@ -166,10 +163,15 @@ class Head:
         normalizer: Tensor | float,
         temperature: Tensor | float = 1.0,
         rows_per_chunk: int | None = None,
+        as_it_is: bool = False,
     ) -> TokenLoss:
+        """`as_it_is`: this loss is all that the objective returns, multiplied by nothing, so that
+        the weight's gradient may be added now."""
+
         def flat(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.reshape(-1)
 
+        into = self.weight_grad if as_it_is and torch.is_grad_enabled() else None
         return linear_token_loss(
             self.hidden,
             self.weight,
@@ -190,6 +192,7 @@ class Head:
             reduce_hidden_grad=False,
             rows_per_chunk=rows_per_chunk,
             final_cap=self.final_cap,
+            weight_grad_=into,
         )
 
 

@@ -260,8 +260,9 @@ def _metrics(folder: Path, evaluated: set[int]) -> Iterator[dict[str, Any]]:
     """Costs and tokens where something was measured, and where RL begins."""
     lines = list(read_metrics(folder / "metrics.jsonl"))
     rl = next((i for i, line in enumerate(lines) if any(k[:3] == "rl/" for k in line)), None)
-    steps = [line["step"] for line in lines]
-    last_before = {bisect_right(steps, iteration) - 1 for iteration in evaluated}
+    spent = [i for i, line in enumerate(lines) if any(k.startswith(WHOLE) for k in line)]
+    ends = [bisect_right(spent, i, key=lambda n: lines[n]["step"]) for i in evaluated]
+    last_before = {spent[end - 1] for end in (*ends, len(spent)) if end}
     around_rl = set() if rl is None else {rl - 1, rl}
     for number in sorted(n for n in last_before | around_rl | {len(lines) - 1} if n >= 0):
         line = lines[number]

@@ -19,17 +19,28 @@ from megarlx.comm.collectives import gather_values
 from megarlx.comm.groups import Group
 from megarlx.config.objectives import RlConfig
 from megarlx.data.order import key_of
-from megarlx.data.prompts import PromptData
+from megarlx.data.prompts import Drawn, PromptData
 from megarlx.data.tokenizer import Tokenizer
 from megarlx.generation.requests import SamplingSettings
 from megarlx.rollouts.advantages import compares_turns, sample_advantages, uninformative
+from megarlx.rollouts.bank import Bank, banked
 from megarlx.rollouts.completions import Completions, overlong_penalty
 from megarlx.rollouts.environments.process import BrokenEnvironment
 from megarlx.rollouts.episodes import Episode, EpisodeBatch
 from megarlx.rollouts.player import Player, Start
+from megarlx.rollouts.shown import advantages_of
 
 SEEDS = 1 << 31  # of environments: libraries of random numbers often take no larger ones
 COUNTED = ("rl/reward_failures", "rl/environment_failures")  # begin metrics that are sums
+
+
+@dataclass(frozen=True)
+class Example:
+    """An episode for people to read, and where it stands in a rollout."""
+
+    shown: dict[str, Any]
+    number: int  # of its prompt
+    place: int  # among the prompt's samples
 
 
 @dataclass(frozen=True)
@@ -38,12 +49,27 @@ class Rollout:
     rewards: Tensor  # fp64 [P, n], NaN where not known
     advantages: Tensor  # fp64 [N], or [T] where the turns of a sequence differ
     groups: Tensor  # int64 [N], which of the P prompts; in ascending order
+    kept: dict[tuple[int, int], int]  # (number of a prompt, place among its samples) -> row of N
     metrics: dict[str, float]
-    examples: list[dict[str, Any]]  # of the first prompts of this rank, for people to read
+    examples: list[Example]  # of the first prompts of this rank, for people to read
 
     @property
     def sequences(self) -> int:
         return len(self.completions.lengths)
+
+    def shown(self) -> list[dict[str, Any]]:
+        """The examples, with their advantages where they are trained on."""
+        return [self._with_advantage(one) for one in self.examples]
+
+    def _with_advantage(self, example: Example) -> dict[str, Any]:
+        row = self.kept.get((example.number, example.place))
+        if row is None:
+            return example.shown
+        if len(self.advantages) == self.sequences:
+            return advantages_of(example.shown, self.advantages[row : row + 1])
+        begin, end = self.completions.offsets[row : row + 2].tolist()
+        written = self.completions.written[begin:end]
+        return advantages_of(example.shown, self.advantages[begin:end][written])
 
 
 class RolloutSource(Protocol):
@@ -128,25 +154,37 @@ class Sampler:
     """Draws prompts or tasks and plays each of them samples_per_prompt times."""
 
     def __init__(
-        self, config: RlConfig, player: Player, prompts: PromptData, group: Group, seed: int
+        self,
+        config: RlConfig,
+        player: Player,
+        prompts: PromptData,
+        group: Group,
+        seed: int,
+        bank: Bank | None = None,
     ) -> None:
-        """`group` shares out the prompts."""
+        """`group` shares out the prompts; `bank`, given where a copy of the model has its first
+        rank, keeps the samples."""
+        self.bank = bank
         self.config, self.player, self.prompts = config, player, prompts
         self.group, self.seed = group, seed
         self.waited_seconds = 0.0
         self.sampling = sampling_of(config, player.tokenizer)
 
     def rollout(self, steps_done: int = 0) -> Rollout:
-        sums, examples = Sums(), list[dict[str, Any]]()
+        sums, examples = Sums(), list[Example]()
+        self._samples: list[dict[str, Any]] = []
         sampled, used, rounds = with_signal(
             self.config, steps_done, lambda count: self._played(count, sums, examples)
         )
+        if self.bank is not None and self.group.is_first:
+            self.bank.add(steps_done, self._samples)
         used = _with_tokens(used)
         return Rollout(
             used.completions,
             used.rewards,
             self._advantages(used),
             used.groups,
+            _kept(used),
             self._metrics(sampled, used, sums, rounds),
             examples,
         )
@@ -154,9 +192,10 @@ class Sampler:
     def close(self) -> None:
         self.player.close()
 
-    def _played(self, count: int, sums: Sums, examples: list[dict[str, Any]]) -> EpisodeBatch:
+    def _played(self, count: int, sums: Sums, examples: list[Example]) -> EpisodeBatch:
         """`count` new prompts on all ranks."""
         n, group, player = self.config.samples_per_prompt, self.group, self.player
+        drawn = self.prompts.take(count)
         starts = [
             Start(
                 one.number,
@@ -165,9 +204,11 @@ class Sampler:
                 one.ids,
                 key_of(self.seed, "environment", one.number) % SEEDS,
             )
-            for one in self.prompts.take(count)[group.rank :: group.size]
+            for one in drawn[group.rank :: group.size]
         ]
         episodes = player.play(starts, self.sampling, self.seed, group)
+        self._learn_difficulty(drawn, episodes)
+        self._keep(episodes)
         self.waited_seconds += player.waited_seconds
         sums.add("perf/generate_seconds", player.seconds, 1)
         sums.add("perf/reward_seconds", player.reward_seconds, 1)
@@ -175,7 +216,10 @@ class Sampler:
             sums.add(key, total, number)
         if self.config.policy.overlong == "penalty":
             episodes = self._shorter_is_better(episodes)
-        examples += [player.game.example(episode) for episode in episodes[: 2 * n]]
+        examples += [
+            Example(player.example(one), one.group, one.sequence_id - one.group * n)
+            for one in episodes[: 2 * n]
+        ]
         batch = EpisodeBatch.of(
             episodes,
             player.game.invalid_action_penalty,
@@ -183,6 +227,30 @@ class Sampler:
             device=player.generator().device,
         )
         return batch.gathered(group)
+
+    def _keep(self, episodes: Sequence[Episode]) -> None:
+        """What the bank will hold of them, on its rank, in the order in which they were drawn."""
+        if (bank := self.bank) is None:
+            return
+        mine = [(one.sequence_id, banked(one, tokens=bank.config.tokens)) for one in episodes]
+        every = [one for part in gather_values(mine, self.group) for one in part]
+        self._samples += [line for _, line in sorted(every, key=lambda one: one[0])]
+
+    def _learn_difficulty(self, drawn: Sequence[Drawn], episodes: Sequence[Episode]) -> None:
+        """How often each prompt was solved, told by the rank that played it to all."""
+        difficulty = self.prompts.difficulty
+        if difficulty is None:
+            return
+        mine: dict[str, list[bool]] = {}
+        for episode in episodes:
+            if episode.failure is None:
+                mine.setdefault(str(episode.group), []).append(episode.success)
+        known = {k: v for part in gather_values(mine, self.group) for k, v in part.items()}
+        difficulty.learn(
+            (one.place, sum(found) / len(found))
+            for one in drawn
+            if (found := known.get(str(one.number)))
+        )
 
     def _shorter_is_better(self, episodes: Sequence[Episode]) -> list[Episode]:
         """Episodes of one turn, less the penalty for those that nearly reach the limit."""
@@ -222,6 +290,12 @@ class Sampler:
             "rl/generated_tokens": float(written.sum()),
             "rl/prompt_tokens": float(read),
         }
+
+
+def _kept(batch: EpisodeBatch) -> dict[tuple[int, int], int]:
+    n = batch.rewards.shape[1]
+    places = (divmod(place, n) for place in batch.kept.tolist())
+    return {(batch.numbers[task], sample): row for row, (task, sample) in enumerate(places)}
 
 
 def _with_tokens(batch: EpisodeBatch) -> EpisodeBatch:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megarlx.config import ConfigError
 from megarlx.config.arguments import add_overrides, add_trust, add_weights
 from megarlx.config.evaluation import EvaluationConfig
-from megarlx.config.objectives import TemplateConfig
 from megarlx.printable import complain
 
 if TYPE_CHECKING:
     from megarlx.run.opened import OpenedRun
+    from megarlx.run.suites import Templates
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
     from megarlx.rollouts.environments.process import BrokenEnvironment
     from megarlx.rollouts.rewards.process import RewardError
     from megarlx.run.assemble import choose_device
-    from megarlx.run.opened import open_config, open_run
+    from megarlx.run.opened import open_run
+    from megarlx.run.opening import open_config
     from megarlx.run.suites import chosen
 
     try:
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
             uses=() if arguments.config else ("evaluation",),
             trusted=arguments.trusted,
         )
-        evaluation, template = chosen(
+        evaluation, templates = chosen(
             config,
             arguments.run,
             file=arguments.config,
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
         launch.start(started, device, config.layout.time_limit_seconds)
         try:
             opened = open_run(references[0], config, started, device, weights=arguments.weights)
-            _evaluate(references, opened, evaluation, template, started)
+            _evaluate(references, opened, evaluation, templates, started)
         finally:
             launch.stop()
     except ConfigError as error:
@@ -87,16 +87,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _references(text: str) -> Iterator[Any]:
     from megarlx.checkpoint import iterations
-    from megarlx.run.directory import RunError
     from megarlx.run.reference import resolve
 
     if not text.endswith("@all"):
         yield resolve(text)
         return
-    run = text.removesuffix("@all")
-    there = iterations(Path(run) / "checkpoints")
-    if not there:
-        raise RunError(f"{text}: the run {run} holds no checkpoints")
+    run = resolve(text.removesuffix("@all")).run
+    there = iterations(run / "checkpoints")
     yield from (resolve(f"{run}@{iteration}") for iteration in there)
 
 
@@ -104,10 +101,10 @@ def _evaluate(
     references: list[Any],
     opened: OpenedRun,
     evaluation: EvaluationConfig,
-    template: TemplateConfig | None,
+    templates: Templates,
     started: Any,
 ) -> None:
-    from megarlx.run.opened import load_weights
+    from megarlx.run.opening import load_weights
     from megarlx.run.suites import made_suites, measured
 
     made = made_suites(opened, evaluation)
@@ -119,4 +116,4 @@ def _evaluate(
         if say is not None:
             kind = "pre-trained only" if opened.is_base else "trained to answer"
             say(f"{reference.checkpoint} ({opened.trunk_tokens:,} tokens of pre-training, {kind})")
-        measured(opened, evaluation, template, made, keep=True, say=say)
+        measured(opened, evaluation, templates, made, keep=True, say=say)

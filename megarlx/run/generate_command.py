@@ -19,6 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--raw", action="store_true", help="give the prompt as it stands, without the template"
     )
+    parser.add_argument(
+        "--template", metavar="NAME", help="one of the run's [templates]; default: its [template]"
+    )
     parser.add_argument("--samples", type=int, default=1, help="completions, one after another")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest token")
     parser.add_argument("--top-p", type=float, default=1.0, help="share of the probability kept")
@@ -42,9 +45,11 @@ def run(arguments: argparse.Namespace) -> int:
     from megarlx.checkpoint import CheckpointError
     from megarlx.comm import launch
     from megarlx.config import ConfigError
+    from megarlx.config.objectives import unknown_template
     from megarlx.run.assemble import choose_device
     from megarlx.run.directory import RunError
-    from megarlx.run.opened import open_config, open_run
+    from megarlx.run.opened import open_run
+    from megarlx.run.opening import open_config
     from megarlx.run.reference import resolve
 
     try:
@@ -53,7 +58,12 @@ def run(arguments: argparse.Namespace) -> int:
         config = open_config(
             reference.run, started.world_size, arguments.overrides, trusted=arguments.trusted
         )
-        if config.template is None and not arguments.raw:
+        if arguments.raw and arguments.template is not None:
+            raise RunError("--template and --raw were both given; allowed is one of them")
+        if arguments.template is not None and arguments.template not in config.templates:
+            wrong = unknown_template(arguments.template, config.templates)
+            raise RunError(f"--template {wrong}")
+        if config.template is None and arguments.template is None and not arguments.raw:
             raise RunError(
                 f"{reference.run} has no [template]: how its model is asked is not said. --raw "
                 "gives the prompt as it stands; a template is given by, for example, "
@@ -88,6 +98,7 @@ def _generate(arguments: argparse.Namespace, opened: OpenedRun) -> None:
             seed=arguments.seed,
             number=number,
             raw=arguments.raw,
+            template=arguments.template,
             generator=arguments.generator,
         )
         for piece in pieces:

@@ -23,7 +23,8 @@ from megarlx.config import load_config
 from megarlx.config.evaluation import EvaluationConfig, SuiteConfig, SuitesConfig
 from megarlx.run.branch import parent_of, read_config
 from megarlx.run.directory import RunDirectory, RunError
-from megarlx.run.opened import OpenedRun, masters_of, open_config, open_run, put_weights
+from megarlx.run.opened import OpenedRun, open_run
+from megarlx.run.opening import masters_of, open_config, put_weights
 from megarlx.run.reference import RunReference, resolve
 from megarlx.run.session import launched
 from megarlx.run.suites import chosen as chosen_suites

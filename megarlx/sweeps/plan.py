@@ -12,9 +12,13 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
+from megarlx.checkpoint import CheckpointError
 from megarlx.config import Config, ConfigError, load_config
 from megarlx.config.sweep import ExcursionConfig, SweepConfig, TransplantConfig
 from megarlx.config.trust import names_in, needs_trust
+from megarlx.hf.on_the_fly import run_of_model
+from megarlx.hf.sources import is_hugging_face
+from megarlx.run.reference import resolve
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,10 @@ def _from_run(sweep: SweepConfig, seed: int) -> Iterator[Job]:
     own = [one.model_copy(update={"set": {**seeded, **one.set}}) for one in sweep.excursions]
     evaluate = sweep.evaluate if seed == sweep.seeds[0] else ()
     changed = sweep.model_copy(update={"excursions": tuple(own), "evaluate": evaluate})
-    trunk = _Trunk(changed, Path(sweep.trunk), seed, _trust(sweep.trust), {}, None)
+    path = Path(sweep.trunk)
+    if is_hugging_face(path):
+        path = run_of_model(path, Path(sweep.out))
+    trunk = _Trunk(changed, path, seed, _trust(sweep.trust), {}, None)
     yield from _made_of(trunk)
 
 
@@ -139,6 +146,22 @@ def _made_of(trunk: _Trunk) -> Iterator[Job]:
         yield from _excursions(trunk, excursions)
     for transplant in sweep.transplants:
         yield from _transplants(trunk, transplant)
+
+
+def check_checkpoints(sweep: SweepConfig) -> None:
+    """Before anything is run, or listed: what starts from a trunk that is there finds it."""
+    if not sweep.trunk_is_there:
+        return
+    wanted = [*sweep.evaluate, *(at for one in sweep.excursions for at in one.checkpoints)]
+    problems = []
+    for where in dict.fromkeys(wanted):
+        try:
+            if where != "all":
+                resolve(f"{sweep.trunk}@{where}", Path(sweep.out))
+        except (ValueError, CheckpointError) as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError(problems)
 
 
 def _trust(names: Collection[str]) -> tuple[str, ...]:

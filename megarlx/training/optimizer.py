@@ -22,13 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarlx.checkpoint import AVERAGE, FROZEN, FlatShards
+from megarlx.checkpoint import AVERAGE, FROZEN, OPTIMIZER, FlatShards
 from megarlx.comm.collectives import all_reduce_, broadcast_
 from megarlx.comm.groups import Group
 from megarlx.ops.averaging import average_adamw_
 from megarlx.parallel.data_parallel import DataParallel
-from megarlx.training.combine import Combination, Combiner, weighted_sum
+from megarlx.training.combine import Combination, Combiner, weighted_sum, without_skipped
 from megarlx.training.masters import Masters
+from megarlx.training.outer import Outer, OuterSteps
 from megarlx.training.parts import Parts, Range, UpdateSettings, kinds, with_wholes
 from megarlx.training.rule_states import RuleStates
 from megarlx.training.sums import ModelSums
@@ -36,6 +37,7 @@ from megarlx.training.update_rules import AdamW
 from megarlx.training.whole_tensors import Wanted, WholeTensors
 
 SHARED = "shared"  # whose the state is where all objectives have the same one
+OUTER = "outer"  # whose the momentum of averages is
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,14 @@ class Optimizer:
         average: Tensor | None = None,
         replicas: Group | None = None,
         local_steps: bool = False,
+        outer: Outer | None = None,
+        protected: Mapping[str, Tensor] | None = None,
         whole_tensors: Callable[[Wanted], WholeTensors] | None = None,
     ) -> None:
         """`waiting` objectives are not trained, but keep their state for later; `frozen` shards
         are saved and restored beside the weights (a reference policy's, say), as is the weights'
-        `average`."""
+        `average`. `outer` is for local steps. What is `protected`, an objective's bool [P], its
+        updates leave alone."""
         if not settings:
             raise ValueError("an optimizer needs at least one objective")
         self.data_parallel, self.settings = data_parallel, dict(settings)
@@ -114,11 +119,16 @@ class Optimizer:
         self._parts = {
             owner: self._parts_of(owner, whole_tensors) for owner in here if owner in owned
         }
-        self.frozen = dict(frozen or {})
+        self.frozen, self.protected = dict(frozen or {}), dict(protected or {})
+        self.outer = None if outer is None else OuterSteps(outer, self.master)
+        momentum = (
+            {} if self.outer is None else {f"{OPTIMIZER}{OUTER}/velocity/": self.outer.velocity}
+        )
         # What a checkpoint holds of this rank, under the names that it gets there.
         self.shards = self._shards(
             {"": self.master}
             | dict(self.kept.named(here))
+            | momentum
             | {f"{FROZEN}{name}/": shard for name, shard in self.frozen.items()}
             | ({} if average is None else {AVERAGE: average})
         )
@@ -164,7 +174,10 @@ class Optimizer:
                 rates = {name: learning_rates[name]}
                 self._move([name], [name], norms[one], found_inf[one], rates, {name: 1.0})
             if average:
+                before = None if self.outer is None else self.master.clone()
                 self._average_locals(shares)
+                if self.outer is not None and before is not None:
+                    self.outer.move_(self.master, before)
                 self.masters.to_weights()
             return report
         if self.shared:
@@ -233,7 +246,7 @@ class Optimizer:
             self.combiner.add_linear_(self.master, deltas, shares, found_inf, self.masters.out)
             return
         every = dict(zip(report.found_inf, self.combiner.together(deltas), strict=True))
-        combined = self.combiner.combined(_without_skipped(every, report), shares)
+        combined = self.combiner.combined(without_skipped(every, report.found_inf), shares)
         if combined is not None:
             self.masters.add_(combined)
 
@@ -271,7 +284,8 @@ class Optimizer:
 
         `owners` of the states, in the order of `names`.
         """
-        if all(type(self.kept.rules[owner]) is AdamW for owner in owners):
+        apart = self.protected.keys() & set(names)
+        if not apart and all(type(self.kept.rules[owner]) is AdamW for owner in owners):
             self._move_by_adamw(names, owners, norms, found_inf, learning_rates, shares)
             return
         total: Tensor | None = None
@@ -309,7 +323,9 @@ class Optimizer:
                 f"{delta.dtype}; the shard is {list(like.shape)} {like.dtype}"
             )
         steps += ~found_inf
-        return delta
+        # -0.0 is what changes no bit of what it is added to.
+        mask = self.protected.get(name)
+        return delta if mask is None else delta.masked_fill_(mask, -0.0)
 
     def _move_by_adamw(
         self,
@@ -384,15 +400,3 @@ class Optimizer:
 
     def gradient_shard(self, objective: str) -> Tensor:
         return self.gradients[objective]
-
-
-def _without_skipped(every: Mapping[str, Tensor], report: StepReport) -> dict[str, Tensor]:
-    """Waits for the device: which updates are combined is known on the host."""
-    flags = torch.stack(list(report.found_inf.values()))
-    if flags.is_meta:  # a dry run has no numbers
-        return dict(every)
-    return {
-        name: delta
-        for (name, delta), skipped in zip(every.items(), flags.cpu().tolist(), strict=True)
-        if not skipped
-    }

@@ -150,6 +150,12 @@ class Trainer:
             average=None if self.average is None else self.average.shard,
             replicas=self.mesh.replica if stage.in_replicas else None,
             local_steps=stage.times.sync_every > 1,
+            outer=stage.outer,
+            protected={
+                name: one.protected
+                for name, one in stage.members.items()
+                if one.protected is not None
+            },
             whole_tensors=partial(WholeTensors.of, self.model),
         )
 

@@ -103,12 +103,12 @@ SHORT: dict[str, dict[str, str]] = {
 # What a line begins with, and the command that stands for it: for a pattern, for a placeholder, or
 # for more processes than are needed.
 INSTEAD = {
-    "[mpirun -n N] python tools/prepare_tokens.py ": "python tools/prepare_tokens.py "
+    "[mpirun -n N] megarlx prepare ": "megarlx prepare "
     "documents.jsonl documents.jsonl --tokenizer bytes --out data/mine",
-    "python tools/prepare_tokens.py … --out data/dolmino/web": "python tools/prepare_tokens.py "
+    "megarlx prepare … --out data/dolmino/web": "megarlx prepare "
     "documents.jsonl --tokenizer data/dolmino/tokenizer.json --out data/dolmino/web",
-    "python tools/inspect_checkpoint.py RUN ": "python tools/inspect_checkpoint.py "
-    "runs/trunk --verify",
+    "megarlx inspect RUN --overlap": "megarlx inspect runs/trunk --overlap",
+    "megarlx inspect RUN ": "megarlx inspect runs/trunk --verify",
     "megarlx train CONFIG.toml ": "megarlx train configs/demo_trunk.toml --out runs/trunk",
     "megarlx branch … --replay": "megarlx branch runs/trunk@6 configs/recipes/sft.toml "
     "--out runs/replayed --replay",
@@ -130,10 +130,12 @@ ITERATIONS = {"runs/trunk@1000 configs": "runs/trunk@4 configs"}
 
 # Commands that a document takes for granted.
 TRUNK_FIRST = ["megarlx train configs/demo_trunk.toml --out runs/trunk"]
-PAPER_DATA = ["python tools/prepare_tokens.py … --out data/dolmino/web"]
+PAPER_DATA = ["megarlx prepare … --out data/dolmino/web"]
 BEFORE = {
     "agents.md": ["megarlx train configs/demo_agent.toml --out runs/demo_agent"],
+    "data.md": TRUNK_FIRST,
     "evaluation.md": TRUNK_FIRST,
+    "faq.md": TRUNK_FIRST,
     "launching.md": PAPER_DATA,
     "report.md": TRUNK_FIRST,
     "troubleshooting.md": TRUNK_FIRST,

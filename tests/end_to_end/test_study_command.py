@@ -1,8 +1,10 @@
-"""`make study` on tiny runs: one trunk, one checkpoint of it, every recipe, the report."""
+"""`make study` on tiny runs: one trunk, one checkpoint of it, every recipe, the report; and again
+from its records alone."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -29,7 +31,7 @@ def test_the_study_makes_its_report_and_again_without_a_run_made_twice(
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    words = ["demo", "--study", "--seeds", "5", "--out", "runs/study"]
+    words = ["demo", "--study", "--seeds", "5", "--out", "runs/study", "--set", "records=kept"]
     for key, value in SHORT.items():
         words += ["--set", f"{key}={value}"]
     assert main(words) == 0
@@ -45,3 +47,12 @@ def test_the_study_makes_its_report_and_again_without_a_run_made_twice(
     assert main(words) == 0
     assert json.loads(summary.read_text()) == first
     assert {path: path.stat().st_mtime_ns for path in made} == made
+
+    shutil.rmtree("runs")
+    assert main(words) == 0
+    assert not list(Path("runs/study").glob("*/metrics.jsonl"))  # nothing was run
+    again = json.loads(summary.read_text())
+    assert again["settings_hash"] == first["settings_hash"]
+    assert len(again["results"]) == len(first["results"])
+    for one, other in zip(again["results"], first["results"], strict=True):
+        assert one == pytest.approx(other, rel=1e-5)

@@ -9,7 +9,7 @@ import pytest
 from megarlx.config import Config, ConfigError, load_config
 from megarlx.config.load import over
 from megarlx.run.branch import recipe_config
-from megarlx.run.opened import open_config
+from megarlx.run.opening import open_config
 
 START = """
 [model]

@@ -361,3 +361,24 @@ def test_both_worlds_are_asked_the_same_question_of_placement(
         asked.append((left, excursions, sweep.seed_keys))
     assert asked[0] == asked[1]
     assert {key.split(".")[0] for key in sweep.set} == {"data"}
+
+
+def test_checkpoints_that_a_trunk_does_not_hold_are_said_before_anything_is_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "recipe.toml").write_text("")
+    path = tmp_path / "sweep.toml"
+    path.write_text(f"""
+out = "{tmp_path}/out"
+trunk = "{tmp_path}/run"
+evaluate = ["1000"]
+[[excursions]]
+recipes = ["{tmp_path}/recipe.toml"]
+checkpoints = ["1000", "2000"]
+""")
+    assert main(["sweep", str(path), "--list"]) == 2
+    shown = capsys.readouterr()
+    assert "megarlx branch" not in shown.out
+    for iteration in ("1000", "2000"):
+        assert f"run@{iteration}: the run {tmp_path}/run holds no checkpoints" in shown.err

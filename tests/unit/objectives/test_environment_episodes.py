@@ -15,7 +15,7 @@ from megarlx.comm.groups import Group
 from megarlx.config.environment import EnvironmentConfig
 from megarlx.config.model import family_config
 from megarlx.config.policy import PolicyConfig
-from megarlx.data.conversations import Conversation, Template
+from megarlx.data.conversations import Conversation, Frames
 from megarlx.data.conversations import Turn as Said
 from megarlx.data.prompts import Prompt
 from megarlx.data.tokenizer import WordTokenizer
@@ -37,7 +37,7 @@ from megarlx.rollouts.episodes import (
 )
 from megarlx.rollouts.player import Player, Start
 
-TEMPLATE = Template(user="seen : {content} act :", assistant=" {content}")
+TEMPLATE = Frames(user="seen : {content} act :", assistant=" {content}")
 WORDS = ("seen", ":", "act", "go", "stay", "lose", "win", "task", "room", *map(str, range(20)))
 TOKENIZER = WordTokenizer(WORDS)
 
