@@ -20,6 +20,8 @@ from megarlx.hf.on_the_fly import run_of_model
 from megarlx.hf.sources import is_hugging_face
 from megarlx.run.reference import resolve
 
+RUN = re.compile(r"\{run ([^{}]+)\}")
+
 
 @dataclass(frozen=True)
 class Job:
@@ -181,13 +183,29 @@ def _excursions(trunk: _Trunk, config: ExcursionConfig) -> Iterator[Job]:
         if start is None or where != "latest":
             stem += f"-at-{_plain(where)}"
         run = trunk.named(stem, values)
-        overrides = _overrides({**config.set, **values})
+        given, named_runs = _with_runs(trunk, {**config.set, **values})
+        needs = tuple(dict.fromkeys((*needs, *named_runs)))
+        overrides = _overrides(given)
         words = (
             *("branch", f"{parent}@{where}", recipe, "--out", str(run)),
             *overrides,
             *trunk.trust,
         )
         yield Job(run.name, words, run, None, needs, run, trunk.seed)
+
+
+def _with_runs(trunk: _Trunk, settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """`{run NAME}` in a text is the folder of that run of the sweep; and those runs."""
+    needs: list[str] = []
+
+    def folder(match: re.Match[str]) -> str:
+        needs.append(trunk.named(match[1]).name)
+        return str(trunk.named(match[1]))
+
+    def put(value: Any) -> Any:
+        return RUN.sub(folder, value) if isinstance(value, str) else value
+
+    return {key: put(value) for key, value in settings.items()}, needs
 
 
 def _transplants(trunk: _Trunk, config: TransplantConfig) -> Iterator[Job]:

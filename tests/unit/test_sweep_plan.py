@@ -300,6 +300,21 @@ def test_runs_start_from_runs_and_sums_are_made_of_runs(tmp_path: Path) -> None:
     assert '--dependency="afterok:$level2"' in script
 
 
+def test_a_run_that_reads_what_another_has_kept_waits_for_it(tmp_path: Path) -> None:
+    text = """
+[[excursions]]
+recipes = ["sft.toml"]
+name = "own"
+checkpoints = ["1000"]
+set = { "sft.conversations" = "rollouts:{run rl-at-1000}@40" }
+"""
+    jobs = {job.name: job for job in jobs_of(load_config(kept(tmp_path, text), (), SweepConfig))}
+    own = jobs["sft-own-at-1000-seed-3"]
+    assert own.needs == ("trunk-seed-3", "rl-at-1000-seed-3")
+    out = tmp_path / "out" / "rl-at-1000-seed-3"
+    assert f'sft.conversations="rollouts:{out}@40"' in own.arguments
+
+
 def kept(tmp_path: Path, text: str = KEPT) -> Path:
     path = tmp_path / "kept.toml"
     path.write_text(
