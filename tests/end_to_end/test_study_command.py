@@ -1,5 +1,5 @@
-"""`make study` on tiny runs: one trunk, one checkpoint of it, some recipes, the report; and again from
-its records alone."""
+"""`make study` on tiny runs: one trunk, one checkpoint of it, some recipes, the report; and again
+from its records alone."""
 
 from __future__ import annotations
 

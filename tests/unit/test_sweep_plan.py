@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -125,10 +126,9 @@ def test_the_trunk_of_a_sweep_saves_the_checkpoints_that_the_sweep_names(
 ) -> None:
     monkeypatch.chdir(ROOT)
     sweep = load_config(path, (), SweepConfig)
-    words = jobs_of(sweep)[0].arguments
-    trunk = load_config(
-        words[1], [w for w, flag in zip(words[1:], words, strict=False) if flag == "--set"]
-    )
+    job = next(job for job in jobs_of(sweep) if job.arguments[0] == "train")
+    words = job.arguments
+    trunk = load_config(words[1], [value for key, value in pairwise(words) if key == "--set"])
     named = {*sweep.evaluate, *(one.onto for one in sweep.transplants)}
     named |= {at for one in sweep.excursions if not one.runs for at in one.checkpoints}
     assert named
