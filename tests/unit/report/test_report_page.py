@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from browser import needs_browser, opened, with_script
 from fake_sweep import AS_IN_THE_PAPER, Sweep
 
 from megarlx.cli import main
@@ -187,3 +188,40 @@ def test_text_can_stand_anywhere_in_html(given: str) -> None:
     made = text(given)
     made.encode("utf-8")
     assert not set("<\"'\x00") & set(made)
+
+
+# Which elements reach over the page, or their contents over them.
+CUT = """
+const outside = (one) => {
+  const head = one.closest("thead"), box = one.getBoundingClientRect();
+  if (head && getComputedStyle(head).position === "absolute") return false; // told in each cell
+  const over = box.right > document.documentElement.clientWidth + 1 || box.left < -1;
+  const field = ["SELECT", "INPUT"].includes(one.tagName);
+  const inside = !field && one.clientWidth && one.scrollWidth > one.clientWidth + 1;
+  return box.width && (over || inside);
+};
+addEventListener("load", () => setTimeout(() => {
+  for (const one of document.querySelectorAll("details")) one.open = true;
+  const cut = [...document.querySelectorAll("body *")].filter(outside);
+  const said = cut.map((one) => one.outerHTML.slice(0, 120)).join(" | ");
+  parent.postMessage({ width: innerWidth, cut: said }, "*");
+}, 1500));
+"""
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1400, 390])
+@pytest.mark.parametrize("page", ["index.html", "samples/index.html"])
+def test_nothing_is_cut_off_in_a_browser(root: Path, width: int, page: str) -> None:
+    found = root / "report" / page
+    with_script(found, found.with_name("cut.html"), CUT)
+    around = found.with_name("around.html")  # a browser's own window may not be as narrow
+    around.write_text(
+        f'<iframe src="cut.html" width="{width}" height="900" style="border: 0"></iframe>'
+        "<script>onmessage = (event) => Object.assign(document.body.dataset, event.data)</script>"
+    )
+    html = opened(around, width=1500)
+    assert f'data-width="{width}"' in html
+    cut = re.search(r'data-cut="([^"]*)"', html)
+    assert cut is not None
+    assert cut[1] == ""
