@@ -156,17 +156,13 @@ NOT_RUN = {
         "docs/launching.md has the same line, which is run; behind it stands Slurm's"
     ),
     "megarlx demo --study ": LONG,
-    "megarlx branch runs/study/": LONG,
-    "megarlx train configs/arithmetic_study_trunk.toml --out runs/harder ": LONG,
-    "megarlx branch runs/harder@": LONG,
     **dict.fromkeys(
         (
             f"megarlx sweep configs/{name}.toml"
             for name in (
-                *("study", "combinations", "group_size", "longer"),
+                *("combinations", "group_size", "longer"),
                 *("placement", "placement_agreeing", "composition"),
-                *("study_gate", "tuning/1_rl", "tuning/2_sft", "tuning/3_parallel"),
-                "tuning/4_gold",
+                *("study_gate", "tuning/1_rl"),
                 *("kept", "kept_facts", "paper_1b/kept"),
                 *(f"tuning/kept_{world}_1_alpha" for world in ("tables", "arithmetic")),
                 *(f"tuning/kept_{world}_2_rates" for world in ("tables", "arithmetic")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from megarlx.cli import main
 from megarlx.config import ConfigError, load_config
 from megarlx.config.sweep import SweepConfig
 from megarlx.sweeps.plan import Job, jobs_of
+from megarlx.sweeps.records import JobSettings
 from megarlx.sweeps.run import LEFT, SweepRunner, slurm_script
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,10 +126,9 @@ def test_the_trunk_of_a_sweep_saves_the_checkpoints_that_the_sweep_names(
 ) -> None:
     monkeypatch.chdir(ROOT)
     sweep = load_config(path, (), SweepConfig)
-    words = jobs_of(sweep)[0].arguments
-    trunk = load_config(
-        words[1], [w for w, flag in zip(words[1:], words, strict=False) if flag == "--set"]
-    )
+    job = next(job for job in jobs_of(sweep) if job.arguments[0] == "train")
+    words = job.arguments
+    trunk = load_config(words[1], [value for key, value in pairwise(words) if key == "--set"])
     named = {*sweep.evaluate, *(one.onto for one in sweep.transplants)}
     named |= {at for one in sweep.excursions if not one.runs for at in one.checkpoints}
     assert named
@@ -139,6 +140,17 @@ def test_the_trunk_of_a_sweep_saves_the_checkpoints_that_the_sweep_names(
         else:
             assert 0 < int(at) <= trunk.steps
             assert int(at) % trunk.checkpoints.save_every_steps == 0 or int(at) == trunk.steps
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
+def test_every_run_of_a_sweep_has_settings_that_hold(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    sweep = load_config(path, (), SweepConfig)
+    settings = JobSettings(jobs_of(sweep.model_copy(update={"seeds": sweep.seeds[:1]})))
+    hashes = [settings(job) for job in settings.jobs.values()]
+    assert len(set(hashes)) == len(hashes)
 
 
 def runner(tmp_path: Path, todo: list[Job], **settings: object) -> SweepRunner:
