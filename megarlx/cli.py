@@ -35,6 +35,7 @@ COMMANDS: Mapping[str, Command] = {
     "generate": Command(
         "megarlx.run.generate_command", "what a checkpoint says to a prompt, as it is drawn"
     ),
+    "chat": Command("megarlx.run.chat_command", "a conversation with a checkpoint"),
     "branch": Command(
         "megarlx.run.branch_command", "an excursion: start from a checkpoint, follow a recipe"
     ),
@@ -43,9 +44,17 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "merge": Command("megarlx.run.merge_command", "the mean of several checkpoints' weights"),
     "demo": Command("megarlx.study.demo", "a trunk, excursions and their report, in minutes"),
+    "convert": Command(
+        "megarlx.hf.convert_command", "a Hugging Face model into a run, a run into one"
+    ),
+    "prepare": Command("megarlx.data.prepare_command", "texts into token files"),
+    "inspect": Command(
+        "megarlx.run.inspect_command", "what a checkpoint holds; what of a test stands in the data"
+    ),
     "study": Command("megarlx.study.command", "what decides how the study is run: gate, tuning"),
     "sweep": Command("megarlx.sweeps.command", "all runs of a study, resumed where they stopped"),
     "report": Command("megarlx.report.command", "figures, a page and summary.json of many runs"),
+    "view": Command("megarlx.report.view_command", "the samples of runs, as a page to read"),
     "tree": Command("megarlx.report.tree", "which run came from which, and what it reached"),
     "plan": Command(
         "megarlx.planning.command", "memory, messages and time of a layout, without the GPUs"

@@ -22,19 +22,37 @@ MADE = "{made}"  # in a path: the folder that data.maker writes
 class TemplateConfig(Section):
     """How turns are written for the model; {content} stands for a turn's text."""
 
-    user: str = Field(description="A question, or a user's turn")
+    chat: str | None = Field(
+        default=None,
+        description="In place of the rest: the model's own chat template, in Jinja; a converted "
+        "run has it",
+    )
+    bos: str = Field(default="", description="What chat calls bos_token")
+    user: str | None = Field(
+        default=None, description="A question, or a user's turn; needed where chat is not given"
+    )
     system: str = Field(default="{content}\n", description="A system's turn")
     opening: str = Field(default="", description="Stands before each answer, given to the model")
     assistant: str = Field(
         default=" {content}", description="An answer; all of it, and an end of text, is learned"
     )
 
+    tool: str = Field(default="{content}\n", description="What a tool answers")
+
     def problems(self) -> list[tuple[str, str]]:
-        return [
+        if self.chat is not None:
+            plain = {name: field.default for name, field in type(self).model_fields.items()}
+            frames = ("user", "system", "opening", "assistant", "tool")
+            said = [name for name in frames if getattr(self, name) != plain[name]]
+            return [(name, "cannot be given together with chat") for name in said]
+        if self.user is None:
+            return [("user", "is missing; give user, or chat")]
+        found = [
             (name, f"is {text!r}; it must hold {PLACE} once")
-            for name in ("user", "system", "assistant")
+            for name in ("user", "system", "assistant", "tool")
             if (text := getattr(self, name)).count(PLACE) != 1
         ]
+        return found + ([("bos", "is for chat, which is not given")] if self.bos else [])
 
 
 def unknown_template(name: str, known: Collection[str]) -> str:

@@ -15,7 +15,7 @@ Weights = dict[str, Annotated[float, Field(ge=0)]]
 
 
 class SourceConfig(Section):
-    """One token file, as tools/prepare_tokens.py or Megatron writes it, or a run's rollouts."""
+    """One token file, as megarlx prepare or Megatron writes it, or a run's rollouts."""
 
     name: str = Field(min_length=1, description="What the source is called in metrics")
     prefix: str | None = Field(

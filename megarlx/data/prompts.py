@@ -38,6 +38,7 @@ class PromptKeys:
 
     question: str = "question"
     answer: str = "answer"
+    needs_question: bool = True  # an environment says by itself how a task begins
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,7 @@ class FewShot:
     def ids(self, template: Template, tokenizer: Tokenizer) -> list[int]:
         found: list[int] = []
         for example in self.examples:
-            ids, _ = template.encode(example, tokenizer)
-            if self.separator is None:
-                found += ids
-            else:
-                found += ids[:-1] + tokenizer.encode(self.separator)
+            found += template.example_ids(example, tokenizer, self.separator, first=not found)
         return found
 
 
@@ -109,6 +106,8 @@ def _prompt(line: bytes, keys: PromptKeys) -> Prompt | str:
 
 def prompt_of(value: dict[str, Any], keys: PromptKeys) -> Prompt | str:
     """The prompt of a line's value, or why there is none; what is left of the value is metadata."""
+    if not keys.needs_question and keys.question not in value:
+        return Prompt("", None, value)
     question, answer = value.pop(keys.question, None), value.pop(keys.answer, None)
     if not isinstance(question, str) or not question.strip():
         return f"'{keys.question}' is {question!r}; expected text (its keys: {', '.join(value)})"
@@ -147,12 +146,15 @@ class PromptData:
         self.too_long = 0
         self._ids: list[tuple[int, ...]] = []
         for prompt in prompts:
-            ids = shots + template.prompt_ids((Turn("user", prompt.question),), tokenizer)
+            asked = (Turn("user", prompt.question),) if prompt.question else ()
+            ids = shots + template.prompt_ids(asked, tokenizer, follows=bool(shots))
             if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
                 if too_long == "stop":
                     raise PromptError(
                         f"{name}: the prompt {prompt.question[:80]!r} has {len(ids)} tokens; "
-                        f"max_prompt_tokens allows {max_prompt_tokens}"
+                        f"it may have {max_prompt_tokens}: what {name}.max_prompt_tokens says, or "
+                        f"what the model's longest sequence leaves; {name}.too_long = 'skip' "
+                        "leaves such prompts out"
                     )
                 self.too_long += 1
                 continue
@@ -174,6 +176,11 @@ class PromptData:
             self.difficulty = Difficulty(len(self.prompts), seed, name, *by_difficulty)
             self._fingerprint["draw"] = "difficulty"
         self._order: tuple[int, list[int]] = (-1, [])  # of one epoch
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(map(len, self._ids))
 
     def take(self, count: int) -> list[Drawn]:
         """The next prompts; the same on every rank that has drawn as many."""

@@ -102,6 +102,16 @@ class Tokenizer(ABC):
         """Whether a template's text writes out a special or a reserved token."""
         return bool(RESERVED.search(text)) or self.has_specials(text)
 
+    @property
+    def eos_text(self) -> str:
+        """How the end of a document is written out."""
+        return EOS
+
+    @property
+    def special_texts(self) -> tuple[str, ...]:
+        """Texts that `specials` makes one id."""
+        return (EOS,)
+
     def has_specials(self, text: str) -> bool:
         """Whether the text writes out a special token."""
         return self.encode(text, specials=True) != self.encode(text)
@@ -231,6 +241,15 @@ class FileTokenizer(Tokenizer):
     def encode(self, text: str, specials: bool = False) -> list[int]:
         engine = self._with_specials if specials else self._plain
         return engine.encode(text, add_special_tokens=False).ids
+
+    @property
+    def eos_text(self) -> str:
+        return self.eos
+
+    @property
+    def special_texts(self) -> tuple[str, ...]:
+        added = self._definition.get("added_tokens") or []
+        return tuple(str(t["content"]) for t in added if t.get("special"))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         found = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)

@@ -12,7 +12,7 @@ from typing import Any
 
 from megarlx.config.evaluation import EvaluationConfig, SuiteConfig
 from megarlx.config.objectives import PLACE, WRITE_TEMPLATE, unknown_template
-from megarlx.data.conversations import Template
+from megarlx.data.conversations import Frames, Template
 from megarlx.data.making import Made, MadeSuite
 from megarlx.data.tokenizer import Tokenizer
 from megarlx.evaluation.questions import SuiteError, made_suite
@@ -68,7 +68,7 @@ class Asked:
                 f"suite {suite.name}: it asks in a template, and this model has none; "
                 f"{WRITE_TEMPLATE}"
             )
-        return found or Template(user=PLACE)  # nothing is written in it
+        return found or Frames(user=PLACE)  # nothing is written in it
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ def play(
             episodes = player.play(starts, settings, seed, group)
             for at, i in enumerate(part):
                 own = tuple(episodes[at * n : (at + 1) * n])
-                lines = (player.game.example(one) for one in own[:kept_samples])
+                lines = (player.example(one) for one in own[:kept_samples])
                 shown = tuple({**line, "id": questions[i].id} for line in lines)
                 found.append(Played(questions[i], own, shown))
             if progress is not None:
@@ -139,7 +139,8 @@ def _prompts(
     if suite.environment is not None:
         return [[] for _ in questions]
     shots = few_shot.ids(template, tokenizer)
-    return [shots + question.prompt_ids(template, tokenizer) for question in questions]
+    follows = bool(shots)
+    return [shots + q.prompt_ids(template, tokenizer, follows=follows) for q in questions]
 
 
 def _longest(model: ParallelModel, suite: SuiteConfig, prompts: list[list[int]]) -> int:

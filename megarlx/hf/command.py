@@ -1,4 +1,4 @@
-"""The three conversions, put together from their parts; see tools/convert_checkpoint.py."""
+"""The three conversions, put together from their parts; see convert_command.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from megarlx.checkpoint.verify import check_digests
 from megarlx.comm.groups import Layout
 from megarlx.comm.share import Share
 from megarlx.config.model import ModelConfig
+from megarlx.config.objectives import TemplateConfig
 from megarlx.config.parameters import published_names
+from megarlx.data.conversations import ConversationError
 from megarlx.data.tokenizer import Tokenizer, load_tokenizer
 from megarlx.hf import export
 from megarlx.hf.conversion import Conversion, begin, to_do, work
@@ -32,7 +34,7 @@ from megarlx.hf.plan import (
     saved_tensors,
 )
 from megarlx.hf.sources import AveragedSource, CheckpointSource, HuggingFaceFolder, TensorSource
-from megarlx.hf.tokenizer_files import kept_files, tokenizer_of_run
+from megarlx.hf.tokenizer_files import chat_of, kept_files, tokenizer_of_run
 from megarlx.hf.trunk import (
     CONVERTING,
     Trunk,
@@ -44,6 +46,7 @@ from megarlx.hf.trunk import (
     run_of,
 )
 from megarlx.hf.verify import compare
+from megarlx.printable import complain
 
 FILES_AT_ONCE = 4  # hashing is the slow part, and runs on another core for each file
 DIFFERENT = 3  # exit status of a verification that failed
@@ -128,7 +131,8 @@ class Converter:
                     "converted": {"source": asked.source, **origin},
                 },
             }
-            trunk.describe(source.config, tokenizer, source.folder)
+            template = self._template_beside(source, tokenizer)
+            trunk.describe(source.config, tokenizer, source.folder, template)
             tensors = saved_tensors(job.files, source.shapes, saved)
             manifest = Manifest(asked.iteration, tuple(saved), tensors, state)
             path = finish(job, trunk.checkpoints, manifest)
@@ -245,6 +249,15 @@ class Converter:
         good = found.relative <= self.asked.tolerance
         print(f"verify: {found}; tolerance {self.asked.tolerance:g}: {'good' if good else 'BAD'}")
         return 0 if good else DIFFERENT
+
+    def _template_beside(
+        self, source: HuggingFaceFolder, tokenizer: Tokenizer | None
+    ) -> TemplateConfig | None:
+        try:
+            return chat_of(source.folder, tokenizer)
+        except ConversationError as error:
+            complain(f"{source.folder}: the run gets no [template]: {error}")
+            return None
 
     def _say(self, text: str) -> None:
         if not self.asked.quiet:

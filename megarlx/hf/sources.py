@@ -36,6 +36,11 @@ class TensorSource(Protocol):
     def read(self, name: str, start: Sequence[int], size: Sequence[int]) -> Tensor: ...
 
 
+def is_hugging_face(folder: Path) -> bool:
+    """A run may have a config.json of its own only beside its checkpoints."""
+    return (folder / "config.json").is_file() and not (folder / "checkpoints").exists()
+
+
 class HuggingFaceFolder:
     """Config and tensors of a folder; everything but the values is checked when it is opened."""
 

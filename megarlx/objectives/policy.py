@@ -112,7 +112,11 @@ class Reinforcement(Objective):
 
     def loss(self, head: Head, inputs: LossInputs, normalizer: Tensor) -> TokenLoss:
         result = head.token_loss(
-            inputs, self.spec, normalizer=normalizer, temperature=self.config.temperature
+            inputs,
+            self.spec,
+            normalizer=normalizer,
+            temperature=self.config.temperature,
+            as_it_is=type(self).loss is Reinforcement.loss,
         )
         self._seen.append(
             TokenLoss(
@@ -175,6 +179,7 @@ class Reinforcement(Objective):
             from_json(kept["rewards"], device),
             from_json(kept["advantages"], device),
             from_json(kept["groups"], device),
+            {},
             dict(kept["metrics"]),
             [],
         )
@@ -215,8 +220,10 @@ class Reinforcement(Objective):
             if generation_group.is_first and self.model.mesh.model.is_first
             else None
         )
-        if keep is not None and keep(self.rollouts, rollout.examples):
-            self._examples = rollout.examples
+        if keep is not None:
+            examples = self.current.shown()
+            if keep(self.rollouts, examples):
+                self._examples = examples
         self.rollouts += 1
 
     def _logprobs(self, completions: Completions, group: Group) -> Tensor:

@@ -6,10 +6,11 @@ trunks are cells too: their recipe is "base". Trunks are the runs that do nothin
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -379,7 +380,7 @@ class Study:
         for cell in self.cells:
             if cell.headline is not None:
                 template = cell.headline.template
-                said = "none" if template is None else json.dumps(template, ensure_ascii=False)
+                said = _shown_template(template)
                 asked[cell.trunk, cell.checkpoint_tokens][said].append(cell.run.name)
         for (_, tokens), names in asked.items():
             if len(names) > 1:
@@ -388,3 +389,12 @@ class Study:
                     f"differences at {tokens:,} tokens, because {self.headline} was asked in "
                     f"{len(names)} templates: {sides}. Measure one side in the other's"
                 )
+
+
+def _shown_template(template: Mapping[str, str] | None) -> str:
+    if template is None:
+        return "none"
+    if "chat" in template:
+        digest = hashlib.sha256(template["chat"].encode()).hexdigest()[:8]
+        return f"the chat template of a model ({digest})"
+    return json.dumps(template, ensure_ascii=False)

@@ -21,6 +21,7 @@ from megarlx.generation.interface import Generator
 from megarlx.generation.requests import Request, SamplingSettings, Trajectory, TurnEnd
 from megarlx.generation.stop import text_of
 from megarlx.rollouts.episodes import Episode
+from megarlx.rollouts.shown import tokens_of
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,10 @@ class Player:
         self.seconds, self.waited_seconds = played - begun, met - played
         self.reward_seconds = time.perf_counter() - met
         return found
+
+    def example(self, episode: Episode) -> dict[str, Any]:
+        """For people to read, token by token too."""
+        return self.game.example(episode) | tokens_of(episode, self.tokenizer.decode_sampled)
 
     def close(self) -> None:
         self.game.close()

@@ -28,9 +28,19 @@ from megarlx.rollouts.completions import Completions, overlong_penalty
 from megarlx.rollouts.environments.process import BrokenEnvironment
 from megarlx.rollouts.episodes import Episode, EpisodeBatch
 from megarlx.rollouts.player import Player, Start
+from megarlx.rollouts.shown import advantages_of
 
 SEEDS = 1 << 31  # of environments: libraries of random numbers often take no larger ones
 COUNTED = ("rl/reward_failures", "rl/environment_failures")  # begin metrics that are sums
+
+
+@dataclass(frozen=True)
+class Example:
+    """An episode for people to read, and where it stands in a rollout."""
+
+    shown: dict[str, Any]
+    number: int  # of its prompt
+    place: int  # among the prompt's samples
 
 
 @dataclass(frozen=True)
@@ -39,12 +49,27 @@ class Rollout:
     rewards: Tensor  # fp64 [P, n], NaN where not known
     advantages: Tensor  # fp64 [N], or [T] where the turns of a sequence differ
     groups: Tensor  # int64 [N], which of the P prompts; in ascending order
+    kept: dict[tuple[int, int], int]  # (number of a prompt, place among its samples) -> row of N
     metrics: dict[str, float]
-    examples: list[dict[str, Any]]  # of the first prompts of this rank, for people to read
+    examples: list[Example]  # of the first prompts of this rank, for people to read
 
     @property
     def sequences(self) -> int:
         return len(self.completions.lengths)
+
+    def shown(self) -> list[dict[str, Any]]:
+        """The examples, with their advantages where they are trained on."""
+        return [self._with_advantage(one) for one in self.examples]
+
+    def _with_advantage(self, example: Example) -> dict[str, Any]:
+        row = self.kept.get((example.number, example.place))
+        if row is None:
+            return example.shown
+        if len(self.advantages) == self.sequences:
+            return advantages_of(example.shown, self.advantages[row : row + 1])
+        begin, end = self.completions.offsets[row : row + 2].tolist()
+        written = self.completions.written[begin:end]
+        return advantages_of(example.shown, self.advantages[begin:end][written])
 
 
 class RolloutSource(Protocol):
@@ -146,7 +171,7 @@ class Sampler:
         self.sampling = sampling_of(config, player.tokenizer)
 
     def rollout(self, steps_done: int = 0) -> Rollout:
-        sums, examples = Sums(), list[dict[str, Any]]()
+        sums, examples = Sums(), list[Example]()
         self._samples: list[dict[str, Any]] = []
         sampled, used, rounds = with_signal(
             self.config, steps_done, lambda count: self._played(count, sums, examples)
@@ -159,6 +184,7 @@ class Sampler:
             used.rewards,
             self._advantages(used),
             used.groups,
+            _kept(used),
             self._metrics(sampled, used, sums, rounds),
             examples,
         )
@@ -166,7 +192,7 @@ class Sampler:
     def close(self) -> None:
         self.player.close()
 
-    def _played(self, count: int, sums: Sums, examples: list[dict[str, Any]]) -> EpisodeBatch:
+    def _played(self, count: int, sums: Sums, examples: list[Example]) -> EpisodeBatch:
         """`count` new prompts on all ranks."""
         n, group, player = self.config.samples_per_prompt, self.group, self.player
         drawn = self.prompts.take(count)
@@ -190,7 +216,10 @@ class Sampler:
             sums.add(key, total, number)
         if self.config.policy.overlong == "penalty":
             episodes = self._shorter_is_better(episodes)
-        examples += [player.game.example(episode) for episode in episodes[: 2 * n]]
+        examples += [
+            Example(player.example(one), one.group, one.sequence_id - one.group * n)
+            for one in episodes[: 2 * n]
+        ]
         batch = EpisodeBatch.of(
             episodes,
             player.game.invalid_action_penalty,
@@ -261,6 +290,12 @@ class Sampler:
             "rl/generated_tokens": float(written.sum()),
             "rl/prompt_tokens": float(read),
         }
+
+
+def _kept(batch: EpisodeBatch) -> dict[tuple[int, int], int]:
+    n = batch.rewards.shape[1]
+    places = (divmod(place, n) for place in batch.kept.tolist())
+    return {(batch.numbers[task], sample): row for row, (task, sample) in enumerate(places)}
 
 
 def _with_tokens(batch: EpisodeBatch) -> EpisodeBatch:

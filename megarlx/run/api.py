@@ -6,8 +6,9 @@ What is wrong is raised, where the commands print it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from megarlx.comm import launch
@@ -16,9 +17,11 @@ from megarlx.run.begin import start, start_excursion
 from megarlx.run.branch import excursion_config
 from megarlx.run.directory import Weights
 from megarlx.run.merge import merged
-from megarlx.run.opened import OpenedRun, open_config, open_run
+from megarlx.run.opened import OpenedRun, open_run
+from megarlx.run.opening import open_config
 from megarlx.run.reference import resolve
 from megarlx.run.session import launched
+from megarlx.run.stopped import done
 from megarlx.run.sums import write_sum
 from megarlx.run.transplant import Asked, make
 
@@ -36,7 +39,7 @@ def train(
     """
     read = load_config(config, overrides)
     with launched(read) as (started, device):
-        return _done(start(read, Path(config), Path(out), started, device, fresh=fresh))
+        return done(start(read, Path(config), Path(out), started, device, fresh=fresh))
 
 
 def branch(
@@ -54,11 +57,11 @@ def branch(
     trusted   names of code in the run's configuration that may be used, as behind --trust
     weights   those of the checkpoint's step, or their moving average where it keeps one
     """
-    reference, path = resolve(run), Path(recipe)
+    reference, path = resolve(run, Path(out).parent), Path(recipe)
     config = excursion_config(reference.run, path, overrides, trusted)
     with launched(config) as (started, device):
         whole = reference, config, path, Path(out)
-        return _done(start_excursion(*whole, started, device, fresh=fresh, weights=weights))
+        return done(start_excursion(*whole, started, device, fresh=fresh, weights=weights))
 
 
 def transplant(
@@ -96,13 +99,6 @@ def merge(
     return write_sum(made, Path(out))
 
 
-def _done(stopped: str) -> bool:
-    if stopped == "SIGINT":
-        raise KeyboardInterrupt
-    return not stopped
-
-
-@contextmanager
 def open(
     run: str,
     overrides: Sequence[str] = (),
@@ -110,17 +106,22 @@ def open(
     trusted: Collection[str] = (),
     device: str = "auto",
     weights: Weights = "last",
-) -> Iterator[OpenedRun]:
-    """The model and the tokenizer of RUN@ITERATION; its folder is only read.
+) -> OpenedRun:
+    """The model and the tokenizer of RUN@ITERATION, or of a Hugging Face folder, which becomes a
+    run in runs/converted/. A run is only read.
 
         with megarlx.open("runs/trunk@latest") as run:
             answers = run.generate(["…"], samples=4, temperature=0.7)
             results = run.evaluate("suites.toml")
+
+    Without `with` it stays open until `run.close()`, or until the program ends.
 
     trusted   names of code in the run's configuration that may be used, as behind --trust
     weights   those of the checkpoint's step, or their moving average where it keeps one
     """
     reference, processes = resolve(run), launch.read().world_size
     config = open_config(reference.run, processes, overrides, trusted=trusted, device=device)
-    with launched(config) as (started, place):
-        yield open_run(reference, config, started, place, trusted, weights)
+    with ExitStack() as stack:
+        started, place = stack.enter_context(launched(config))
+        opened = open_run(reference, config, started, place, trusted, weights)
+        return replace(opened, closing=stack.pop_all())

@@ -97,7 +97,12 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _completed(given: dict[str, Any], base: dict[str, Any], before: Config) -> dict[str, Any]:
-    """Objectives that go on have the optimizer and the course they had, where nothing is said."""
+    """Objectives that go on have the optimizer and the course they had, where nothing is said. A
+    template in frames is not put together with a model's own."""
+    template = given.get("template")
+    chats = [one for one in (template, base["template"]) if isinstance(one, dict)]
+    if isinstance(template, dict) and any(one.get("chat") is not None for one in chats):
+        base = base | {"template": None}
     stages = given.get("stages")
     for stage in stages if isinstance(stages, list) else ():
         objectives = stage.get("objectives") if isinstance(stage, dict) else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megarlx.config import ConfigError
@@ -44,7 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
     from megarlx.rollouts.environments.process import BrokenEnvironment
     from megarlx.rollouts.rewards.process import RewardError
     from megarlx.run.assemble import choose_device
-    from megarlx.run.opened import open_config, open_run
+    from megarlx.run.opened import open_run
+    from megarlx.run.opening import open_config
     from megarlx.run.suites import chosen
 
     try:
@@ -87,16 +87,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _references(text: str) -> Iterator[Any]:
     from megarlx.checkpoint import iterations
-    from megarlx.run.directory import RunError
     from megarlx.run.reference import resolve
 
     if not text.endswith("@all"):
         yield resolve(text)
         return
-    run = text.removesuffix("@all")
-    there = iterations(Path(run) / "checkpoints")
-    if not there:
-        raise RunError(f"{text}: the run {run} holds no checkpoints")
+    run = resolve(text.removesuffix("@all")).run
+    there = iterations(run / "checkpoints")
     yield from (resolve(f"{run}@{iteration}") for iteration in there)
 
 
@@ -107,7 +104,7 @@ def _evaluate(
     templates: Templates,
     started: Any,
 ) -> None:
-    from megarlx.run.opened import load_weights
+    from megarlx.run.opening import load_weights
     from megarlx.run.suites import made_suites, measured
 
     made = made_suites(opened, evaluation)

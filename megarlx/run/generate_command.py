@@ -48,7 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
     from megarlx.config.objectives import unknown_template
     from megarlx.run.assemble import choose_device
     from megarlx.run.directory import RunError
-    from megarlx.run.opened import open_config, open_run
+    from megarlx.run.opened import open_run
+    from megarlx.run.opening import open_config
     from megarlx.run.reference import resolve
 
     try:

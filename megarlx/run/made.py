@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from megarlx.config import Config
@@ -54,6 +55,16 @@ def path_of(text: str, config: Config) -> str:
     if config.data is None or config.data.maker is None:
         raise RunError(f"the path {text!r} asks for a maker's folder, but [data] names no maker")
     return text.replace(MADE, config.data.place)
+
+
+def file_of(text: str, config: Config, key: str) -> str:
+    """As `path_of`, of a file that must be there; `key` says it."""
+    path = path_of(text, config)
+    if not Path(path).is_file():
+        raise RunError(
+            f"{key} is {path!r}: there is no such file; docs/data.md shows what its lines look like"
+        )
+    return path
 
 
 def made_for(suites: Sequence[SuiteConfig], config: Config) -> Made | None:

@@ -38,7 +38,7 @@ from megarlx.rollouts.question_game import QuestionGame
 from megarlx.rollouts.rewards.rewards import Rewards
 from megarlx.rollouts.rollout import Sampler
 from megarlx.run.directory import RunError
-from megarlx.run.made import data_of, path_of
+from megarlx.run.made import data_of, file_of
 from megarlx.run.make_distillation import distillation
 from megarlx.run.tokenizer import template_of, templates_of
 
@@ -121,7 +121,7 @@ class ObjectiveMaker:
         if config.rollouts is not None:
             conversations = conversations_of(*config.rollouts, config.filter)
         else:
-            path = path_of(config.conversations, self.config)
+            path = file_of(config.conversations, self.config, f"{name}.conversations")
             conversations = list(read_conversations(path))
         length = config.sequence_length or training.sequence_length
         if length > self.config.model.max_sequence_length:
@@ -265,7 +265,7 @@ class ObjectiveMaker:
             )
         most = min(config.max_prompt_tokens or room, room)
         prompts = self._prompts(name, config, most)
-        longest = most + config.max_completion_tokens
+        longest = prompts.longest + config.max_completion_tokens
         if config.tokens_per_microbatch < longest:
             raise RunError(
                 f"{name}.tokens_per_microbatch is {config.tokens_per_microbatch}; a prompt and its "
@@ -276,12 +276,15 @@ class ObjectiveMaker:
         return Player(self.generator(config, longest), game, self.tokenizer), prompts
 
     def _prompts(self, name: str, config: RlConfig, most: int) -> PromptData:
-        keys = PromptKeys(config.question_key, config.answer_key)
+        asks = config.environment is None
+        keys = PromptKeys(config.question_key, config.answer_key, needs_question=asks)
         examples: tuple[Any, ...] = ()
         if config.examples is not None:
-            examples = tuple(read_conversations(path_of(config.examples, self.config)))
+            examples = tuple(
+                read_conversations(file_of(config.examples, self.config, f"{name}.examples"))
+            )
         return PromptData(
-            read_prompts(path_of(config.prompts, self.config), keys),
+            read_prompts(file_of(config.prompts, self.config, f"{name}.prompts"), keys),
             self.template(config.template),
             self.tokenizer,
             self.config.training.seed,

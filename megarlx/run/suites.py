@@ -14,14 +14,13 @@ from megarlx.comm.collectives import barrier
 from megarlx.config import Config, ConfigError, load_config
 from megarlx.config.evaluation import SAMPLED, EvaluationConfig, SuiteConfig, SuitesConfig
 from megarlx.config.objectives import WRITE_TEMPLATE, TemplateConfig, unknown_template
-from megarlx.data.conversations import Template
 from megarlx.data.making import Made
 from megarlx.evaluation.interface import Subject
 from megarlx.evaluation.results import Result
 from megarlx.evaluation.suites import Parent, Say, evaluate
 from megarlx.run.directory import RunDirectory
 from megarlx.run.made import made_for, write_data
-from megarlx.run.tokenizer import template_of
+from megarlx.run.tokenizer import template_of, written
 
 if TYPE_CHECKING:
     from megarlx.run.opened import OpenedRun
@@ -43,13 +42,7 @@ def chosen(
 ) -> tuple[EvaluationConfig, Templates]:
     """The suites of the file, else the run's own, with what is said of them besides; and their
     templates: those of the file, else the run's."""
-    evaluation, template, named = config.evaluation, config.template, config.templates
-    if file is not None:
-        evaluation = given = load_config(file, (), SuitesConfig)
-        template, named = given.template or template, {**named, **given.templates}
-    elif not evaluation.suites and config.data is not None and config.data.maker is not None:
-        suites = plug.resolve("data maker", config.data.maker).evaluated
-        evaluation = EvaluationConfig(suites=suites)
+    evaluation, templates = suites_of(config, file)
     there = [suite.name for suite in evaluation.suites]
     if not there:
         raise ConfigError(["no suites: the run's configuration has none; give --config FILE.toml"])
@@ -58,14 +51,28 @@ def chosen(
     changes = {"samples": samples, "temperature": temperature}
     changes = {name: value for name, value in changes.items() if value is not None}
     wanted = [suite for suite in evaluation.suites if suite.name in (names or there)]
-    if lost := [one for one in wanted if one.template is not None and one.template not in named]:
-        wrong = unknown_template(lost[0].template or "", named)
+    named = [one for one in wanted if one.template is not None]
+    if lost := [one for one in named if one.template not in templates.named]:
+        wrong = unknown_template(lost[0].template or "", templates.named)
         raise ConfigError([f"suite {lost[0].name}: template {wrong}"])
     asking = [one.name for one in wanted if one.uses_template and one.template is None]
-    if template is None and asking:
+    if templates.own is None and asking:
         raise ConfigError([_no_template(asking, run, file)])
     suites = tuple(_changed(suite, changes) for suite in wanted)
-    return evaluation.model_copy(update={"suites": suites}), Templates(template, named)
+    return evaluation.model_copy(update={"suites": suites}), templates
+
+
+def suites_of(config: Config, file: str | Path | None = None) -> tuple[EvaluationConfig, Templates]:
+    """Those of the file, else the run's own, else what its data maker has to be measured with."""
+    own, named = config.template, config.templates
+    if file is not None:
+        given = load_config(file, (), SuitesConfig)
+        return given, Templates(given.template or own, {**named, **given.templates})
+    evaluation = config.evaluation
+    if not evaluation.suites and config.data is not None and config.data.maker is not None:
+        suites = plug.resolve("data maker", config.data.maker).evaluated
+        evaluation = EvaluationConfig(suites=suites)
+    return evaluation, Templates(own, named)
 
 
 def _no_template(asking: list[str], run: str, file: str | Path | None) -> str:
@@ -123,6 +130,6 @@ def measured(
         opened.trunk_tokens,
         opened.loaded.digest,
         made,
-        {name: Template(**one.model_dump()) for name, one in templates.named.items()},
+        written(templates.named),
     )
     return evaluate(subject, evaluation, run=run if keep else None, parent=parent, say=say)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from megarlx.config import Config
 from megarlx.config.objectives import TemplateConfig
 from megarlx.config.run_sections import RESERVED
-from megarlx.data.conversations import Template
+from megarlx.data.chat_template import ChatTemplate
+from megarlx.data.conversations import Frames, Template
 from megarlx.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from megarlx.run.directory import RunDirectory, RunError
 from megarlx.run.made import data_of
@@ -46,8 +49,18 @@ def _with_reserved(tokenizer: Tokenizer, config: Config) -> Tokenizer:
 
 def templates_of(config: Config) -> dict[str, Template]:
     """By name, those beside the run's own."""
-    return {name: Template(**one.model_dump()) for name, one in config.templates.items()}
+    return written(config.templates)
+
+
+def written(named: Mapping[str, TemplateConfig]) -> dict[str, Template]:
+    return {name: _written(given) for name, given in named.items()}
 
 
 def template_of(given: TemplateConfig | None) -> Template | None:
-    return None if given is None else Template(**given.model_dump())
+    return None if given is None else _written(given)
+
+
+def _written(given: TemplateConfig) -> Template:
+    if given.chat is not None:
+        return ChatTemplate(given.chat, given.bos)
+    return Frames(**given.model_dump(exclude={"chat", "bos"}))

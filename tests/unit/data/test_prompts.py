@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megarlx.data.conversations import Conversation, Template, Turn
+from megarlx.data.conversations import Conversation, Frames, Turn
 from megarlx.data.difficulty import Difficulty
 from megarlx.data.documents import BadLineError
 from megarlx.data.prompts import (
@@ -27,7 +27,7 @@ from megarlx.data.prompts import (
 from megarlx.data.tokenizer import ByteTokenizer
 
 BYTES = ByteTokenizer()
-TEMPLATE = Template(user="Q: {content}\n", opening="A:", assistant=" {content}")
+TEMPLATE = Frames(user="Q: {content}\n", opening="A:", assistant=" {content}")
 
 
 def data(count: int = 7, seed: int = 3, **rest: Any) -> PromptData:
@@ -142,7 +142,7 @@ def test_resume_refuses_other_prompts_and_says_what_changed() -> None:
 
 def test_prompts_that_are_too_long_stop_or_are_left_out_and_counted() -> None:
     prompts = [Prompt("x"), Prompt("long " * 10)]
-    with pytest.raises(PromptError, match=r"'long long .* tokens; max_prompt_tokens allows 9"):
+    with pytest.raises(PromptError, match=r"'long long .* tokens; it may have 9"):
         PromptData(prompts, TEMPLATE, BYTES, 0, max_prompt_tokens=9)
     kept = PromptData(prompts, TEMPLATE, BYTES, 0, max_prompt_tokens=9, too_long="skip")
     assert (kept.too_long, questions(kept.take(3))) == (1, ["x"] * 3)

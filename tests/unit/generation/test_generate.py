@@ -19,7 +19,7 @@ from generation_cases import (
 from megarlx.generation.engine import Engine
 from megarlx.generation.requests import Request, SamplingSettings
 from megarlx.generation.stop import StopStrings
-from megarlx.generation.text import stream_text
+from megarlx.generation.text import stream_texts
 
 PLAIN = SamplingSettings()
 LETTERS = "".join(chr(0x100 + token) for token in range(97))
@@ -247,17 +247,15 @@ def test_streamed_text_never_shows_half_a_character() -> None:
         data = bytes((195 if t > 63 else 128 + t) if t > 40 else 65 + t for t in tokens)  # type: ignore[attr-defined]
         return data.decode(errors="replace")
 
-    pieces = list(
-        stream_text(
-            engine(small_stage()),
-            "unused",
-            encode=lambda text: [1, 2, 3],
-            decode=decode,
-            sampling=PLAIN,
-            max_new_tokens=40,
-            seed=2,
-        )
+    request = Request([1, 2, 3], (0, 7, 4), 40)
+    found = list(
+        stream_texts(engine(small_stage()), request, decode=decode, sampling=PLAIN, seed=2)
     )
-    assert "".join(p.text for p in pieces) == decode([p.token for p in pieces])
-    assert pieces[-1].finish_reason == "length"
-    assert len(pieces) == 40
+    texts = set()
+    for number in request.sequence_ids:
+        pieces = [piece for one, piece in found if one == number]
+        assert "".join(p.text for p in pieces) == decode([p.token for p in pieces])
+        assert pieces[-1].finish_reason == "length"
+        assert len(pieces) == 40
+        texts.add("".join(p.text for p in pieces))
+    assert len(texts) == 3

@@ -10,7 +10,7 @@ import torch
 from megarlx.comm.groups import Mesh
 from megarlx.config.model import family_config
 from megarlx.config.objectives import RlConfig
-from megarlx.data.conversations import Template
+from megarlx.data.conversations import Frames
 from megarlx.data.prompts import Prompt, PromptData
 from megarlx.data.tokenizer import WordTokenizer
 from megarlx.generation.engine import Engine
@@ -27,7 +27,7 @@ from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage
 WORDS = [*["question", ":", "answer", "####"], *(f"w{i}" for i in range(20))]
 VOCABULARY = 29  # more than the tokenizer's 25: the model can say what no word stands for
 LONGEST_COMPLETION = 9
-TEMPLATE = Template("question : {content} answer :")
+TEMPLATE = Frames("question : {content} answer :")
 
 # Rewards, named as this module's functions: a worker process would import them.
 

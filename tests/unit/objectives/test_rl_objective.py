@@ -422,7 +422,7 @@ def test_ids_without_a_word_are_shown_as_unknown() -> None:
     rollout = one.sampler.rollout()
     without = rollout.completions.tokens >= one.sampler.player.tokenizer.vocab_size
     assert bool(without.any())
-    texts = [example["completion"] for example in rollout.examples]
+    texts = [example["completion"] for example in rollout.shown()]
     assert any("\ufffd" in text for text in texts)
 
 
@@ -442,7 +442,19 @@ def test_kept_examples_are_the_first_two_groups_with_their_rewards() -> None:
     assert one.new_examples() == kept[1][1]
     assert one.new_examples() == []
     assert [len(examples) for _, examples in kept] == [8, 8]
-    assert set(kept[0][1][0]) == {*("prompt", "completion", "reference", "reward", "finish_reason")}
+    first = kept[0][1][0]
+    assert set(first) == {
+        *("prompt", "completion", "reference", "reward", "finish_reason"),
+        *("group", "tokens", "logprobs", "advantage"),
+    }
+    assert [len(turn) for turn in first["tokens"]] == [len(turn) for turn in first["logprobs"]]
+    assert all(value <= 0 for value in first["logprobs"][0])
+    for group in (kept[0][1][:4], kept[0][1][4:]):
+        assert len({one["group"] for one in group}) == 1
+        assert abs(sum(one["advantage"] for one in group)) < 1e-3
+        by_reward = sorted(group, key=lambda one: one["reward"])
+        values = [one["advantage"] for one in by_reward]
+        assert values == sorted(values)
 
 
 # Rewards that fail.

@@ -1,0 +1,82 @@
+"""A file of prompts, each asked by itself: a line of JSON with the answers for each of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+from megarlx.data.conversations import ROLES, Turn
+from megarlx.data.documents import BadLineError, lines
+from megarlx.run.conversation import Drawing
+from megarlx.run.opened import OpenedRun
+
+SAMPLES_AT_ONCE = 256
+EXPECTED = (
+    'expected a text, {"prompt": text}, {"question": text}, or {"messages": [{"role", "content"}, '
+    "…]} whose last is the user's"
+)
+
+
+def answer_all(run: OpenedRun, path: str, drawing: Drawing, *, plain: bool) -> None:
+    """Prints {"prompt" or "messages": …, "answers": [text, …]} for each."""
+    count, number = drawing.samples, 0
+    asked, at_once = read_asked(path), max(1, SAMPLES_AT_ONCE // count)
+    while part := list(islice(asked, at_once)):
+        every = run.generate(
+            [_prompt(one) for one in part],
+            samples=count,
+            temperature=drawing.temperature,
+            top_p=drawing.top_p,
+            max_new_tokens=drawing.max_new_tokens,
+            seed=drawing.seed,
+            number=number,
+            raw=plain,
+            generator=drawing.generator,
+        )
+        number += count * len(part)
+        for one, answers in zip(part, every, strict=True):
+            key = "prompt" if isinstance(one, str) else "messages"
+            print(json.dumps({key: one, "answers": answers}), flush=True)
+
+
+def read_asked(path: str) -> Iterator[str | list[dict[str, str]]]:
+    """The prompts of a file: lines of text, or of JSON where its name says .jsonl. `-` is standard
+    input, lines of text."""
+    as_json = ".jsonl" in path
+    found: Iterable[bytes] = sys.stdin.buffer if path == "-" else lines(path)
+    for number, line in enumerate(found, 1):
+        if not line.strip():
+            continue
+        try:
+            text = line.decode("utf-8").rstrip("\r\n")
+            yield _said(json.loads(text)) if as_json else text
+        except (ValueError, RecursionError) as error:
+            raise BadLineError(path, number, str(error)) from None
+
+
+def _said(value: Any) -> str | list[dict[str, str]]:
+    if isinstance(value, dict):
+        value = value.get("messages", value.get("prompt", value.get("question")))
+    if isinstance(value, str) and value.strip():
+        return value
+    messages = isinstance(value, list) and value and all(map(_is_message, value))
+    if messages and value[-1]["role"] == "user":
+        return [{"role": one["role"], "content": one["content"]} for one in value]
+    raise ValueError(EXPECTED)
+
+
+def _is_message(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.get("role") in ROLES
+        and isinstance(value.get("content"), str)
+    )
+
+
+def _prompt(said: str | list[dict[str, Any]]) -> str | list[Turn]:
+    if isinstance(said, str):
+        return said
+    return [Turn(one["role"], one["content"]) for one in said]
