@@ -155,6 +155,7 @@ NOT_RUN = {
     "torchrun --nproc-per-node 8 -m megarlx train configs/paper_1b/trunk.toml --out runs/olmo; [": (
         "docs/launching.md has the same line, which is run; behind it stands Slurm's"
     ),
+    "megarlx chat RUN": "talks; tests/unit/run/test_chat.py",
     "megarlx demo --study ": LONG,
     "megarlx branch runs/study/": LONG,
     "megarlx train configs/arithmetic_study_trunk.toml --out runs/harder ": LONG,
