@@ -6,7 +6,6 @@ known. Special tokens are those that the template writes; the same text in a tur
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 LONGEST_TEXT = 1 << 27  # characters that a template may write
 # Put into what a turn says where that would write a special token; of the private use area.
 BREAKS = [chr(code) for code in range(0xE000, 0xE100)]
-BEFORE = (Turn("user", "."), Turn("assistant", "."))  # they only stand before others
+SOMETHING = "."  # said by turns that only stand before others
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,9 @@ class ChatTemplate:
         turns = list(turns)
         written = self._written(tokenizer, turns)
         if follows:
-            return written.ids(written.behind_answer(turns, asks=True))
-        parts = written.parts(turns, written.text(turns, asks=True))
+            parts = written.parts_behind(turns, asks=True)
+        else:
+            parts = written.parts(turns, written.text(turns, asks=True))
         return [i for part, _ in parts for i in written.ids(part)]
 
     def encode(
@@ -63,7 +63,7 @@ class ChatTemplate:
             these = written.ids(part)
             ids += these
             learned += [said] * len(these)
-        if not any(learned):
+        if True not in learned:
             raise ConversationError("chat template: it does not write the answer that it asks for")
         return ids, learned
 
@@ -71,16 +71,15 @@ class ChatTemplate:
         self, example: Conversation, tokenizer: Tokenizer, separator: str | None, first: bool
     ) -> list[int]:
         """Up to the end of the answer: what follows writes what stands between."""
-        before = () if first else BEFORE
-        turns = [*before, *example.turns]
+        turns = list(example.turns)
         written = self._written(tokenizer, turns, example.tools)
-        text = written.text(turns)
-        end = text.rindex(tokenizer.eos_text) + len(tokenizer.eos_text)
-        begin = 0 if first else len(text) - len(written.behind_answer(example.turns, asks=False))
-        answers = (place for both in written.answers(turns, text) for place in both)
-        places = [begin, *(place for place in answers if begin < place < end), end]
-        cut = (text[one:other] for one, other in itertools.pairwise(places))
-        return [i for part in cut for i in written.ids(part)]
+        parts = (
+            written.parts(turns, written.text(turns))
+            if first
+            else written.parts_behind(turns, asks=False)
+        )
+        *told, _ = parts
+        return [i for part, _ in told for i in written.ids(part)]
 
     def _written(self, tokenizer: Tokenizer, turns: Sequence[Turn], tools: str = "") -> _Written:
         return _Written(self._template, self.bos, tokenizer, turns, tools)
@@ -149,15 +148,24 @@ class _Written:
     def _safe(self, content: str) -> str:
         return self.specials.sub(lambda m: f"{m[0][0]}{self.broken}{m[0][1:]}", content)
 
-    def parts(self, turns: Sequence[Turn], text: str) -> Iterator[tuple[str, bool]]:
-        """The text cut where answers begin and end, and whether a part is one: ids of an answer
-        are never joined with what asks for it, as those of a sampled one are not."""
-        place = 0
+    def parts(self, turns: Sequence[Turn], text: str, place: int = 0) -> Iterator[tuple[str, bool]]:
+        """The text from `place` on, cut before and behind each answer, and whether a part is one:
+        no token reaches over a cut, as none does where the answer was sampled."""
         for begin, end in self.answers(turns, text):
-            yield text[place:begin], False
-            yield text[begin:end], True
-            place = end
+            if begin >= place:
+                yield text[place:begin], False
+                yield text[begin:end], True
+                place = end
         yield text[place:], False
+
+    def parts_behind(self, turns: Sequence[Turn], asks: bool) -> Iterator[tuple[str, bool]]:
+        """Of what is written behind an answer that has been given, whatever it was."""
+        asked = self.text([Turn("user", SOMETHING)], asks=True)
+        turns = [Turn("user", SOMETHING), Turn("assistant", SOMETHING), *turns]
+        text = self.text(turns, asks)
+        if not text.startswith(asked):
+            raise ConversationError("chat template: what follows changes what stands before")
+        yield from self.parts(turns, text, self._end(text, len(asked)))
 
     def answers(self, turns: Sequence[Turn], text: str) -> Iterator[tuple[int, int]]:
         """Where each answer begins and where its end of text ends."""
@@ -178,14 +186,6 @@ class _Written:
                 "convert the model with --eos TOKEN, the token that ends its answers"
             )
         return found + len(eos)
-
-    def behind_answer(self, turns: Sequence[Turn], asks: bool) -> str:
-        """What is written behind an answer that has been given, whatever it was."""
-        asked = self.text(BEFORE[:1], asks=True)
-        text = self.text([*BEFORE, *turns], asks)
-        if not text.startswith(asked):
-            raise ConversationError("chat template: what follows changes what stands before")
-        return text[self._end(text, len(asked)) :]
 
     def ids(self, text: str) -> list[int]:
         """Special tokens that the template wrote become their ids; all between them is text."""

@@ -116,7 +116,7 @@ class Reinforcement(Objective):
             self.spec,
             normalizer=normalizer,
             temperature=self.config.temperature,
-            as_it_is=True,
+            as_it_is=type(self).loss is Reinforcement.loss,
         )
         self._seen.append(
             TokenLoss(

@@ -9,6 +9,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 from megarlx.config.model import resolved_model
+from megarlx.config.objectives import MADE
 from megarlx.report.runs import Run
 
 
@@ -23,7 +24,8 @@ def settings_hash(runs: Sequence[Run]) -> str:
 
 
 def comparable(value: Any) -> Any:
-    """Without seeds and paths. A path is a text with a slash: what the data is, its name tells."""
+    """Without seeds and paths. A path is a text with a slash: what the data is, its name tells.
+    What lies in the folder of a maker is the same file on any machine."""
     if isinstance(value, Mapping):
         return {
             key: comparable(inside)
@@ -36,7 +38,7 @@ def comparable(value: Any) -> Any:
 
 
 def _is_path(value: Any) -> bool:
-    return isinstance(value, str) and "/" in value
+    return isinstance(value, str) and "/" in value and not value.startswith(MADE)
 
 
 def flat(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:

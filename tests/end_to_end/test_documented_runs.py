@@ -156,22 +156,25 @@ NOT_RUN = {
         "docs/launching.md has the same line, which is run; behind it stands Slurm's"
     ),
     "megarlx chat RUN": "talks; tests/unit/run/test_chat.py",
+    "megarlx view DIR ": "tests/unit/report/test_report_viewer.py has all of it",
     "megarlx demo --study ": LONG,
-    "megarlx branch runs/study/": LONG,
-    "megarlx train configs/arithmetic_study_trunk.toml --out runs/harder ": LONG,
-    "megarlx branch runs/harder@": LONG,
     **dict.fromkeys(
         (
             f"megarlx sweep configs/{name}.toml"
             for name in (
-                *("study", "combinations", "group_size", "longer"),
+                *("combinations", "group_size", "longer"),
                 *("placement", "placement_agreeing", "composition"),
-                *("study_gate", "tuning/1_rl", "tuning/2_sft", "tuning/3_parallel"),
-                "tuning/4_gold",
+                *("study_gate", "tuning/1_rl"),
+                *("kept", "kept_facts", "paper_1b/kept"),
+                *(f"tuning/kept_{world}_1_alpha" for world in ("tables", "arithmetic")),
+                *(f"tuning/kept_{world}_2_rates" for world in ("tables", "arithmetic")),
             )
         ),
         LONG,
     ),
+    "megarlx report runs/kept ": "tests/unit/study/test_kept.py has runs that it reads",
+    "megarlx transplant ": "tests/end_to_end/test_transplant_command.py has all of it",
+    "megarlx merge ": "tests/end_to_end/test_transplant_command.py has all of it",
     "megarlx study ": "reads what takes hours; tests/unit/study/test_gate.py has made-up runs",
     "torchrun … -m megarlx doctor": DOCTOR,
     "megarlx doctor": DOCTOR,

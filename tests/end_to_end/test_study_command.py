@@ -1,4 +1,4 @@
-"""`make study` on tiny runs: one trunk, one checkpoint of it, every recipe, the report; and again
+"""`make study` on tiny runs: one trunk, one checkpoint of it, some recipes, the report; and again
 from its records alone."""
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ SHORT = {
     "evaluate": '["8"]',
     "excursions.0.checkpoints": '["8"]',
     "excursions.0.set": table({**RL, **MEASURED, "stages.0.steps": "6"}),
+    "excursions.1.recipes": '["configs/recipes/sft.toml"]',
     "excursions.1.checkpoints": '["8"]',
     "excursions.1.set": table({**MEASURED, "stages.0.steps": "6"}),
 }
-RECIPES = {"base", "rl", "sft", "sft_gold", "sft_then_rl", "parallel"}
+RECIPES = {"base", "rl", "sft", "sft_then_rl"}
 
 
 def test_the_study_makes_its_report_and_again_without_a_run_made_twice(
@@ -55,4 +56,6 @@ def test_the_study_makes_its_report_and_again_without_a_run_made_twice(
     assert again["settings_hash"] == first["settings_hash"]
     assert len(again["results"]) == len(first["results"])
     for one, other in zip(again["results"], first["results"], strict=True):
-        assert one == pytest.approx(other, rel=1e-5)
+        told = {key: one[key] for key in ("recipe", "seed", "checkpoint_tokens")}
+        numbers = {key: value for key, value in one.items() if key not in told}
+        assert other == told | {k: v and pytest.approx(v, rel=1e-5) for k, v in numbers.items()}

@@ -86,16 +86,18 @@ def test_ids_are_those_of_apply_chat_template(
     turns = [Turn("user" if i % 2 == 0 else "assistant", text) for i, text in enumerate(texts)]
     chat, folder = TEMPLATES[name], tmp_path_factory.getbasetemp()
     template = ChatTemplate(chat, "<|begin|>")
-    asks = turns[-1].role == "user"
-    whole = transformers_ids(tokenizer, chat, turns, asks, folder)
-    ids = template.prompt_ids(turns, tokenizer)
-    if not asks:
+    if turns[-1].role == "user":
+        ids = template.prompt_ids(turns, tokenizer)
+        whole = transformers_ids(tokenizer, chat, turns, True, folder)
+        assert tokenizer.decode(ids) == tokenizer.decode(whole)
+        assert len(turns) > 1 or ids == whole
+    else:
         ids, _ = template.encode(Conversation(tuple(turns)), tokenizer)
+        whole = transformers_ids(tokenizer, chat, turns, False, folder)
+        assert tokenizer.decode(ids) == tokenizer.decode(whole)
+        # An answer's first token is not joined with what asks for it: nor is a sampled one.
         prompt = template.prompt_ids(turns[:-1], tokenizer)
         assert ids[: len(prompt)] == prompt
-    assert tokenizer.decode(ids) == tokenizer.decode(whole)
-    if len(turns) == 1:
-        assert ids == whole  # an answer's first token is not joined with what asks for it
 
 
 @pytest.mark.parametrize("name", sorted(TEMPLATES))
