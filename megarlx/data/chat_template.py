@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from megarlx.data.conversations import Conversation, ConversationError, Turn
-from megarlx.data.tokenizer import Tokenizer
+from megarlx.data.tokenizer import RESERVED, Tokenizer
 
 if TYPE_CHECKING:
     import jinja2
@@ -118,7 +118,7 @@ class _Written:
         self.template, self.bos, self.tokenizer = template, bos, tokenizer
         self.tools = tools
         specials = sorted(tokenizer.special_texts, key=len, reverse=True)
-        self.specials = re.compile("|".join(map(re.escape, specials))) if specials else None
+        self.specials = re.compile("|".join([*map(re.escape, specials), RESERVED.pattern]))
         self.broken = _unused([tools, *(turn.content + turn.calls for turn in turns)])
 
     def text(self, turns: Sequence[Turn], asks: bool = False) -> str:
@@ -146,8 +146,6 @@ class _Written:
         return message
 
     def _safe(self, content: str) -> str:
-        if self.specials is None:
-            return content
         return self.specials.sub(lambda m: f"{m[0][0]}{self.broken}{m[0][1:]}", content)
 
     def parts(self, turns: Sequence[Turn], text: str, place: int = 0) -> Iterator[tuple[str, bool]]:
@@ -193,9 +191,9 @@ class _Written:
         """Special tokens that the template wrote become their ids; all between them is text."""
         found: list[int] = []
         place = 0
-        for match in self.specials.finditer(text) if self.specials is not None else ():
+        for match in self.specials.finditer(text):
             found += self._plain(text[place : match.start()])
-            found += self.tokenizer.encode(match[0], specials=True)
+            found += self.tokenizer.encode_frame(match[0])
             place = match.end()
         return found + self._plain(text[place:])
 

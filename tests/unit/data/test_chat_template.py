@@ -125,6 +125,18 @@ def test_what_a_turn_says_never_becomes_a_special_token(tokenizer: FileTokenizer
     assert "\ue000" not in tokenizer.decode(ids)
 
 
+def test_reserved_tokens_are_the_templates_too(tokenizer: FileTokenizer) -> None:
+    tokenizer.reserved = 2
+    try:
+        chat = TURNS.replace("<|start|>", "<reserved_1>")
+        ids = ChatTemplate(chat).prompt_ids([Turn("user", "a <reserved_0>")], tokenizer)
+    finally:
+        tokenizer.reserved = 0
+    marks = [i for i in ids if i >= tokenizer.vocab_size]
+    assert marks == [tokenizer.vocab_size + 1] * 2
+    assert "<reserved_0>" in tokenizer.decode([i for i in ids if i < tokenizer.vocab_size])
+
+
 def test_private_characters_of_a_turn_are_kept(tokenizer: FileTokenizer) -> None:
     said = "\ue000 <|end|> \ue001"
     ids = ChatTemplate(TURNS).prompt_ids([Turn("user", said)], tokenizer)
