@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "megarlx"
 
 # Each line may import from itself and from the lines above it.
 LAYERS = [
-    ["plug", "processes", "printable", "redact", "naming"],
+    ["plug", "processes", "printable", "redact", "naming", "units"],
     ["choices", "config"],
     ["comm"],
     ["ops"],

@@ -28,7 +28,9 @@ class ExcursionConfig(Section):
         default=None, min_length=1, description="Put into the names of these runs"
     )
     set: dict[str, Any] = Field(
-        default={}, description="Keys of these recipes with other values, as 'rl.slots' = 64"
+        default={},
+        description="Keys of these recipes with other values, as 'rl.slots' = 64; {run NAME} in a "
+        "text is the folder of a run of this sweep",
     )
     axes: dict[str, list[Any]] = Field(
         default={}, description="Keys with the values each of which is run"

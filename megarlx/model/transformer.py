@@ -189,7 +189,8 @@ class Stage(nn.Module):
         x = self._enter_head(self.norm(x))
         if loss is None or loss_inputs is None:
             return x
-        return loss(self._head(x), loss_inputs).loss.reshape(1)
+        head = self._head(x)
+        return head.check(loss(head, loss_inputs).loss).reshape(1)
 
     def _head(self, x: Tensor) -> Head:
         weight = self.head_weight

@@ -13,7 +13,7 @@ Letters: T tokens, d hidden size, V vocabulary (this rank's slice).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -154,6 +154,7 @@ class Head:
     vocab_size: int
     final_cap: float | None = None
     weight_grad: Tensor | None = None  # where training adds weight gradients by the product itself
+    added: list[Tensor] = field(default_factory=list)  # losses whose gradient was added to it
 
     def token_loss(
         self,
@@ -165,14 +166,14 @@ class Head:
         rows_per_chunk: int | None = None,
         as_it_is: bool = False,
     ) -> TokenLoss:
-        """`as_it_is`: this loss is all that the objective returns, multiplied by nothing, so that
-        the weight's gradient may be added now."""
+        """`as_it_is`: this loss is all that the objective returns, this very tensor, so that the
+        weight's gradient may be added now."""
 
         def flat(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.reshape(-1)
 
         into = self.weight_grad if as_it_is and torch.is_grad_enabled() else None
-        return linear_token_loss(
+        found = linear_token_loss(
             self.hidden,
             self.weight,
             inputs.targets.reshape(-1),
@@ -194,6 +195,19 @@ class Head:
             final_cap=self.final_cap,
             weight_grad_=into,
         )
+        if into is not None:
+            self.added.append(found.loss)
+        return found
+
+    def check(self, loss: Tensor) -> Tensor:
+        """What an objective returned."""
+        if self.added and (len(self.added) > 1 or self.added[0] is not loss):
+            raise ValueError(
+                "head: the objective returned another loss than the one that it asked for "
+                "`as_it_is`; allowed there: that tensor itself. A weight belongs into "
+                "token_weights or normalizer"
+            )
+        return loss
 
 
 def default_rows(hidden: Tensor, weight: Tensor) -> int:

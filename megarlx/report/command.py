@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,10 +18,16 @@ from megarlx import plug
 from megarlx.data.token_files import write_atomically
 from megarlx.printable import complain, printable
 from megarlx.report.claims import TRUNKS_NEEDED, Finding
+from megarlx.report.folded import has_data, is_of_the_paper
+from megarlx.report.headline import said
 from megarlx.report.runs import Evaluation, ReportError
 from megarlx.report.settings import quantity
 from megarlx.report.study import BASE, KS, Cell, Study
 from megarlx.report.style import name_of
+from megarlx.units import duration
+
+if TYPE_CHECKING:
+    from megarlx.report.drawing import Figure
 
 SHOWN_MISSING = 10
 PAGE = "index.html"
@@ -56,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     except (ReportError, plug.PlugError, OSError) as error:
         complain(f"megarlx report: {error}")
         return 1
-    _print(study, findings, out)
+    _print(study, findings, out, asked=bool(arguments.claims))
     return 0
 
 
@@ -77,71 +84,84 @@ def write_report(study: Study, out: Path, claims: Sequence[str] = ()) -> dict[st
     """index.html, summary.json and figures/; returns the verdicts."""
     import matplotlib
 
-    from megarlx.report import figures, figures_of_agents, figures_of_placement, figures_of_runs
     from megarlx.report.claims import judge_all
-    from megarlx.report.drawing import Figure, save
-    from megarlx.report.page import page
+    from megarlx.report.drawing import save
+    from megarlx.report.page import SAMPLES, page
+    from megarlx.report.rollouts import write_viewer
     from megarlx.report.samples import examples
     from megarlx.report.style import PARAMETERS
     from megarlx.report.summary import summary
 
     out.mkdir(parents=True, exist_ok=True)
     findings = judge_all(study, claims)
-    drawn: list[tuple[str, list[Figure]]] = []
+    shown = examples(study)
+    samples = write_viewer(study.runs, out / SAMPLES, study.problems)
     with matplotlib.rc_context(PARAMETERS):
-        for number, variant in enumerate(study.variants):
-            made = [
-                draw(study, variant)
-                for draw in (
-                    figures.pass_at_k,
-                    figures.gains,
-                    figures.capability,
-                    figures.held_out,
-                )
-            ]
-            suffix = f"-{number + 1}" if len(study.variants) > 1 else ""
-            kept = [replace(f, name=f"{f.name}{suffix}") for f in made if f is not None]
-            drawn.append((variant, kept))
-        of_runs = [
-            draw(study)
-            for draw in (
-                figures_of_agents.success,
-                figures_of_runs.dynamics,
-                figures_of_placement.placement,
-                figures_of_runs.single_questions,
-                figures_of_runs.readiness,
-                figures_of_runs.cost,
-            )
-        ]
-        drawn.append(("", [figure for figure in of_runs if figure is not None]))
+        drawn = list(_figures(study))
         for _, several in drawn:
             for figure in several:
-                save(figure, out / "figures")
-    shown = examples(study)
+                if figure.draw is not None:
+                    save(figure, out / "figures")
+        made = page(study, findings, drawn, shown, samples=samples, claims_asked=bool(claims))
     made_summary = json.dumps(summary(study, findings), indent=2, allow_nan=False)
     write_atomically(out / "summary.json", made_summary + "\n")
-    write_atomically(out / PAGE, page(study, findings, drawn, shown))
+    write_atomically(out / PAGE, made)
     return findings
 
 
-def _print(study: Study, findings: dict[str, Finding], out: Path) -> None:
+def _figures(study: Study) -> Iterator[tuple[str, list[Figure]]]:
+    """What every variant of the trunks has, behind its name; then what is there once. The sections
+    of the page stand in this order."""
+    from megarlx.report import (
+        figures,
+        figures_of_agents,
+        figures_of_placement,
+        figures_of_runs,
+        figures_of_training,
+    )
+
+    for drawn in ((figures.pass_at_k, figures.gains), (figures.capability, figures.held_out)):
+        if drawn[0] is figures.capability:
+            found = [figures_of_agents.success(study), figures_of_training.dynamics(study)]
+            found += [figures_of_training.training(study), figures_of_training.pretraining(study)]
+            yield "", [figure for figure in found if figure is not None]
+        for number, variant in enumerate(study.variants):
+            suffix = f"-{number + 1}" if len(study.variants) > 1 else ""
+            made = [draw(study, variant) for draw in drawn]
+            yield variant, [replace(f, name=f"{f.name}{suffix}") for f in made if f is not None]
+    at_last = (
+        *(figures_of_placement.placement, figures_of_runs.single_questions),
+        *(figures_of_runs.readiness, figures_of_runs.cost),
+    )
+    yield "", [figure for draw in at_last if (figure := draw(study)) is not None]
+
+
+def _print(study: Study, findings: dict[str, Finding], out: Path, *, asked: bool) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    if sentence := said(study):
+        console.print(printable(sentence), markup=False)
     console.print(_results(study))
-    if len(study.trunks) < TRUNKS_NEEDED:
-        console.print("One trunk: no verdict on the claims of the paper is made.")
-    else:
-        table = Table(box=None, pad_edge=False)
-        for name in ("", "claim", "verdict"):
-            table.add_column(name)
-        for name, finding in findings.items():
-            table.add_row(name, finding.evidence.get("claim", ""), finding.verdict)
-        console.print(table)
+    if asked or is_of_the_paper(study, findings):
+        _print_claims(study, findings, console)
     missing = study.missing()
     for line in missing[:SHOWN_MISSING]:
         console.print(f"missing: {printable(line)}", markup=False)
     if len(missing) > SHOWN_MISSING:
         console.print(f"missing: {len(missing) - SHOWN_MISSING} more; the page names all")
     console.print(str(out / PAGE), markup=False, soft_wrap=True)
+
+
+def _print_claims(study: Study, findings: dict[str, Finding], console: Console) -> None:
+    if len(study.trunks) < TRUNKS_NEEDED:
+        console.print("One trunk: no verdict on the claims of the paper is made.")
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in ("", "claim", "verdict"):
+        table.add_column(name)
+    for name, finding in findings.items():
+        if has_data(finding):
+            table.add_row(name, finding.evidence.get("claim", ""), finding.verdict)
+    console.print(table)
 
 
 def _results(study: Study) -> Table:
@@ -154,9 +174,9 @@ def _results(study: Study) -> Table:
     table.add_column("tokens")
     table.add_column("recipe")
     ks = KS if study.headline or not study.agent_suites else ()
-    answers = [f"pass@{k} (guessing)" for k in ks]
-    solved = [f"{_shown(suite)} (at random)" for suite in study.agent_suites]
-    for name in (*answers, *solved, "capability", "seconds"):
+    answers = [f"pass@{k}, % (guessing)" for k in ks]
+    solved = [f"{_shown(suite)}, % (at random)" for suite in study.agent_suites]
+    for name in (*answers, *solved, "capability, %", "time"):
         table.add_column(name, justify="right")
     rows: dict[tuple[str, int, str], list[Cell]] = {}
     for cell in study.cells:
@@ -177,7 +197,7 @@ def _results(study: Study) -> Table:
             _shown(name_of(label)),
             *shown,
             "–" if capability is None else f"{100 * capability:.1f}",
-            "–" if seconds is None else f"{seconds:,.0f}",
+            "–" if seconds is None else duration(seconds),
         )
     return table
 

@@ -1,9 +1,14 @@
-"""What the figures are made of: stacked panels, courses with bands, rows of dots, one legend."""
+"""What the figures are made of: panels, courses with bands, rows of dots, one legend.
+
+A figure is drawn twice: wide, its panels in rows, and narrow, for a phone, one below the other.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import io
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -14,10 +19,18 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter
 
+from megarlx.data.token_files import write_atomically
 from megarlx.evaluation.bootstrap import Interval
 from megarlx.report.settings import quantity
 from megarlx.report.student import TrunkInterval
-from megarlx.report.style import WIDTH_INCHES, look_of
+from megarlx.report.style import (
+    COLUMNS,
+    DARK,
+    ONE_PANEL_INCHES,
+    WIDE_INCHES,
+    WIDTH_INCHES,
+    look_of,
+)
 
 Table = list[list[str]]  # the first row is the head
 Course = Mapping[float, Interval]  # x -> y
@@ -25,40 +38,67 @@ Course = Mapping[float, Interval]  # x -> y
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawn figure with all that the page says about it."""
+    """What is drawn, with all that the page says about it."""
 
     name: str  # of its files
     title: str
     caption: str
     alt: str
     table: Table
-    canvas: Canvas
+    draw: Callable[[bool], Canvas] | None  # wide or not; None: the table says it all
+
+    @cached_property
+    def wide(self) -> Canvas:
+        return self._drawn(True)
+
+    @cached_property
+    def narrow(self) -> Canvas:
+        return self._drawn(False)
+
+    def _drawn(self, wide: bool) -> Canvas:
+        assert self.draw is not None
+        return self.draw(wide)
 
 
 def panels(
-    titles: Sequence[str], height: float | Sequence[float], *, share_x: bool = True
+    titles: Sequence[str], height: float | Sequence[float], *, wide: bool
 ) -> tuple[Canvas, list[Axes]]:
-    """One below the other: side by side they could not be read on a phone. Heights in inches."""
+    """Up to three beside one another, or, of a narrow figure, all below one another. `height` in
+    inches, of each or of all."""
     heights = [height] * len(titles) if isinstance(height, int | float) else list(height)
-    canvas = Canvas(figsize=(WIDTH_INCHES, sum(heights) + 0.5), layout="constrained")
+    columns = min(len(titles), COLUMNS) if wide else 1
+    rows = [max(heights[at : at + columns]) for at in range(0, len(titles), columns)]
+    width = WIDTH_INCHES if not wide else WIDE_INCHES if columns > 1 else ONE_PANEL_INCHES
+    canvas = Canvas(figsize=(width, sum(rows) + 0.35 * len(rows) + 0.15), layout="constrained")
     FigureCanvasAgg(canvas)
-    axes = canvas.subplots(len(titles), 1, sharex=share_x, squeeze=False, height_ratios=heights)[
-        :, 0
-    ]
+    grid = canvas.subplots(len(rows), columns, squeeze=False, height_ratios=rows).flatten()
+    for ax in grid[len(titles) :]:
+        ax.remove()
+    axes = list(grid[: len(titles)])
     for ax, title in zip(axes, titles, strict=True):
-        ax.set_title(fill(title, 48))
-    return canvas, list(axes)
+        ax.set_title(fill(title, 40 if columns > 1 else 48))
+    return canvas, axes
 
 
-def tokens_axis(ax: Axes, ticks: Sequence[float]) -> None:
-    ax.set_xlabel("pre-training tokens")
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: quantity(x)))
+def one_scale(axes: Sequence[Axes], *, x: bool = False, y: bool = False) -> None:
+    """The same limits for all panels, so that they can be compared."""
+    for wanted, get, put in ((x, Axes.get_xlim, Axes.set_xlim), (y, Axes.get_ylim, Axes.set_ylim)):
+        if wanted:
+            limits = [get(ax) for ax in axes]
+            for ax in axes:
+                put(ax, min(low for low, _ in limits), max(high for _, high in limits))
+
+
+def tokens_axis(axes: Sequence[Axes], ticks: Sequence[float]) -> None:
     span = max(ticks) - min(ticks)
     shown: list[float] = []
     for tick in sorted(ticks):
-        if not shown or tick - shown[-1] > span / 9:
+        if not shown or tick - shown[-1] > span / 6:
             shown.append(tick)
-    ax.set_xticks(shown)
+    for ax in axes:
+        ax.set_xlabel("pre-training tokens")
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: quantity(x)))
+        ax.set_xticks(shown)
 
 
 def draw_courses(
@@ -82,7 +122,12 @@ def draw_courses(
 
 
 def draw_dots(
-    ax: Axes, values: Mapping[str, Interval], labels: Sequence[str], digits: int = 1
+    ax: Axes,
+    values: Mapping[str, Interval],
+    labels: Sequence[str],
+    digits: int = 1,
+    *,
+    names_shown: bool = True,
 ) -> None:
     """A row for each recipe, where there is one checkpoint and so no course to draw."""
     names = list(values)
@@ -99,7 +144,8 @@ def draw_dots(
             ha="center",
             fontsize=9,
         )
-    ax.set_yticks(range(len(names)), [fill(look_of(n, labels).name, 24) for n in names])
+    written = [fill(look_of(n, labels).name, 24) if names_shown else "" for n in names]
+    ax.set_yticks(range(len(names)), written)
     ax.set_ylim(len(names) - 0.5, -0.75)
     ax.grid(axis="y", visible=False)
 
@@ -116,17 +162,32 @@ def legend(canvas: Canvas, labels: Sequence[str], extra: Sequence[Any] = ()) -> 
     handles = [*lines, *extra]
     if not handles:
         return
-    columns = 2 if any(len(x.name) > 12 for x in looks) else 3
-    rows = -(-len(handles) // columns)
     width, height = canvas.get_size_inches()
+    each = 1.9 if any(len(x.name) > 12 for x in looks) else 1.45  # inches of an entry
+    columns = max(1, min(len(handles), int(width / each)))
+    rows = -(-len(handles) // columns)
     canvas.set_size_inches(width, height + 0.22 * rows)
     canvas.legend(handles=handles, loc="outside lower center", ncols=columns)
 
 
 def save(figure: Figure, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    figure.canvas.savefig(folder / f"{figure.name}.png", dpi=200)
-    figure.canvas.savefig(folder / f"{figure.name}.svg", metadata={"Date": None})
+    figure.wide.savefig(folder / f"{figure.name}.png", dpi=200, facecolor="white")
+    for canvas, name in ((figure.wide, figure.name), (figure.narrow, f"{figure.name}-narrow")):
+        drawn = io.StringIO()
+        canvas.savefig(drawn, format="svg", metadata={"Date": None})
+        write_atomically(folder / f"{name}.svg", in_the_dark(drawn.getvalue()), sync=False)
+
+
+def in_the_dark(svg: str) -> str:
+    """With the colours that it has where the reader's screen is dark."""
+    rules = "".join(
+        f'[style*="{kind}: {light}"] {{ {kind}: {dark} !important }} '
+        for light, dark in DARK.items()
+        for kind in ("fill", "stroke")
+    )
+    style = f"<style>@media (prefers-color-scheme: dark) {{ {rules}}}</style>"
+    return svg.replace("<defs>", f"{style}<defs>", 1)
 
 
 def with_interval(interval: Interval | TrunkInterval | None, digits: int = 1) -> str:

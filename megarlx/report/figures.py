@@ -1,4 +1,4 @@
-"""pass@k, gains, capability: against pre-training tokens, or in rows where there is one checkpoint.
+"""pass@k, gains, capability against pre-training tokens; with one checkpoint a row for each recipe.
 
 Each function draws one figure of one variant of the trunks, or returns None where the runs hold
 nothing to draw. Seeds are pooled; bands and bars are 95% intervals over questions.
@@ -21,6 +21,7 @@ from megarlx.report.drawing import (
     draw_courses,
     draw_dots,
     legend,
+    one_scale,
     panels,
     tokens_axis,
     with_interval,
@@ -28,7 +29,7 @@ from megarlx.report.drawing import (
 from megarlx.report.runs import ACCURACY_KINDS
 from megarlx.report.settings import quantity
 from megarlx.report.study import BASE, KS, Cell, Study
-from megarlx.report.style import GREY, in_order, look_of
+from megarlx.report.style import COLUMNS, GREY, in_order, look_of
 
 Panels = dict[str, dict[str, Course]]  # title -> recipe -> tokens -> value
 Read = Callable[[Cell], Values | None]
@@ -52,46 +53,52 @@ def pass_at_k(study: Study, variant: str) -> Figure | None:
         "Each excursion starts at a checkpoint of the trunk and is drawn at the tokens which that "
         "checkpoint has seen. Guessing draws answers from those of the other questions.",
         guessing,
+        one_scale_of_values=True,
     )
 
 
 def gains(study: Study, variant: str) -> Figure | None:
+    """Of every recipe over where it starts from, and of SFT→RL over the SFT beside it."""
+    recipes = dict.fromkeys(c.recipe for c in study.cells if c.recipe != BASE)
+    compared = [(recipe, BASE, "") for recipe in recipes]
+    compared.append(("sft_then_rl", "sft", " over SFT"))
     data: Panels = {}
-    for name, recipe, other in (
-        ("RL − base", "rl", BASE),
-        ("SFT→RL − SFT", "sft_then_rl", "sft"),
-    ):
-        pairs = [(c, b) for c, b in study.pairs(recipe, other) if c.variant == variant]
-        title = f"{name}, points"
+    for k in KS:
+        title = f"pass@{k}, points gained"
         data[title] = {}
-        for k in KS:
-            course = _pooled(
-                (cell.checkpoint_tokens, values)
-                for cell, before in pairs
-                for values in of_suite(cell.headline, before.headline, f"pass_at_{k}").values()
-            )
-            if course:
-                data[title][f"pass@{k}"] = course
+        for recipe, other, over in compared:
+            by_label: dict[str, list[Any]] = {}
+            for cell, before in study.pairs(recipe, other):
+                if cell.variant == variant:
+                    of = of_suite(cell.headline, before.headline, f"pass_at_{k}")
+                    points = by_label.setdefault(f"{cell.label}{over}", [])
+                    points += [(cell.checkpoint_tokens, values) for values in of.values()]
+            pooled = {label: _pooled(points) for label, points in by_label.items()}
+            data[title] |= {label: course for label, course in pooled.items() if course}
     return _figure(
         data,
         "gains",
-        "What RL adds",
-        "Gain in percentage points of RL over the checkpoint it starts from, and of SFT→RL over "
-        "SFT, on the same questions.",
+        "What each recipe adds",
+        "Gain in percentage points over the checkpoint that a recipe starts from, and of SFT→RL "
+        "over SFT, question by question on the same questions.",
         dict.fromkeys(data, 0.0),
-        lines_are="metric",
+        one_scale_of_values=True,
     )
 
 
 def capability(study: Study, variant: str) -> Figure | None:
     cells = _cells(study, variant)
     suites = sorted({s for c in cells for s in c.accuracy_suites})
-    data = {f"{suite}, accuracy in %": _courses(cells, _accuracy(suite)) for suite in suites}
+    data: Panels = {}
+    if len(suites) > 1:
+        data[f"mean of the {len(suites)} suites, %"] = _means(cells, suites)
+    data |= {f"{suite}, accuracy in %": _courses(cells, _accuracy(suite)) for suite in suites}
     return _figure(
         data,
         "capability",
-        "General capability",
-        "Accuracy of each suite of multiple choice and cloze tests, at the end of each recipe.",
+        "General capability against pre-training tokens",
+        "Accuracy of each suite of multiple choice and cloze tests, at the end of each recipe. "
+        "General capability is their mean; its band is the range over seeds.",
         {},
     )
 
@@ -137,8 +144,8 @@ def _figure(
     caption: str,
     floors: Mapping[str, float],
     *,
-    lines_are: str = "recipe",
     digits: int = 1,
+    one_scale_of_values: bool = False,
 ) -> Figure | None:
     data = {panel: courses for panel, courses in data.items() if any(courses.values())}
     if not data:
@@ -146,34 +153,42 @@ def _figure(
     labels = in_order({label for courses in data.values() for label in courses})
     ticks = sorted({x for courses in data.values() for c in courses.values() for x in c})
     one = len(ticks) == 1
-    height = 0.36 * len(labels) + 0.75 if one else 2.6
-    canvas, axes = panels(list(data), height, share_x=not one)
-    for ax, (panel, courses) in zip(axes, data.items(), strict=True):
-        ordered = {label: courses[label] for label in labels if courses.get(label)}
-        if one:
-            draw_dots(ax, {k: c[ticks[0]] for k, c in ordered.items()}, labels, digits)
-        else:
-            draw_courses(ax, ordered, labels, beside=True)
-        if panel in floors:
-            line = ax.axvline if one else ax.axhline
-            line(floors[panel], color=GREY, linestyle=(0, (1, 2)), linewidth=1.3, zorder=0)
-    if not one:
-        tokens_axis(axes[-1], ticks)
-    is_guess = any(floors.values())
-    extra: list[Any] = []
-    if floors and any(panel in floors for panel in data):
-        label = "guessing" if is_guess else "no change"
-        extra.append(Line2D([], [], color=GREY, linestyle=(0, (1, 2)), label=label))
-    legend(canvas, [] if one else labels, extra)
+
+    def draw(wide: bool) -> Any:
+        height = 0.36 * len(labels) + 0.6 if one else 2.5
+        canvas, axes = panels(list(data), height, wide=wide)
+        for number, (ax, (panel, courses)) in enumerate(zip(axes, data.items(), strict=True)):
+            ordered = {label: courses[label] for label in labels if courses.get(label)}
+            if one:
+                every = ordered.keys() == data[next(iter(data))].keys()
+                named = not wide or number % COLUMNS == 0 or not every
+                dots = {k: c[ticks[0]] for k, c in ordered.items()}
+                draw_dots(ax, dots, labels, digits, names_shown=named)
+            else:
+                draw_courses(ax, ordered, labels, beside=True)
+            if panel in floors:
+                line = ax.axvline if one else ax.axhline
+                line(floors[panel], color=GREY, linestyle=(0, (1, 2)), linewidth=1.3, zorder=0)
+        if one_scale_of_values:
+            one_scale(axes, x=one, y=not one)
+        if not one:
+            tokens_axis(axes, ticks)
+        extra: list[Any] = []
+        if any(panel in floors for panel in data):
+            label = "guessing" if any(floors.values()) else "no change"
+            extra.append(Line2D([], [], color=GREY, linestyle=(0, (1, 2)), label=label))
+        legend(canvas, [] if one else labels, extra)
+        return canvas
+
     if one:
-        caption += f" One checkpoint, at {quantity(ticks[0])} tokens: drawn in rows."
+        caption += f" All start from one checkpoint, at {quantity(ticks[0])} tokens."
     names = ", ".join(look_of(label, labels).name for label in labels)
     alt = f"{title}: {'; '.join(data)}; for {names}. The numbers are in the table."
-    return Figure(name, title, caption, alt, _table(data, labels, ticks, lines_are, digits), canvas)
+    return Figure(name, title, caption, alt, _table(data, labels, ticks, digits), draw)
 
 
-def _table(data: Panels, labels: list[str], ticks: list[float], what: str, digits: int) -> Table:
-    rows = [["tokens", what, *data]]
+def _table(data: Panels, labels: list[str], ticks: list[float], digits: int) -> Table:
+    rows = [["from tokens", "recipe", *data]]
     for tokens in ticks:
         for label in labels:
             values = [courses.get(label, {}).get(tokens) for courses in data.values()]
@@ -224,6 +239,16 @@ def _courses(cells: list[Cell], read: Read) -> dict[str, Course]:
     return found
 
 
+def _means(cells: list[Cell], suites: list[str]) -> dict[str, Course]:
+    """Of the cells that were measured by all of these suites."""
+    found: dict[str, dict[float, list[float]]] = {}
+    for cell in cells:
+        if cell.capability is not None and cell.accuracy_suites == suites:
+            by_tokens = found.setdefault(cell.label, {})
+            by_tokens.setdefault(cell.checkpoint_tokens, []).append(100 * cell.capability)
+    return _with_ranges(found)
+
+
 def _pooled(points: Any) -> dict[float, Interval]:
     """(tokens, values of questions) of several seeds -> tokens -> their mean."""
     by_tokens: dict[float, list[Values]] = {}
@@ -241,7 +266,12 @@ def _ranges(cells: list[Cell], suite: str, metric: str) -> dict[str, Course]:
         if value is not None and math.isfinite(value):
             by_tokens = found.setdefault(cell.label, {})
             by_tokens.setdefault(cell.checkpoint_tokens, []).append(value)
+    return _with_ranges(found)
+
+
+def _with_ranges(values: dict[str, dict[float, list[float]]]) -> dict[str, Course]:
+    """The mean over seeds, from the lowest to the highest."""
     return {
         label: {t: Interval(sum(v) / len(v), min(v), max(v), 0) for t, v in by_tokens.items()}
-        for label, by_tokens in found.items()
+        for label, by_tokens in values.items()
     }

@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 
+from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 
 from megarlx.evaluation.bootstrap import Interval, interval_of_mean
@@ -16,6 +17,7 @@ from megarlx.report.drawing import (
     Table,
     draw_courses,
     legend,
+    one_scale,
     panels,
     with_interval,
 )
@@ -65,16 +67,22 @@ def success(study: Study) -> Figure | None:
         data[f"{name}: episodes of training solved, %"] = {k: c for k, c in courses.items() if c}
     if not any(data.values()):
         return None
-    canvas, axes = panels(list(data), 1.7, share_x=False)
-    for ax, (panel, drawn) in zip(axes, data.items(), strict=True):
-        draw_courses(ax, drawn, labels)
-        ax.set_ylim(-2, 102)
-        if panel in floors:
-            ax.axhline(floors[panel], color=GREY, linestyle=(0, (1, 2)), linewidth=1.3, zorder=0)
-    axes[-1].set_xlabel("steps")
-    at_random = Line2D([], [], color=GREY, linestyle=(0, (1, 2)), label="at random")
     shown = [label for label in labels if any(label in drawn for drawn in data.values())]
-    legend(canvas, shown, [at_random] if floors else [])
+
+    def draw(wide: bool) -> Canvas:
+        canvas, axes = panels(list(data), 1.9, wide=wide)
+        for ax, (panel, drawn) in zip(axes, data.items(), strict=True):
+            draw_courses(ax, drawn, labels)
+            ax.set_ylim(-2, 102)
+            ax.set_xlabel("steps")
+            if panel in floors:
+                floor = floors[panel]
+                ax.axhline(floor, color=GREY, linestyle=(0, (1, 2)), linewidth=1.3, zorder=0)
+        one_scale(axes, x=True)
+        at_random = Line2D([], [], color=GREY, linestyle=(0, (1, 2)), label="at random")
+        legend(canvas, shown, [at_random] if floors else [])
+        return canvas
+
     return Figure(
         "agents",
         "Agents",
@@ -83,7 +91,7 @@ def success(study: Study) -> Figure | None:
         "excursion is the checkpoint that it starts from.",
         f"Success over the steps of training: {'; '.join(data)}. The numbers are in the table.",
         table,
-        canvas,
+        draw,
     )
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import inf
 
+from matplotlib.figure import Figure as Canvas
+
 from megarlx.evaluation.bootstrap import interval_of_mean
 from megarlx.report.comparison import Comparison, Suites, of_capability, of_suite
 from megarlx.report.drawing import (
@@ -15,6 +17,7 @@ from megarlx.report.drawing import (
     Table,
     draw_courses,
     legend,
+    one_scale,
     panels,
     tokens_axis,
     with_interval,
@@ -52,12 +55,17 @@ def placement(study: Study) -> Figure | None:
     }
     moments[BASE] = {t: bases for t, bases in of_trunks.items() if len(bases) == len(trunks)}
     order = [BASE, *labels]
-    canvas, axes = panels([f"{name}, %" for name in SHOWN], 2.6)
-    for ax, metric in zip(axes, SHOWN.values(), strict=True):
-        courses = {label: _course(moments[label], metric) for label in order}
-        draw_courses(ax, {label: c for label, c in courses.items() if c}, order)
-    tokens_axis(axes[-1], sorted({float(t) for found in moments.values() for t in found}))
-    legend(canvas, order)
+
+    def draw(wide: bool) -> Canvas:
+        canvas, axes = panels([f"{name}, %" for name in SHOWN], 2.6, wide=wide)
+        for ax, metric in zip(axes, SHOWN.values(), strict=True):
+            courses = {label: _course(moments[label], metric) for label in order}
+            draw_courses(ax, {label: c for label, c in courses.items() if c}, order)
+        one_scale(axes, x=True, y=True)
+        tokens_axis(axes, sorted({float(t) for found in moments.values() for t in found}))
+        legend(canvas, order)
+        return canvas
+
     names = ", ".join(look_of(label, order).name for label in order)
     return Figure(
         "placement",
@@ -69,7 +77,7 @@ def placement(study: Study) -> Figure | None:
         f"pass@1 and pass@32 against tokens of pre-training, of {names}. The numbers are in the "
         "table.",
         _table(study, moments, order),
-        canvas,
+        draw,
     )
 
 
@@ -107,7 +115,13 @@ def _course(moments: Moments, metric: str) -> Course:
 
 def _table(study: Study, moments: dict[str, Moments], order: Sequence[str]) -> Table:
     gains = [f"Δ {name}" for name in SHOWN]
-    rows = [["recipe", "tokens", *SHOWN, *gains, "left of Δ pass@1", "Δ capability"]]
+    rows = [
+        [
+            *("recipe", "tokens", *(f"{name}, %" for name in SHOWN)),
+            *(f"{name}, points" for name in gains),
+            *("left of Δ pass@1", "Δ capability, points"),
+        ]
+    ]
     for label in order:
         courses = [_course(moments[label], metric) for metric in SHOWN.values()]
         first: TrunkInterval | None = None  # gain

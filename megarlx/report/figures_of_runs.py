@@ -1,4 +1,4 @@
-"""What happens inside runs, to single questions, and what it costs; readiness beside the gain."""
+"""What happens to single questions, and what it costs; readiness beside the gain."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from textwrap import fill
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
@@ -17,102 +18,12 @@ from megarlx.evaluation.consistency import Transition
 from megarlx.evaluation.readiness import PROBE
 from megarlx.report import consistency
 from megarlx.report.comparison import of_suite
-from megarlx.report.drawing import (
-    Course,
-    Figure,
-    Table,
-    draw_courses,
-    legend,
-    panels,
-    with_interval,
-)
-from megarlx.report.figures import guessing_of
+from megarlx.report.drawing import Figure, Table, legend, one_scale, panels, with_interval
 from megarlx.report.runs import Evaluation
 from megarlx.report.settings import quantity
 from megarlx.report.study import BASE, KS, Cell, Study
 from megarlx.report.style import BLUE, GREEN, GREY, VERMILION, in_order, look_of
-
-
-def dynamics(study: Study) -> Figure | None:
-    """A panel for each recipe: pass@k at the steps that all its finished runs were evaluated at."""
-    data: dict[str, dict[str, Course]] = {}
-    for label in in_order({c.label for c in study.cells if c.recipe != BASE and c.run.finished}):
-        courses = [
-            course
-            for cell in study.cells
-            if cell.label == label and cell.run.finished
-            if len(course := _course_of(study, cell)) > 1
-        ]
-        steps = sorted(set.intersection(*(set(c) for c in courses))) if courses else []
-        lines: dict[str, Course] = {}
-        for k in KS:
-            points = {
-                float(step): interval_of_mean([c[step].percent(f"pass_at_{k}") for c in courses])
-                for step in steps
-            }
-            found = {step: interval for step, interval in points.items() if interval}
-            if len(found) > 2:  # start and end alone are in the other figures
-                lines[f"pass@{k}"] = found
-        if lines:
-            data[label] = lines
-    if not data:
-        return None
-    names = [look_of(label, list(data)).name for label in data]
-    canvas, axes = panels([f"{name}, %" for name in names], 1.9, share_x=False)
-    labels = [f"pass@{k}" for k in KS if any(f"pass@{k}" in lines for lines in data.values())]
-    table: Table = [["recipe", "step", *labels]]
-    for ax, (label, lines), name in zip(axes, data.items(), names, strict=True):
-        draw_courses(ax, lines, labels)
-        ax.set_xlabel("steps")
-        for step in _starts_of_rl(study, label):
-            ax.axvline(step, color=GREY, linestyle=(0, (1, 2)), linewidth=1.3, zorder=0)
-        for step in sorted({s for line in lines.values() for s in line}):
-            values = [with_interval(lines.get(metric, {}).get(step)) for metric in labels]
-            table.append([name, f"{step:,.0f}", *values])
-    legend(
-        canvas,
-        labels,
-        [Line2D([], [], color=GREY, linestyle=(0, (1, 2)), label="RL begins")],
-    )
-    return Figure(
-        "dynamics",
-        "Inside the runs",
-        "pass@k while a recipe runs, pooled over checkpoints and seeds. Step 0 is the checkpoint "
-        "that it starts from." + _guessing(study),
-        f"pass@1, pass@8 and pass@32 over the steps of {', '.join(names)}. The numbers are in the "
-        "table.",
-        table,
-        canvas,
-    )
-
-
-def _guessing(study: Study) -> str:
-    reached = {f"pass@{k}": guessing_of(study.cells, k) for k in KS}
-    said = ", ".join(f"{name} {value:.1f}%" for name, value in reached.items() if value is not None)
-    return f" Guessing reaches {said}." if said else ""
-
-
-def _course_of(study: Study, cell: Cell) -> dict[int, Evaluation]:
-    course = {e.iteration: e for e in cell.run.course(study.headline or "")}
-    base = study.base_of(cell)
-    if base is not None and 0 not in course:
-        start = base.evaluations.get(study.headline or "") or base.headline
-        if start is not None and all(start.asked_like(e) for e in course.values()):
-            course[0] = start
-    return course
-
-
-def _starts_of_rl(study: Study, label: str) -> set[float]:
-    """Where RL does not begin with the run."""
-    found = set()
-    for cell in study.cells:
-        trained = [line for line in cell.run.metrics if any(key[:5] == "loss/" for key in line)]
-        logged = [int(line["step"]) for line in trained]
-        first = cell.run.first_step_with("rl/")
-        if cell.label == label and first is not None and first > min(logged, default=first):
-            found.add(float(max(step for step in logged if step < first)))
-    return found
-
+from megarlx.units import duration, flop
 
 KINDS = (
     ("kept", GREEN, "", "solved before and after"),
@@ -135,31 +46,38 @@ def single_questions(study: Study) -> Figure | None:
         rows["Checkpoint to recipe"] = {label: excursions[label] for label in order}
     if not rows:
         return None
-    canvas, axes = panels(list(rows), [0.33 * len(moves) + 0.5 for moves in rows.values()])
     table: Table = [
         ["from → to", "kind", "retained", "acquired", "forgotten", "flips", "Δ pass@1", "Δ pass@k"]
     ]
-    for ax, moves_of in zip(axes, rows.values(), strict=True):
-        _draw_moves(ax, moves_of, order)
+    for moves_of in rows.values():
         for name, moves in moves_of.items():
             rates = (moves.retention, moves.acquisition, moves.forgetting, moves.flip_rate)
             shown = ["–" if math.isnan(r) else f"{100 * r:.0f}%" for r in rates]
             kind, *changes = _coverage(study, name)
             table.append([_name(name, order), kind, *shown, *changes])
-    axes[-1].set_xlabel("share of the questions, %")
-    patches = [Patch(facecolor=c, hatch=h, edgecolor="white", label=t) for _, c, h, t in KINDS]
-    legend(canvas, [], patches)
+
+    def draw(wide: bool) -> Canvas:
+        heights = [0.33 * len(moves) + 0.5 for moves in rows.values()]
+        canvas, axes = panels(list(rows), heights, wide=wide)
+        for ax, moves_of in zip(axes, rows.values(), strict=True):
+            _draw_moves(ax, moves_of, order)
+            ax.set_xlabel("share of the questions, %")
+        patches = [Patch(facecolor=c, hatch=h, edgecolor="white", label=t) for _, c, h, t in KINDS]
+        legend(canvas, [], patches)
+        return canvas
+
     return Figure(
         "consistency",
         "Single questions",
         "A question is solved when at least half of its samples are right. Retained and forgotten "
-        "are shares of what was solved before, acquired of what was not, flips of all. Expansion: "
+        "are shares of what was solved before, acquired of what was not; flips are acquired and "
+        "forgotten together, of all questions. Expansion: "
         "pass@k rose against the base, at the largest k that was measured; sharpening: it fell "
         "while pass@1 rose; both by 95% intervals.",
         "Bars with the shares of questions solved before and after, only after, only before and "
         "never. The rates are in the table.",
         table,
-        canvas,
+        draw,
     )
 
 
@@ -189,10 +107,10 @@ def _coverage(study: Study, label: str) -> list[str]:
 
 
 COSTS = {
-    "seconds": "seconds",
+    "seconds": "time",
     "trained_tokens": "tokens trained on",
     "generated_tokens": "tokens generated",
-    "flop": "FLOP",
+    "flop": "arithmetic",
 }
 
 
@@ -214,25 +132,14 @@ def cost(study: Study) -> Figure | None:
     shown = {key: values for key, values in means.items() if any(values.values())}
     if not shown:
         return None
-    canvas, axes = panels([COSTS[k] for k in shown], 0.34 * len(labels) + 0.55, share_x=False)
-    for ax, (key, values) in zip(axes, shown.items(), strict=True):
-        for row, label in enumerate(labels):
-            value = values.get(label, 0.0)
-            ax.barh(row, value, height=0.66, color=look_of(label, labels).color)
-            ax.annotate(
-                _amount(key, value) if label in values else "not logged",
-                (value, row),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=9.5,
-            )
-        ax.set_yticks(range(len(labels)), [fill(look_of(x, labels).name, 22) for x in labels])
-        ax.set_ylim(len(labels) - 0.5, -0.5)
-        ax.set_xlim(0, 1.22 * max(values.values()))
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _, key=key: _amount(key, x)))
-        ax.locator_params(axis="x", nbins=5)
-        ax.grid(axis="y", visible=False)
+
+    def draw(wide: bool) -> Canvas:
+        height = 0.34 * len(labels) + 0.55
+        canvas, axes = panels([COSTS[k] for k in shown], height, wide=wide)
+        for ax, (key, values) in zip(axes, shown.items(), strict=True):
+            _draw_costs(ax, key, values, labels)
+        return canvas
+
     table: Table = [["recipe", *(COSTS[k] for k in shown), "runs"]]
     for label in labels:
         numbers = [_amount(k, v[label]) if label in v else "–" for k, v in shown.items()]
@@ -240,18 +147,39 @@ def cost(study: Study) -> Figure | None:
     return Figure(
         "cost",
         "Cost",
-        "What a recipe took from the checkpoint to its end; the mean over checkpoints and seeds.",
+        "What a recipe took from the checkpoint to its end; the mean over checkpoints and seeds. "
+        "FLOP are floating-point operations: 1 TFLOP is 10¹² of them.",
         f"Bars of {', '.join(COSTS[k] for k in shown)} for each recipe. The numbers are in the "
         "table.",
         table,
-        canvas,
+        draw,
     )
+
+
+def _draw_costs(ax: Axes, key: str, values: Mapping[str, float], labels: list[str]) -> None:
+    for row, label in enumerate(labels):
+        value = values.get(label, 0.0)
+        ax.barh(row, value, height=0.66, color=look_of(label, labels).color)
+        ax.annotate(
+            _amount(key, value) if label in values else "not logged",
+            (value, row),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9.5,
+        )
+    ax.set_yticks(range(len(labels)), [fill(look_of(x, labels).name, 22) for x in labels])
+    ax.set_ylim(len(labels) - 0.5, -0.5)
+    ax.set_xlim(0, 1.35 * max(values.values()))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _amount(key, x)))
+    ax.locator_params(axis="x", nbins=4)
+    ax.grid(axis="y", visible=False)
 
 
 def _amount(kind: str, value: float) -> str:
     if kind == "seconds":
-        return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
-    return f"{value:.1e}" if kind == "flop" and value else quantity(value)
+        return duration(value)
+    return flop(value) if kind == "flop" else f"{quantity(value)} tokens"
 
 
 @dataclass(frozen=True)
@@ -277,6 +205,8 @@ class _Start:
         return f"{100 * self.probe.metrics[f'pass_at_{max(ks)}']:.1f} (k = {max(ks)})"
 
 
+FEWEST = 3  # different shares that make a picture
+
 PROBED = {
     "informative_groups": "informative groups before RL, %",
     "pass_at_1": "pass@1 before RL at its temperature, %",
@@ -295,35 +225,24 @@ def readiness(study: Study) -> Figure | None:
         if told_by_checkpoint
         else in_order(by)
     )
-    shown = [m for m in PROBED if any(s.percent(m) is not None for s in starts)]
-    canvas, axes = panels(["Gain in pass@1, points", *[""] * (len(shown) - 1)], 2.7, share_x=False)
-    for ax, metric in zip(axes, shown, strict=True):
-        for start in starts:
-            x, gain = start.percent(metric), start.gain
-            name = f"{quantity(start.cell.checkpoint_tokens)} tokens"
-            look = look_of(name if told_by_checkpoint else start.cell.label, names)
-            if x is None:
-                continue
-            if math.isfinite(gain.low):
-                ax.plot([x, x], [gain.low, gain.high], color=look.color, linewidth=1.2)
-            ax.plot(
-                [x],
-                [gain.estimate],
-                look.marker,
-                color=look.color,
-                markersize=7,
-                markerfacecolor="none",  # where points meet both can be seen
-                markeredgewidth=1.6,
-            )
-        ax.set_xlabel(PROBED[metric])
-        ax.axhline(0, color=GREY, linestyle=(0, (1, 2)), linewidth=1.3, zorder=0)
-    looks = [look_of(name, names) for name in names]
-    handles = [
-        Line2D([], [], color=k.color, marker=k.marker, mfc="none", linestyle="none", label=k.name)
-        for k in looks
-    ]
-    no_change = Line2D([], [], color=GREY, linestyle=(0, (1, 2)), label="no change")
-    legend(canvas, [], [*handles, no_change])
+    measured = {m: {s.percent(m) for s in starts} - {None} for m in PROBED}
+    shown = [m for m, values in measured.items() if len(values) >= FEWEST]
+    few = "" if shown else " Too few differ for a picture."
+
+    def draw(wide: bool) -> Canvas:
+        canvas, axes = panels(["gain in pass@1, points"] * len(shown), 2.7, wide=wide)
+        for ax, metric in zip(axes, shown, strict=True):
+            _draw_starts(ax, starts, metric, names, told_by_checkpoint)
+        one_scale(axes, y=True)
+        looks = [look_of(name, names) for name in names]
+        handles = [
+            Line2D([], [], color=k.color, marker=k.marker, mfc="none", ls="none", label=k.name)
+            for k in looks
+        ]
+        no_change = Line2D([], [], color=GREY, linestyle=(0, (1, 2)), label="no change")
+        legend(canvas, [], [*handles, no_change])
+        return canvas
+
     table: Table = [
         [
             *("run", "tokens", "measured by", "informative groups, %", "pass@1, %", "pass@k, %"),
@@ -348,12 +267,36 @@ def readiness(study: Study) -> Figure | None:
         "Where RL begins, the model draws groups of samples of RL's own prompts at the temperature "
         "that RL trains with. A group is informative when it holds right and wrong answers: others "
         "teach nothing. The gain that followed is that of the headline suite, with its 95% "
-        "interval. Runs without a probe of their own show what a suite of their base says.",
+        "interval. Runs without a probe of their own show what a suite of their base says." + few,
         "A point for each excursion with RL: the share of informative groups and pass@1 before it, "
         "and the gain in pass@1 that followed. The numbers are in the table.",
         table,
-        canvas,
+        draw if shown else None,
     )
+
+
+def _draw_starts(
+    ax: Axes, starts: list[_Start], metric: str, names: list[str], told_by_checkpoint: bool
+) -> None:
+    for start in starts:
+        x, gain = start.percent(metric), start.gain
+        name = f"{quantity(start.cell.checkpoint_tokens)} tokens"
+        look = look_of(name if told_by_checkpoint else start.cell.label, names)
+        if x is None:
+            continue
+        if math.isfinite(gain.low):
+            ax.plot([x, x], [gain.low, gain.high], color=look.color, linewidth=1.2)
+        ax.plot(
+            [x],
+            [gain.estimate],
+            look.marker,
+            color=look.color,
+            markersize=7,
+            markerfacecolor="none",  # where points meet both can be seen
+            markeredgewidth=1.6,
+        )
+    ax.set_xlabel(PROBED[metric])
+    ax.axhline(0, color=GREY, linestyle=(0, (1, 2)), linewidth=1.3, zorder=0)
 
 
 def _starts(study: Study) -> Iterator[_Start]:

@@ -8,64 +8,26 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from megarlx.printable import printable
 from megarlx.report.claims import TRUNKS_NEEDED, Finding
 from megarlx.report.drawing import Figure, Table
+from megarlx.report.folded import has_data, is_of_the_paper
+from megarlx.report.headline import said
+from megarlx.report.page_style import STYLE
+from megarlx.report.runs import Run
 from megarlx.report.samples import Example
 from megarlx.report.settings import quantity
 from megarlx.report.study import BASE, Study
 from megarlx.report.tree import described
 
+SAMPLES = "samples"  # the folder of the page of samples
+ROWS_SHOWN = 13  # of a table that stands open
+INTERVAL = re.compile(r"\[(\S+), (\S+)\]")
 SIGNS = {"held": "✓", "not held": "✗", "undetermined": "?"}
-
-STYLE = """
-:root { color-scheme: light; --line: #d9d9d9; --soft: #f6f6f4; --ink: #1c1c1c; --dim: #595959; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 76rem; padding: 0 1rem 4rem; color: var(--ink);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-h1 { margin: 1.2rem 0 .2rem; font-size: 1.6rem; line-height: 1.2; overflow-wrap: anywhere; }
-h2 { margin: 2.4rem 0 .3rem; font-size: 1.25rem; }
-h3 { margin: 1rem 0 .3rem; font-size: 1rem; overflow-wrap: anywhere; }
-p { margin: .3rem 0 .8rem; max-width: 46rem; overflow-wrap: anywhere; }
-a { color: #00558a; }
-nav { display: flex; flex-wrap: wrap; gap: .2rem 1rem; padding: .5rem 0;
-  border-bottom: 1px solid var(--line); }
-.facts { color: var(--dim); }
-.note { border-left: 4px solid #e69f00; background: #fff8e8; padding: .5rem .8rem; }
-.beside .scroll { max-height: 44rem; }
-.beside { display: grid; gap: 1rem; grid-template-columns: minmax(0, 1fr); align-items: start; }
-@media (min-width: 60rem) {
-  .beside { grid-template-columns: 27rem minmax(0, 1fr); } }
-figure { margin: 0; }
-figure img { display: block; width: 100%; max-width: 30rem; height: auto; }
-figcaption { color: var(--dim); font-size: .85rem; }
-.scroll { overflow: auto; border: 1px solid var(--line); border-radius: 4px; }
-table { border-collapse: collapse; width: 100%; font-size: .85rem;
-  font-variant-numeric: tabular-nums; }
-th, td { padding: .28rem .6rem; text-align: left; vertical-align: top; white-space: nowrap; }
-.beside table { font-size: .8rem; }
-.beside th, .beside td { padding: .26rem .42rem; }
-td.wrap { white-space: normal; min-width: 12rem; }
-td.differences { white-space: normal; min-width: 24rem; }
-thead th { position: sticky; top: 0; background: var(--soft); white-space: normal; }
-tbody tr:nth-child(even) { background: #fafaf9; }
-@media (max-width: 44rem) {
-  .claims thead { position: absolute; left: -200vw; }
-  .claims tr { display: grid; grid-template-columns: 2.6rem minmax(0, 1fr); }
-  .claims th { grid-row: span 4; }
-  .claims td { grid-column: 2; padding: .12rem .6rem; min-width: 0 !important;
-    white-space: normal; overflow-wrap: anywhere; } }
-.verdict { font-weight: 600; }
-.held { color: #00664a; } .not-held { color: #a34200; } .undetermined { color: var(--dim); }
-pre { margin: .2rem 0 .8rem; padding: .6rem .8rem; background: var(--soft); border-radius: 4px;
-  white-space: pre-wrap; overflow-wrap: anywhere; font-size: .82rem; }
-pre.tree { white-space: pre; overflow-x: auto; }
-details { margin: .6rem 0; } summary { cursor: pointer; }
-li { overflow-wrap: anywhere; }
-"""
 
 
 def text(value: Any) -> str:
@@ -78,25 +40,35 @@ def page(
     findings: dict[str, Finding],
     figures: Sequence[tuple[str, Sequence[Figure]]],
     examples: Sequence[Example],
+    *,
+    samples: int = 0,
+    claims_asked: bool = False,
 ) -> str:
-    """`figures`: of each variant of the trunks, by the variant's name."""
+    """`figures`: of each variant of the trunks, by the variant's name. `samples`: how many the page
+    of samples beside this one has. `claims_asked`: whether these claims were asked for by name."""
     title = f"megarlx report: {study.root.resolve().name}"
-    sections = [*_figure_sections(figures), ("lineage", "Lineage", _lineage(study))]
-    claims = ("predicates", "The claims", _claims(study, findings))
-    # With one seed nothing is claimed: the numbers come first.
-    sections.insert(0 if len(study.trunks) >= TRUNKS_NEEDED else len(sections) - 1, claims)
+    sections = _figure_sections(figures)
+    if claims_asked or is_of_the_paper(study, findings):
+        sections.insert(
+            min(2, len(sections)), ("predicates", "The claims", _claims(study, findings))
+        )
+    sections.append(("lineage", "Lineage", _lineage(study)))
     if examples:
-        sections.append(("samples", "Completions", _examples(examples)))
+        sections.append(("samples", "Completions", _examples(examples, samples)))
     links = "".join(f'<a href="#{text(i)}">{text(t)}</a>' for i, t, _ in sections)
+    if samples:
+        links += f'<a href="{SAMPLES}/index.html">All samples ↗</a>'
     body = "".join(
-        f'<section id="{text(i)}"><h2>{text(t)}</h2>{content}</section>\n'
+        f'<section id="{text(i)}"><h2><a href="#{text(i)}">{text(t)}</a></h2>{content}</section>\n'
         for i, t, content in sections
     )
+    first = said(study)
+    sentence = f'<p class="said">{text(first)}</p>' if first else ""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f"<header><h1>{text(title)}</h1>{_facts(study)}</header>\n"
+        f"<header><h1>{text(title)}</h1>{sentence}{_facts(study)}</header>\n"
         f'<nav aria-label="sections">{links}</nav>\n<main>\n{body}</main>\n</body>\n</html>\n'
     )
 
@@ -104,15 +76,17 @@ def page(
 def _facts(study: Study) -> str:
     tokens = ", ".join(quantity(t) for t in study.checkpoints)
     seeds = ", ".join(map(str, study.seeds))
-    suites = study.headline or ", ".join(study.agent_suites) or "none yet"
+    suites = study.headline or ", ".join(study.agent_suites)
     recipes = len({c.label for c in study.cells if c.recipe != BASE})
-    facts = (
+    facts = [
         f"{_count(len(study.trunks), 'trunk')}, {_count(len(study.excursions), 'excursion')} of "
-        f"{_count(recipes, 'recipe')}; {_plural(study.seeds, 'seed')} {seeds}; "
-        f"{_plural(study.checkpoints, 'checkpoint')} at {tokens} tokens; suite "
-        f"{suites}; settings {study.settings_hash[:12]}."
-    )
-    found = [f'<p class="facts">{text(facts)}</p>']
+        f"{_count(recipes, 'recipe')}",
+        f"{_plural(study.seeds, 'seed')} {seeds}" if study.seeds else "",
+        f"{_plural(study.checkpoints, 'checkpoint')} at {tokens} tokens" if tokens else "",
+        f"suite {suites}" if suites else "",
+        "in brackets 95% intervals over questions",
+    ]
+    found = [f'<p class="facts">{text("; ".join(filter(None, facts)))}.</p>']
     if len(study.trunks) < TRUNKS_NEEDED:
         found.append('<p class="note">One trunk: numbers are shown, no verdict is claimed.</p>')
     missing = study.missing()
@@ -135,18 +109,6 @@ def _plural(things: Sequence[Any], noun: str) -> str:
 
 
 def _claims(study: Study, findings: dict[str, Finding]) -> str:
-    head = ["", "verdict", "claim of the paper", "difference in points", "why"]
-    rows = []
-    for name, finding in findings.items():
-        sign = f"{SIGNS[finding.verdict]} {finding.verdict}"
-        comparisons = finding.evidence.get("comparisons", [])
-        rows.append(
-            f'<tr><th scope="row">{text(name)}</th>'
-            f'<td class="verdict {text(finding.verdict.replace(" ", "-"))}">{text(sign)}</td>'
-            f'<td class="wrap">{text(finding.evidence.get("claim", ""))}</td>'
-            f'<td class="differences">{"<br>".join(text(_difference(c)) for c in comparisons)}</td>'
-            f'<td class="wrap">{text(_why(finding))}</td></tr>'
-        )
     told = (
         "A claim is held where all of the 95% t-interval over trunks lies in what the claim "
         "allows; not held where none of it does. Of a trunk, its mean over questions and "
@@ -155,11 +117,31 @@ def _claims(study: Study, findings: dict[str, Finding]) -> str:
         "standard errors to each side. A cell counts only where SFT's pass@1 is more than twice "
         "guessing. All evidence is in "
     )
-    return (
-        f'<p>{text(told)}<a href="summary.json">summary.json</a>.</p>'
-        f'<div class="scroll"><table class="claims">{_head(head)}<tbody>{"".join(rows)}</tbody>'
-        "</table></div>"
+    head = ["", "verdict", "claim", "difference in points", "why"]
+    rows = "".join(_claim(name, f, head) for name, f in findings.items() if has_data(f))
+    without = [name for name, finding in findings.items() if not has_data(finding)]
+    table = f"<table>{_head(head)}<tbody>{rows}</tbody></table>"
+    if len(study.trunks) < TRUNKS_NEEDED:
+        table = f"<details><summary>What one trunk says of them</summary>{table}</details>"
+    no_data = f"<p>Nothing here speaks of {text(', '.join(without))}.</p>" if without else ""
+    return f'<p>{text(told)}<a href="summary.json">summary.json</a>.</p>{table}{no_data}'
+
+
+def _claim(name: str, finding: Finding, head: Sequence[str]) -> str:
+    verdict = f"verdict {finding.verdict.replace(' ', '-')}"
+    comparisons = finding.evidence.get("comparisons", [])
+    cells = (
+        ("th", "", text(name)),
+        ("td", verdict, text(f"{SIGNS[finding.verdict]} {finding.verdict}")),
+        ("td", "", text(finding.evidence.get("claim", ""))),
+        ("td", "", "<br>".join(_unbroken(text(_difference(c))) for c in comparisons)),
+        ("td", "", text(_why(finding))),
     )
+    made = "".join(
+        f'<{tag} data-label="{text(label)}" class="{text(kind)}"><div>{content}</div></{tag}>'
+        for (tag, kind, content), label in zip(cells, head, strict=True)
+    )
+    return f"<tr>{made}</tr>"
 
 
 def _difference(comparison: dict[str, Any]) -> str:
@@ -208,26 +190,43 @@ def _figure_sections(
             parts = found.setdefault(kind, (figure.title, []))[1]
             if not parts:
                 parts.append(f"<p>{text(figure.caption)}</p>")
-            parts.append((f"<h3>{text(variant)}</h3>" if variant else "") + _beside(figure))
+            parts.append((f"<h3>{text(variant)}</h3>" if variant else "") + _drawn(figure))
     return [(kind, title, "".join(parts)) for kind, (title, parts) in found.items()]
 
 
-def _beside(figure: Figure) -> str:
+def _drawn(figure: Figure) -> str:
+    """The picture, wide or narrow as the page is, and its numbers below it."""
     name = text(figure.name)
-    width, height = figure.canvas.get_size_inches() * 96
-    return (
-        f'<div class="beside"><figure><img src="figures/{name}.svg" alt="{text(figure.alt)}" '
-        f'width="{width:.0f}" height="{height:.0f}" loading="lazy">'
-        f'<figcaption><a href="figures/{name}.png">PNG</a> '
-        f'<a href="figures/{name}.svg">SVG</a></figcaption></figure>{_table(figure.table)}</div>'
-    )
+    picture = ""
+    if figure.draw is not None:
+        width, height = figure.wide.get_size_inches() * 96
+        narrow, tall = figure.narrow.get_size_inches() * 96
+        picture = (
+            f'<figure><picture><source media="(max-width: 44rem)" '
+            f'srcset="figures/{name}-narrow.svg" width="{narrow:.0f}" height="{tall:.0f}">'
+            f'<img src="figures/{name}.svg" alt="{text(figure.alt)}" '
+            f'width="{width:.0f}" height="{height:.0f}" loading="lazy"></picture>'
+            f'<figcaption><a href="figures/{name}.png">PNG</a> '
+            f'<a href="figures/{name}.svg">SVG</a></figcaption></figure>'
+        )
+    opened = " open" if len(figure.table) <= ROWS_SHOWN or not picture else ""
+    numbers = f"<details{opened}><summary>Numbers</summary>{_table(figure.table)}</details>"
+    return picture + numbers
 
 
 def _table(table: Table) -> str:
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{text(cell)}</td>" for cell in row) + "</tr>" for row in table[1:]
-    )
-    return f'<div class="scroll"><table>{_head(table[0])}<tbody>{rows}</tbody></table></div>'
+    def row(cells: Sequence[str]) -> str:
+        labelled = zip(table[0], cells, strict=True)
+        made = (f'<td data-label="{text(n)}">{_unbroken(text(cell))}</td>' for n, cell in labelled)
+        return f"<tr>{''.join(made)}</tr>"
+
+    rows = "".join(map(row, table[1:]))
+    return f'<div class="rows"><table>{_head(table[0])}<tbody>{rows}</tbody></table></div>'
+
+
+def _unbroken(shown: str) -> str:
+    """An interval stays in one line."""
+    return INTERVAL.sub("[\\1,\u00a0\\2]", shown)
 
 
 def _head(names: Iterable[str]) -> str:
@@ -236,22 +235,21 @@ def _head(names: Iterable[str]) -> str:
 
 
 def _lineage(study: Study) -> str:
-    lines: list[str] = []
+    def tree(above: Run | None) -> str:
+        below = [run for run in study.runs if study.parent_of(run) is above]
+        items = "".join(
+            f"<li>{text('  '.join(filter(None, described(study, run))))}{tree(run)}</li>"
+            for run in below
+        )
+        return f"<ul>{items}</ul>" if items else ""
 
-    def add(run: Any, depth: int) -> None:
-        parts = filter(None, described(study, run))
-        lines.append("  " * depth + ("└ " if depth else "") + "  ".join(parts))
-        for other in study.runs:
-            if study.parent_of(other) is run:
-                add(other, depth + 1)
-
-    for run in study.runs:
-        if study.parent_of(run) is None:
-            add(run, 0)
-    return f'<pre class="tree">{text(chr(10).join(lines))}</pre>'
+    return (
+        f'<div class="lineage">{tree(None)}</div><p class="facts">Hash of all settings but seeds '
+        f"and paths, the same for the same study: {text(study.settings_hash[:12])}.</p>"
+    )
 
 
-def _examples(examples: Sequence[Example]) -> str:
+def _examples(examples: Sequence[Example], samples: int) -> str:
     parts: list[str] = []
     by_file: dict[tuple[str, str], list[Example]] = {}
     for example in examples:
@@ -263,9 +261,12 @@ def _examples(examples: Sequence[Example]) -> str:
         )
         head = f"{name}, {file}"
         parts.append(f"<details><summary>{text(head)}</summary>{inner}</details>")
+    page = (
+        f'<a href="{SAMPLES}/index.html">All {samples:,} samples</a> stand on a page of their own. '
+    )
     return (
-        "<p>The prompt, and in bold what the model wrote; of an episode what was seen first, and "
-        "in bold what was done and seen in turn.</p>"
+        f"<p>{page if samples else ''}The prompt, and in bold what the model wrote; of an episode "
+        "what was seen first, and in bold what was done and seen in turn.</p>"
     ) + "".join(parts)
 
 

@@ -5,16 +5,31 @@ No line is told by its colour alone: each recipe has a marker and a dash pattern
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+BLACK, ORANGE, SKY, GREEN = "#0b0b0b", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#6B6B6B"
 OTHERS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)  # yellow cannot be seen on white
 MARKERS = "oXPdhp<>*"
 
-# Narrow figures with large letters: a phone shows them at about the size they are drawn in.
+INK, GRID = "#1c1c1c", "#dddddd"
+# What becomes of colours on a dark page; the others can be read on both.
+DARK = {
+    BLACK.lower(): "#f2f2f0",
+    INK: "#e4e4e2",
+    GRID: "#3b3f44",
+    GREY.lower(): "#a8a8a4",
+    BLUE.lower(): "#4aa3df",
+    "#e3e3e3": "#4a4e54",
+    "#ffffff": "#16181b",
+}
+
+COLUMNS = 3  # panels beside one another
+WIDE_INCHES, ONE_PANEL_INCHES = 12.2, 7.6
+# With large letters: a phone shows a figure at about the size it is drawn in.
 WIDTH_INCHES = 4.6
 PARAMETERS: Any = {
     "font.size": 10.5,
@@ -24,15 +39,17 @@ PARAMETERS: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "grid.color": "#DDDDDD",
+    "grid.color": GRID,
     "grid.linewidth": 0.6,
     "axes.axisbelow": True,
     "legend.frameon": False,
     "legend.fontsize": 9.5,
     "lines.linewidth": 1.8,
     "lines.markersize": 5.5,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor"), INK),
+    **dict.fromkeys(("xtick.color", "ytick.color"), INK),
+    # The page's own colour, which may be a dark one, shows through.
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
     "text.parse_math": False,  # names are told as they are, dollar signs too
     "svg.hashsalt": "megarlx",  # the same data give the same file
     "svg.fonttype": "path",
@@ -60,9 +77,6 @@ LOOKS: dict[str, Look] = {
     "alternate": Look("alternating", ORANGE, "X", "-"),
     "pretraining_with_rl": Look("pre-training with RL", ORANGE, "p", "--"),
     "chord": Look("CHORD", GREY, "*", "--"),
-    "pass@1": Look("pass@1", BLUE, "o", "-"),
-    "pass@8": Look("pass@8", VERMILION, "s", "--"),
-    "pass@32": Look("pass@32", GREEN, "D", ":"),
 }
 ORDER = list(LOOKS)
 
@@ -75,11 +89,15 @@ def look_of(label: str, labels: Sequence[str]) -> Look:
     """Of a recipe, or of one with its setting; what is not known gets its place among `labels`."""
     if label in LOOKS:
         return LOOKS[label]
+    start, over, other = label.partition(" over ")
+    if over and start in LOOKS:
+        known = LOOKS[start]
+        return Look(f"{known.name} over {other}", known.color, known.marker, ":")
     others = [other for other in labels if other not in LOOKS]
     at = others.index(label)
     recipe, _, setting = label.partition(" (")
-    known = LOOKS.get(recipe)
-    name = f"{known.name} ({setting}" if known and setting else label
+    same = LOOKS.get(recipe)
+    name = f"{same.name} ({setting}" if same and setting else label
     return Look(
         name, OTHERS[at % len(OTHERS)], MARKERS[at % len(MARKERS)], ("--", ":", "-.")[at % 3]
     )
@@ -88,4 +106,6 @@ def look_of(label: str, labels: Sequence[str]) -> Look:
 def in_order(labels: set[str]) -> list[str]:
     """The paper's recipes in the paper's order, then the rest by name."""
     known = {name: place for place, name in enumerate(ORDER)}
-    return sorted(labels, key=lambda label: (known.get(label.partition(" (")[0], 99), label))
+    return sorted(
+        labels, key=lambda label: (known.get(re.split(r" \(| over ", label)[0], 99), label)
+    )

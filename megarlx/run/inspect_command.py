@@ -6,6 +6,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from megarlx.config import ConfigError
+from megarlx.config.arguments import add_trust
 from megarlx.printable import complain, printable
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of --overlap: so many tokens in a row count as found (default: 13)",
     )
+    add_trust(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -58,6 +61,9 @@ def run(arguments: argparse.Namespace) -> int:
             _show_overlap(arguments)
         else:
             _show(arguments.path, verify=arguments.verify)
+    except ConfigError as error:
+        complain(error)
+        return 2
     except (ValueError, OSError, CheckpointError) as error:
         complain(f"megarlx inspect: {error}")
         return 1
@@ -110,6 +116,7 @@ def _show_overlap(arguments: argparse.Namespace) -> None:
         suites=arguments.config,
         token_files=arguments.tokens_from,
         run_tokens=arguments.run_tokens,
+        trusted=arguments.trusted,
     )
     for one in found:
         for line in _lines(one):

@@ -12,6 +12,7 @@ from megarlx.config.distill import DistillConfig
 from megarlx.config.objectives import PRETRAINING, RL, OwnConfig, RlConfig
 from megarlx.run.assemble import Run
 from megarlx.run.made import path_of
+from megarlx.units import duration
 
 # Of policy optimisation, where they are known: the metric, what the line calls it, its form.
 OF_POLICY = (
@@ -22,15 +23,6 @@ OF_POLICY = (
     ("informative_groups", "informative", ".0%"),
 )
 COMBINED = {"single": "", "alternate": " in turn", "average": " averaged"}
-
-
-def duration(seconds: float) -> str:
-    value, name = seconds / 86_400, "days"
-    for limit, unit, smaller in ((100, 1, "s"), (6000, 60, "min"), (172_800, 3600, "h")):
-        if seconds < limit:
-            value, name = seconds / unit, smaller
-            break
-    return f"{value:.1f} {name}" if value < 10 else f"{value:.0f} {name}"
 
 
 def header(run: Run) -> Iterator[str]:

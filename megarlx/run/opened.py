@@ -49,6 +49,7 @@ class OpenedRun:
     trusted: Collection[str] = ()  # names of code in the run's configuration
     weights: Weights = "last"
     closing: ExitStack = field(default_factory=ExitStack, repr=False)  # what ends with the run
+    learners: list[Learner] = field(default_factory=list, repr=False)  # that change the weights
 
     def __enter__(self) -> Self:
         return self
@@ -163,7 +164,7 @@ class OpenedRun:
 
         policy   keys of [rl.policy], as {"preset": "dr_grpo"}
         """
-        return Learner(
+        made = Learner(
             self,
             lr,
             policy=policy,
@@ -171,6 +172,8 @@ class OpenedRun:
             weight_decay=weight_decay,
             tokens_per_microbatch=tokens_per_microbatch,
         )
+        self.learners.append(made)
+        return made
 
     def stream(
         self,
@@ -271,6 +274,11 @@ class OpenedRun:
                                take those that are there
         """
         run = self.reference.run
+        if keep and self.learners:
+            raise RunError(
+                f"{run}: a learner has changed the weights, and keep=True would write their "
+                "results down as those of the checkpoint"
+            )
         if suites is None:
             check_trust(names_in(self.config, {"evaluation"}), str(run), self.trusted)
         evaluation, templates = chosen(

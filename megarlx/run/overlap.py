@@ -5,7 +5,7 @@ Every token file that the run's data name is looked at whole, also what has not 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -13,6 +13,7 @@ from statistics import fmean
 import numpy as np
 
 from megarlx.config import Config, RlConfig, load_config
+from megarlx.config.trust import check_trust, names_in
 from megarlx.data.overlap import Runs
 from megarlx.data.prompts import PromptKeys, read_prompts
 from megarlx.data.token_files import TokenFile
@@ -71,15 +72,18 @@ def overlaps(
     suites: str | Path | None = None,
     token_files: Sequence[str] = (),
     run_tokens: int = 13,
+    trusted: Collection[str] = (),
 ) -> list[Overlap]:
     """Of the prompts of every RL objective and of every suite that asks questions.
 
     suites        a TOML file of [[suites]]; absent: the run's own [evaluation]
     token_files   NAME=PREFIX, besides the sources of the run's [data]
     run_tokens    so many tokens in a row, of question and file, count as found
+    trusted       names of code in the run's [data] that may be used
     """
     folder = resolve(run).run
-    config = load_config(folder / "resolved.json", trusted=())
+    config = load_config(folder / "resolved.json", trusted=trusted)
+    check_trust(names_in(config, {"data"}), str(folder), trusted)
     tokenizer = load_tokenizer_of(config, RunDirectory(folder))
     if tokenizer is None:
         raise RunError(f"{folder} has no tokenizer: its token files cannot be compared with text")

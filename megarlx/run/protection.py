@@ -20,6 +20,11 @@ def protected(config: ProtectConfig, model: ParallelModel, place: str) -> Tensor
             f"{place}.run is '{config.run}', whose lineage.json has no parent; allowed is an "
             "excursion, RUN@N: what it moved is known from where it began"
         )
+    if parent.weights != "last":
+        raise RunError(
+            f"{place}.run is '{config.run}', which began with an average of weights; allowed is an "
+            "excursion from a checkpoint's last weights"
+        )
     if not parent.checkpoint.is_dir():
         raise RunError(
             f"{place}.run is '{config.run}', which began at {parent.checkpoint}; that is not there "

@@ -19,7 +19,8 @@ from megarlx.checkpoint import read_manifest
 from megarlx.comm import launch
 from megarlx.comm.collectives import barrier
 from megarlx.comm.share import Share
-from megarlx.config.evaluation import EvaluationConfig, SuiteConfig
+from megarlx.config import load_config
+from megarlx.config.evaluation import EvaluationConfig, SuiteConfig, SuitesConfig
 from megarlx.run.branch import parent_of, read_config
 from megarlx.run.directory import RunDirectory, RunError
 from megarlx.run.opened import OpenedRun, open_run
@@ -52,6 +53,7 @@ class Asked:
     alphas: Sequence[float] = ()
     match: str | None = None
     suite: str | None = None
+    file: str | None = None  # of suites, where it is not the run's own that are measured
     change: str | None = None
     layout: str | None = None
     overrides: Sequence[str] = ()
@@ -61,8 +63,9 @@ class Asked:
         ways = [f"--{way}" for way in ("alpha", "alphas", "match") if getattr(self, way)]
         if len(ways) > 1:
             raise RunError(f"{' and '.join(ways)} cannot be given together: each says what α is")
-        if self.suite is not None and not (self.alphas or self.match):
-            raise RunError("--suite is for --alphas and --match, which measure")
+        for option, value in (("suite", self.suite), ("config", self.file)):
+            if value is not None and not (self.alphas or self.match):
+                raise RunError(f"--{option} is for --alphas and --match, which measure")
         if self.change is not None:
             parsed(self.change)
             if ways != ["--alpha"] and ways:
@@ -137,8 +140,10 @@ Chooser = Callable[[WeightSum, OpenedRun, Callable[[str], None]], tuple[float, d
 
 
 def chooser_of(asked: Asked) -> Chooser:
-    suites = read_config(resolve(asked.onto).run).evaluation.suites
-    suite = choosing_suite(suites, asked.suite)
+    evaluation = read_config(resolve(asked.onto).run).evaluation
+    if asked.file is not None:
+        evaluation = load_config(asked.file, (), SuitesConfig)
+    suite = choosing_suite(evaluation.suites, asked.suite)
     if asked.match is None:
         if 1 not in suite.ks:
             raise RunError(f"--alphas compares pass@1; ks of suite '{suite.name}' have no 1")
@@ -147,7 +152,7 @@ def chooser_of(asked: Asked) -> Chooser:
         def highest(
             made: WeightSum, opened: OpenedRun, say: Callable[[str], None]
         ) -> tuple[float, dict[str, Any]]:
-            trial = Trial(made, opened, suite, "pass_at_1", say)
+            trial = Trial(made, opened, suite, "pass_at_1", say, asked.file)
             best = highest_of(alphas, trial)
             return best, {"by": "alphas", "suite": suite.name, "tried": trial.tried}
 
@@ -163,7 +168,7 @@ def chooser_of(asked: Asked) -> Chooser:
         made: WeightSum, opened: OpenedRun, say: Callable[[str], None]
     ) -> tuple[float, dict[str, Any]]:
         replace(made, terms=(*made.terms, Term(0.0, reference))).check(asked.trusted)
-        trial = Trial(made, opened, suite, "marked", say)
+        trial = Trial(made, opened, suite, "marked", say, asked.file)
         target = trial.of(reference)
         say(f"{asked.match}: marked {target:.4f}")
         alpha = bisected(trial, target)
@@ -203,6 +208,7 @@ class Trial:
     suite: SuiteConfig
     metric: str
     say: Callable[[str], None]
+    file: str | None = None
     tried: list[dict[str, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -210,7 +216,7 @@ class Trial:
         model = self.opened.model
         names = [self.suite.name]
         self._asked: tuple[EvaluationConfig, Any] = chosen_suites(
-            self.opened.config, str(self.opened.reference.run), names=names
+            self.opened.config, str(self.opened.reference.run), file=self.file, names=names
         )
         self._made = made_suites(self.opened, self._asked[0])
         self._masters: dict[RunReference, Tensor] = {

@@ -57,6 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "'validation')",
     )
     parser.add_argument(
+        "--config",
+        metavar="FILE.toml",
+        help="the suites, as evaluate takes them (default: the run's own [evaluation])",
+    )
+    parser.add_argument(
         "--change",
         metavar="permuted:SEED|random:SEED",
         help="a control: the difference with its layers permuted, or random numbers of its norm",
@@ -100,6 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
             numbers("--alphas", [] if given.alphas is None else [given.alphas]),
             given.match,
             given.suite,
+            given.config,
             given.change,
             given.layout,
             given.overrides,

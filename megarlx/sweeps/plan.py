@@ -20,6 +20,8 @@ from megarlx.hf.on_the_fly import run_of_model
 from megarlx.hf.sources import is_hugging_face
 from megarlx.run.reference import resolve
 
+RUN = re.compile(r"\{run ([^{}]+)\}")
+
 
 @dataclass(frozen=True)
 class Job:
@@ -78,6 +80,10 @@ class _Trunk:
     def needs(self) -> tuple[str, ...]:
         return () if self.job is None else (self.job,)
 
+    @property
+    def suites(self) -> tuple[str, ...]:
+        return () if self.sweep.suites is None else ("--config", self.sweep.suites)
+
     def named(self, stem: str, values: Mapping[str, Any] | None = None) -> Path:
         return Path(self.sweep.out) / _named(stem, {**self.values, **(values or {})}, self.seed)
 
@@ -134,10 +140,9 @@ def _with_added(
 
 def _made_of(trunk: _Trunk) -> Iterator[Job]:
     sweep = trunk.sweep
-    suites = () if sweep.suites is None else ("--config", sweep.suites)
     for where in sweep.evaluate:
         name = f"{trunk.path.name}-evaluate-{_plain(where)}"
-        words = ("evaluate", f"{trunk.path}@{where}", *suites, *trunk.trust)
+        words = ("evaluate", f"{trunk.path}@{where}", *trunk.suites, *trunk.trust)
         yield Job(name, words, None, None, trunk.needs, trunk.path, trunk.seed)
     for excursions in sweep.excursions:
         yield from _excursions(trunk, excursions)
@@ -178,13 +183,29 @@ def _excursions(trunk: _Trunk, config: ExcursionConfig) -> Iterator[Job]:
         if start is None or where != "latest":
             stem += f"-at-{_plain(where)}"
         run = trunk.named(stem, values)
-        overrides = _overrides({**config.set, **values})
+        given, named_runs = _with_runs(trunk, {**config.set, **values})
+        needs = tuple(dict.fromkeys((*needs, *named_runs)))
+        overrides = _overrides(given)
         words = (
             *("branch", f"{parent}@{where}", recipe, "--out", str(run)),
             *overrides,
             *trunk.trust,
         )
         yield Job(run.name, words, run, None, needs, run, trunk.seed)
+
+
+def _with_runs(trunk: _Trunk, settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """`{run NAME}` in a text is the folder of that run of the sweep; and those runs."""
+    needs: list[str] = []
+
+    def folder(match: re.Match[str]) -> str:
+        needs.append(trunk.named(match[1]).name)
+        return str(trunk.named(match[1]))
+
+    def put(value: Any) -> Any:
+        return RUN.sub(folder, value) if isinstance(value, str) else value
+
+    return {key: put(value) for key, value in settings.items()}, needs
 
 
 def _transplants(trunk: _Trunk, config: TransplantConfig) -> Iterator[Job]:
@@ -199,7 +220,7 @@ def _transplants(trunk: _Trunk, config: TransplantConfig) -> Iterator[Job]:
             words += ["--from", f"{trunk.named(name)}@{where or 'latest'}"]
             needs.append(trunk.named(name).name)
         if config.match is not None:
-            words += ["--match", str(trunk.named(config.match))]
+            words += ["--match", str(trunk.named(config.match)), *trunk.suites]
             needs.append(trunk.named(config.match).name)
         else:
             given = config.alpha if alpha is None else (alpha,)
@@ -209,7 +230,7 @@ def _transplants(trunk: _Trunk, config: TransplantConfig) -> Iterator[Job]:
                 words += [f"--{option}", value]
         words += trunk.trust
         yield Job(run.name, tuple(words), run, None, tuple(dict.fromkeys(needs)), run, trunk.seed)
-        measure = ("evaluate", str(run), *trunk.trust)
+        measure = ("evaluate", str(run), *trunk.suites, *trunk.trust)
         yield Job(f"{run.name}-evaluate", measure, None, None, (run.name,), run, trunk.seed)
 
 

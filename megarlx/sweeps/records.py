@@ -61,10 +61,12 @@ class JobSettings:
         path, where = _reference(first)
         before, start = self._run(path)
         overrides = _overrides(job.arguments)
-        key = (start, where, recipe, *overrides)
+        # Of runs that it reads beside the one that it starts from: what is kept of their rollouts.
+        read = [self._run(name)[1] for name in job.needs[1:]]
+        key = (start, where, recipe, *overrides, *read)
         if key not in self._excursions:
             config = self._excursion(before, recipe, overrides, first)
-            self._excursions[key] = config, hash_of([start, where, _told(config)])
+            self._excursions[key] = config, hash_of([start, where, _told(config), *read])
         return self._excursions[key]
 
     def _of_transplant(self, job: Job) -> tuple[Config, str]:
@@ -80,6 +82,8 @@ class JobSettings:
                 held, start = self._run(path)
                 config = held if option == "--onto" else config
                 told.append([option, start, where])
+            elif option == "--config":
+                told.append([option, comparable(tomllib.loads(Path(value).read_text()))])
             elif option not in ("--out", "--trust"):
                 told.append([option, value])
         assert config is not None  # --onto is among them

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarlx.checkpoint import AVERAGE, FROZEN, OPTIMIZER, FlatShards
+from megarlx.checkpoint import AVERAGE, FROZEN, FlatShards
 from megarlx.comm.collectives import all_reduce_, broadcast_
 from megarlx.comm.groups import Group
 from megarlx.ops.averaging import average_adamw_
@@ -37,7 +37,6 @@ from megarlx.training.update_rules import AdamW
 from megarlx.training.whole_tensors import Wanted, WholeTensors
 
 SHARED = "shared"  # whose the state is where all objectives have the same one
-OUTER = "outer"  # whose the momentum of averages is
 
 
 @dataclass(frozen=True)
@@ -121,9 +120,7 @@ class Optimizer:
         }
         self.frozen, self.protected = dict(frozen or {}), dict(protected or {})
         self.outer = None if outer is None else OuterSteps(outer, self.master)
-        momentum = (
-            {} if self.outer is None else {f"{OPTIMIZER}{OUTER}/velocity/": self.outer.velocity}
-        )
+        momentum = {} if self.outer is None else self.outer.named()
         # What a checkpoint holds of this rank, under the names that it gets there.
         self.shards = self._shards(
             {"": self.master}
@@ -188,6 +185,10 @@ class Optimizer:
             self._update_together(names, norms, found_inf, report, learning_rates, shares)
         self.masters.gather()
         return report
+
+    def weight_norm(self) -> float:
+        """Of all master weights, as they were averaged last; called by all ranks, and waits."""
+        return float(self.sums.norms([self.master]))
 
     def _report(
         self, active: Sequence[str], names: Sequence[str], norms: Tensor, found_inf: Tensor

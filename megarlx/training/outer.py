@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megarlx.checkpoint import OPTIMIZER
+
 
 @dataclass(frozen=True)
 class Outer:
@@ -24,6 +26,10 @@ class Outer:
 class OuterSteps:
     def __init__(self, outer: Outer, master: Tensor) -> None:
         self.outer, self.velocity = outer, torch.zeros_like(master)
+
+    def named(self) -> dict[str, Tensor]:
+        """Under the name that checkpoints have for it; no objective may be called outer."""
+        return {f"{OPTIMIZER}outer/velocity/": self.velocity}
 
     def move_(self, master: Tensor, before: Tensor) -> None:
         """From the plain average, which `master` has become, to the outer step; uses `before` up.

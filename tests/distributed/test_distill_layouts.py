@@ -24,7 +24,7 @@ from megarlx.ops import Teacher, linear_distill_loss
 from megarlx.training.parts import UpdateSettings
 from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage
 
-LAYOUTS = [{"tp": 2}, {"pp": 2}, {"dp": 2}]
+LAYOUTS = [{"tp": 2}, {"tp": 2, "sp": 1}, {"pp": 2}, {"dp": 2}]
 OPTIONS: dict[str, Any] = {
     "rows": 24,
     "vocabulary": 11,
@@ -65,7 +65,9 @@ def test_shards_of_the_vocabulary_give_the_whole(run: Callable[..., Any], kl: st
 
 
 def trainer_of(axes: dict[str, int], seed: int = 3, **options: Any) -> Trainer:
-    student = model(seed, torch.float64, mesh_of(axes))
+    split = "sp" in axes  # along the sequence too
+    mesh = mesh_of({key: size for key, size in axes.items() if key != "sp"})
+    student = model(seed, torch.float64, mesh, sequence_parallel=split)
     one = distillation(config(rollout_every_steps=2, **options), student)
     member = TrainedObjective(one, UpdateSettings(), lambda step: 1e-3)
     return Trainer(student, [TrainingStage([member], combine="single")])
@@ -107,3 +109,37 @@ def test_distilling_trains_the_same_weights_and_resumes_exactly_in_every_layout(
     for name, weight in theirs.items():
         error = np.linalg.norm(np.sort(ours[name]) - np.sort(weight)) / np.linalg.norm(weight)
         assert error < 1e-9, f"{name}: {error}"
+
+
+def averaged(axes: dict[str, int], together: bool) -> dict[str, Any]:
+    """Two that distil, each in its replica where there are two: own samples, and kept texts."""
+    student = model(3, torch.float64, mesh_of(axes))
+    kept = config(rollout_every_steps=2, kl="forward", rollouts="run", teachers=["t13@1"])
+    made = [
+        distillation(config(rollout_every_steps=2), student),
+        distillation(kept, student, seeds=(13,), name="kept"),
+    ]
+    stage = TrainingStage(
+        [TrainedObjective(one, UpdateSettings(), lambda step: 1e-3) for one in made],
+        placement="replicas" if axes else "colocated",
+        generate_together=together,
+    )
+    trainer = Trainer(student, [stage])
+    for _ in range(3):
+        trainer.step()
+    return {
+        "weights": chunks(trainer, trainer.optimizer.master),
+        "states": trainer.replicas.states(),
+    }
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_distilling_in_a_replica_of_its_own_is_distilling_beside_the_other(
+    run: Callable[..., Any], together: bool
+) -> None:
+    (single,) = run(1, averaged, {}, together)
+    for rank in run(2, averaged, {"replica": 2}, together):
+        assert rank["states"] == single["states"]
+        ours, theirs = (whole([one["weights"]]) for one in (rank, single))
+        for name, weight in theirs.items():
+            np.testing.assert_allclose(ours[name], weight, rtol=1e-9, atol=1e-12, err_msg=name)

@@ -155,6 +155,8 @@ NOT_RUN = {
     "torchrun --nproc-per-node 8 -m megarlx train configs/paper_1b/trunk.toml --out runs/olmo; [": (
         "docs/launching.md has the same line, which is run; behind it stands Slurm's"
     ),
+    "megarlx chat RUN": "talks; tests/unit/run/test_chat.py",
+    "megarlx view DIR ": "tests/unit/report/test_report_viewer.py has all of it",
     "megarlx demo --study ": LONG,
     **dict.fromkeys(
         (
@@ -163,10 +165,16 @@ NOT_RUN = {
                 *("combinations", "group_size", "longer"),
                 *("placement", "placement_agreeing", "composition"),
                 *("study_gate", "tuning/1_rl"),
+                *("kept", "kept_facts", "paper_1b/kept"),
+                *(f"tuning/kept_{world}_1_alpha" for world in ("tables", "arithmetic")),
+                *(f"tuning/kept_{world}_2_rates" for world in ("tables", "arithmetic")),
             )
         ),
         LONG,
     ),
+    "megarlx report runs/kept ": "tests/unit/study/test_kept.py has runs that it reads",
+    "megarlx transplant ": "tests/end_to_end/test_transplant_command.py has all of it",
+    "megarlx merge ": "tests/end_to_end/test_transplant_command.py has all of it",
     "megarlx study ": "reads what takes hours; tests/unit/study/test_gate.py has made-up runs",
     "torchrun … -m megarlx doctor": DOCTOR,
     "megarlx doctor": DOCTOR,

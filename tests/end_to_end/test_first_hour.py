@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Engine
+from training_runs import run
 
 import megarlx
 from megarlx.cli import main
@@ -302,6 +304,31 @@ def test_a_model_that_was_taught_another_template_goes_back_with_that_one() -> N
     theirs = transformers.AutoTokenizer.from_pretrained("models/taught")
     messages = [{"role": "user", "content": "1 + 1?"}]
     assert theirs.apply_chat_template(messages, tokenize=False) == "Q 1 + 1?\nA"
+
+
+def test_processes_of_one_job_share_a_conversion() -> None:
+    words = ["-m", "megarlx", "generate", "models/own", "--prompt", "1 + 1?", "--temperature", "0"]
+    alone = run([sys.executable, *words, "--max-new-tokens", "4"])
+    shutil.rmtree("runs/converted")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    two = run([*launcher, "--nproc-per-node", "2", *words, "--max-new-tokens", "4"])
+    assert two.returncode == 0, two.stderr[-2000:]
+    assert two.stdout == alone.stdout
+    assert two.stderr.count("is a Hugging Face model; it becomes the run") == 1
+    assert converted().is_dir()
+
+
+def test_code_that_another_run_names_is_not_run_to_look_for_overlaps(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree("runs/cpt", "runs/strange")
+    path = Path("runs/strange/resolved.json")
+    config = json.loads(path.read_text())
+    config["data"] = {**config["data"], "maker": "their_code:Maker", "folder": "x", "sources": []}
+    path.write_text(json.dumps(config))
+    capsys.readouterr()
+    assert main(["inspect", "runs/strange", "--overlap"]) == 2
+    assert "allow it with --trust their_code:Maker" in capsys.readouterr().err
 
 
 def test_a_changed_model_is_another_one(folder: Path) -> None:

@@ -66,6 +66,8 @@ def short(folder: Path) -> SweepConfig:
         stage = 1 if recipe == "corpus_then_rl" else 0
         steps[f"stages.{stage}.objectives.{warm}.warmup_steps"] = 1
         steps |= {"logging.validation_sequences": 4}
+        if one.name in ("marked", "verified"):  # so small a model marks nothing
+            steps["sft.filter"] = {"min_reward": 0.0}
         excursions.append(one.model_copy(update={"set": {**one.set, **steps}}))
     return sweep.model_copy(update={"set": own, "excursions": tuple(excursions)})
 

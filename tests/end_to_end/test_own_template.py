@@ -72,14 +72,11 @@ def test_a_run_that_trains_nothing_is_reported_to_gain_nothing() -> None:
     assert base["settings"]["template"]["user"] == "Question: {content}\nAnswer:"
     right = [item["correct"] for item in base["items"]]
     assert 0 < sum(right) < sum(item["samples"] for item in base["items"])
-    # As a recipe called rl is drawn against its base.
-    lineage = Path("runs/rl/lineage.json")
-    lineage.write_text(json.dumps({**json.loads(lineage.read_text()), "recipe": "rl"}))
     figure = gains(Study.of(Path("runs")), "")
     assert figure is not None
     heading, *rows = figure.table
-    assert heading == ["tokens", "metric", "RL − base, points"]
-    assert rows == [["0", "pass@1", "0.0 [0.0, 0.0]"]]
+    assert heading == ["from tokens", "recipe", "pass@1, points gained"]
+    assert rows == [["0", "SFT→RL", "0.0 [0.0, 0.0]"]]
 
     # The same model asked in other words answers otherwise: then there is no difference to tell.
     other = Path("other.toml")

@@ -93,6 +93,8 @@ def test_a_loop_of_ones_own_learns_what_it_is_paid_for_and_writes_nothing(traine
         cold = run.sample(["ann has"], samples=2, temperature=0.5, max_new_tokens=2)
         with pytest.raises(ValueError, match=r"drawn at temperature 0\.5, and the learner's is 1"):
             learner.step(cold, [[1.0, 0.0]])
+        with pytest.raises(ValueError, match="a learner has changed the weights"):
+            run.evaluate(trained.parent / "suites.toml", keep=True)
     assert sum(rewards[-3:]) > sum(rewards[:3])
     assert digests(trained) == before
 

@@ -290,6 +290,7 @@ REFUSED = {
     "--alpha and --alphas cannot": ("--alpha", "1", "--alphas", "1,2"),
     "--alphas and --match cannot": ("--alphas", "1,2", "--match", "{runs}/one"),
     "--suite is for --alphas and --match": ("--suite", "validation"),
+    "--config is for --alphas and --match": ("--config", "suites.toml"),
     "with split = 'test'": ("--alphas", "1", "--suite", "math"),
     "--suite other: it is none": ("--alphas", "1", "--suite", "other"),
     "iteration 7 was not saved": ("--from", "{runs}/trunk@7"),

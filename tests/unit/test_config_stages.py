@@ -142,7 +142,7 @@ def test_a_recipe_does_not_take_its_parents_learning_rate_unless_the_objective_g
         ),
         (
             "[objectives.chat]\n[[stages]]\nsteps = 1\n[stages.objectives.rl]\n",
-            "or rl or own: exactly one of them must be given",
+            "or rl, distill or own: exactly one of them must be given",
         ),
         ("", "training.steps is missing; give it, or [[stages]]"),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -100,19 +101,23 @@ def test_trunks_can_be_those_of_another_sweep(tmp_path: Path) -> None:
             assert job.out == tmp_path / "out" / job.name
 
 
+# Whose trunk is trained; one of converted revisions has a test of its own.
+SWEEPS = [
+    path
+    for path in ROOT.glob("configs/**/*.toml")
+    if re.search(r'^trunk = ".*\.toml"', path.read_text(), re.MULTILINE)
+]
+
+
 def test_every_sweep_that_comes_with_megarlx_can_be_planned(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(ROOT)
-    found = [p for p in ROOT.glob("configs/**/*.toml") if "\ntrunk = " in p.read_text()]
-    assert found
-    for path in found:
+    assert SWEEPS
+    for path in SWEEPS:
         for job in jobs_of(load_config(path, (), SweepConfig)):
             recipe = job.arguments[2] if job.arguments[0] == "branch" else "README.md"
             assert (ROOT / recipe).exists(), (path, recipe)
-
-
-SWEEPS = [p for p in ROOT.glob("configs/**/*.toml") if "\ntrunk = " in p.read_text()]
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
@@ -124,7 +129,8 @@ def test_the_trunk_of_a_sweep_saves_the_checkpoints_that_the_sweep_names(
     job = next(job for job in jobs_of(sweep) if job.arguments[0] == "train")
     words = job.arguments
     trunk = load_config(words[1], [value for key, value in pairwise(words) if key == "--set"])
-    named = {*sweep.evaluate, *(at for one in sweep.excursions for at in one.checkpoints)}
+    named = {*sweep.evaluate, *(one.onto for one in sweep.transplants)}
+    named |= {at for one in sweep.excursions if not one.runs for at in one.checkpoints}
     assert named
     for at in named - {"latest"}:
         if at.startswith("tokens:"):
@@ -246,6 +252,123 @@ def test_a_sweep_without_values_on_an_axis_is_refused(tmp_path: Path) -> None:
         sweep(tmp_path, '[axes]\n"optimizer.lr" = []')
     with pytest.raises(ConfigError, match=r"axes\.optimizer\.lr is 0.001; expected a list"):
         sweep(tmp_path, '[axes]\n"optimizer.lr" = 1e-3')
+
+
+KEPT = """
+[[partners]]
+name = "partner"
+add = { "training.seed" = 1000 }
+set = { "training.steps" = 1000 }
+[[excursions]]
+recipes = ["late.toml"]
+runs = ["added", "partner"]
+axes = { "stages.0.objectives.rl.lr" = [1e-4] }
+[[transplants]]
+name = "added"
+excursions = ["rl-at-1000", "sft-at-1000"]
+onto = "2000"
+alpha = [1.0, 0.5]
+[[transplants]]
+name = "alike"
+excursions = ["rl-at-1000"]
+starts = ["partner@1000"]
+onto = "2000"
+match = "added"
+[[transplants]]
+name = "grid"
+excursions = ["rl-at-1000"]
+each_alpha = [0.5, 1.0]
+change = "random:3"
+"""
+
+
+def test_runs_start_from_runs_and_sums_are_made_of_runs(tmp_path: Path) -> None:
+    config = load_config(kept(tmp_path), (), SweepConfig)
+    jobs = {job.name: job for job in jobs_of(config)}
+    seen: set[str] = set()
+    for one in jobs.values():
+        assert seen.issuperset(one.needs)
+        seen.add(one.name)
+    out = tmp_path / "out"
+    late = jobs["late-from-added-lr-0.0001-seed-3"]
+    assert (late.arguments[1], late.needs) == (f"{out}/added-seed-3@latest", ("added-seed-3",))
+    assert "training.seed=1003" in jobs["partner-seed-3"].arguments
+    added = jobs["added-seed-3"]
+    words = ["transplant", f"{out}/rl-at-1000-seed-3", f"{out}/sft-at-1000-seed-3"]
+    words += ["--onto", f"{out}/trunk-seed-3@2000", "--out", f"{out}/added-seed-3"]
+    assert list(added.arguments) == [*words, "--alpha", "1,0.5"]
+    assert set(added.needs) == {"trunk-seed-3", "rl-at-1000-seed-3", "sft-at-1000-seed-3"}
+    alike = jobs["alike-seed-3"]
+    assert alike.arguments[-4:] == (
+        *("--from", f"{out}/partner-seed-3@1000"),
+        *("--match", f"{out}/added-seed-3"),
+    )
+    assert {"partner-seed-3", "added-seed-3"} <= set(alike.needs)
+    assert jobs["alike-seed-3-evaluate"].needs == ("alike-seed-3",)
+    for alpha in ("0.5", "1"):
+        words = jobs[f"grid-alpha-{alpha}-seed-3"].arguments
+        assert words[-4:] == ("--alpha", alpha, "--change", "random:3")
+    script = slurm_script(config, [*jobs.values()])
+    assert '--dependency="afterok:$level2"' in script
+
+
+def test_a_run_that_reads_what_another_has_kept_waits_for_it(tmp_path: Path) -> None:
+    text = """
+[[excursions]]
+recipes = ["sft.toml"]
+name = "own"
+checkpoints = ["1000"]
+set = { "sft.conversations" = "rollouts:{run rl-at-1000}@40" }
+"""
+    jobs = {job.name: job for job in jobs_of(load_config(kept(tmp_path, text), (), SweepConfig))}
+    own = jobs["sft-own-at-1000-seed-3"]
+    assert own.needs == ("trunk-seed-3", "rl-at-1000-seed-3")
+    out = tmp_path / "out" / "rl-at-1000-seed-3"
+    assert f'sft.conversations="rollouts:{out}@40"' in own.arguments
+
+
+def kept(tmp_path: Path, text: str = KEPT) -> Path:
+    path = tmp_path / "kept.toml"
+    path.write_text(
+        f'out = "{tmp_path}/out"\ntrunk = "{ROOT}/configs/demo_trunk.toml"\nseeds = [3]\n'
+        '[[excursions]]\nrecipes = ["rl.toml", "sft.toml"]\ncheckpoints = ["1000"]\n' + text
+    )
+    return path
+
+
+REFUSED = {
+    "needs none-seed-3, which is no run of the sweep: trunk-seed-3": (
+        '[[transplants]]\nname = "x"\nexcursions = ["none"]\n'
+    ),
+    "runs of the sweep need each other": (
+        '[[transplants]]\nname = "x"\nexcursions = ["rl-from-x"]\n'
+        '[[excursions]]\nrecipes = ["rl.toml"]\nruns = ["x"]\n'
+    ),
+    "match and each_alpha cannot be given together": (
+        '[[transplants]]\nname = "x"\nexcursions = ["rl-at-1000"]\nmatch = "y"\n'
+        "each_alpha = [1.0]\n"
+    ),
+    "partners add 1 to data.folder": '[[partners]]\nname = "p"\nadd = { "data.folder" = 1 }\n',
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_a_sum_that_cannot_be_made_is_refused(tmp_path: Path, why: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(why)):
+        jobs_of(load_config(kept(tmp_path, REFUSED[why]), (), SweepConfig))
+
+
+def test_a_match_that_is_not_reached_is_no_failure_and_stops_what_needs_it(tmp_path: Path) -> None:
+    """It is a finding; the study counts it."""
+    made = [
+        Job("a", (str(tmp_path / "log"), "a", "0"), None, None),
+        Job("none", ("transplant", "x", "3"), None, None, ("a",)),
+        Job("below", (str(tmp_path / "log"), "below", "0"), None, None, ("none",)),
+        Job("beside", (str(tmp_path / "log"), "beside", "0"), None, None, ("a",)),
+    ]
+    assert runner(tmp_path, made).run() == 0
+    assert ran(tmp_path) == ["a", "beside"]
+    assert (tmp_path / "megarlx").exists()
 
 
 def test_both_worlds_are_asked_the_same_question_of_placement(

@@ -86,6 +86,20 @@ def test_only_a_loss_that_is_returned_as_it_is_adds_the_heads_gradient_at_once(
     torch.testing.assert_close(whole["head.weight"], other["head.weight"], rtol=1e-12, atol=1e-14)
 
 
+def test_a_loss_that_was_changed_behind_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_gradient, "DEVICES", {"cpu"})
+    token_loss = Head.token_loss
+
+    def halved(self: Head, *given: Any, **named: Any) -> TokenLoss:
+        found = token_loss(self, *given, **named)
+        return TokenLoss(found.loss / 2, found.logprobs, found.entropy, found.metrics)
+
+    monkeypatch.setattr(Head, "token_loss", halved)
+    trained("llama3", torch.float64, as_it_is=False)
+    with pytest.raises(ValueError, match="returned another loss than"):
+        trained("llama3", torch.float64)
+
+
 def test_outside_of_a_training_step_autograd_adds_everything(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

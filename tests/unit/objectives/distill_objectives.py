@@ -36,7 +36,10 @@ def config(**changes: Any) -> DistillConfig:
 
 
 def distillation(
-    given: DistillConfig, student: ParallelModel, seeds: Sequence[int] = (11, 12)
+    given: DistillConfig,
+    student: ParallelModel,
+    seeds: Sequence[int] = (11, 12),
+    name: str = "distill",
 ) -> Distillation:
     """The teachers are models of other seeds, in the student's layout."""
     mesh, dtype = student.mesh, student.pipeline.dtype
@@ -48,7 +51,7 @@ def distillation(
         )
         for seed in seeds
     ]
-    return Distillation("distill", given, student, texts(given, student), teachers)
+    return Distillation(name, given, student, texts(given, student), teachers)
 
 
 def texts(given: DistillConfig, student: ParallelModel) -> Texts:

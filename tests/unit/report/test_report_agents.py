@@ -80,9 +80,9 @@ def test_success_of_each_environment_stands_with_its_steps_and_acting_at_random(
         ["sums", "sampo", "0", "50.0", "–", "3.5"],
         ["sums", "sampo", "100", "62.5", "–", "3.5"],
     ]
-    titles = [ax.get_title() for ax in figure.canvas.axes]
+    titles = [ax.get_title() for ax in figure.wide.axes]
     assert [title.partition(":")[0] for title in titles] == ["rooms", "sums", "rooms"]
-    drawn = [[round(y) for y in line.get_ydata()] for line in figure.canvas.axes[2].lines]
+    drawn = [[round(y) for y in line.get_ydata()] for line in figure.wide.axes[2].lines]
     assert drawn == [[30, 80], [30, 80]], "in training, five logged steps each"
 
 
@@ -91,7 +91,7 @@ def test_the_page_shows_the_newest_episodes_of_each_environment_and_run(
 ) -> None:
     assert main(["report", str(root)]) == 0
     said = capsys.readouterr().out
-    assert "rooms (at random)" in said
+    assert "rooms, % (at random)" in said
     assert "pass@" not in said
     assert "75.0 (12.5)" in said, "an excursion's base is the checkpoint that it starts from"
     page = (root / "report" / "index.html").read_text()

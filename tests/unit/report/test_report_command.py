@@ -27,9 +27,11 @@ def test_two_seeds_give_numbers_verdicts_and_the_agreed_summary(
 ) -> None:
     assert main(["report", str(root)]) == 0
     said = capsys.readouterr().out
-    assert "pass@32 (guessing)" in said
+    assert said.startswith("From 2M tokens of pre-training, RL takes pass@1 of math from")
+    assert "pass@32, % (guessing)" in said
     assert "(9.0)" in said
-    assert "P15" in said
+    assert "P3 " in said
+    assert "P15" not in said  # nothing here speaks of it
     assert said.splitlines()[-1] == str(root / "report" / "index.html")
     found = json.loads((root / "report" / "summary.json").read_text())
     assert list(found) == ["predicates", "results", "settings_hash"]
@@ -76,7 +78,7 @@ def test_one_seed_prints_numbers_and_no_verdicts(
     assert main(["report", str(root)]) == 0
     said = capsys.readouterr().out
     assert "One trunk: no verdict" in said
-    assert "P15" not in said
+    assert "P3 " not in said
     page = (root / "report" / "index.html").read_text()
     assert "One trunk: numbers are shown, no verdict is claimed." in page
     assert page.index('id="pass_at_k"') < page.index('id="predicates"')

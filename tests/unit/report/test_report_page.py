@@ -1,19 +1,23 @@
 import json
+import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from browser import needs_browser, opened, with_script
 from fake_sweep import AS_IN_THE_PAPER, Sweep
 
 from megarlx.cli import main
 from megarlx.report.page import text
+from megarlx.report.style import INK
 
-VOID = {"meta", "img", "br", "link", "input", "hr"}
+VOID = {"meta", "img", "br", "link", "input", "hr", "source"}
 ALLOWED = {
     *("html", "head", "meta", "title", "style", "body", "header", "nav", "main", "section"),
     *("h1", "h2", "h3", "p", "a", "div", "figure", "figcaption", "img", "table", "thead", "tbody"),
     *("tr", "th", "td", "br", "pre", "b", "details", "summary", "ul", "li"),
+    *("picture", "source"),
 }
 HOSTILE = '<img src=x onerror="alert(1)"> & <script>alert(2)</script>'
 
@@ -98,33 +102,70 @@ def test_the_page_loads_nothing_from_elsewhere(root: Path) -> None:
         assert word not in written
 
 
-def test_every_figure_has_a_text_a_size_and_a_table_beside_it(root: Path) -> None:
+NAMES = (
+    *("pass_at_k", "gains", "dynamics", "training", "pretraining"),
+    *("capability", "held_out", "consistency", "cost"),
+)
+
+
+def test_every_figure_has_a_text_a_size_a_table_and_a_narrow_form(root: Path) -> None:
     page = Page(root / "report" / "index.html")
     images = page.all("img")
-    assert {image["src"] for image in images} == {
-        f"figures/{name}.svg"
-        for name in (
-            *("pass_at_k", "gains", "capability", "held_out"),
-            *("dynamics", "consistency", "cost"),
-        )
-    }
+    assert [image["src"] for image in images] == [f"figures/{name}.svg" for name in NAMES]
+    narrow = page.all("source")
+    assert [one["srcset"] for one in narrow] == [f"figures/{name}-narrow.svg" for name in NAMES]
     for image in images:
         assert len(image["alt"] or "") > 30
-        assert int(image["width"] or 0) > 100
-        assert int(image["height"] or 0) > 100
-    beside = [a for a in page.all("div") if a.get("class") == "beside"]
-    assert len(beside) == len(images)
+    for one in (*images, *narrow):
+        assert int(one["width"] or 0) > 100
+        assert int(one["height"] or 0) > 100
+    assert all(int(one["width"] or 0) < 450 for one in narrow)
     assert len(page.all("table")) == len(images) + 1  # and the claims
+
+
+def test_every_cell_tells_its_column_where_there_is_no_head(root: Path) -> None:
+    page = Page(root / "report" / "index.html")
+    assert page.all("td")
+    assert all("data-label" in cell for cell in page.all("td"))
 
 
 def test_figures_are_pictures_in_both_formats(root: Path) -> None:
     figures = root / "report" / "figures"
-    assert len(list(figures.glob("*.svg"))) == 7
+    assert {file.stem for file in figures.glob("*.png")} == set(NAMES)
+    assert len(list(figures.glob("*.svg"))) == 2 * len(NAMES)
     for file in figures.glob("*.svg"):
         assert ElementTree.parse(file).getroot().tag.endswith("}svg")
-        png = file.with_suffix(".png").read_bytes()
+        written = file.read_text()
+        assert "prefers-color-scheme: dark" in written
+        assert written.count(INK) > 10  # what is written and drawn changes with the page
+    for file in figures.glob("*.png"):
+        png = file.read_bytes()
         assert png.startswith(b"\x89PNG")
         assert int.from_bytes(png[16:20], "big") > 800  # pixels wide
+
+
+def test_the_first_thing_is_a_sentence_with_its_number_and_one_figure(root: Path) -> None:
+    html = (root / "report" / "index.html").read_text()
+    sentence = re.search(r'<p class="said">([^<]*)</p>', html)
+    assert sentence is not None
+    assert sentence[1].startswith("From 2M tokens of pre-training, SFT→RL takes pass@1 of math")
+    assert re.search(r"\+\d+\.\d points \[\+\d+\.\d, \+\d+\.\d\], the most of", sentence[1])
+    first = html.index("<img")
+    assert html.index("</header>") < first < html.index("<table")
+    assert "pass_at_k" in html[first : first + 60]
+
+
+def test_every_heading_is_a_link_to_its_section(root: Path) -> None:
+    html = (root / "report" / "index.html").read_text()
+    found = re.findall(r'<section id="(\w+)"><h2><a href="#(\w+)">', html)
+    assert len(found) == html.count("<h2>") > 8
+    assert all(here == there for here, there in found)
+
+
+def test_samples_stand_on_a_page_of_their_own(root: Path) -> None:
+    page = root / "report" / "samples" / "index.html"
+    assert page.is_file()
+    assert 'href="samples/index.html"' in (root / "report" / "index.html").read_text()
 
 
 def test_a_phone_is_told_the_width_and_the_language_is_named(root: Path) -> None:
@@ -147,3 +188,40 @@ def test_text_can_stand_anywhere_in_html(given: str) -> None:
     made = text(given)
     made.encode("utf-8")
     assert not set("<\"'\x00") & set(made)
+
+
+# Which elements reach over the page, or their contents over them.
+CUT = """
+const outside = (one) => {
+  const head = one.closest("thead"), box = one.getBoundingClientRect();
+  if (head && getComputedStyle(head).position === "absolute") return false; // told in each cell
+  const over = box.right > document.documentElement.clientWidth + 1 || box.left < -1;
+  const field = ["SELECT", "INPUT"].includes(one.tagName);
+  const inside = !field && one.clientWidth && one.scrollWidth > one.clientWidth + 1;
+  return box.width && (over || inside);
+};
+addEventListener("load", () => setTimeout(() => {
+  for (const one of document.querySelectorAll("details")) one.open = true;
+  const cut = [...document.querySelectorAll("body *")].filter(outside);
+  const said = cut.map((one) => one.outerHTML.slice(0, 120)).join(" | ");
+  parent.postMessage({ width: innerWidth, cut: said }, "*");
+}, 1500));
+"""
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1400, 390])
+@pytest.mark.parametrize("page", ["index.html", "samples/index.html"])
+def test_nothing_is_cut_off_in_a_browser(root: Path, width: int, page: str) -> None:
+    found = root / "report" / page
+    with_script(found, found.with_name("cut.html"), CUT)
+    around = found.with_name("around.html")  # a browser's own window may not be as narrow
+    around.write_text(
+        f'<iframe src="cut.html" width="{width}" height="900" style="border: 0"></iframe>'
+        "<script>onmessage = (event) => Object.assign(document.body.dataset, event.data)</script>"
+    )
+    html = opened(around, width=1500)
+    assert f'data-width="{width}"' in html
+    cut = re.search(r'data-cut="([^"]*)"', html)
+    assert cut is not None
+    assert cut[1] == ""

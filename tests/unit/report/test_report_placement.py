@@ -47,19 +47,19 @@ def number(text: str) -> float:
 def test_what_is_left_is_the_share_of_the_gain_at_equal_tokens(tmp_path: Path, left: float) -> None:
     found = rows(written(tmp_path, left))
     first, later = found["rl_early", "1M"], found["rl_early", "2M"]
-    assert number(first["Δ pass@1"]) == pytest.approx(40, abs=2)
-    assert number(later["Δ pass@1"]) == pytest.approx(40 * left, abs=2)
+    assert number(first["Δ pass@1, points"]) == pytest.approx(40, abs=2)
+    assert number(later["Δ pass@1, points"]) == pytest.approx(40 * left, abs=2)
     assert first["left of Δ pass@1"] == "–"
     assert number(later["left of Δ pass@1"]) == pytest.approx(100 * left, abs=5)
-    assert number(found["base", "2M"]["pass@1"]) == pytest.approx(20, abs=2)
-    assert found["base", "2M"]["Δ pass@1"] == "–"
-    assert number(later["Δ capability"]) == 0
+    assert number(found["base", "2M"]["pass@1, %"]) == pytest.approx(20, abs=2)
+    assert found["base", "2M"]["Δ pass@1, points"] == "–"
+    assert number(later["Δ capability, points"]) == 0
 
 
 def test_where_the_trunk_was_not_measured_there_is_no_gain(tmp_path: Path) -> None:
     between = rows(written(tmp_path, 0.5))["rl_early", "1.5M"]
-    assert number(between["pass@1"]) == pytest.approx(60, abs=2)
-    assert between["Δ pass@1"] == between["left of Δ pass@1"] == "–"
+    assert number(between["pass@1, %"]) == pytest.approx(60, abs=2)
+    assert between["Δ pass@1, points"] == between["left of Δ pass@1"] == "–"
 
 
 def test_what_was_not_measured_in_every_run_is_not_averaged(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import pytest
 from test_watch import CONFIG
 
 from megarlx.config import Config
-from megarlx.run.messages import OF_POLICY, duration, headline
+from megarlx.run.messages import OF_POLICY, headline
+from megarlx.units import duration
 
 SPEED = {"perf/tokens_per_second": 12_345.6, "perf/mfu": 0.25}
 
