@@ -4,13 +4,15 @@ Of each evaluation its metrics and, of suites that count, the counts of every qu
 excursion's steps before its last, only of suites that sample. A report
 reads a folder of these files as it reads runs. settings.json beside them holds what the runs were
 told, once for all seeds: a run names its settings by their hash. Counts up to 35 are written as one
-character each, so that a study fits into a repository.
+character each or packed further, so that a study fits into a repository.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import zlib
+from base64 import b85decode, b85encode
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,10 +35,12 @@ from megarlx.training.metrics import read_metrics
 FORMAT = "megarlx records 1"
 SETTINGS = "settings.json"
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
-BITS = "bits:"  # before hexadecimal digits
+PACKED = ":"  # before counts as bytes, compressed by zlib, in base 85
+BITS = b"\xff"  # before bits; no count is so large
 COUNTS = ("samples", "correct", "marked", "marked_correct")  # of an item
-SIGNIFICANT = 6  # digits of a metric
-OF_COUNTS = ("accuracy", "informative_groups")  # their errors follow from the counts
+SIGNIFICANT = 5  # digits of a metric
+# Standard errors that follow from the counts, or that nothing asks for.
+LEFT_OUT = ("pass_at_", "accuracy", "informative_groups", "truncated", "probability_told", "nll")
 ON_THE_WAY = ("pass_at_k", AGENT)  # kinds that are kept of the steps before a run's last
 WHOLE = ("cost/", "data/")  # prefixes of metrics that are kept
 LINEAGE = ("recipe", "seed", "trunk_tokens", "composition")
@@ -108,14 +112,13 @@ class SeedRecords:
 
     def _compact(self, evaluation: Mapping[str, Any]) -> dict[str, Any]:
         kept = {key: evaluation[key] for key in ("suite", "kind", "iteration", "trunk_tokens")}
+        kept["metrics"] = _rounded(evaluation["metrics"])
         errors = evaluation.get("standard_errors") or {}
-        own = {k: v for k, v in errors.items() if not k.startswith(OF_COUNTS)}
-        told = {"metrics": evaluation["metrics"], "standard_errors": own}
-        told["guessing"] = evaluation.get("guessing")
-        kept |= {key: _rounded(values) for key, values in told.items() if values}
+        if own := {key: value for key, value in errors.items() if not key.startswith(LEFT_OUT)}:
+            kept["standard_errors"] = _rounded(own)
         items = evaluation["items"]
+        kept["questions"] = self._asked(evaluation)
         if items and "correct" in items[0]:
-            kept["questions"] = self._asked(evaluation)
             columns = {key: [int(i[key]) for i in items] for key in COUNTS if key in items[0]}
             if columns.get("marked_correct") == columns["correct"]:
                 columns["marked_correct"] = []
@@ -125,20 +128,24 @@ class SeedRecords:
     def _asked(self, evaluation: Mapping[str, Any]) -> str:
         """The name of these questions, asked in this way, in the file's table of them."""
         items = evaluation["items"]
-        asked: dict[str, Any] = {"ids": _ids([str(item["id"]) for item in items])}
-        if "group" in items[0]:
-            names = sorted({item["group"] for item in items})
-            places = _packed([names.index(item["group"]) for item in items])
-            asked["groups"] = {"names": names, "of": places}
+        asked: dict[str, Any] = {"ids": []}
+        if items and "correct" in items[0]:
+            asked["ids"] = _ids([str(item["id"]) for item in items])
+            if "group" in items[0]:
+                names = sorted({item["group"] for item in items})
+                places = _packed([names.index(item["group"]) for item in items])
+                asked["groups"] = {"names": names, "of": places}
         if template := (evaluation.get("settings") or {}).get("template"):
             asked["template"] = template
-        name = hash_of(asked)[:12]
+        if guessing := evaluation.get("guessing"):
+            asked["guessing"] = _rounded(guessing)
+        name = hash_of(asked)[:8]
         self.questions.setdefault(name, asked)
         return name
 
     def whole(self, kept: Mapping[str, Any]) -> dict[str, Any]:
         """As the file of an evaluation has it."""
-        asked = self.questions[kept["questions"]] if "questions" in kept else {"ids": []}
+        asked = self.questions[kept["questions"]]
         items: list[dict[str, Any]] = [{"id": name} for name in _ids_of(asked["ids"])]
         for key, packed in kept.get("counts", {}).items():
             for item, count in zip(items, _counts_of(packed, len(items)), strict=False):
@@ -150,8 +157,8 @@ class SeedRecords:
             names = asked["groups"]["names"]
             for item, at in zip(items, _counts_of(asked["groups"]["of"], len(items)), strict=True):
                 item["group"] = names[at]
-        settings = {"template": asked.get("template")}
-        return {"format": 1, "metrics": {}, **kept, "items": items, "settings": settings}
+        how = {"settings": {"template": asked.get("template")}, "guessing": asked.get("guessing")}
+        return {"format": 1, **kept, **how, "items": items}
 
 
 def _term(term: Mapping[str, Any]) -> dict[str, Any]:
@@ -270,7 +277,8 @@ def _metrics(folder: Path, evaluated: set[int]) -> Iterator[dict[str, Any]]:
         mark = [key for key in line if key[:3] == "rl/"][:1] if number == rl else []
         loss = [key for key in line if key[:5] == "loss/"][:1]
         kept |= {key: line[key] for key in (*mark, *loss)}
-        yield {"step": line["step"], **_rounded(kept)}
+        if kept or number == len(lines) - 1:
+            yield {"step": line["step"], **_rounded(kept)}
 
 
 def _rounded(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -282,23 +290,36 @@ def _rounded(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _packed(counts: Sequence[int]) -> int | str | list[int]:
-    """One number where all are alike, hexadecimal digits of bits, a character each, or a list."""
+    """One number where all are alike, else the shorter of a character each and of these packed;
+    a list where a count has no character."""
     if len(set(counts)) == 1:
         return counts[0]
-    if set(counts) == {0, 1}:
-        return f"{BITS}{int(''.join(map(str, counts)), 2):x}"
-    if counts and min(counts) >= 0 and max(counts) < len(DIGITS):
-        return "".join(DIGITS[count] for count in counts)
-    return list(counts)
+    if not counts or min(counts) < 0 or max(counts) >= len(DIGITS):
+        return list(counts)
+    plain = "".join(DIGITS[count] for count in counts)
+    packed = PACKED + b85encode(zlib.compress(_in_bytes(counts), 9)).decode()
+    return packed if len(packed) < len(plain) else plain
+
+
+def _in_bytes(counts: Sequence[int]) -> bytes:
+    """Bits where all are 0 or 1."""
+    if max(counts) > 1:
+        return bytes(counts)
+    bits = "".join(map(str, counts))
+    return BITS + int(bits, 2).to_bytes(-(-len(counts) // 8), "big")
 
 
 def _counts_of(packed: int | str | list[int], length: int) -> list[int]:
     if isinstance(packed, int):
         return [packed] * length
-    if isinstance(packed, str) and packed.startswith(BITS):
-        bits = int(packed.removeprefix(BITS), 16)
-        return [int(bit) for bit in f"{bits:0{length}b}"]
-    return [DIGITS.index(c) for c in packed] if isinstance(packed, str) else packed
+    if isinstance(packed, list):
+        return packed
+    if not packed.startswith(PACKED):
+        return [DIGITS.index(character) for character in packed]
+    held = zlib.decompress(b85decode(packed.removeprefix(PACKED)))
+    if not held.startswith(BITS):
+        return list(held)
+    return [int(bit) for bit in f"{int.from_bytes(held.removeprefix(BITS), 'big'):0{length}b}"]
 
 
 def _ids(names: Sequence[str]) -> list[Any]:

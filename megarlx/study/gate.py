@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean, variance
 
+from megarlx.evaluation.pass_at_k import mean_and_error
 from megarlx.report.runs import Evaluation
 from megarlx.report.study import BASE, Cell, Study
 
@@ -77,16 +78,23 @@ def _of_spread(
     tokens: int, demand: str, found: Sequence[Evaluation], metric: str, most: float, judged: str
 ) -> Line:
     """Judged is the spread without sampling where the gate says so, else the whole."""
-    known = [e for e in found if metric in e.metrics and metric in e.standard_errors]
+    known = [e for e in found if metric in e.metrics]
     if len(known) < 2:
         return Line(tokens, demand, f"{len(known)} seeds", None)
     values = [100 * e.metrics[metric] for e in known]
-    spread = Spread.of(values, [100 * e.standard_errors[metric] for e in known])
+    spread = Spread.of(values, [_error(e, metric) for e in known])
     text = (
         f"{getattr(spread, judged):.1f} (mean {fmean(values):.1f}; with sampling "
         f"{spread.whole:.1f}, without {spread.between:.1f}; {_all(values)})"
     )
     return Line(tokens, demand, text, getattr(spread, judged) <= most)
+
+
+def _error(evaluation: Evaluation, metric: str) -> float:
+    """In points: as measured, or from the counts of the questions."""
+    if metric in evaluation.standard_errors:
+        return 100 * evaluation.standard_errors[metric]
+    return mean_and_error([*evaluation.percent(metric).values()]).standard_error
 
 
 def _marked_and_covered(study: Study) -> Iterator[Line]:

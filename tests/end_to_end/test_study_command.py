@@ -19,9 +19,11 @@ SHORT = {
     "evaluate": '["8"]',
     "excursions.0.checkpoints": '["8"]',
     "excursions.0.set": table({**RL, **MEASURED, "stages.0.steps": "6"}),
-    "excursions.1.recipes": '["configs/recipes/sft.toml"]',
+    "excursions.2.recipes": '["configs/recipes/sft.toml"]',
     "excursions.1.checkpoints": '["8"]',
-    "excursions.1.set": table({**MEASURED, "stages.0.steps": "6"}),
+    "excursions.1.set": table({**RL, **MEASURED, "stages.0.steps": "6"}),
+    "excursions.2.checkpoints": '["8"]',
+    "excursions.2.set": table({**MEASURED, "stages.0.steps": "6"}),
 }
 RECIPES = {"base", "rl", "sft", "sft_then_rl"}
 
@@ -58,4 +60,4 @@ def test_the_study_makes_its_report_and_again_without_a_run_made_twice(
     for one, other in zip(again["results"], first["results"], strict=True):
         told = {key: one[key] for key in ("recipe", "seed", "checkpoint_tokens")}
         numbers = {key: value for key, value in one.items() if key not in told}
-        assert other == told | {k: v and pytest.approx(v, rel=1e-5) for k, v in numbers.items()}
+        assert other == told | {k: v and pytest.approx(v, rel=1e-4) for k, v in numbers.items()}
