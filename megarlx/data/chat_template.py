@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from megarlx.data.conversations import Conversation, ConversationError, Turn
-from megarlx.data.tokenizer import Tokenizer
+from megarlx.data.tokenizer import RESERVED, Tokenizer
 
 if TYPE_CHECKING:
     import jinja2
@@ -44,8 +44,10 @@ class ChatTemplate:
         turns = list(turns)
         written = self._written(tokenizer, turns)
         if follows:
-            return written.ids(written.behind_answer(turns, asks=True))
-        return written.ids(written.text(turns, asks=True))
+            parts = written.parts_behind(turns, asks=True)
+        else:
+            parts = written.parts(turns, written.text(turns, asks=True))
+        return [i for part, _ in parts for i in written.ids(part)]
 
     def encode(
         self, conversation: Conversation, tokenizer: Tokenizer
@@ -55,20 +57,15 @@ class ChatTemplate:
         from the last has only the last learned."""
         turns = list(conversation.turns)
         written = self._written(tokenizer, turns, conversation.tools)
-        text = written.text(turns)
         ids: list[int] = []
         learned: list[bool] = []
-        place = 0
-        for begin, end in written.answers(turns, text):
-            for part, said in ((text[place:begin], False), (text[begin:end], True)):
-                these = written.ids(part)
-                ids += these
-                learned += [said] * len(these)
-            place = end
-        if not place:
+        for part, said in written.parts(turns, written.text(turns)):
+            these = written.ids(part)
+            ids += these
+            learned += [said] * len(these)
+        if True not in learned:
             raise ConversationError("chat template: it does not write the answer that it asks for")
-        rest = written.ids(text[place:])
-        return ids + rest, learned + [False] * len(rest)
+        return ids, learned
 
     def example_ids(
         self, example: Conversation, tokenizer: Tokenizer, separator: str | None, first: bool
@@ -76,8 +73,13 @@ class ChatTemplate:
         """Up to the end of the answer: what follows writes what stands between."""
         turns = list(example.turns)
         written = self._written(tokenizer, turns, example.tools)
-        text = written.text(turns) if first else written.behind_answer(turns, asks=False)
-        return written.ids(text[: text.rindex(tokenizer.eos_text) + len(tokenizer.eos_text)])
+        parts = (
+            written.parts(turns, written.text(turns))
+            if first
+            else written.parts_behind(turns, asks=False)
+        )
+        *told, _ = parts
+        return [i for part, _ in told for i in written.ids(part)]
 
     def _written(self, tokenizer: Tokenizer, turns: Sequence[Turn], tools: str = "") -> _Written:
         return _Written(self._template, self.bos, tokenizer, turns, tools)
@@ -116,7 +118,7 @@ class _Written:
         self.template, self.bos, self.tokenizer = template, bos, tokenizer
         self.tools = tools
         specials = sorted(tokenizer.special_texts, key=len, reverse=True)
-        self.specials = re.compile("|".join(map(re.escape, specials))) if specials else None
+        self.specials = re.compile("|".join([*map(re.escape, specials), RESERVED.pattern]))
         self.broken = _unused([tools, *(turn.content + turn.calls for turn in turns)])
 
     def text(self, turns: Sequence[Turn], asks: bool = False) -> str:
@@ -144,11 +146,28 @@ class _Written:
         return message
 
     def _safe(self, content: str) -> str:
-        if self.specials is None:
-            return content
         return self.specials.sub(lambda m: f"{m[0][0]}{self.broken}{m[0][1:]}", content)
 
-    def answers(self, turns: Sequence[Turn], text: str) -> Iterable[tuple[int, int]]:
+    def parts(self, turns: Sequence[Turn], text: str, place: int = 0) -> Iterator[tuple[str, bool]]:
+        """The text from `place` on, cut before and behind each answer, and whether a part is one:
+        no token reaches over a cut, as none does where the answer was sampled."""
+        for begin, end in self.answers(turns, text):
+            if begin >= place:
+                yield text[place:begin], False
+                yield text[begin:end], True
+                place = end
+        yield text[place:], False
+
+    def parts_behind(self, turns: Sequence[Turn], asks: bool) -> Iterator[tuple[str, bool]]:
+        """Of what is written behind an answer that has been given, whatever it was."""
+        asked = self.text([Turn("user", SOMETHING)], asks=True)
+        turns = [Turn("user", SOMETHING), Turn("assistant", SOMETHING), *turns]
+        text = self.text(turns, asks)
+        if not text.startswith(asked):
+            raise ConversationError("chat template: what follows changes what stands before")
+        yield from self.parts(turns, text, self._end(text, len(asked)))
+
+    def answers(self, turns: Sequence[Turn], text: str) -> Iterator[tuple[int, int]]:
         """Where each answer begins and where its end of text ends."""
         for at, turn in enumerate(turns):
             if turn.role == "assistant":
@@ -168,22 +187,13 @@ class _Written:
             )
         return found + len(eos)
 
-    def behind_answer(self, turns: Sequence[Turn], asks: bool) -> str:
-        """What is written behind an answer that has been given, whatever it was."""
-        asked = self.text([Turn("user", SOMETHING)], asks=True)
-        before = (Turn("user", SOMETHING), Turn("assistant", SOMETHING))
-        text = self.text([*before, *turns], asks)
-        if not text.startswith(asked):
-            raise ConversationError("chat template: what follows changes what stands before")
-        return text[self._end(text, len(asked)) :]
-
     def ids(self, text: str) -> list[int]:
         """Special tokens that the template wrote become their ids; all between them is text."""
         found: list[int] = []
         place = 0
-        for match in self.specials.finditer(text) if self.specials is not None else ():
+        for match in self.specials.finditer(text):
             found += self._plain(text[place : match.start()])
-            found += self.tokenizer.encode(match[0], specials=True)
+            found += self.tokenizer.encode_frame(match[0])
             place = match.end()
         return found + self._plain(text[place:])
 

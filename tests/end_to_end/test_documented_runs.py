@@ -155,6 +155,8 @@ NOT_RUN = {
     "torchrun --nproc-per-node 8 -m megarlx train configs/paper_1b/trunk.toml --out runs/olmo; [": (
         "docs/launching.md has the same line, which is run; behind it stands Slurm's"
     ),
+    "megarlx chat RUN": "talks; tests/unit/run/test_chat.py",
+    "megarlx view DIR ": "tests/unit/report/test_report_viewer.py has all of it",
     "megarlx demo --study ": LONG,
     **dict.fromkeys(
         (
