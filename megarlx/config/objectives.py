@@ -44,10 +44,7 @@ class TemplateConfig(Section):
             plain = {name: field.default for name, field in type(self).model_fields.items()}
             frames = ("user", "system", "opening", "assistant", "tool")
             said = [name for name in frames if getattr(self, name) != plain[name]]
-            found = [(name, "cannot be given together with chat") for name in said]
-            if "<reserved_" in self.chat:
-                found.append(("chat", "writes a reserved token, which only frames can"))
-            return found
+            return [(name, "cannot be given together with chat") for name in said]
         if self.user is None:
             return [("user", "is missing; give user, or chat")]
         found = [

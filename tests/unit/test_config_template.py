@@ -188,5 +188,3 @@ def test_a_models_own_chat_template_keeps_a_name_below_another_template(tmp_path
     assert sorted(config.templates) == ["model", "quick"]
     with pytest.raises(ConfigError, match=r"rl\.template is 'model'; allowed are .*: quick"):
         loaded(tmp_path, START + RL.replace("[rl]", '[rl]\ntemplate = "model"') + OWN + NAMED)
-    with pytest.raises(ConfigError, match="chat writes a reserved token, which only frames can"):
-        loaded(tmp_path, STEPS + '[template]\nchat = "<reserved_0>"\n')
