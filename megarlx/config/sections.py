@@ -30,6 +30,7 @@ from megarlx.config.section import Section, may_import
 from megarlx.config.stages import StageConfig, StageObjective
 from megarlx.config.timeline import Timeline
 
+MODEL = "model"  # the name of a model's own chat template among [templates]
 # Names that no objective may have: of ours, and of states that are no objective's.
 TAKEN = {PRETRAINING, SFT, RL, "shared", "outer"}
 
@@ -189,6 +190,18 @@ class Config(Section):
             given = {**given, "data": {**data, "options": {**options, "template": template}}}
         return given
 
+    @model_validator(mode="before")
+    @classmethod
+    def _template_of_model(cls, given: Any) -> Any:
+        """A model's own chat template has a name, by which it stays below another [template]."""
+        template = given.get("template") if isinstance(given, Mapping) else None
+        if not isinstance(template, Mapping) or template.get("chat") is None:
+            return given
+        named = given.get("templates", {})
+        if isinstance(named, Mapping):
+            given = {**given, "templates": {MODEL: template, **named}}
+        return given
+
     @property
     def named_objectives(self) -> dict[str, AnyObjective]:
         """Every objective but pre-training, by name."""
@@ -275,9 +288,10 @@ class Config(Section):
             if (name := getattr(one, "template", None)) is not None
             if name not in self.templates
         ]
-        if "model" in self.templates:
-            kept = "is a name that is kept for a checkpoint's own chat template; choose another"
-            found.append(("templates.model", kept))
+        own = self.templates.get(MODEL)
+        if own is not None and own.chat is None:
+            kept = "has no chat; the name is kept for the model's own chat template"
+            found.append((f"templates.{MODEL}", kept))
         return found
 
     def _needs_template(self) -> str:

@@ -168,8 +168,23 @@ def test_an_unknown_template_lists_the_known(tmp_path: Path, text: str, place: s
 
 
 def test_the_name_of_a_chat_template_is_kept_and_what_asks_in_none_has_none(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"templates\.model is a name that is kept"):
+    with pytest.raises(ConfigError, match=r"templates\.model has no chat; the name is kept"):
         loaded(tmp_path, STEPS + NAMED.replace("quick", "model"))
     choice = SUITE + 'kind = "choice"\ntemplated = false\ntemplate = "quick"\n'
     with pytest.raises(ConfigError, match=r"template is 'quick'; this suite asks in none"):
         loaded(tmp_path, STEPS + NAMED + choice)
+
+
+def test_a_models_own_chat_template_keeps_a_name_below_another_template(tmp_path: Path) -> None:
+    chat = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    parent = loaded(tmp_path, STEPS + f'[template]\nchat = "{chat}"\n' + NAMED)
+    assert parent.template is not None
+    assert parent.templates["model"] == parent.template
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RL.replace("[rl]", '[rl]\ntemplate = "model"') + OWN)
+    config = recipe_config(parent, recipe, [], "parent")
+    assert config.template == TemplateConfig(user="Q: {content}")
+    assert config.templates["model"].chat == chat
+    assert sorted(config.templates) == ["model", "quick"]
+    with pytest.raises(ConfigError, match=r"rl\.template is 'model'; allowed are .*: quick"):
+        loaded(tmp_path, START + RL.replace("[rl]", '[rl]\ntemplate = "model"') + OWN + NAMED)
