@@ -21,6 +21,7 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 # Beside an NVIDIA driver, the torch that the pins of the "cuda" extra go with.
@@ -198,11 +199,26 @@ def build_command(info: dict) -> type:
     return Build
 
 
+class Packages(build_py):
+    """Brings along what `megarlx demo` runs: the configurations of the demo and of the study."""
+
+    SHIPPED = ("demo.toml", "demo_trunk.toml", "study.toml", "study_trunk.toml", "recipes/*.toml")
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        for path in sorted(p for one in self.SHIPPED for p in (ROOT / "configs").glob(one)):
+            target = Path(self.build_lib) / "megarlx" / "study" / path.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+
+
 def requirements(torch_requirement: str) -> tuple[list[str], dict[str, list[str]]]:
     runtime = [
         torch_requirement,
         *("numpy", "pydantic>=2.7", "rich", "tensorboard", "safetensors", "tokenizers"),
-        *("matplotlib", "ninja", "pybind11", "packaging"),
+        *("matplotlib", "jinja2", "ninja", "pybind11", "packaging"),
     ]
     extras = {
         "dev": [
@@ -238,7 +254,7 @@ if find_torch():
     runtime, extras = requirements(f"torch=={torch.__version__.split('+')[0]}")
     setup(
         ext_modules=modules,
-        cmdclass={"build_ext": build_command(info)},
+        cmdclass={"build_ext": build_command(info), "build_py": Packages},
         install_requires=runtime,
         extras_require=extras,
     )

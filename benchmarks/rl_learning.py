@@ -25,7 +25,7 @@ from megarlx.checkpoint import Saver
 from megarlx.comm.groups import Mesh
 from megarlx.config.model import family_config
 from megarlx.config.objectives import RlConfig
-from megarlx.data.conversations import Conversation, Template, Turn
+from megarlx.data.conversations import Conversation, Frames, Turn
 from megarlx.data.loader import BatchLayout, Loader
 from megarlx.data.packing import ConversationData
 from megarlx.data.prompts import Prompt, PromptData
@@ -44,7 +44,7 @@ from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage
 
 FORMATS = ("#### {}", "= {}", "is {}", "so {}", "answer {}", "result {}", "{}", "says {} !")
 SAMPLES = 32  # of each held-out question
-TEMPLATE = Template("question : {content} answer :")
+TEMPLATE = Frames("question : {content} answer :")
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from megarlx.comm.groups import Mesh
 from megarlx.config.model import ModelConfig
 from megarlx.config.objectives import RlConfig
 from megarlx.config.reward import RewardConfig
-from megarlx.data.conversations import Template
+from megarlx.data.conversations import Frames
 from megarlx.data.prompts import Prompt, PromptData
 from megarlx.data.tokenizer import WordTokenizer
 from megarlx.generation.engine import Engine
@@ -95,7 +95,7 @@ def policy(case: Case, model: ParallelModel) -> Reinforcement:
     )
     prompts = PromptData(
         [Prompt(question) for question in case.questions()],
-        Template(user="{content}"),
+        Frames(user="{content}"),
         tokenizer,
         seed=0,
     )

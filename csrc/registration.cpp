@@ -71,6 +71,9 @@ TORCH_LIBRARY(megarlx, m) {
       "replica_average_apply_(Tensor(a!) target, Tensor summed, bool add, Tensor(b!)? param_out) "
       "-> ()");
 
+  // Row r of out becomes std times numbers first + r step, … of those that the key stands for.
+  m.def("normal_slice_(Tensor(a!) out, int key, int first, int step, float std) -> ()");
+
   // decode: one step of cached generation between its matrix products; its attention on CPUs only
   m.def(
       "decode_attention_(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor slots, "

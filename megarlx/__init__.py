@@ -11,6 +11,8 @@ PUBLIC = {
     "load_config": "megarlx.config:load_config",
     "train": "megarlx.run.api:train",
     "branch": "megarlx.run.api:branch",
+    "transplant": "megarlx.run.api:transplant",
+    "merge": "megarlx.run.api:merge",
     "open": "megarlx.run.api:open",
     "report_on": "megarlx.report.command:report_on",  # megarlx.report is a package
 }

@@ -39,7 +39,19 @@ COMMANDS: Mapping[str, Command] = {
     "branch": Command(
         "megarlx.run.branch_command", "an excursion: start from a checkpoint, follow a recipe"
     ),
+    "transplant": Command(
+        "megarlx.run.transplant_command", "add what excursions changed to another checkpoint"
+    ),
+    "merge": Command("megarlx.run.merge_command", "the mean of several checkpoints' weights"),
     "demo": Command("megarlx.study.demo", "a trunk, excursions and their report, in minutes"),
+    "convert": Command(
+        "megarlx.hf.convert_command", "a Hugging Face model into a run, a run into one"
+    ),
+    "prepare": Command("megarlx.data.prepare_command", "texts into token files"),
+    "inspect": Command(
+        "megarlx.run.inspect_command", "what a checkpoint holds; what of a test stands in the data"
+    ),
+    "study": Command("megarlx.study.command", "what decides how the study is run: gate, tuning"),
     "sweep": Command("megarlx.sweeps.command", "all runs of a study, resumed where they stopped"),
     "report": Command("megarlx.report.command", "figures, a page and summary.json of many runs"),
     "view": Command("megarlx.report.view_command", "the samples of runs, as a page to read"),

@@ -40,6 +40,7 @@ KINDS: dict[str, Kind] = {
             "world_behaviour": "megarlx.study.world.rewards:world_behaviour",
             "model": "megarlx.rollouts.rewards.model:RewardModel",
             "judge": "megarlx.rollouts.rewards.judge:Judge",
+            "chat_judge": "megarlx.rollouts.rewards.chat_judge:ChatJudge",
         },
     ),
     "environment": Kind(
@@ -49,6 +50,7 @@ KINDS: dict[str, Kind] = {
             "sokoban": "megarlx.study.environments.sokoban:Sokoban",
             "shop": "megarlx.study.environments.shop:Shop",
             "gymnasium": "megarlx.rollouts.environments.gymnasium:TextGym",
+            "tools": "megarlx.rollouts.environments.tools:Tools",
         },
     ),
     "loss": Kind(
@@ -67,6 +69,7 @@ KINDS: dict[str, Kind] = {
             "grpo": "megarlx.rollouts.advantages:grpo",
             "dr_grpo": "megarlx.rollouts.advantages:dr_grpo",
             "rloo": "megarlx.rollouts.advantages:rloo",
+            "maxrl": "megarlx.rollouts.advantages:maxrl",
             "gigpo": "megarlx.rollouts.advantages:gigpo",
         },
     ),

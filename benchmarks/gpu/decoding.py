@@ -15,7 +15,6 @@ from gpu.clock import fitted, speeds
 from gpu.pieces import ROOT, Context, Piece, Result, gated, note
 from gpu.trace import traced
 from gpu.training import freed, peak_bf16
-from gpu.weights import drawn_on
 from megarlx.config import load_config
 from megarlx.config.model import ModelConfig
 from megarlx.generation.engine import Engine
@@ -37,8 +36,7 @@ def dtype_on(context: Context) -> torch.dtype:
 
 
 def stage_of(context: Context, c: ModelConfig) -> Stage:
-    with drawn_on(context.device):
-        return Stage(c, dtype=dtype_on(context), device=context.device).initialise_(0)
+    return Stage(c, dtype=dtype_on(context), device=context.device).initialise_(0)
 
 
 def bytes_of_a_step(c: ModelConfig, batch: int, seen: float, width: int) -> float:
@@ -185,8 +183,7 @@ def grpo(context: Context) -> Result:
     prompts, samples, new = context.either((16, 16, 512), (2, 2, 4))
     c, device = model_of(context), context.device
     case = Case(c, prompts, samples, new)
-    with drawn_on(device):
-        step, objective = our_step(case, device=device, dtype=dtype_on(context))
+    step, objective = our_step(case, device=device, dtype=dtype_on(context))
     machine = speeds(context)
     step()
     whole: list[float] = []
@@ -229,8 +226,7 @@ def grpo(context: Context) -> Result:
     freed(context)
     few = Case(c, prompts, samples, context.either(64, 2))
     try:
-        with drawn_on(device):
-            step, _ = our_step(few, device=device, dtype=dtype_on(context))
+        step, _ = our_step(few, device=device, dtype=dtype_on(context))
         step()
         profile = traced(step, device)
     except torch.OutOfMemoryError as error:

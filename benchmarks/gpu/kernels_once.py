@@ -23,6 +23,7 @@ from megarlx.ops.averaging import adamw_update_, average_adamw_, replica_average
 from megarlx.ops.decode_parts import StepState, decode_advance_
 from megarlx.ops.linear_token_loss import linear_token_loss
 from megarlx.ops.loss_spec import LossSpec
+from megarlx.ops.normal import normal_slice_
 from megarlx.ops.token_loss import token_loss
 
 FILTERS: list[dict[str, Any]] = [
@@ -157,6 +158,15 @@ def once_decode_parts(device: torch.device) -> None:
     assert state.step.item() == 1
 
 
+def once_normal(device: torch.device) -> None:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        for rows, columns in ((1, 100_003), (37, 131)):
+            whole = torch.zeros(rows, columns + 3, device=device, dtype=dtype)
+            normal_slice_(whole[:, 2:-1], key=1, first=2**33 + 5, step=1000, std=0.02)
+            assert bool((whole[:, 2:-1] != 0).all())
+            assert not bool(whole[:, [0, 1, -1]].any())
+
+
 ONCE = {
     "decode_parts": once_decode_parts,
     "elementwise": once_elementwise,
@@ -164,6 +174,7 @@ ONCE = {
     "token_loss": once_token_loss,
     "linear_token_loss": once_linear_token_loss,
     "averaging": once_averaging,
+    "normal": once_normal,
 }
 
 

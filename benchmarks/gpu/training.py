@@ -19,7 +19,6 @@ from training import SIZES, Size, our_step
 from gpu.clock import speeds
 from gpu.pieces import ROOT, Context, Piece, Result, gated, need, note
 from gpu.trace import traced
-from gpu.weights import drawn_on
 from megarlx.comm.hardware import GPUS, gpu_named
 from megarlx.config import load_config
 
@@ -52,10 +51,9 @@ def attempt(
     shape = (size.sequences, size.sequence_length + 1)
     samples = torch.randint(size.model.vocab_size, shape)
     try:
-        with drawn_on(context.device):
-            step = our_step(
-                size, samples, sequences_per_microbatch=at_once, device=context.device, **options
-            )
+        step = our_step(
+            size, samples, sequences_per_microbatch=at_once, device=context.device, **options
+        )
         step()
     except torch.OutOfMemoryError:
         note(f"{at_once} × {size.sequence_length} tokens at once: out of memory")

@@ -7,6 +7,7 @@
 #include "cpu/decode_step.h"
 #include "cpu/elementwise.h"
 #include "cpu/kernels.h"
+#include "cpu/normal.h"
 #include "cpu/sample.h"
 #include "cpu/token_loss.h"
 
@@ -35,6 +36,8 @@ extern "C" const megarlx::cpu::Kernels* megarlx_cpu_kernels() {
       megarlx::cpu::heads_sums,
       megarlx::cpu::heads_backward,
       megarlx::cpu::sum_blocks,
+      // normal
+      megarlx::cpu::normal_slice,
       // decode
       megarlx::cpu::decode_attention,
       megarlx::cpu::decode_norm,

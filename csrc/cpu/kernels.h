@@ -8,6 +8,7 @@
 #include "math/common.h"
 #include "math/decode.h"
 #include "math/elementwise.h"
+#include "math/normal.h"
 #include "math/replica_average.h"
 #include "math/sample.h"
 #include "math/token_loss.h"
@@ -15,7 +16,7 @@
 namespace megarlx::cpu {
 
 // Changes whenever a signature below does, so that a stale shared object is refused by name.
-constexpr std::int64_t kKernelsVersion = 7;
+constexpr std::int64_t kKernelsVersion = 8;
 
 struct Kernels {
   std::int64_t version;
@@ -42,6 +43,8 @@ struct Kernels {
   void (*heads_backward)(const HeadsArgs&, std::int64_t begin_block, std::int64_t end_block);
   void (*sum_blocks)(Dtype dtype, const void* sums, std::int64_t blocks, std::int64_t width,
                      void* out);
+  // normal
+  void (*normal_slice)(const normal::Args&, std::int64_t begin_group, std::int64_t end_group);
   // decode
   void (*decode_attention)(const DecodeAttentionArgs&, std::int64_t begin, std::int64_t end);
   void (*decode_norm)(const DecodeNormArgs&, std::int64_t begin, std::int64_t end);

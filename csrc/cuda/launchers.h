@@ -6,6 +6,7 @@
 #include "math/adamw.h"
 #include "math/decode.h"
 #include "math/elementwise.h"
+#include "math/normal.h"
 #include "math/replica_average.h"
 #include "math/sample.h"
 #include "math/token_loss.h"
@@ -43,6 +44,9 @@ void heads_sums(const HeadsArgs& args, cudaStream_t stream);
 void heads_backward(const HeadsArgs& args, cudaStream_t stream);
 void sum_blocks(Dtype precision, const void* sums, std::int64_t blocks, std::int64_t width,
                 void* out, cudaStream_t stream);
+
+// normal
+void normal_slice(const normal::Args& args, cudaStream_t stream);
 
 // decode
 void merge_attention(const MergeArgs& args, cudaStream_t stream);

@@ -10,16 +10,17 @@ Nothing is unpickled: tensors are safetensors files, everything else is JSON.
 
 from megarlx.checkpoint.errors import CheckpointError
 from megarlx.checkpoint.folder import checkpoint_name, complete, iterations, latest
-from megarlx.checkpoint.loading import WEIGHTS_ONLY, Loaded, load
+from megarlx.checkpoint.loading import WEIGHTS_ONLY, Loaded, keeps_average, load
 from megarlx.checkpoint.manifest import Manifest, read_manifest
 from megarlx.checkpoint.retention import Retention, refer, referenced, release
 from megarlx.checkpoint.saving import Pause, Saved, Saver
 from megarlx.checkpoint.shards import FlatShards
 from megarlx.checkpoint.state import check_run_state, reading_state
-from megarlx.checkpoint.storage import FROZEN, OPTIMIZER
+from megarlx.checkpoint.storage import AVERAGE, FROZEN, OPTIMIZER
 from megarlx.checkpoint.verify import verify
 
 __all__ = [
+    "AVERAGE",
     "FROZEN",
     "OPTIMIZER",
     "WEIGHTS_ONLY",
@@ -35,6 +36,7 @@ __all__ = [
     "checkpoint_name",
     "complete",
     "iterations",
+    "keeps_average",
     "latest",
     "load",
     "read_manifest",

@@ -14,12 +14,12 @@ from megarlx.checkpoint.folder import check_sizes
 from megarlx.checkpoint.manifest import Manifest, read_manifest
 from megarlx.checkpoint.planner import DTYPE_NAMES, LoadPlanner
 from megarlx.checkpoint.shards import FlatShards, ModelTensor
-from megarlx.checkpoint.storage import FROZEN, OPTIMIZER, SafetensorsReader
+from megarlx.checkpoint.storage import AVERAGE, BESIDE, SafetensorsReader
 from megarlx.checkpoint.verify import check_digests
 from megarlx.comm.collectives import gather_values
 from megarlx.comm.groups import Group
 
-WEIGHTS_ONLY = (OPTIMIZER, FROZEN)  # what to ignore
+WEIGHTS_ONLY = BESIDE  # what to ignore
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,19 @@ class Loaded:
 
 
 def load(
-    checkpoint: Path, shards: FlatShards, world: Group, *, ignore: Sequence[str] = ()
+    checkpoint: Path,
+    shards: FlatShards,
+    world: Group,
+    *,
+    ignore: Sequence[str] = (),
+    only: str = "",
 ) -> Loaded:
     """Fills the shards from a checkpoint of any layout; called by all ranks of `world`.
 
     Every tensor of the checkpoint must be wanted by some rank, and be there for each that wants
-    it, but for those whose names begin with something in `ignore`. Files are checked whole, shared
-    out over the ranks, before the first number is written; then blocks are copied one at a time
-    out of mapped files.
+    it, but for those whose names begin with something in `ignore`, or not with `only`. Files are
+    checked whole, shared out over the ranks, before the first number is written; then blocks are
+    copied one at a time out of mapped files.
     """
     tensors = shards.tensors(counted_only=False)
     task = f"loading {checkpoint}"
@@ -48,7 +53,7 @@ def load(
     _check_same(world, task, manifest)
     wanted = _wanted(tensors, world)
     with together(world, task):
-        _check_tensors(manifest, wanted, ignore)
+        _check_tensors(manifest, wanted, ignore, only)
         used = {c.file for name in wanted for c in manifest.tensors[name].chunks}
         mine = sorted(used)[world.rank :: world.size]
         check_digests(checkpoint, [manifest.files[i] for i in mine])
@@ -89,9 +94,20 @@ def _wanted(
 
 
 def _check_tensors(
-    manifest: Manifest, wanted: Mapping[str, tuple[str, tuple[int, ...]]], ignore: Sequence[str]
+    manifest: Manifest,
+    wanted: Mapping[str, tuple[str, tuple[int, ...]]],
+    ignore: Sequence[str],
+    only: str,
 ) -> None:
-    saved = {n: t for n, t in manifest.tensors.items() if not n.startswith(tuple(ignore))}
+    if only == AVERAGE and not keeps_average(manifest):
+        raise CheckpointError(
+            "it keeps no average of the weights: a run with checkpoints.average_decay does"
+        )
+    saved = {
+        name: tensor
+        for name, tensor in manifest.tensors.items()
+        if name.startswith(only) and not name.startswith(tuple(ignore))
+    }
     problems = []
     missing, extra = wanted.keys() - saved.keys(), saved.keys() - wanted.keys()
     if missing:
@@ -108,6 +124,10 @@ def _check_tensors(
     if problems:
         more = [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
         raise CheckpointError("; ".join([*problems[:8], *more]))
+
+
+def keeps_average(manifest: Manifest) -> bool:
+    return any(name.startswith(AVERAGE) for name in manifest.tensors)
 
 
 def _listed(names: Collection[str]) -> str:

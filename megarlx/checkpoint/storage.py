@@ -1,8 +1,8 @@
 """torch DCP's storage interface over safetensors files and the JSON manifest.
 
 A rank writes `model-00003.safetensors` with its blocks of the weights and, where there are any,
-`optimizer-00003.safetensors` with those of moments and `frozen-00003.safetensors` with those of
-reference policies.
+`optimizer-00003.safetensors` with those of moments, `frozen-00003.safetensors` with those of
+reference policies and `average-00003.safetensors` with those of the weights' moving average.
 """
 
 from __future__ import annotations
@@ -42,13 +42,14 @@ from megarlx.checkpoint.manifest import (
 )
 from megarlx.checkpoint.planner import DTYPE_NAMES
 
-OPTIMIZER, FROZEN = "optimizer/", "frozen/"  # what their tensors' names begin with
-KINDS = ("model", OPTIMIZER[:-1], FROZEN[:-1])  # of tensors, in the order of a rank's files
+# What the names of tensors begin with that are no weights to train.
+OPTIMIZER, FROZEN, AVERAGE = BESIDE = "optimizer/", "frozen/", "average/"
+KINDS = ("model", *(kind[:-1] for kind in BESIDE))  # of tensors, in the order of a rank's files
 
 
 def kind_of(tensor: str) -> str:
     """Tensors of two kinds never share a file: loading weights alone reads no more."""
-    return next((k[:-1] for k in (OPTIMIZER, FROZEN) if tensor.startswith(k)), KINDS[0])
+    return next((k[:-1] for k in BESIDE if tensor.startswith(k)), KINDS[0])
 
 
 def file_name(tensor: str, rank: int) -> str:

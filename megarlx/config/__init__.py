@@ -3,10 +3,11 @@
 from megarlx.config.describe import describe
 from megarlx.config.load import CHOSEN, ConfigError, as_asked, load_config
 from megarlx.config.model import ModelConfig, RopeScaling, family_config
-from megarlx.config.objectives import RlConfig, SftConfig, StageConfig, StageObjective
+from megarlx.config.objectives import RlConfig, SftConfig
 from megarlx.config.optimizer import OptimizerConfig
 from megarlx.config.section import Section
 from megarlx.config.sections import Config, LayoutConfig, TrainingConfig
+from megarlx.config.stages import StageConfig, StageObjective
 
 __all__ = [
     "CHOSEN",

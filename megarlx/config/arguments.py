@@ -14,6 +14,17 @@ def add_overrides(
     )
 
 
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """--weights, for commands that read those of a checkpoint."""
+    parser.add_argument(
+        "--weights",
+        choices=("last", "average"),
+        default="last",
+        help="of the checkpoint: those of its step, or their moving average, where "
+        "checkpoints.average_decay keeps one (default: last)",
+    )
+
+
 def add_trust(parser: argparse.ArgumentParser) -> None:
     """--trust NAME, for `check_trust`; `trusted` of what is parsed."""
     parser.add_argument(

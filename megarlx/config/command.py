@@ -17,14 +17,29 @@ from megarlx.redact import redacted
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("config", nargs="?", metavar="CONFIG.toml", help="the file to check")
-    what.add_argument("--help-config", action="store_true", help="print every key and its meaning")
+    what.add_argument(
+        "--help-config",
+        nargs="?",
+        const="",
+        metavar="WORD",
+        help="print every key and its meaning; with a word those of a section, as rl, or that say "
+        "it",
+    )
     add_overrides(parser)
 
 
+def help_config(word: str) -> int:
+    found = describe(Config, word)
+    if not found:
+        complain(f"--help-config {word}: no key is called so, and none says it")
+        return 1
+    sys.stdout.write(found)
+    return 0
+
+
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.help_config:
-        sys.stdout.write(describe(Config))
-        return 0
+    if arguments.help_config is not None:
+        return help_config(arguments.help_config)
     try:
         config = load_config(arguments.config, arguments.overrides)
     except ConfigError as error:

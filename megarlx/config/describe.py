@@ -50,9 +50,16 @@ def field_lines(kind: type[Section], before: str = "") -> list[FieldLine]:
     return lines
 
 
-def describe(kind: type[Section], *, rich: bool | None = None) -> str:
-    """A table for a terminal (`rich`; default: where stdout is one), plain text elsewhere."""
-    lines = field_lines(kind)
+def describe(kind: type[Section], word: str = "", *, rich: bool | None = None) -> str:
+    """A table for a terminal (`rich`; default: where stdout is one), plain text elsewhere.
+
+    `word`: keys of that section, or else all that have it in their name or description.
+    """
+    every = field_lines(kind)
+    lines = [line for line in every if f".{line.name}".startswith(f".{word}.")]
+    lines = lines or [line for line in every if word in line.name or word in line.description]
+    if not lines:
+        return ""
     if rich is None:
         rich = sys.stdout.isatty()
     return _table(lines) if rich else _plain(lines)

@@ -38,6 +38,9 @@ class SuiteConfig(Section):
     templated: bool = Field(
         default=True, description="Whether questions are put into the template; no: as they stand"
     )
+    template: str | None = Field(
+        default=None, description="Name of one of [templates]; absent: [template]"
+    )
     questions: int | None = Field(
         default=None, ge=1, description="At most so many questions, the first; absent: all"
     )
@@ -140,6 +143,8 @@ class SuiteConfig(Section):
             found.append(("few_shot_path", f"is missing; {shots} examples are to be shown"))
         if self.kind == "behaviour" and self.path is not None and not self.rewards:
             found.append(("rewards", "are missing; a behaviour is what a reward says it is"))
+        if self.template is not None and not self.uses_template:
+            found.append(("template", f"is {self.template!r}; this suite asks in none"))
         if self.kind not in SCORED:
             for field in ("rewards", "few_shot", "few_shot_trained", "max_prompt_tokens"):
                 if getattr(self, field):
@@ -159,6 +164,9 @@ class EvaluationConfig(Section):
     )
     every_steps: int | None = Field(
         default=None, ge=1, description="Steps between evaluations while training; absent: none"
+    )
+    at_steps: Annotated[tuple[Count, ...], Field(strict=False)] = Field(
+        default=(), description="Steps behind which it is evaluated besides"
     )
     at_end: bool = Field(default=False, description="Whether the last step is evaluated as well")
     readiness_prompts: int = Field(
@@ -183,6 +191,10 @@ class EvaluationConfig(Section):
         default=2, ge=0, description="Samples of each question that are written to samples/"
     )
 
+    @property
+    def while_training(self) -> bool:
+        return self.at_end or bool(self.at_steps) or self.every_steps is not None
+
     def problems(self) -> list[tuple[str, str]]:
         names = [suite.name for suite in self.suites]
         double = sorted({name for name in names if names.count(name) > 1})
@@ -194,4 +206,7 @@ class SuitesConfig(EvaluationConfig):
 
     template: TemplateConfig | None = Field(
         default=None, description="How questions and answers are written; absent: as the run says"
+    )
+    templates: dict[str, TemplateConfig] = Field(
+        default={}, description="Further templates by name, beside those of the run"
     )

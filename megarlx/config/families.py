@@ -37,6 +37,8 @@ ACTIVATIONS = {
     "gelu_tanh": (("gelu_pytorch_tanh",), "ops.elementwise.geglu"),
 }
 
+TYPE_NAMES = ("float32", "float64", "bfloat16", "float16")  # of the tensors in a folder of theirs
+
 # Keys whose value every family has; all but these may be left out of `values`.
 PLAIN: dict[str, Any] = {
     "norm_position": "pre",
@@ -180,6 +182,18 @@ PLAIN_LAYERS = listed(
     RowLinear="weight=Parameter bias=None group=comm.groups.Group sequence_parallel=False "
     "delayed=None|ops.delayed_linear.DelayedGradients",
     VocabEmbedding="weight=Parameter group=comm.groups.Group sequence_parallel=False",
+)
+
+
+# The same layers of Transformer Engine, and its attention beside either; not what is inside them.
+_TE = "model.layers_te."
+TE_LAYERS = listed(
+    Stage=f"backend=model.layers_te norm={_TE}RMSNorm",
+    Layer=f"attention_norm={_TE}RMSNorm mlp_norm={_TE}RMSNorm",
+    Attention=f"recompute={_TE}recompute qkv={_TE}ColumnLinear o={_TE}RowLinear "
+    f"q_norm={_TE}RMSNorm k_norm={_TE}RMSNorm",
+    CoreAttention="kind=cudnn packed=model.attention_te.CudnnAttention",
+    MLP=f"gate_up={_TE}ColumnLinear down={_TE}RowLinear",
 )
 
 

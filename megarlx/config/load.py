@@ -72,7 +72,13 @@ def load_config(
     try:
         config = kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError([*problems, *_explain(error, kind, places, str(path))]) from None
+        problems += _explain(error, kind, places, str(path))
+        if kind is Config and "model" not in values and "stages" in values:
+            problems.append(
+                f"{path} is a recipe, whose model is that of the run it starts from: megarlx "
+                f"branch RUN {path} --out RUN2, or megarlx plan {path} --trunk RUN --gpus N"
+            )
+        raise ConfigError(problems) from None
     finally:
         TRUSTED.reset(reading)
     if problems:

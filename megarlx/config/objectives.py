@@ -1,17 +1,18 @@
-"""What is trained on beside pre-training data, and in what stages."""
+"""What is trained on beside pre-training data."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from megarlx.config.distill import DistillConfig
 from megarlx.config.environment import EnvironmentConfig
-from megarlx.config.optimizer import OptimizerConfig
 from megarlx.config.policy import PolicyConfig
 from megarlx.config.reward import RewardConfig
+from megarlx.config.rollouts import ROLLOUTS, BankConfig, RolloutFilter, run_and_step
 from megarlx.config.section import Named, Section
-from megarlx.config.timeline import StageTimes
 
 PRETRAINING, SFT, RL = "pretraining", "sft", "rl"
 PLACE = "{content}"
@@ -21,19 +22,43 @@ MADE = "{made}"  # in a path: the folder that data.maker writes
 class TemplateConfig(Section):
     """How turns are written for the model; {content} stands for a turn's text."""
 
-    user: str = Field(description="A question, or a user's turn")
+    chat: str | None = Field(
+        default=None,
+        description="In place of the rest: the model's own chat template, in Jinja; a converted "
+        "run has it",
+    )
+    bos: str = Field(default="", description="What chat calls bos_token")
+    user: str | None = Field(
+        default=None, description="A question, or a user's turn; needed where chat is not given"
+    )
     system: str = Field(default="{content}\n", description="A system's turn")
     opening: str = Field(default="", description="Stands before each answer, given to the model")
     assistant: str = Field(
         default=" {content}", description="An answer; all of it, and an end of text, is learned"
     )
 
+    tool: str = Field(default="{content}\n", description="What a tool answers")
+
     def problems(self) -> list[tuple[str, str]]:
-        return [
+        if self.chat is not None:
+            plain = {name: field.default for name, field in type(self).model_fields.items()}
+            frames = ("user", "system", "opening", "assistant", "tool")
+            said = [name for name in frames if getattr(self, name) != plain[name]]
+            return [(name, "cannot be given together with chat") for name in said]
+        if self.user is None:
+            return [("user", "is missing; give user, or chat")]
+        found = [
             (name, f"is {text!r}; it must hold {PLACE} once")
-            for name in ("user", "system", "assistant")
+            for name in ("user", "system", "assistant", "tool")
             if (text := getattr(self, name)).count(PLACE) != 1
         ]
+        return found + ([("bos", "is for chat, which is not given")] if self.bos else [])
+
+
+def unknown_template(name: str, known: Collection[str]) -> str:
+    """What is wrong with the name of a template that is not there."""
+    names = ", ".join(sorted(known)) or "none: [templates.NAME] makes one"
+    return f"is {name!r}; allowed are the names in [templates]: {names}"
 
 
 WRITE_TEMPLATE = r'write [template] with, for example, user = "Question: {content}\nAnswer:"'
@@ -44,7 +69,14 @@ class SftConfig(Section):
 
     conversations: str = Field(
         default="{made}/demonstrations.jsonl",
-        description="JSONL file, one conversation or question a line; {made}: data.maker's folder",
+        description="JSONL file, one a line ({made}: data.maker's folder), or rollouts:RUN[@N], "
+        "which a run kept",
+    )
+    filter: RolloutFilter = Field(
+        default=RolloutFilter(), description="Which of the rollouts that conversations names"
+    )
+    template: str | None = Field(
+        default=None, description="Name of one of [templates]; absent: [template]"
     )
     demonstrations: Literal["one", "all"] = Field(
         default="one", description="How many of a question's answers are learned"
@@ -67,6 +99,22 @@ class SftConfig(Section):
         default="stop", description="What happens with conversations longer than a sequence"
     )
 
+    @property
+    def rollouts(self) -> tuple[str, int | None] | None:
+        """Run and step, where conversations are its rollouts."""
+        if not self.conversations.startswith(ROLLOUTS):
+            return None
+        return run_and_step(self.conversations.removeprefix(ROLLOUTS))
+
+    def problems(self) -> list[tuple[str, str]]:
+        given = self.conversations
+        if given.startswith(ROLLOUTS):
+            wrong = f"is {given!r}; allowed is rollouts:RUN or rollouts:RUN@N, N its step"
+            return [] if self.rollouts else [("conversations", wrong)]
+        if self.filter == RolloutFilter():
+            return []
+        return [("filter", f"is for conversations = 'rollouts:RUN'; they are {given!r}")]
+
 
 class RlConfig(Section):
     """Policy optimisation on the model's own samples."""
@@ -75,10 +123,23 @@ class RlConfig(Section):
         default="{made}/prompts.jsonl",
         description="JSONL file, one prompt a line; {made}: data.maker's folder",
     )
+    template: str | None = Field(
+        default=None, description="Name of one of [templates]; absent: [template]"
+    )
     question_key: str = Field(default="question", description="Key of the question in a line")
     answer_key: str = Field(default="answer", description="Key of the reference answer in a line")
     examples: str | None = Field(
         default=None, description="JSONL of solved examples put before every question"
+    )
+    draw: Literal["shuffled", "difficulty"] = Field(
+        default="shuffled",
+        description="Each prompt once an epoch, or those that are half solved most often",
+    )
+    draw_floor: float = Field(
+        default=0.05, gt=0, description="Added to p(1 - p), the weight of a prompt's draw"
+    )
+    draw_decay: float = Field(
+        default=0.9, ge=0, lt=1, description="Of p, a prompt's running share of solved samples"
     )
     prompts_per_step: int = Field(default=16, ge=1, description="Prompts of one optimizer step")
     samples_per_prompt: int = Field(default=8, ge=2, description="Samples of each prompt: a group")
@@ -138,6 +199,9 @@ class RlConfig(Section):
         ge=0,
         description="Most rounds that replace uninformative groups (policy.drop_uninformative)",
     )
+    bank: BankConfig | None = Field(
+        default=None, description="Every sample is kept in rollouts/; absent: none"
+    )
     keep_samples_every_steps: int = Field(
         default=20, ge=1, description="Steps between samples written to samples/"
     )
@@ -147,7 +211,16 @@ class RlConfig(Section):
         if not labels or len(set(labels)) < len(labels):
             given = ", ".join(labels) or "none"
             return [("rewards", f"are {given}; at least one is needed, each with its own name")]
-        return self._problems_of_environment()
+        return self._problems_of_draw() + self._problems_of_environment()
+
+    def _problems_of_draw(self) -> list[tuple[str, str]]:
+        if self.draw == "difficulty":
+            return []
+        return [
+            (key, f"is {given}; it is for draw = 'difficulty'")
+            for key in ("draw_floor", "draw_decay")
+            if (given := getattr(self, key)) != type(self).model_fields[key].default
+        ]
 
     def _problems_of_environment(self) -> list[tuple[str, str]]:
         environment, policy = self.environment, self.policy
@@ -158,6 +231,10 @@ class RlConfig(Section):
         found = []
         if "rewards" in self.model_fields_set and self.rewards != type(self)().rewards:
             found.append(("rewards", "cannot be given with an environment, which has its own"))
+        if self.bank is not None:
+            found.append(
+                ("bank", "keeps samples of questions; with an environment allowed is none")
+            )
         if self.examples is not None:
             found.append(("examples", "cannot be given with an environment"))
         if policy.kl == "reward":
@@ -173,6 +250,11 @@ class RlConfig(Section):
                 )
             )
         return found
+
+    @property
+    def by_difficulty(self) -> tuple[float, float] | None:
+        """Floor and decay, where prompts are drawn so."""
+        return (self.draw_floor, self.draw_decay) if self.draw == "difficulty" else None
 
     @property
     def most_written_tokens(self) -> int:
@@ -196,7 +278,7 @@ class OwnConfig(Section):
     options: dict[str, Any] = Field(default={}, description="Keyword arguments of the class")
 
 
-AnyObjective = SftConfig | RlConfig | OwnConfig
+AnyObjective = SftConfig | RlConfig | DistillConfig | OwnConfig
 
 
 class ObjectiveConfig(Section):
@@ -204,129 +286,14 @@ class ObjectiveConfig(Section):
 
     sft: SftConfig | None = Field(default=None, description="Supervised fine-tuning")
     rl: RlConfig | None = Field(default=None, description="Policy optimisation")
+    distill: DistillConfig | None = Field(default=None, description="Distillation")
     own: OwnConfig | None = Field(default=None, description="An objective of yours")
 
     @property
     def given(self) -> list[AnyObjective]:
-        return [one for one in (self.sft, self.rl, self.own) if one is not None]
+        return [one for one in (self.sft, self.rl, self.distill, self.own) if one is not None]
 
     def problems(self) -> list[tuple[str, str]]:
         if len(self.given) != 1:
-            return [("sft", "or rl or own: exactly one of them must be given")]
+            return [("sft", "or rl, distill or own: exactly one of them must be given")]
         return []
-
-
-class WeightConfig(Section):
-    """How much of an objective's update is applied, from a stage's first to its last step."""
-
-    first: float = Field(default=1.0, ge=0, description="Weight at the stage's first step")
-    last: float | None = Field(default=None, ge=0, description="At its last; absent: as the first")
-
-
-class StageObjective(OptimizerConfig):
-    """An objective in a stage: its update rule, its learning-rate course, its share."""
-
-    weight: WeightConfig = Field(
-        default=WeightConfig(),
-        description="Its share under average, relative to the other objectives' weights",
-    )
-    turns: int = Field(
-        default=1, ge=1, description="Steps in a row it gets when objectives alternate"
-    )
-    inherit: bool = Field(
-        default=False,
-        description="Whether moments, data and course continue those of the stage or run before",
-    )
-    schedule_steps: int | None = Field(
-        default=None,
-        ge=1,
-        description="Length of its learning-rate course; absent: its steps in this stage",
-    )
-
-
-class AdaptiveConfig(Section):
-    """Weights that follow how the objectives get on; docs/excursions.md has the rule."""
-
-    rate: float = Field(default=0.1, gt=0, le=1, description="How fast a running mean follows")
-    sharpness: float = Field(default=1.0, ge=0, description="How strongly signal moves weights")
-    least: float = Field(default=0.1, ge=0, lt=0.5, description="Least share of an objective")
-
-
-class StageConfig(Section):
-    """Some steps of one or more objectives."""
-
-    name: str | None = Field(default=None, min_length=1, description="Absent: its objectives'")
-    steps: int = Field(ge=1, description="Optimizer steps of the stage")
-    combine: Literal["single", "alternate", "average"] = Field(
-        default="single",
-        description="One objective, several in turn, or the weighted sum of all their updates",
-    )
-    of: Literal["updates", "gradients"] = Field(
-        default="updates",
-        description="What is averaged: updates, each with its own Adam, or gradients for one Adam",
-    )
-    combination: Annotated[str, Named("combination")] = Field(
-        default="weighted_sum",
-        description="How updates become one, or gradients; see docs/extending.md",
-    )
-    placement: Literal["colocated", "replicas"] = Field(
-        default="colocated",
-        description="Whether every process runs all objectives, or each replica runs one",
-    )
-    generate_together: bool = Field(
-        default=True, description="Whether all replicas help to generate one objective's samples"
-    )
-    sync_every: int = Field(
-        default=1, ge=1, description="Steps each objective takes alone between averages"
-    )
-    adaptive: AdaptiveConfig | None = Field(
-        default=None, description="Weights that adapt, in place of the objectives' own"
-    )
-    objectives: dict[str, StageObjective] = Field(
-        description="What is trained, by name: pretraining, sft, rl or one of [objectives]"
-    )
-
-    @property
-    def label(self) -> str:
-        return self.name or "+".join(self.objectives)
-
-    @property
-    def times(self) -> StageTimes:
-        return StageTimes(
-            {name: one.turns for name, one in self.objectives.items()},
-            self.steps,
-            self.combine == "alternate",
-            self.sync_every,
-            frozenset(name for name, one in self.objectives.items() if one.inherit),
-        )
-
-    def problems(self) -> list[tuple[str, str]]:
-        found = []
-        count = len(self.objectives)
-        if self.combine == "single" and count != 1:
-            found.append(("combine", f"is 'single' with {count} objectives; it takes one"))
-        if self.combine != "single" and count < 2:
-            found.append(("combine", f"is '{self.combine}' with {count} objectives; it takes two"))
-        if self.combine != "average":
-            given = {
-                "of": self.of != "updates",
-                "combination": self.combination != "weighted_sum",
-                "placement": self.placement != "colocated",
-                "sync_every": self.sync_every != 1,
-                "adaptive": self.adaptive is not None,
-            }
-            found += [(k, "is for combine = 'average' only") for k, v in given.items() if v]
-        elif sum(o.weight.first for o in self.objectives.values()) <= 0:
-            found.append(("objectives", "have no weight above 0"))
-        if self.of == "gradients" and self.sync_every > 1:
-            found.append(("sync_every", f"is {self.sync_every}; with of = 'gradients' it is 1"))
-        if self.of == "gradients":
-            courses = {
-                o.model_copy(update={"weight": WeightConfig()}).to_json()
-                for o in self.objectives.values()
-            }
-            if len(courses) > 1:
-                found.append(
-                    ("of", "is 'gradients': one Adam; its objectives' settings must be the same")
-                )
-        return found

@@ -45,6 +45,11 @@ class OptimizerConfig(Section):
     warmup_steps: int = Field(
         default=0, ge=0, description="Steps in which the learning rate rises from 0"
     )
+    schedule_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Length of the learning-rate course; absent: the steps in its stage",
+    )
     decay_steps: int | None = Field(
         default=None,
         ge=1,

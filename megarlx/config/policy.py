@@ -136,6 +136,17 @@ class PolicyConfig(Section):
                     "over 1 with ppo_clip, gspo and losses of your own",
                 )
             )
+        if self.advantage == "maxrl":
+            below = {"kl": self.kl == "reward", "overlong": self.overlong == "penalty"}
+            found += [
+                (
+                    key,
+                    f"is '{getattr(self, key)}', which may take a reward below 0; maxrl divides by "
+                    "the group's mean, and allows none",
+                )
+                for key, given in below.items()
+                if given
+            ]
         for name in sorted(self.loss_options):
             taken = {*type(self).model_fields, "max_completion_tokens"}
             if name in taken or not name.isidentifier():

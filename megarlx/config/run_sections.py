@@ -8,17 +8,36 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from megarlx.config.rollouts import RolloutFilter, run_and_step
 from megarlx.config.section import Named, OptionsOf, Section
 
 Weights = dict[str, Annotated[float, Field(ge=0)]]
 
 
 class SourceConfig(Section):
-    """One token file, as tools/prepare_tokens.py or Megatron writes it."""
+    """One token file, as megarlx prepare or Megatron writes it, or a run's rollouts."""
 
     name: str = Field(min_length=1, description="What the source is called in metrics")
-    prefix: str = Field(description="Path of the token file without .bin or .idx")
+    prefix: str | None = Field(
+        default=None, description="Path of the token file without .bin or .idx"
+    )
+    rollouts: str | None = Field(
+        default=None, description="RUN or RUN@N, whose rollouts are read in place of a file"
+    )
+    filter: RolloutFilter = Field(
+        default=RolloutFilter(), description="Which of the rollouts are read"
+    )
     weight: float = Field(default=1.0, ge=0, description="Share of the tokens, relative to others")
+
+    def problems(self) -> list[tuple[str, str]]:
+        if (self.prefix is None) == (self.rollouts is None):
+            what = "is missing" if self.prefix is None else "and rollouts cannot both be given"
+            return [("prefix", f"{what}; a token file or rollouts = 'RUN' is read")]
+        if self.rollouts is not None and run_and_step(self.rollouts) is None:
+            return [("rollouts", f"is {self.rollouts!r}; allowed is RUN or RUN@N, N its step")]
+        if self.rollouts is None and self.filter != RolloutFilter():
+            return [("filter", "is for rollouts = 'RUN', and a token file is given")]
+        return []
 
 
 class CompositionConfig(Section):
@@ -26,6 +45,9 @@ class CompositionConfig(Section):
 
     from_tokens: int = Field(ge=0, description="Tokens trained on before these weights hold")
     weights: Weights = Field(description="Share of each source, by its name; absent names get none")
+
+
+RESERVED = 4  # tokens
 
 
 class DataConfig(Section):
@@ -43,6 +65,12 @@ class DataConfig(Section):
 
     tokenizer: str | None = Field(
         default=None, description="'bytes', or a tokenizer's JSON file, kept with the run"
+    )
+    reserved_tokens: int = Field(
+        default=RESERVED,
+        ge=0,
+        description="Unused ids of the model that a template may write: <reserved_0>, … ; as there "
+        "is room",
     )
     sources: Annotated[tuple[SourceConfig, ...], Field(strict=False)] = Field(
         default=(), description="Token files, each a [[data.sources]] table"
@@ -76,7 +104,9 @@ class DataConfig(Section):
         if self.maker is not None:
             if self.folder is None:
                 found.append(("folder", f"is missing; {self.maker} writes what it makes there"))
-            given = [f for f in ("sources", "validation", "tokenizer") if getattr(self, f)]
+            files = any(source.rollouts is None for source in self.sources)
+            given = ["sources"] if files else []
+            given += [f for f in ("validation", "tokenizer") if getattr(self, f)]
             together = "cannot be given together with data.maker, which sets it"
             return found + [(field, together) for field in given]
         given = [field for field in ("folder", "options") if getattr(self, field)]
@@ -118,6 +148,12 @@ class CheckpointConfig(Section):
     )
     keep_every_steps: int | None = Field(
         default=None, ge=1, description="Checkpoints at multiples of this are kept besides"
+    )
+    average_decay: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Of a moving average of the weights, saved beside them; absent: none",
     )
     in_background: bool = Field(
         default=True, description="Whether training goes on while a checkpoint is written"

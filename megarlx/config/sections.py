@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from megarlx import plug
+from megarlx.config.distill import DistillConfig
 from megarlx.config.evaluation import SAMPLED, EvaluationConfig
+from megarlx.config.layout import LayoutConfig
 from megarlx.config.model import ModelConfig
 from megarlx.config.objectives import (
     PRETRAINING,
@@ -19,90 +21,17 @@ from megarlx.config.objectives import (
     ObjectiveConfig,
     RlConfig,
     SftConfig,
-    StageConfig,
-    StageObjective,
     TemplateConfig,
+    unknown_template,
 )
 from megarlx.config.optimizer import OptimizerConfig
 from megarlx.config.run_sections import CheckpointConfig, DataConfig, LoggingConfig
 from megarlx.config.section import Section, may_import
+from megarlx.config.stages import StageConfig, StageObjective
 from megarlx.config.timeline import Timeline
 
-# A list in TOML and in JSON is a tuple here: frozen like the rest. What is in it stays strict.
-Layers = Annotated[int, Field(ge=0)]  # first and last stage have work without any
-
-
-# Stages on each pipeline process that a schedule allows: at least, at most.
-VIRTUAL_STAGES: dict[str, tuple[int, int | None]] = {
-    "1f1b": (1, 1),
-    "interleaved": (2, None),
-    "zero_bubble": (1, None),
-    "zbv": (2, 2),
-}
-
-
-class LayoutConfig(Section):
-    """How the processes share the work. Processes = pipeline x replica x data x tensor."""
-
-    tensor: int = Field(default=1, ge=1, description="Processes that share each layer's matrices")
-    pipeline: int = Field(
-        default=1, ge=1, description="Processes in a row that each hold some layers"
-    )
-    data: int | None = Field(
-        default=None,
-        ge=1,
-        description="Processes that take different sequences; absent: all that are left",
-    )
-    replica: int = Field(
-        default=1,
-        ge=1,
-        description="Groups of processes that run one objective each of an average stage",
-    )
-    sequence_parallel: bool = Field(
-        default=False,
-        description="Whether the tensor group also splits activations along the sequence",
-    )
-    schedule: Literal["1f1b", "interleaved", "zero_bubble", "zbv"] = Field(
-        default="1f1b", description="Order of forwards and backwards in the pipeline"
-    )
-    virtual_stages: int = Field(
-        default=1, ge=1, description="Pipeline stages held by each pipeline process"
-    )
-    layers_per_stage: Annotated[tuple[Layers, ...], Field(strict=False)] | None = Field(
-        default=None, description="Layers of each stage, first to last; absent: as even as can be"
-    )
-    time_limit_seconds: float = Field(
-        default=600.0,
-        gt=0,
-        description="Longest wait for other processes before an error names them",
-    )
-
-    @property
-    def stages(self) -> int:
-        return self.pipeline * self.virtual_stages
-
-    def problems(self) -> list[tuple[str, str]]:
-        found = []
-        least, most = VIRTUAL_STAGES[self.schedule]
-        if not least <= self.virtual_stages <= (most or self.virtual_stages):
-            allowed = f"allowed is {least}" if most == least else f"at least {least}"
-            found.append(
-                (
-                    "virtual_stages",
-                    f"is {self.virtual_stages}; with schedule = '{self.schedule}' {allowed}",
-                )
-            )
-        if self.schedule != "1f1b" and self.pipeline == 1:
-            found.append(("schedule", f"is '{self.schedule}'; it needs pipeline of at least 2"))
-        if self.layers_per_stage is not None and len(self.layers_per_stage) != self.stages:
-            found.append(
-                (
-                    "layers_per_stage",
-                    f"has {len(self.layers_per_stage)} entries; pipeline x virtual_stages = "
-                    f"{self.stages} stages need one each",
-                )
-            )
-        return found
+# Names that no objective may have: of ours, and of states that are no objective's.
+TAKEN = {PRETRAINING, SFT, RL, "shared", "outer"}
 
 
 class TrainingConfig(Section):
@@ -194,10 +123,15 @@ class Config(Section):
         default=None,
         description="How questions and answers are written; absent: as data.maker writes them",
     )
+    templates: dict[str, TemplateConfig] = Field(
+        default={},
+        description="Further templates by name, for objectives and suites that say template = NAME",
+    )
     sft: SftConfig | None = Field(default=None, description="The objective 'sft'")
     rl: RlConfig | None = Field(default=None, description="The objective 'rl'")
     objectives: dict[str, ObjectiveConfig] = Field(
-        default={}, description="Further objectives by name, each with an sft or rl table"
+        default={},
+        description="Further objectives by name, each with an sft, rl, distill or own table",
     )
     stages: Annotated[tuple[StageConfig, ...], Field(strict=False)] = Field(
         default=(), description="What is trained in turn, each a [[stages]] table"
@@ -323,22 +257,45 @@ class Config(Section):
                 + " or ".join(str(n) for n in (below, below + at_once) if n > 0)
                 + ")",
             )
+        found += self._problems_of_templates()
         if self.template is None and (needs := self._needs_template()):
             wrong("template", f"is missing, and {needs} is written in it; {WRITE_TEMPLATE}")
         return found + self._problems_of_stages()
+
+    def _problems_of_templates(self) -> list[tuple[str, str]]:
+        """Names of templates that are not known, of objectives and of suites."""
+        places = {
+            **{name if name in (SFT, RL) else f"objectives.{name}": one
+               for name, one in self.named_objectives.items()},
+            **{f"evaluation.suites.{at}": one for at, one in enumerate(self.evaluation.suites)},
+        }  # fmt: skip
+        found = [
+            (f"{place}.template", unknown_template(name, self.templates))
+            for place, one in places.items()
+            if (name := getattr(one, "template", None)) is not None
+            if name not in self.templates
+        ]
+        if "model" in self.templates:
+            kept = "is a name that is kept for a checkpoint's own chat template; choose another"
+            found.append(("templates.model", kept))
+        return found
 
     def _needs_template(self) -> str:
         """What of the run is written in the template, if anything."""
         if self.data is not None and self.data.options.get("template", "") is None:
             return f"what data.maker = '{self.data.maker}' makes"
+        for source in self.data.sources if self.data is not None else ():
+            if source.rollouts is not None:
+                return f"what source '{source.name}' reads"
         named = self.named_objectives
         for stage in self.stages:
             for name in stage.objectives:
-                if isinstance(named.get(name), SftConfig | RlConfig):
+                one = named.get(name)
+                if isinstance(one, SftConfig | RlConfig | DistillConfig) and one.template is None:
                     return f"what objective '{name}' reads"
-        if self.evaluation.at_end or self.evaluation.every_steps is not None:
+        if self.evaluation.while_training:
             for suite in self.evaluation.suites:
-                if suite.uses_template:
+                if suite.uses_template and suite.template is None:
                     return f"what suite '{suite.name}' asks"
         return ""
 
@@ -347,9 +304,10 @@ class Config(Section):
         named = self.named_objectives
         for stage in self.all_stages if self.stages else ():
             for name in stage.objectives:
-                if isinstance(named.get(name), RlConfig):
+                one = named.get(name)
+                if isinstance(one, RlConfig) or (isinstance(one, DistillConfig) and one.samples):
                     return f"objective '{name}'"
-        if self.evaluation.at_end or self.evaluation.every_steps is not None:
+        if self.evaluation.while_training:
             for suite in self.evaluation.suites:
                 if suite.kind in SAMPLED:
                     return f"suite '{suite.name}'"
@@ -362,7 +320,7 @@ class Config(Section):
             found.append(("training.steps", f"is {steps}, but [[stages]] have steps of their own"))
         if not self.stages and steps is None:
             return [("training.steps", "is missing; give it, or [[stages]]")]
-        if double := {PRETRAINING, SFT, RL} & set(self.objectives):
+        if double := TAKEN & set(self.objectives):
             found.append(
                 ("objectives", f"uses the name {', '.join(sorted(double))}, which is taken")
             )

@@ -19,15 +19,67 @@ class ExcursionConfig(Section):
     checkpoints: Texts = Field(
         default=("latest",), description="As behind RUN@: a step, latest, tokens:4B"
     )
+    runs: Texts = Field(
+        default=(),
+        description="Runs of this sweep that these start from, in place of the trunk: their names "
+        "without the seed, so rl-at-1750",
+    )
     name: str | None = Field(
         default=None, min_length=1, description="Put into the names of these runs"
     )
     set: dict[str, Any] = Field(
-        default={}, description="Keys of these recipes with other values, as 'rl.slots' = 64"
+        default={},
+        description="Keys of these recipes with other values, as 'rl.slots' = 64; {run NAME} in a "
+        "text is the folder of a run of this sweep",
     )
     axes: dict[str, list[Any]] = Field(
         default={}, description="Keys with the values each of which is run"
     )
+
+
+class PartnerConfig(Section):
+    """A second trunk of each seed."""
+
+    name: str = Field(min_length=1, description="What these trunks are called")
+    add: dict[str, int] = Field(
+        default={}, description="Keys of the trunk to which this is added, as training.seed = 1000"
+    )
+    set: dict[str, Any] = Field(default={}, description="Keys of the trunk with other values")
+
+
+class TransplantConfig(Section):
+    """Sums of weights, as megarlx transplant makes them; each is measured."""
+
+    name: str = Field(min_length=1, description="What these runs are called")
+    excursions: Texts = Field(
+        min_length=1, description="Runs of this sweep, by their names without the seed"
+    )
+    onto: str = Field(default="latest", description="Checkpoint of the trunk; as behind RUN@")
+    starts: Texts = Field(
+        default=(),
+        description="RUN@K of this sweep that the differences are from; absent: their parents",
+    )
+    alpha: Annotated[tuple[float, ...], Field(strict=False)] = Field(
+        default=(1.0,), description="Times each difference: one for all, or one each"
+    )
+    each_alpha: Annotated[tuple[float, ...], Field(strict=False)] = Field(
+        default=(), description="In place of alpha: a run for each of these"
+    )
+    match: str | None = Field(
+        default=None, description="In place of alpha: the run whose share of marked answers to have"
+    )
+    suite: str | None = Field(default=None, description="That match measures; as --suite")
+    change: str | None = Field(
+        default=None, description="A control: what is added in place of the difference; as --change"
+    )
+
+    def problems(self) -> list[tuple[str, str]]:
+        given = [name for name in ("each_alpha", "match") if getattr(self, name)]
+        if "alpha" in self.model_fields_set and self.alpha != (1.0,):
+            given.insert(0, "alpha")
+        if len(given) > 1:
+            return [(given[1], f"and {given[0]} cannot be given together")]
+        return []
 
 
 class SweepConfig(Section):
@@ -61,6 +113,17 @@ class SweepConfig(Section):
     excursions: Annotated[tuple[ExcursionConfig, ...], Field(strict=False)] = Field(
         default=(), description="What starts from the trunks, each an [[excursions]] table"
     )
+    partners: Annotated[tuple[PartnerConfig, ...], Field(strict=False)] = Field(
+        default=(), description="Second trunks of each seed, each a [[partners]] table"
+    )
+    transplants: Annotated[tuple[TransplantConfig, ...], Field(strict=False)] = Field(
+        default=(), description="What runs have changed, added to a trunk's checkpoint"
+    )
+    records: str | None = Field(
+        default=None,
+        description="Folder of files, one a seed, in which finished runs leave their counts by "
+        "question; what stands there of the same settings is not run again",
+    )
     jobs: int = Field(default=1, ge=1, description="Runs at the same time")
     threads_per_job: int | None = Field(
         default=None, ge=1, description="CPU threads of a run; absent: its share of the machine"
@@ -84,8 +147,12 @@ class SweepConfig(Section):
         for name, values in self.axes.items():
             if not values:
                 found.append(("axes", f"{name} has no values"))
+        built = {"partners": self.partners, "transplants": self.transplants}
+        for key in (key for key, value in built.items() if value and self.axes):
+            found.append((key, "is for sweeps without axes of the trunk"))
         if self.trunk_is_there:
-            given = {"set": self.set, "axes": self.axes, "trunks": self.trunks}
+            given: dict[str, Any] = {"set": self.set, "axes": self.axes, "trunks": self.trunks}
+            given["partners"] = self.partners
             found += [
                 (key, f"is for trunks that are trained; {self.trunk} is a run")
                 for key, value in given.items()

@@ -17,7 +17,10 @@ from megarlx.config.section import Named, OptionsOf, Section
 from megarlx.config.sections import Config
 
 # Names of ours that do what their options say: run code, or send what is in the environment.
-OPEN_ENDED = {("environment", "gymnasium"), ("reward", "judge")}
+OPEN_ENDED = {
+    *(("environment", "gymnasium"), ("environment", "tools")),
+    *(("reward", "judge"), ("reward", "chat_judge")),
+}
 
 
 def names_in(

@@ -15,12 +15,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from megarlx.data.native import index as _index
 from megarlx.data.samples import Sample, TokenSource
+from megarlx.data.token_files import TokenFile
 
 BLOCK = 1 << 14  # samples
 BLOCKS_KEPT = 4
@@ -182,7 +184,30 @@ class Blend:
     @property
     def files(self) -> dict[str, str]:
         """Where each source lies, for error messages: a resumed run may have its data moved."""
-        return {source.name: f"{source.file.prefix}.bin" for source in self.sources}
+        return {
+            source.name: f"{source.file.prefix}.bin"
+            if isinstance(source.file, TokenFile)
+            else source.file.prefix
+            for source in self.sources
+        }
+
+    def as_read(
+        self, fingerprint: Mapping[str, Any], other: Mapping[str, Any], sequences: int
+    ) -> dict[str, Any]:
+        """What of a fingerprint the first `sequences` depend on, for a run that goes on.
+
+        Parts of the schedule that begin later may be others, and a source may be added by them; of
+        the sources that the `other` fingerprint has too, all must be the same.
+        """
+        tokens = sequences * self.sequence_length
+        parts = [
+            [begin, {name: weight for name, weight in weights.items() if weight > 0}]
+            for begin, weights in fingerprint["schedule"]
+            if begin < max(tokens, 1)
+        ]
+        read = {name for _, weights in parts for name in weights} | set(other["sources"])
+        held = {name: one for name, one in fingerprint["sources"].items() if name in read}
+        return {**fingerprint, "schedule": parts, "sources": held}
 
     def fingerprint(self) -> dict[str, object]:
         """What must be the same after a resume for the order to go on as it was."""

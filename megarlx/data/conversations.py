@@ -1,23 +1,27 @@
 """Conversations for supervised fine-tuning: reading them, and turning them into ids.
 
-A file holds one conversation a line, as {"messages": [{"role": …, "content": …}, …]} or as
-{"question": …, "answer": …} (or "answers": […], several demonstrations of one question).
+A file holds one conversation a line:
+
+    {"messages": [{"role": …, "content": …}, …]}    also with "tools", and turns of tools
+    {"question": …, "answer": …}                    or "answers": […], several demonstrations
+    {"prompt": …, "completion": …}                  texts, or lists of messages
+    {"text": …}                                     all of it learned, in no template
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from megarlx.data.documents import BadLineError, lines
 from megarlx.data.order import key_of
 from megarlx.data.tokenizer import Tokenizer
 
-Role = Literal["system", "user", "assistant"]
-ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+Role = Literal["system", "user", "assistant", "tool", "text"]
+ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
 PLACE = "{content}"
 
 
@@ -27,15 +31,23 @@ class ConversationError(ValueError):
 
 @dataclass(frozen=True)
 class Turn:
+    """`calls`: of tools, by the assistant, as a JSON list; "" where there are none."""
+
     role: Role
     content: str
+    calls: str = ""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns of which the last is the assistant's. What comes before it is the question."""
+    """Turns of which the last is the assistant's. What comes before it is the question.
+
+    A text alone is one turn, of the role "text". `tools` are those that may be called, as a JSON
+    list; "" where there are none.
+    """
 
     turns: tuple[Turn, ...]
+    tools: str = ""
 
     @property
     def question(self) -> tuple[Turn, ...]:
@@ -50,21 +62,55 @@ class Keys:
     question: str = "question"
     answer: str = "answer"
     answers: str = "answers"
+    prompt: str = "prompt"
+    completion: str = "completion"
+    text: str = "text"
+    tools: str = "tools"
+
+
+class Template(Protocol):
+    """How conversations are written for a model."""
+
+    @property
+    def described(self) -> dict[str, str]:
+        """All that decides about it, as a result or a resume compares it."""
+        ...
+
+    def prompt_ids(
+        self, turns: Iterable[Turn], tokenizer: Tokenizer, *, follows: bool = False
+    ) -> list[int]:
+        """What stands before the next answer: the same ids in training and in generation.
+        `follows`: behind an answer that has been given, and its end of text."""
+        ...
+
+    def encode(
+        self, conversation: Conversation, tokenizer: Tokenizer
+    ) -> tuple[list[int], list[bool]]:
+        """The ids, and for each whether the model is to learn to say it."""
+        ...
+
+    def example_ids(
+        self, example: Conversation, tokenizer: Tokenizer, separator: str | None, first: bool
+    ) -> list[int]:
+        """A solved example before a question, and what stands between; `first` of its prompt."""
+        ...
 
 
 @dataclass(frozen=True)
-class Template:
+class Frames:
     """How a turn is written; {content} stands for its text.
 
     `opening` is what the model is given before each of its answers. All of `assistant`, and after
     it the token that ends a document, is what it learns to say itself. Special tokens of the
-    tokenizer may be written in the template; in the content of a turn they stay plain text.
+    tokenizer, and <reserved_0> and so on, may be written in the template; in the content of a turn
+    they stay plain text.
     """
 
     user: str
     system: str = "{content}\n"
     opening: str = ""
     assistant: str = " {content}"
+    tool: str = "{content}\n"
 
     def __post_init__(self) -> None:
         for role in ROLES:
@@ -73,18 +119,28 @@ class Template:
                     f"template: {role} is {getattr(self, role)!r}; it must hold {PLACE} once"
                 )
 
-    def prompt_ids(self, turns: Iterable[Turn], tokenizer: Tokenizer) -> list[int]:
-        """What stands before the next answer: the same ids in training and in generation."""
+    @property
+    def described(self) -> dict[str, str]:
+        return asdict(self)
+
+    def prompt_ids(
+        self, turns: Iterable[Turn], tokenizer: Tokenizer, *, follows: bool = False
+    ) -> list[int]:
+        """A turn is written the same wherever it stands."""
         ids = []
         for turn in turns:
             given, said = self._turn_ids(turn, tokenizer)
             ids += given + said
-        return ids + tokenizer.encode(self.opening, specials=True)
+        return ids + tokenizer.encode_frame(self.opening)
 
     def encode(
         self, conversation: Conversation, tokenizer: Tokenizer
     ) -> tuple[list[int], list[bool]]:
-        """The ids, and for each whether the model is to learn to say it."""
+        if conversation.tools:
+            raise ConversationError(
+                "a conversation lists tools, for which [template] in frames has no place; a "
+                "model's own chat template has one, or a system's turn tells them"
+            )
         ids: list[int] = []
         learned: list[bool] = []
         for turn in conversation.turns:
@@ -93,20 +149,27 @@ class Template:
             learned += [False] * len(given) + [True] * len(said)
         return ids, learned
 
+    def example_ids(
+        self, example: Conversation, tokenizer: Tokenizer, separator: str | None, first: bool
+    ) -> list[int]:
+        ids, _ = self.encode(example, tokenizer)
+        return ids if separator is None else ids[:-1] + tokenizer.encode(separator)
+
     def _turn_ids(self, turn: Turn, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-        ids = self._written(getattr(self, turn.role), turn.content, tokenizer)
+        said = "\n".join(filter(None, (turn.content, turn.calls)))
+        ids = self._written(getattr(self, turn.role), said, tokenizer)
         if turn.role != "assistant":
             return ids, []
-        return tokenizer.encode(self.opening, specials=True), [*ids, tokenizer.eos_id]
+        return tokenizer.encode_frame(self.opening), [*ids, tokenizer.eos_id]
 
     @staticmethod
     def _written(frame: str, content: str, tokenizer: Tokenizer) -> list[int]:
         """In one piece, so that words meet as they do in running text; in three where the frame
         holds special tokens, which the content must not be able to write."""
         before, after = frame.split(PLACE)
-        if not any(tokenizer.has_specials(part) for part in (before, after)):
+        if not any(tokenizer.has_frame(part) for part in (before, after)):
             return tokenizer.encode(before + content + after)
-        first, last = (tokenizer.encode(part, specials=True) for part in (before, after))
+        first, last = (tokenizer.encode_frame(part) for part in (before, after))
         return first + tokenizer.encode(content) + last
 
 
@@ -142,14 +205,24 @@ class _Reason(ValueError):
 def _conversations(value: Any, keys: Keys) -> Iterator[Conversation]:
     if not isinstance(value, dict):
         raise _Reason(f"holds a {type(value).__name__}; expected an object")
+    tools = _json_list(value.get(keys.tools), keys.tools)
     if keys.messages in value:
-        yield _from_messages(value[keys.messages], keys.messages)
+        yield _from_messages(value[keys.messages], keys.messages, tools)
+        return
+    if keys.prompt in value and keys.completion in value:
+        said = _as_messages(value[keys.prompt], keys.prompt, "user")
+        said = said + _as_messages(value[keys.completion], keys.completion, "assistant")
+        yield _from_messages(said, f"{keys.prompt} and {keys.completion}", tools)
+        return
+    if keys.question not in value and keys.text in value:
+        yield Conversation((Turn("text", _string(value[keys.text], f"'{keys.text}'")),))
         return
     if keys.question not in value or not (keys.answer in value or keys.answers in value):
         found = ", ".join(list(value)[:10]) or "none"
         raise _Reason(
-            f"has neither '{keys.messages}' nor '{keys.question}' with '{keys.answer}' or "
-            f"'{keys.answers}' (its keys: {found})"
+            f"has none of '{keys.messages}', '{keys.question}' with '{keys.answer}' or "
+            f"'{keys.answers}', '{keys.prompt}' with '{keys.completion}', and '{keys.text}' "
+            f"(its keys: {found})"
         )
     answers = value[keys.answers] if keys.answers in value else [value[keys.answer]]
     if not isinstance(answers, list) or not answers:
@@ -159,19 +232,45 @@ def _conversations(value: Any, keys: Keys) -> Iterator[Conversation]:
         yield Conversation((question, Turn("assistant", _string(answer, f"answer {at}"))))
 
 
-def _from_messages(messages: Any, key: str) -> Conversation:
+def _as_messages(value: Any, key: str, role: Role) -> list[Any]:
+    if isinstance(value, list):
+        return value
+    return [{"role": role, "content": _string(value, f"'{key}'")}]
+
+
+def _json_list(value: Any, what: str) -> str:
+    """A list of objects as JSON, or "" for none."""
+    if value is None or value == []:
+        return ""
+    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+        raise _Reason(f"'{what}' must be a list of objects")
+    return _string(json.dumps(value, ensure_ascii=False), f"'{what}'")
+
+
+def _turn_of(message: Any, at: int) -> Turn:
+    if not isinstance(message, dict) or "role" not in message:
+        raise _Reason(f"message {at} must be an object with role and content")
+    calls = _json_list(message.get("tool_calls"), f"message {at}'s tool_calls")
+    content = message.get("content")
+    if content is None and calls:
+        content = ""
+    role = message["role"]
+    if role not in ROLES:
+        raise _Reason(f"message {at} has role {role!r}; allowed {', '.join(ROLES)}")
+    if calls and role != "assistant":
+        raise _Reason(f"message {at} is the {role}'s; only the assistant calls tools")
+    if "content" not in message and not calls:
+        raise _Reason(f"message {at} must be an object with role and content")
+    return Turn(role, _string(content, f"message {at}'s content"), calls)
+
+
+def _from_messages(messages: Any, key: str, tools: str) -> Conversation:
     if not isinstance(messages, list) or not messages:
         raise _Reason(f"'{key}' must be a list of at least one message")
-    turns = []
-    for at, message in enumerate(messages):
-        if not isinstance(message, dict) or {"role", "content"} - set(message):
-            raise _Reason(f"message {at} must be an object with role and content")
-        if message["role"] not in ROLES:
-            raise _Reason(f"message {at} has role {message['role']!r}; allowed {', '.join(ROLES)}")
-        turns.append(Turn(message["role"], _string(message["content"], f"message {at}'s content")))
+    turns = [_turn_of(message, at) for at, message in enumerate(messages)]
     if turns[-1].role != "assistant":
         raise _Reason(f"the last message is the {turns[-1].role}'s; expected the assistant's")
-    return Conversation(tuple(turns))
+    return Conversation(tuple(turns), tools)
 
 
 def _string(value: Any, what: str) -> str:
@@ -191,7 +290,9 @@ def choose_demonstrations(
         return list(conversations)
     by_question: dict[tuple[Turn, ...], list[Conversation]] = {}
     for conversation in conversations:
-        by_question.setdefault(conversation.question, []).append(conversation)
+        # A text answers no question: it is its own.
+        question = conversation.question or conversation.turns
+        by_question.setdefault(question, []).append(conversation)
     chosen = []
     for question, found in by_question.items():
         text = json.dumps([[turn.role, turn.content] for turn in question])

@@ -167,8 +167,13 @@ class Loader:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `state` was taken; refuses data that is not the same."""
-        differences = _differences(state["dataset"], self.dataset.fingerprint(), "")
+        """Goes on where `state` was taken; refuses data that is not the same up to there."""
+        saved, now = state["dataset"], self.dataset.fingerprint()
+        as_read = getattr(self.dataset, "as_read", None)  # not every dataset has parts
+        if as_read is not None:
+            consumed = int(state["consumed_sequences"])
+            saved, now = as_read(saved, now, consumed), as_read(now, saved, consumed)
+        differences = _differences(saved, now, "")
         if differences:
             files = getattr(self.dataset, "files", {})  # not every dataset lies in files
             lines = [*differences, *(f"{name} lies in {place}" for name, place in files.items())]

@@ -9,7 +9,7 @@ import bisect
 import hashlib
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -82,14 +82,14 @@ class ConversationData:
         self._settings = {
             "demonstrations": demonstrations,
             "packing": packing,
-            "template": asdict(template),
+            "template": template.described,
             "tokenizer": tokenizer.fingerprint,
         }
         self.too_long = 0
         ids: list[npt.NDArray[np.int32]] = []
         learned: list[npt.NDArray[np.bool_]] = []
         for conversation in choose_demonstrations(conversations, demonstrations, seed):
-            these, says = template.encode(conversation, tokenizer)
+            these, says = _encoded(conversation, template, tokenizer)
             if len(these) < 2 or not any(says[1:]):
                 raise ConversationError(f"{_shown(conversation)}: has no token to learn")
             if len(these) - 1 > sequence_length:
@@ -198,3 +198,14 @@ class ConversationData:
 def _shown(conversation: Conversation) -> str:
     text = conversation.turns[0].content
     return f"conversation that begins {text[:60]!r}"
+
+
+def _encoded(
+    conversation: Conversation, template: Template, tokenizer: Tokenizer
+) -> tuple[list[int], list[bool]]:
+    """A text alone is in no template, and all of it is learned."""
+    first = conversation.turns[0]
+    if first.role != "text":
+        return template.encode(conversation, tokenizer)
+    ids = [*tokenizer.encode(first.content), tokenizer.eos_id]
+    return ids, [True] * len(ids)

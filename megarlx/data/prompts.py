@@ -1,7 +1,8 @@
 """Prompts for reinforcement learning: questions with reference answers, drawn epoch after epoch.
 
 A file holds one prompt a line, {"question": …, "answer": …}; other fields go to the rewards as
-metadata. Which prompt is drawn when is a function of the seed and of how many were drawn before.
+metadata. Which prompt is drawn when is a function of the seed and of how many were drawn before; by
+difficulty, also of how those were solved.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megarlx.data.conversations import Conversation, Template, Turn
+from megarlx.data.difficulty import Difficulty
 from megarlx.data.documents import BadLineError, lines
 from megarlx.data.order import key_of, shuffled
 from megarlx.data.tokenizer import Tokenizer
@@ -36,6 +38,7 @@ class PromptKeys:
 
     question: str = "question"
     answer: str = "answer"
+    needs_question: bool = True  # an environment says by itself how a task begins
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,7 @@ class FewShot:
     def ids(self, template: Template, tokenizer: Tokenizer) -> list[int]:
         found: list[int] = []
         for example in self.examples:
-            ids, _ = template.encode(example, tokenizer)
-            if self.separator is None:
-                found += ids
-            else:
-                found += ids[:-1] + tokenizer.encode(self.separator)
+            found += template.example_ids(example, tokenizer, self.separator, first=not found)
         return found
 
 
@@ -64,7 +63,7 @@ class Drawn:
     """A prompt that was drawn; `number` counts the draws of the whole run."""
 
     number: int
-    epoch: int
+    place: int  # among the prompts
     prompt: Prompt
     ids: tuple[int, ...]
 
@@ -107,6 +106,8 @@ def _prompt(line: bytes, keys: PromptKeys) -> Prompt | str:
 
 def prompt_of(value: dict[str, Any], keys: PromptKeys) -> Prompt | str:
     """The prompt of a line's value, or why there is none; what is left of the value is metadata."""
+    if not keys.needs_question and keys.question not in value:
+        return Prompt("", None, value)
     question, answer = value.pop(keys.question, None), value.pop(keys.answer, None)
     if not isinstance(question, str) or not question.strip():
         return f"'{keys.question}' is {question!r}; expected text (its keys: {', '.join(value)})"
@@ -121,7 +122,10 @@ def prompt_of(value: dict[str, Any], keys: PromptKeys) -> Prompt | str:
 
 
 class PromptData:
-    """Prompts in a seeded order, another in each epoch. The state is how many were drawn."""
+    """Prompts in a seeded order, another in each epoch. The state is how many were drawn.
+
+    By difficulty they have no order, and the state also holds how prompts were solved.
+    """
 
     def __init__(
         self,
@@ -133,6 +137,7 @@ class PromptData:
         few_shot: FewShot | None = None,
         max_prompt_tokens: int | None = None,
         too_long: Literal["stop", "skip"] = "stop",
+        by_difficulty: tuple[float, float] | None = None,  # floor, decay: see difficulty.py
         name: str = "rl",
     ) -> None:
         self.seed, self.name, self.drawn = seed, name, 0
@@ -141,12 +146,15 @@ class PromptData:
         self.too_long = 0
         self._ids: list[tuple[int, ...]] = []
         for prompt in prompts:
-            ids = shots + template.prompt_ids((Turn("user", prompt.question),), tokenizer)
+            asked = (Turn("user", prompt.question),) if prompt.question else ()
+            ids = shots + template.prompt_ids(asked, tokenizer, follows=bool(shots))
             if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
                 if too_long == "stop":
                     raise PromptError(
                         f"{name}: the prompt {prompt.question[:80]!r} has {len(ids)} tokens; "
-                        f"max_prompt_tokens allows {max_prompt_tokens}"
+                        f"it may have {max_prompt_tokens}: what {name}.max_prompt_tokens says, or "
+                        f"what the model's longest sequence leaves; {name}.too_long = 'skip' "
+                        "leaves such prompts out"
                     )
                 self.too_long += 1
                 continue
@@ -163,24 +171,40 @@ class PromptData:
             "seed": seed,
             "name": name,
         }
+        self.difficulty: Difficulty | None = None
+        if by_difficulty is not None:
+            self.difficulty = Difficulty(len(self.prompts), seed, name, *by_difficulty)
+            self._fingerprint["draw"] = "difficulty"
         self._order: tuple[int, list[int]] = (-1, [])  # of one epoch
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(map(len, self._ids))
 
     def take(self, count: int) -> list[Drawn]:
         """The next prompts; the same on every rank that has drawn as many."""
-        taken = [self._at(self.drawn + i) for i in range(count)]
+        numbers = range(self.drawn, self.drawn + count)
+        if self.difficulty is None:
+            places = [self._at(number) for number in numbers]
+        else:
+            places = self.difficulty.places(self.drawn, count)
         self.drawn += count
-        return taken
+        return [
+            Drawn(number, at, self.prompts[at], self._ids[at])
+            for number, at in zip(numbers, places, strict=True)
+        ]
 
-    def _at(self, number: int) -> Drawn:
+    def _at(self, number: int) -> int:
         epoch, place = divmod(number, len(self.prompts))
         if self._order[0] != epoch:
             order = shuffled(len(self.prompts), key_of(self.seed, self.name, epoch))
             self._order = (epoch, order.tolist())
-        at = self._order[1][place]
-        return Drawn(number, epoch, self.prompts[at], self._ids[at])
+        return self._order[1][place]
 
     def state(self) -> dict[str, Any]:
-        return {"drawn_prompts": self.drawn, "dataset": dict(self._fingerprint)}
+        state = {"drawn_prompts": self.drawn, "dataset": dict(self._fingerprint)}
+        return state if self.difficulty is None else {**state, "solved": self.difficulty.state()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Goes on where `state` was taken; refuses prompts that are not the same."""
@@ -196,3 +220,5 @@ class PromptData:
                 + "\n  ".join(changed)
             )
         self.drawn = int(state["drawn_prompts"])
+        if self.difficulty is not None:
+            self.difficulty.load_state(state["solved"])

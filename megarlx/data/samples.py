@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from megarlx.data.held_tokens import HeldTokens
 from megarlx.data.native import index as _index
 from megarlx.data.order import key_of
 from megarlx.data.token_files import TokenFile
@@ -87,7 +88,9 @@ def samples_in(tokens: int, sequence_length: int) -> int:
 class TokenSource:
     """The samples of one token file, epoch after epoch."""
 
-    def __init__(self, name: str, file: TokenFile, sequence_length: int, seed: int) -> None:
+    def __init__(
+        self, name: str, file: TokenFile | HeldTokens, sequence_length: int, seed: int
+    ) -> None:
         self.name, self.file, self.sequence_length = name, file, sequence_length
         self._seed = seed
         self._lengths = file.document_lengths()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -17,6 +18,7 @@ from typing import Any, ClassVar
 
 EOS = "<eos>"
 NO_TEXT = "\ufffd"
+RESERVED = re.compile(r"<reserved_(\d+)>")  # how a template writes an id that no text has
 # Looked for, in this order, where nothing says which token ends a document.
 USUAL_EOS = (
     *("<|endoftext|>", "<eos>", "</s>", "<|end_of_text|>", "<|eos|>", "<|im_end|>", "[SEP]"),
@@ -35,6 +37,7 @@ class Tokenizer(ABC):
     name: str
     vocab_size: int
     eos_id: int
+    reserved = 0  # ids from vocab_size on that only templates can write; the model has them
 
     @abstractmethod
     def encode(self, text: str, specials: bool = False) -> list[int]: ...
@@ -75,6 +78,39 @@ class Tokenizer(ABC):
     def save(self, path: str | Path) -> None:
         text = json.dumps(self.to_json(), ensure_ascii=False, indent=1)
         Path(path).write_text(text + "\n", encoding="utf-8")
+
+    def encode_frame(self, text: str) -> list[int]:
+        """Of a template's own text: special and reserved tokens written out become their ids."""
+        ids: list[int] = []
+        for at, part in enumerate(RESERVED.split(text)):  # every second one is a number
+            if at % 2:
+                ids.append(self._reserved_id(int(part)))
+            elif part:
+                ids += self.encode(part, specials=True)
+        return ids
+
+    def _reserved_id(self, number: int) -> int:
+        if number >= self.reserved:
+            names = [f"<reserved_{i}>" for i in range(self.reserved)]
+            raise TokenizerError(
+                f"tokenizer {self.name}: a template writes <reserved_{number}>; the model has "
+                f"{', '.join(names) or 'none'}: see data.reserved_tokens"
+            )
+        return self.vocab_size + number
+
+    def has_frame(self, text: str) -> bool:
+        """Whether a template's text writes out a special or a reserved token."""
+        return bool(RESERVED.search(text)) or self.has_specials(text)
+
+    @property
+    def eos_text(self) -> str:
+        """How the end of a document is written out."""
+        return EOS
+
+    @property
+    def special_texts(self) -> tuple[str, ...]:
+        """Texts that `specials` makes one id."""
+        return (EOS,)
 
     def has_specials(self, text: str) -> bool:
         """Whether the text writes out a special token."""
@@ -205,6 +241,15 @@ class FileTokenizer(Tokenizer):
     def encode(self, text: str, specials: bool = False) -> list[int]:
         engine = self._with_specials if specials else self._plain
         return engine.encode(text, add_special_tokens=False).ids
+
+    @property
+    def eos_text(self) -> str:
+        return self.eos
+
+    @property
+    def special_texts(self) -> tuple[str, ...]:
+        added = self._definition.get("added_tokens") or []
+        return tuple(str(t["content"]) for t in added if t.get("special"))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         found = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)

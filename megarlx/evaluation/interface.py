@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megarlx.config.evaluation import EvaluationConfig, SuiteConfig
-from megarlx.config.objectives import PLACE, WRITE_TEMPLATE
-from megarlx.data.conversations import Template
+from megarlx.config.objectives import PLACE, WRITE_TEMPLATE, unknown_template
+from megarlx.data.conversations import Frames, Template
 from megarlx.data.making import Made, MadeSuite
 from megarlx.data.tokenizer import Tokenizer
 from megarlx.evaluation.questions import SuiteError, made_suite
@@ -33,6 +33,15 @@ class Subject:
     trunk_tokens: int
     digest: str = ""  # of the checkpoint; empty for weights that are being trained
     made: Made | None = None
+    templates: Mapping[str, Template] = field(default_factory=dict)  # others, by name
+
+    def template_of(self, suite: SuiteConfig) -> Template | None:
+        if suite.template is None:
+            return self.template
+        if suite.template not in self.templates:
+            wrong = unknown_template(suite.template, self.templates)
+            raise SuiteError(f"suite {suite.name}: template {wrong}")
+        return self.templates[suite.template]
 
 
 @dataclass(frozen=True)
@@ -53,13 +62,13 @@ class Asked:
 
     @property
     def template(self) -> Template:
-        found, suite = self.subject.template, self.suite
+        found, suite = self.subject.template_of(self.suite), self.suite
         if found is None and suite.uses_template:
             raise SuiteError(
                 f"suite {suite.name}: it asks in a template, and this model has none; "
                 f"{WRITE_TEMPLATE}"
             )
-        return found or Template(user=PLACE)  # nothing is written in it
+        return found or Frames(user=PLACE)  # nothing is written in it
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,13 @@ class Question:
     group: str | None = None
     templated: bool = True
 
-    def prompt_ids(self, template: Template, tokenizer: Tokenizer) -> list[int]:
+    def prompt_ids(
+        self, template: Template, tokenizer: Tokenizer, *, follows: bool = False
+    ) -> list[int]:
+        """`follows`: behind solved examples."""
         if self.templated:
-            return template.prompt_ids((Turn("user", self.text),), tokenizer)
+            turns = (Turn("user", self.text),)
+            return template.prompt_ids(turns, tokenizer, follows=follows)
         return tokenizer.encode(self.text)
 
 
@@ -43,7 +47,8 @@ def questions_of(suite: SuiteConfig, made: Made | None) -> list[Question]:
         keys, where = PromptKeys(), f"made {suite.made}"
         prompts = [prompt_of(dict(line), keys) for line in made_lines(suite, made)]
     else:
-        keys, where = PromptKeys(suite.question_key, suite.answer_key), Path(suite.path).stem
+        asks, where = suite.environment is None, Path(suite.path).stem
+        keys = PromptKeys(suite.question_key, suite.answer_key, needs_question=asks)
         prompts = [*read_prompts(suite.path, keys)]
     found = []
     for number, prompt in enumerate(prompts[: suite.questions]):
@@ -74,8 +79,11 @@ def short_enough(
     """Those whose prompts, with the examples, have no more tokens than the suite allows."""
     if suite.max_prompt_tokens is None:
         return questions
-    room = suite.max_prompt_tokens - len(few_shot.ids(template, tokenizer))
-    found = [q for q in questions if len(q.prompt_ids(template, tokenizer)) <= room]
+    shots = len(few_shot.ids(template, tokenizer))
+    room, follows = suite.max_prompt_tokens - shots, shots > 0
+    found = [
+        q for q in questions if len(q.prompt_ids(template, tokenizer, follows=follows)) <= room
+    ]
     if not found:
         raise SuiteError(
             f"suite {suite.name}: max_prompt_tokens is {suite.max_prompt_tokens}; every prompt "

@@ -37,6 +37,7 @@ def readiness_suite(
     common: dict[str, Any] = {
         "name": f"{name}{PROBE}",
         "path": path,
+        "template": rl.template,
         "question_key": rl.question_key,
         "answer_key": rl.answer_key,
         "questions": prompts,

@@ -139,7 +139,8 @@ def _prompts(
     if suite.environment is not None:
         return [[] for _ in questions]
     shots = few_shot.ids(template, tokenizer)
-    return [shots + question.prompt_ids(template, tokenizer) for question in questions]
+    follows = bool(shots)
+    return [shots + q.prompt_ids(template, tokenizer, follows=follows) for q in questions]
 
 
 def _longest(model: ParallelModel, suite: SuiteConfig, prompts: list[list[int]]) -> int:

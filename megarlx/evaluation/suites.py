@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,8 @@ def _suite(
 
 def settings_of(subject: Subject, config: EvaluationConfig, suite: SuiteConfig) -> dict[str, Any]:
     """All that a result depends on."""
-    template = subject.template if suite.uses_template or not suite.is_ours else None
+    asked_in = suite.uses_template or not suite.is_ours
+    template = subject.template_of(suite) if asked_in else None
     return {
         "suite": redacted(suite.model_dump(mode="json")),
         "seed": config.seed,
@@ -126,7 +127,7 @@ def settings_of(subject: Subject, config: EvaluationConfig, suite: SuiteConfig) 
         "precision": str(subject.model.pipeline.dtype).removeprefix("torch."),
         "is_base": subject.is_base,
         "tokenizer": subject.tokenizer.fingerprint,
-        "template": None if template is None else asdict(template),
+        "template": None if template is None else template.described,
         "files": {
             path: _sha256(path) for path in (suite.path, suite.few_shot_path) if path is not None
         },

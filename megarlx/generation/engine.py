@@ -19,9 +19,12 @@ import torch
 from megarlx.choices import PREFILL_TOKENS
 from megarlx.comm.collectives import all_reduce_
 from megarlx.comm.groups import Mesh
+from megarlx.generation.ahead import AheadRun, DeviceRows
 from megarlx.generation.decoders.choose import decoder_of
+from megarlx.generation.decoders.in_place import InPlaceDecoder
 from megarlx.generation.decoders.interface import Decoder
 from megarlx.generation.decoders.stage import StageDecoder
+from megarlx.generation.kept import Counts
 from megarlx.generation.requests import (
     Completion,
     NewToken,
@@ -31,7 +34,7 @@ from megarlx.generation.requests import (
     Trajectory,
 )
 from megarlx.generation.rows import Rows
-from megarlx.generation.run import Counts, Run
+from megarlx.generation.run import Run
 from megarlx.generation.stop import Detokenize
 from megarlx.generation.widths import NARROW, ladder, rows_agree
 from megarlx.model.build import ParallelModel
@@ -98,6 +101,10 @@ class Engine:
             if not isinstance(decoder, StageDecoder)
         }
         self.rows = [Rows(most, self.idle_slot, self.device) for _ in self.slots]
+        # Where one rank decodes in graphs that feed themselves, the host need not see each token.
+        self.device_rows: DeviceRows | None = None
+        if self.ranks == len(self.stages) == 1 and isinstance(self.decoders[0], InPlaceDecoder):
+            self.device_rows = DeviceRows(most, self.idle_slot, self.device)
         shape = (self.idle_slot + 1, places + 1)
         # What was drawn for each slot, by position. Tokens are known on every rank.
         self.drawn_tokens = np.zeros(shape, dtype=np.int64)
@@ -111,7 +118,8 @@ class Engine:
     def generate(
         self, requests: Sequence[Request], sampling: SamplingSettings, seed: int
     ) -> list[Completion]:
-        return Run(self, requests, sampling, seed).to_the_end().completions()
+        make = Run if self.device_rows is None else AheadRun
+        return make(self, requests, sampling, seed).to_the_end().completions()
 
     def stream(
         self, requests: Sequence[Request], sampling: SamplingSettings, seed: int

@@ -100,12 +100,17 @@ class Rows:
             self._shared_is_old = False
         return slots, lengths
 
-    def advance(self, tokens: np.ndarray) -> None:
-        """Every live row by the token drawn for it."""
+    def advance(self, tokens: np.ndarray, drew: np.ndarray | None = None) -> None:
+        """Every live row by the token drawn for it; `drew` bool [live]: only these rows."""
         n = self.live
-        self.host_tokens[:n] = tokens[:n]
-        self.host_positions[:n] += 1
-        self.host_keys[:n, 1] += 1
+        if drew is None:
+            self.host_tokens[:n] = tokens[:n]
+            self.host_positions[:n] += 1
+            self.host_keys[:n, 1] += 1
+        else:
+            self.host_tokens[:n][drew] = tokens[drew]
+            self.host_positions[:n] += drew
+            self.host_keys[:n, 1] += drew
 
     def upload(self) -> None:
         """After the host arrays changed; a CPU has nothing to send."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,11 +15,10 @@ import torch
 from torch import Tensor
 
 from megarlx.comm.collectives import broadcast_
-from megarlx.generation import rows as decoding
 from megarlx.generation.decoders.interface import checked_forward
+from megarlx.generation.kept import Counts, Kept
 from megarlx.generation.prefill import Chunk, chunks_of, copy_prompts_, prefill
 from megarlx.generation.requests import (
-    NOT_WRITTEN,
     Completion,
     NewToken,
     OnTurnsEnd,
@@ -32,66 +30,13 @@ from megarlx.generation.requests import (
 )
 from megarlx.generation.ring import Item, Ring
 from megarlx.generation.rows import Rows
-from megarlx.generation.scheduler import Admission, Finished, Scheduler, Turns
+from megarlx.generation.scheduler import Admission, Finished, Scheduler
 from megarlx.generation.stop import StopStrings
 from megarlx.generation.widths import narrowest
 from megarlx.ops import sample
 
 if TYPE_CHECKING:
     from megarlx.generation.engine import Engine
-
-
-@dataclass
-class Counts:
-    """What a generation computed on this rank."""
-
-    prompts_prefilled: int = 0
-    tokens_prefilled: int = 0  # padding not counted
-    tokens_padded: int = 0  # of prefills
-    steps: int = 0
-    tokens_decoded: int = 0
-    rows_padded: int = 0  # of decode steps
-    tokens_observed: int = 0  # of observations, prefilled or fed in decode steps
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A finished sequence of n tokens, as its slot held it: only what was drawn or observed."""
-
-    sequence: decoding.Sequence
-    turns: Turns
-    tokens: np.ndarray  # [n]
-    logprobs: Tensor  # [2, n], under the model and under what was drawn from
-
-    def trajectory(self) -> Trajectory:
-        request, n = self.sequence.request, len(self.tokens)
-        turn, logprobs = torch.full((n,), NOT_WRITTEN), torch.zeros(2, n)
-        for number, (begin, end) in enumerate(self.turns.spans):
-            turn[begin:end] = number
-            logprobs[:, begin:end] = self.logprobs[:, begin:end]
-        self.tokens[: len(request.prompt)] = request.prompt
-        return Trajectory(
-            request,
-            self.sequence.sequence_id,
-            torch.from_numpy(self.tokens),
-            turn,
-            logprobs[0],
-            logprobs[1],
-            tuple(self.turns.reasons),
-            self.turns.full,
-        )
-
-    def completion(self) -> Completion:
-        """The first turn, which is all of a sequence that nobody answered."""
-        begin, end = self.turns.spans[0]
-        return Completion(
-            self.sequence.request,
-            self.sequence.sequence_id,
-            torch.from_numpy(self.tokens[begin:end]),
-            self.logprobs[0, begin:end],
-            self.logprobs[1, begin:end],
-            self.turns.reasons[0],
-        )
 
 
 class Run:
@@ -142,6 +87,7 @@ class Run:
         self.over = [False] * groups
         self.prefilled: list[Tensor] = []
         self.kept: dict[int, Kept] = {}
+        self.drawn_logprobs = engine.drawn_logprobs
         self.ended: list[Finished] = []
         engine.counts = Counts()
         for decoder in engine.decoders:
@@ -253,9 +199,13 @@ class Run:
             finished, admission = self.scheduler.advance(group, drawn)
             self._keep(finished)
         self.over[group] = rows.live == 0
+        self._admitted(group, admission)
+
+    def _admitted(self, group: int, admission: Admission) -> None:
+        """What the cache needs before the next step, cut into products and counted."""
+        engine, counts = self.engine, self.engine.counts
         self.admissions[group] = admission
         self.chunks[group] = chunks_of(admission, engine.prefill_tokens, engine.device)
-        counts = engine.counts
         counts.prompts_prefilled += len(admission.prefills)
         prompt_tokens = sum(map(len, admission.prefills.values()))
         prompt_tokens += sum(len(tokens) for _, tokens in admission.continued.values())
@@ -334,7 +284,7 @@ class Run:
                     done.sequence,
                     self.scheduler.turns.pop(done.sequence.index),
                     engine.drawn_tokens[done.slot, : done.length].copy(),
-                    engine.drawn_logprobs[:, done.slot, : done.length].cpu().clone(),
+                    self.drawn_logprobs[:, done.slot, : done.length].cpu().clone(),
                 )
 
     def _width(self, group: int) -> int:

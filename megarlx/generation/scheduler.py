@@ -111,14 +111,19 @@ class Scheduler:
         rows.upload()
         return admission
 
-    def advance(self, group: int, drawn: np.ndarray) -> tuple[list[Finished], Admission]:
+    def advance(
+        self, group: int, drawn: np.ndarray, drew: np.ndarray | None = None
+    ) -> tuple[list[Finished], Admission]:
         """Takes in the drawn tokens. A row whose turn is over goes on behind an observation, or to
-        the next sample, or disappears; the sequences of the latter two are finished."""
+        the next sample, or disappears; the sequences of the latter two are finished.
+
+        `drew` bool [live]: the rows that took part in the step, where not all of them did."""
         rows = self.rows[group]
         n = rows.live
         tokens, given = self._with_observations(rows, drawn[:n])
-        self.tokens[rows.host_slots[:n], rows.host_keys[:n, 1]] = tokens
-        ended = self._ended(rows, tokens, given)
+        at = slice(None) if drew is None else drew
+        self.tokens[rows.host_slots[:n][at], rows.host_keys[:n, 1][at]] = tokens[at]
+        ended = self._ended(rows, tokens, given, drew)
         answers = self._answers([done for _, done in ended])
         finished, admission = [], Admission()
         for (row, done), answer in zip(ended, answers, strict=True):
@@ -157,22 +162,29 @@ class Scheduler:
         return tokens, given
 
     def _ended(
-        self, rows: decoding.Rows, tokens: np.ndarray, given: np.ndarray | None
+        self,
+        rows: decoding.Rows,
+        tokens: np.ndarray,
+        given: np.ndarray | None,
+        drew: np.ndarray | None,
     ) -> list[tuple[int, Finished]]:
         """Moves every row on and finds those whose turn is over, from the back: so a row that moves
         forward into a gap was already looked at."""
         n = rows.live
         if n and tokens.min() < 0:
             self._refuse(rows, int(tokens.argmin()))
-        rows.advance(tokens)
+        rows.advance(tokens, drew)
         stopped = (tokens[:, None] == self.stop_tokens).any(1)
         if given is not None:
             stopped &= ~given
         full = rows.host_positions[:n] >= rows.last_positions[:n]
         over = stopped | full
+        if drew is not None:
+            over &= drew
         in_text = np.zeros(n, dtype=bool)
         if self.stop_strings:
-            for row in range(n) if given is None else np.flatnonzero(~given).tolist():
+            said = drew if given is None else ~given
+            for row in range(n) if said is None else np.flatnonzero(said).tolist():
                 sequence = rows.sequences[row]
                 in_text[row] = self._in_text(sequence, int(tokens[row]), stopped[row])
             over |= in_text

@@ -1,4 +1,4 @@
-"""The three conversions, put together from their parts; see tools/convert_checkpoint.py."""
+"""The three conversions, put together from their parts; see convert_command.py."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from typing import Any
 import torch
 
 from megarlx.checkpoint.manifest import Manifest, SavedFile
+from megarlx.checkpoint.storage import AVERAGE
 from megarlx.checkpoint.verify import check_digests
 from megarlx.comm.groups import Layout
 from megarlx.comm.share import Share
 from megarlx.config.model import ModelConfig
+from megarlx.config.objectives import TemplateConfig
 from megarlx.config.parameters import published_names
+from megarlx.data.conversations import ConversationError
 from megarlx.data.tokenizer import Tokenizer, load_tokenizer
 from megarlx.hf import export
 from megarlx.hf.conversion import Conversion, begin, to_do, work
@@ -30,8 +33,8 @@ from megarlx.hf.plan import (
     hugging_face_files,
     saved_tensors,
 )
-from megarlx.hf.sources import CheckpointSource, HuggingFaceFolder, TensorSource
-from megarlx.hf.tokenizer_files import kept_files, tokenizer_of_run
+from megarlx.hf.sources import AveragedSource, CheckpointSource, HuggingFaceFolder, TensorSource
+from megarlx.hf.tokenizer_files import chat_of, kept_files, tokenizer_of_run
 from megarlx.hf.trunk import (
     CONVERTING,
     Trunk,
@@ -43,6 +46,7 @@ from megarlx.hf.trunk import (
     run_of,
 )
 from megarlx.hf.verify import compare
+from megarlx.printable import complain
 
 FILES_AT_ONCE = 4  # hashing is the slow part, and runs on another core for each file
 DIFFERENT = 3  # exit status of a verification that failed
@@ -59,6 +63,7 @@ class Asked:
     iteration: int = 0
     tokens: str = "0"
     layout: str | None = None
+    weights: str = "last"
     dtype: str | None = None
     verify: bool = False
     tolerance: float = 1e-4
@@ -81,7 +86,8 @@ class Converter:
         if self.asked.kind_from == "hf":
             return self._from_hugging_face()
         checkpoint = find_checkpoint(self.asked.source)
-        source = CheckpointSource(checkpoint)
+        averaged = self.asked.weights == "average"
+        source = AveragedSource(checkpoint) if averaged else CheckpointSource(checkpoint)
         model = model_of_run(run_of(checkpoint))
         source.check_model(model)
         if self.asked.kind_to == "hf":
@@ -125,7 +131,8 @@ class Converter:
                     "converted": {"source": asked.source, **origin},
                 },
             }
-            trunk.describe(source.config, tokenizer, source.folder)
+            template = self._template_beside(source, tokenizer)
+            trunk.describe(source.config, tokenizer, source.folder, template)
             tensors = saved_tensors(job.files, source.shapes, saved)
             manifest = Manifest(asked.iteration, tuple(saved), tensors, state)
             path = finish(job, trunk.checkpoints, manifest)
@@ -147,9 +154,10 @@ class Converter:
             source,
             hugging_face_files(names, shapes, dtypes, asked.file_bytes),
             export.working_folder(asked.target),
-            {"checkpoint": source.manifest.digest},
+            {"checkpoint": source.manifest.digest, "weights": asked.weights},
         )
-        used = {c.file for name in names for c in source.manifest.tensors[name].chunks}
+        prefix = AVERAGE if asked.weights == "average" else ""
+        used = {c.file for name in names for c in source.manifest.tensors[prefix + name].chunks}
         self._check_digests(source, used)
 
         def check() -> bool:
@@ -241,6 +249,15 @@ class Converter:
         good = found.relative <= self.asked.tolerance
         print(f"verify: {found}; tolerance {self.asked.tolerance:g}: {'good' if good else 'BAD'}")
         return 0 if good else DIFFERENT
+
+    def _template_beside(
+        self, source: HuggingFaceFolder, tokenizer: Tokenizer | None
+    ) -> TemplateConfig | None:
+        try:
+            return chat_of(source.folder, tokenizer)
+        except ConversationError as error:
+            complain(f"{source.folder}: the run gets no [template]: {error}")
+            return None
 
     def _say(self, text: str) -> None:
         if not self.asked.quiet:

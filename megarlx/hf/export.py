@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from megarlx.checkpoint.files import sync_folder, write_new
+from megarlx.config.families import TYPE_NAMES
 from megarlx.config.model import ModelConfig
 from megarlx.config.objectives import PRETRAINING, TemplateConfig
 from megarlx.data.tokenizer import Tokenizer
@@ -22,27 +23,22 @@ from megarlx.hf.errors import ConversionError
 from megarlx.hf.sources import INDEX
 from megarlx.hf.tokenizer_files import (
     CHAT_TEMPLATE,
+    TOKENIZER_CONFIG,
     TOKENIZER_FILES,
     chat_template,
-    has_chat_template,
     hugging_face_tokenizer,
 )
 
-TYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-TYPE_NAMES = {dtype: name for name, dtype in TYPES.items()}
+TYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in TYPE_NAMES}
+NAMES = {dtype: name for name, dtype in TYPES.items()}
 
 
 def types_of_origin(dtypes: Mapping[str, torch.dtype]) -> dict[str, Any]:
     """As JSON, the types that converted tensors had: the usual one, and the exceptions."""
     counted = Counter(dtypes.values())
     usual = counted.most_common(1)[0][0]
-    others = {name: TYPE_NAMES[dtype] for name, dtype in dtypes.items() if dtype != usual}
-    return {"dtype": TYPE_NAMES[usual], "other_dtypes": others}
+    others = {name: NAMES[dtype] for name, dtype in dtypes.items() if dtype != usual}
+    return {"dtype": NAMES[usual], "other_dtypes": others}
 
 
 def export_types(
@@ -79,7 +75,7 @@ def write_beside_tensors(
     """Index, config, generation config and tokenizer, into the folder of the new files.
 
     `kept` is what the model came with, if it came from Hugging Face; else our tokenizer is written
-    in their form. So is the `template` of a model that has learned one here, where none came.
+    in their form. So is the `template` of a model that has learned one here, in place of its own.
     """
     files: dict[str, Any] = {}
     usual = Counter(b.entry.dtype for f in job.files for b in f.blocks).most_common(1)[0][0]
@@ -90,21 +86,25 @@ def write_beside_tensors(
         for name in TOKENIZER_FILES:
             if name != CHAT_TEMPLATE and (kept / name).is_file():
                 shutil.copyfile(kept / name, job.made / name)
+        config = kept / TOKENIZER_CONFIG
+        if template is not None and config.is_file():
+            held = read_json(config)
+            files[TOKENIZER_CONFIG] = {k: v for k, v in held.items() if k != "chat_template"}
         generation = kept / "generation_config.json"
         files["generation_config.json"] = read_json(generation) if generation.is_file() else ids
     else:
         if tokenizer is not None:
             ids = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
-            definition, config = hugging_face_tokenizer(tokenizer)
-            config["model_max_length"] = model.max_sequence_length
-            files |= {"tokenizer.json": definition, "tokenizer_config.json": config}
+            definition, about = hugging_face_tokenizer(tokenizer)
+            about["model_max_length"] = model.max_sequence_length
+            files |= {"tokenizer.json": definition, TOKENIZER_CONFIG: about}
         files["generation_config.json"] = ids
     (job.made / CHAT_TEMPLATE).unlink(missing_ok=True)  # of a job that was killed right here
-    if kept is not None and (kept / CHAT_TEMPLATE).is_file():
-        shutil.copyfile(kept / CHAT_TEMPLATE, job.made / CHAT_TEMPLATE)
-    elif template is not None and not (kept is not None and has_chat_template(kept)):
+    if template is not None:
         write_new(job.made / CHAT_TEMPLATE, chat_template(template))
-    files["config.json"] = hugging_face_config(model, TYPE_NAMES[usual], ids)
+    elif kept is not None and (kept / CHAT_TEMPLATE).is_file():
+        shutil.copyfile(kept / CHAT_TEMPLATE, job.made / CHAT_TEMPLATE)
+    files["config.json"] = hugging_face_config(model, NAMES[usual], ids)
     if len(job.files) > 1:
         files[INDEX] = _index(job)
     for name, content in files.items():

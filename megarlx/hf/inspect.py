@@ -11,14 +11,20 @@ from pathlib import Path
 
 from megarlx.checkpoint.verify import check_digests
 from megarlx.hf.errors import ConversionError
-from megarlx.hf.sources import CheckpointSource, HuggingFaceFolder, TensorSource, parts
+from megarlx.hf.sources import (
+    CheckpointSource,
+    HuggingFaceFolder,
+    TensorSource,
+    is_hugging_face,
+    parts,
+)
 from megarlx.hf.trunk import find_checkpoint, run_of
 
 
 def open_source(text: str) -> CheckpointSource | HuggingFaceFolder:
     """RUN[@ITER], a checkpoint's folder, or a folder of Hugging Face."""
     path = Path(text)
-    if (path / "config.json").is_file() and not (path / "checkpoints").exists():
+    if is_hugging_face(path):
         return HuggingFaceFolder(path)
     return CheckpointSource(find_checkpoint(text))
 

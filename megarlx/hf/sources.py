@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from megarlx.checkpoint.folder import check_sizes
-from megarlx.checkpoint.loading import WEIGHTS_ONLY
+from megarlx.checkpoint.loading import WEIGHTS_ONLY, keeps_average
 from megarlx.checkpoint.manifest import DTYPES, Manifest, entry_name, read_manifest
+from megarlx.checkpoint.storage import AVERAGE
 from megarlx.config.model import ModelConfig
 from megarlx.config.parameters import published_names
 from megarlx.hf.config_map import model_config, read_family, read_json
@@ -33,6 +34,11 @@ class TensorSource(Protocol):
     dtypes: dict[str, torch.dtype]
 
     def read(self, name: str, start: Sequence[int], size: Sequence[int]) -> Tensor: ...
+
+
+def is_hugging_face(folder: Path) -> bool:
+    """A run may have a config.json of its own only beside its checkpoints."""
+    return (folder / "config.json").is_file() and not (folder / "checkpoints").exists()
 
 
 class HuggingFaceFolder:
@@ -202,6 +208,24 @@ class CheckpointSource:
             out[tuple(slice(a - c, b - c) for a, b, c in place)] = part
         assert out is not None, "a manifest's blocks cover its tensors"
         return out
+
+
+class AveragedSource(CheckpointSource):
+    """The moving average of the weights that a checkpoint keeps, under the weights' names."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__(checkpoint)
+        if not keeps_average(self.manifest):
+            raise ConversionError(
+                f"{checkpoint} keeps no average of the weights: a run with "
+                "checkpoints.average_decay does"
+            )
+        held = [name for name in self.shapes if name.startswith(AVERAGE)]
+        self.shapes = {name.removeprefix(AVERAGE): self.shapes[name] for name in held}
+        self.dtypes.update({name.removeprefix(AVERAGE): self.dtypes[name] for name in held})
+
+    def read(self, name: str, start: Sequence[int], size: Sequence[int]) -> Tensor:
+        return super().read(AVERAGE + name, start, size)
 
 
 Block = tuple[tuple[int, ...], tuple[int, ...]]  # start, size

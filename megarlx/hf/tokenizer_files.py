@@ -11,14 +11,26 @@ from typing import Any
 from megarlx import plug
 from megarlx.config.objectives import PLACE, TemplateConfig
 from megarlx.config.run_sections import DataConfig
+from megarlx.data.chat_template import ChatTemplate
+from megarlx.data.conversations import Conversation, Turn
 from megarlx.data.making import made
-from megarlx.data.tokenizer import EOS, ByteTokenizer, Tokenizer, WordTokenizer, load_tokenizer
+from megarlx.data.tokenizer import (
+    EOS,
+    RESERVED,
+    ByteTokenizer,
+    Tokenizer,
+    WordTokenizer,
+    load_tokenizer,
+)
 from megarlx.hf.config_map import read_json
+from megarlx.hf.errors import ConversionError
 
 CHAT_TEMPLATE = "chat_template.jinja"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TRIED = Conversation((Turn("user", "1 + 1?"), Turn("assistant", "2")))
 # What comes with a model besides its tensors, and goes back with it.
 KEPT = (
-    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("config.json", "generation_config.json", "tokenizer.json", TOKENIZER_CONFIG),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
     *("tokenizer.model", CHAT_TEMPLATE),
 )
@@ -53,6 +65,15 @@ def hugging_face_tokenizer(tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[s
 def chat_template(template: TemplateConfig) -> str:
     """A run's [template] in Jinja, for `apply_chat_template`: the text whose ids it was trained on,
     `add_generation_prompt` for what stands before an answer."""
+    if template.chat is not None:
+        return template.chat
+    assert template.user is not None  # the configuration saw to it
+    texts = (template.user, template.system, template.opening, template.assistant)
+    if any(RESERVED.search(text) for text in texts):
+        raise ConversionError(
+            "the template writes reserved tokens, which have no text in a tokenizer of Hugging "
+            "Face; allowed is a template without them"
+        )
 
     def literal(text: str) -> str:
         return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""
@@ -65,18 +86,31 @@ def chat_template(template: TemplateConfig) -> str:
     roles = (
         "{% if message['role'] == 'user' %}" + turn(template.user),
         "{% elif message['role'] == 'system' %}" + turn(template.system),
+        "{% elif message['role'] == 'tool' %}" + turn(template.tool),
         "{% else %}" + opening + turn(template.assistant) + "{{ eos_token }}{% endif %}",
     )
     prompt = "{% if add_generation_prompt %}" + opening + "{% endif %}" if opening else ""
     return "{% for message in messages %}" + "".join(roles) + "{% endfor %}" + prompt
 
 
-def has_chat_template(folder: Path) -> bool:
-    """Whether what came with a model says how a conversation is written."""
-    config = folder / "tokenizer_config.json"
-    if (folder / CHAT_TEMPLATE).is_file() or not config.is_file():
-        return (folder / CHAT_TEMPLATE).is_file()
-    return bool(read_json(config).get("chat_template"))
+def chat_of(folder: Path, tokenizer: Tokenizer | None) -> TemplateConfig | None:
+    """How a model says that its conversations are written, if it does; raises ConversationError
+    where that cannot be followed."""
+    config_path = folder / TOKENIZER_CONFIG
+    config = read_json(config_path) if config_path.is_file() else {}
+    chat: Any = config.get("chat_template")
+    if (folder / CHAT_TEMPLATE).is_file():
+        chat = (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
+    if isinstance(chat, list):  # several by name
+        named = {one.get("name"): one.get("template") for one in chat if isinstance(one, dict)}
+        chat = named.get("default")
+    if not isinstance(chat, str) or not chat or tokenizer is None:
+        return None
+    bos = config.get("bos_token")
+    bos = bos.get("content") if isinstance(bos, dict) else bos
+    found = TemplateConfig(chat=chat, bos=bos if isinstance(bos, str) else "")
+    ChatTemplate(chat, found.bos).encode(TRIED, tokenizer)
+    return found
 
 
 def _definition(**parts: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 import time
+import tomllib
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,13 @@ from megarlx.checkpoint.manifest import NAME, Manifest, read_manifest, render
 from megarlx.config import load_config
 from megarlx.config.families import PLAIN
 from megarlx.config.model import ModelConfig, resolved_model
+from megarlx.config.objectives import TemplateConfig
 from megarlx.data.token_files import write_atomically
 from megarlx.data.tokenizer import Tokenizer, load_tokenizer
+from megarlx.hf.config_map import model_config, read_json
 from megarlx.hf.conversion import Conversion
 from megarlx.hf.errors import ConversionError
-from megarlx.hf.tokenizer_files import keep
+from megarlx.hf.tokenizer_files import chat_of, keep
 
 CONVERTING = ".converting-"
 COPIED = ("config.toml", "resolved.json", "lineage.json", "tokenizer.json")
@@ -177,7 +180,13 @@ class Trunk:
                     f"revision's is {tokenizer.fingerprint}"
                 )
 
-    def describe(self, model: ModelConfig, tokenizer: Tokenizer | None, source: Path) -> None:
+    def describe(
+        self,
+        model: ModelConfig,
+        tokenizer: Tokenizer | None,
+        source: Path,
+        template: TemplateConfig | None = None,
+    ) -> None:
         """Writes what makes the folder a run, as far as it is not there; and this revision's line
         in its lineage."""
         self.run.mkdir(parents=True, exist_ok=True)
@@ -186,7 +195,7 @@ class Trunk:
         if tokenizer is not None and not (self.run / "tokenizer.json").exists():
             tokenizer.save(self.run / "tokenizer.json")
         if not (self.run / "resolved.json").exists():
-            write_atomically(self.run / "config.toml", _toml(model))
+            write_atomically(self.run / "config.toml", _toml(model, template))
             resolved = load_config(self.run / "config.toml").to_json()
             write_atomically(self.run / "resolved.json", resolved)
         path = self.run / "lineage.json"
@@ -241,8 +250,17 @@ def _new_lineage() -> dict[str, Any]:
     }
 
 
-def _toml(model: ModelConfig) -> str:
-    """The model and the least that a configuration needs besides; nothing else is known."""
+def plain_config(folder: Path) -> dict[str, Any]:
+    """Of the run that a folder of Hugging Face would become; its weights are not looked at."""
+    model = model_config(read_json(folder / "config.json"), str(folder))
+    there = (folder / "tokenizer.json").is_file()
+    template = chat_of(folder, load_tokenizer(folder) if there else None)
+    return tomllib.loads(_toml(model, template))
+
+
+def _toml(model: ModelConfig, template: TemplateConfig | None = None) -> str:
+    """The model, its chat template, and the least that a configuration needs besides; nothing else
+    is known."""
     family = {**PLAIN, **plug.resolve("family", model.family).values}
     values = model.model_dump(exclude_none=True)
     scaling = values.pop("rope_scaling", None)
@@ -259,4 +277,12 @@ def _toml(model: ModelConfig) -> str:
         *("", "[training]", "steps = 1", "sequences_per_step = 1"),
         f"sequence_length = {model.max_sequence_length}",
     ]
+    if template is not None:
+        said = template.model_dump(include={"chat", "bos"})
+        lines += ["", "[template]", *(f"{k} = {_quoted(v)}" for k, v in said.items())]
     return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    """As TOML: JSON, but for the one character that it leaves as it is."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -58,6 +58,16 @@ def attention(
     return backend.packed(q, k, v, documents, form)
 
 
+def decode_attention(
+    q: Tensor, cache: LayerCache, form: AttentionForm, kernel: Kernel = "auto"
+) -> Tensor:
+    """One new token a slot, whose key and value are in the cache already."""
+    needs: set[Served] = {*form.needs, "cached"}
+    if q.shape[1] != cache.keys.shape[2]:
+        needs.add("grouped")
+    return _backend(kernel, q, needs).decode(q, cache, form)
+
+
 def _backend(kernel: Kernel, q: Tensor, needs: set[Served]) -> AttentionBackend:
     half = q.dtype in (torch.float16, torch.bfloat16)
     fast = flash() if kernel in ("auto", "flash") and half and q.is_cuda else None

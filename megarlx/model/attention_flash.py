@@ -51,12 +51,12 @@ class Flash:
         step = cache.step
         if self.with_cache is None:
             return SDPA.decode(q, cache, form)
+        slots, lengths = step.as_int32
         tables, index = (cache.keys, cache.values), None
         if isinstance(step.slots, slice):
             tables = (cache.keys[step.slots], cache.values[step.slots])
         else:
-            index = step.slots.int()
-        lengths = (step.starts + 1).int()
+            index = slots
         out = self.with_cache(
             q.unsqueeze(1),
             *tables,

@@ -6,6 +6,7 @@ Importing this file imports transformer_engine, so only `core_attention` does, w
 from __future__ import annotations
 
 import os
+from typing import ClassVar
 
 import torch
 import transformer_engine.pytorch as te
@@ -17,6 +18,8 @@ from megarlx.model.documents import Documents, padded_length
 
 class CudnnAttention(torch.nn.Module):
     """q [T, heads of this rank, head_dim] with k and v [T, kv_heads of this rank, head_dim]."""
+
+    READ: ClassVar[tuple[str, ...]] = ()  # features.py
 
     def __init__(
         self, heads: int, kv_heads: int, head_dim: int, *, layer_number: int, scale: float

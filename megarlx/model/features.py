@@ -33,9 +33,18 @@ def features(stage: Stage) -> frozenset[str]:
         f"Stage.dtype={str(some.dtype).removeprefix('torch.')}",
         f"Stage.splits_heads={stage.group.size > 1}",
     }
-    for module in stage.modules():
+    for module in _modules(stage):
         found.update(_of_module(module))
     return frozenset(found)
+
+
+def _modules(module: nn.Module) -> Iterator[nn.Module]:
+    """Itself and what is inside of it, but not inside of another package's layer: the class of ours
+    that is made of one says in `READ` which attributes tell what it computes."""
+    yield module
+    if not hasattr(module, "READ"):
+        for child in module.children():
+            yield from _modules(child)
 
 
 def features_of(config: ModelConfig) -> frozenset[str]:
@@ -52,6 +61,11 @@ def _of_module(module: nn.Module) -> Iterator[str]:
     if isinstance(module, nn.ModuleDict | nn.ModuleList):
         return
     owner = type(module).__name__
+    read: tuple[str, ...] | None = getattr(type(module), "READ", None)
+    if read is not None:
+        for attribute in read:
+            yield from _of_value(f"{owner}.{attribute}", getattr(module, attribute))
+        return
     for attribute, value in vars(module).items():
         if attribute not in NOT_READ and not attribute.startswith("_"):
             yield from _of_value(f"{owner}.{attribute}", value)

@@ -1,33 +1,41 @@
-"""Initial weights that are the same numbers whatever the layout.
+"""Initial weights that are the same numbers whatever the layout, the device and the dtype.
 
-Every global tensor is drawn whole from a generator of its own, keyed by (seed, global name), and
-each process keeps its slice. One tensor at a time is held; the draw is on the CPU in fp32, so it
-depends neither on the device nor on the dtype trained in.
+The numbers of a global tensor are keyed by (seed, its name, the element's index in it). Each rank
+draws the slice that it holds, in place; a dtype narrower than fp32 rounds them.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from math import prod
 
 import torch
 from torch import Tensor
 
-from megarlx.parallel.metadata import ParameterLayout, fill_
+from megarlx.ops.normal import normal_slice_
+from megarlx.parallel.metadata import ParameterLayout, Piece
 
 
-def draw(name: str, shape: tuple[int, ...], *, seed: int, std: float, norms: float = 1.0) -> Tensor:
-    """The initial value of one global tensor: `norms`, biases 0, matrices normal."""
-    if name.endswith("norm.weight"):
-        return torch.full(shape, norms)
-    if name.endswith(".bias"):
-        return torch.zeros(shape)
-    key = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    # torch takes any 64-bit seed; one bit less keeps it a positive int64 everywhere
-    generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
+def key_of(name: str, seed: int) -> int:
+    """What the numbers of a global tensor hang on: 64 bits."""
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
+def draw_(part: Tensor, piece: Piece, *, seed: int, std: float, norms: float = 1.0) -> None:
+    """The initial value of one piece: norms `norms`, biases 0, matrices normal."""
+    if piece.name.endswith("norm.weight"):
+        part.fill_(norms)
+    elif piece.name.endswith(".bias"):
+        part.zero_()
+    else:
+        width = prod(piece.global_shape[1:])
+        first = piece.offset * (width if piece.dim == 0 else 1)
+        normal_slice_(part, key=key_of(piece.name, seed), first=first, step=width, std=std)
+
+
+@torch.no_grad()
 def initialise_(
     parameters: Mapping[str, Tensor],
     layouts: Mapping[str, ParameterLayout],
@@ -38,12 +46,14 @@ def initialise_(
 ) -> None:
     """Fill local parameters with their slices of what `seed` means for the whole model.
 
-    On the meta device there is nothing to fill, and a model of any size costs nothing.
+    Vocabulary padding becomes 0. On the meta device there is nothing to fill, and a model of any
+    size costs nothing.
     """
-    if all(parameter.is_meta for parameter in parameters.values()):
-        return
-    fill_(
-        parameters,
-        layouts,
-        lambda p: draw(p.name, p.global_shape, seed=seed, std=std, norms=norms),
-    )
+    for name, parameter in parameters.items():
+        if parameter.is_meta:
+            continue
+        pieces = layouts[name].pieces
+        if sum(prod(piece.shape) for piece in pieces) < parameter.numel():
+            parameter.zero_()
+        for piece in pieces:
+            draw_(piece.of_parameter(parameter), piece, seed=seed, std=std, norms=norms)

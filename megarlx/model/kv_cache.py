@@ -94,6 +94,11 @@ class CacheStep:
         return self.places[1]
 
     @cached_property
+    def as_int32(self) -> tuple[Tensor, Tensor]:
+        """(slots, tokens that each holds with the new one), for kernels that take nothing wider."""
+        return self.slot_index.int(), (self.starts + 1).int()
+
+    @cached_property
     def visible(self) -> Tensor:
         """[N, 1, 1, span] for decoding: a token sees its slot up to and with itself."""
         span = torch.arange(self.span, device=self.starts.device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformer_engine.pytorch as te
@@ -17,6 +17,7 @@ from transformer_engine.common import recipe as te_recipe
 
 from megarlx.comm.groups import Group
 from megarlx.model.layers_torch import VocabEmbedding, enter, leave
+from megarlx.ops.weight_gradient import adds_by_product
 
 __all__ = [
     "ColumnLinear",
@@ -48,6 +49,9 @@ class _Linear(te.Linear):
     it is added to `main_grad`, which is `.grad`, and a layer with a bias does not wait.
     """
 
+    READ: ClassVar[tuple[str, ...]] = ()  # features.py
+    _by_product = False
+
     def __init__(
         self, *sizes: int, bias: bool, delay_weight_gradient: bool, **options: Any
     ) -> None:
@@ -62,10 +66,16 @@ class _Linear(te.Linear):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.delays:
+        adds = self._by_product and adds_by_product(self.weight)
+        self.fuse_wgrad_accumulation = self.delays or adds
+        if self.fuse_wgrad_accumulation:
             self.weight.main_grad = self.weight.grad
         out: Tensor = super().forward(x)
         return out
+
+    def add_by_product(self, on: bool) -> None:
+        """As in layers_torch."""
+        self._by_product = on
 
 
 class ColumnLinear(_Linear):
@@ -127,6 +137,8 @@ class RowLinear(_Linear):
 
 class RMSNorm(te.RMSNorm):
     """Over the last dimension; a residual is added to the result."""
+
+    READ: ClassVar[tuple[str, ...]] = ("plus_one",)
 
     def __init__(
         self,

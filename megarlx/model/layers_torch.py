@@ -21,6 +21,7 @@ from megarlx.comm import differentiable
 from megarlx.comm.groups import Group
 from megarlx.ops.delayed_linear import DelayedGradients, delayed_linear
 from megarlx.ops.elementwise import rms_norm
+from megarlx.ops.weight_gradient import added_linear, adds_by_product
 
 
 class _Linear(nn.Module):
@@ -40,11 +41,19 @@ class _Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(rows, columns, dtype=dtype, device=device))
         self.bias = nn.Parameter(torch.empty(rows, dtype=dtype, device=device)) if bias else None
         self.delayed = DelayedGradients() if delay_weight_gradient else None
+        self._by_product = False
 
     def product(self, x: Tensor) -> Tensor:
-        if self.delayed is None:
-            return F.linear(x, self.weight, self.bias)
-        return delayed_linear(x, self.weight, self.bias, self.delayed)
+        if self.delayed is not None:
+            return delayed_linear(x, self.weight, self.bias, self.delayed)
+        if self._by_product and adds_by_product(self.weight):
+            return added_linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
+
+    def add_by_product(self, on: bool) -> None:
+        """Whether backward may add the weight's gradient to `.grad` by the product itself; else
+        autograd adds it."""
+        self._by_product = on
 
     def backward_dw(self) -> None:
         """Adds the oldest weight gradient put off to `.grad`; named as in Transformer Engine."""

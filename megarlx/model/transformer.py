@@ -21,6 +21,7 @@ from megarlx.model.layers import layers
 from megarlx.model.metadata import TensorParallel, parameter_layouts
 from megarlx.model.transformer_layer import Layer, Recompute
 from megarlx.ops import Head, LossInputs
+from megarlx.ops.weight_gradient import adds_by_product
 from megarlx.parallel.metadata import ParameterLayout
 from megarlx.parallel.microbatches import Loss
 
@@ -99,6 +100,7 @@ class Stage(nn.Module):
         if config.scaled_embedding:  # rounded to the type of the weights, as published models are
             self.embedding_scale = torch.tensor(config.hidden_size**0.5, dtype=dtype).item()
         self.final_cap = config.final_cap or None
+        self._by_product = False
         # by rotary base; not buffers: moving the stage to another dtype must not round them
         bases = {config.rope_theta_of(layer) for layer in range(first, last)}
         self.radians = {base: rope.frequencies(config, base) for base in sorted(bases)}
@@ -187,8 +189,17 @@ class Stage(nn.Module):
         x = self._enter_head(self.norm(x))
         if loss is None or loss_inputs is None:
             return x
-        head = Head(x, self.head_weight, self.group, self.config.vocab_size, self.final_cap)
-        return loss(head, loss_inputs).loss.reshape(1)
+        head = self._head(x)
+        return head.check(loss(head, loss_inputs).loss).reshape(1)
+
+    def _head(self, x: Tensor) -> Head:
+        weight = self.head_weight
+        into = weight.grad if self._by_product and adds_by_product(weight) else None
+        return Head(x, weight, self.group, self.config.vocab_size, self.final_cap, into)
+
+    def add_by_product(self, on: bool) -> None:
+        """As of layers_torch.ColumnLinear, for the head."""
+        self._by_product = on
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[T, hidden] of the last stage to this rank's [T, V / tp], padding ids at -inf.

@@ -112,7 +112,11 @@ class Reinforcement(Objective):
 
     def loss(self, head: Head, inputs: LossInputs, normalizer: Tensor) -> TokenLoss:
         result = head.token_loss(
-            inputs, self.spec, normalizer=normalizer, temperature=self.config.temperature
+            inputs,
+            self.spec,
+            normalizer=normalizer,
+            temperature=self.config.temperature,
+            as_it_is=type(self).loss is Reinforcement.loss,
         )
         self._seen.append(
             TokenLoss(

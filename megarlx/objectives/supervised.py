@@ -62,7 +62,8 @@ class Supervised(Objective):
         return field.to(self.device, non_blocking=True)
 
     def loss(self, head: Head, inputs: LossInputs, normalizer: Tensor) -> TokenLoss:
-        return head.token_loss(inputs, self.spec, normalizer=normalizer)
+        alone = type(self).loss is Supervised.loss
+        return head.token_loss(inputs, self.spec, normalizer=normalizer, as_it_is=alone)
 
     def metrics(self) -> dict[str, float]:
         consumed = self.loader.consumed_sequences

@@ -1,6 +1,7 @@
 """The ops: Python faces of the native kernels."""
 
 from megarlx.ops.averaging import average_adamw_, replica_average_
+from megarlx.ops.distill_loss import Teacher, linear_distill_loss
 from megarlx.ops.linear_token_loss import Head, linear_token_loss
 from megarlx.ops.loss_spec import LossSpec, TokenLoss
 from megarlx.ops.sample import Sample, sample, sample_reference
@@ -12,8 +13,10 @@ __all__ = [
     "LossInputs",
     "LossSpec",
     "Sample",
+    "Teacher",
     "TokenLoss",
     "average_adamw_",
+    "linear_distill_loss",
     "linear_token_loss",
     "replica_average_",
     "sample",

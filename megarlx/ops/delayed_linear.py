@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megarlx.ops.elementwise import refuse_second_derivative
+from megarlx.ops.weight_gradient import add_product_
 
 
 class DelayedGradients:
@@ -29,11 +30,10 @@ class DelayedGradients:
             return
         x, upstream = self.waiting.popleft()
         with torch.no_grad():
-            gradient = upstream.flatten(0, -2).mT @ x.flatten(0, -2)
             if weight.grad is None:
-                weight.grad = gradient
+                weight.grad = upstream.flatten(0, -2).mT @ x.flatten(0, -2)
             else:
-                weight.grad.add_(gradient)
+                add_product_(weight.grad, upstream, x)
 
 
 def delayed_linear(

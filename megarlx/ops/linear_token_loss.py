@@ -13,7 +13,7 @@ Letters: T tokens, d hidden size, V vocabulary (this rank's slice).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,11 +30,7 @@ from megarlx.ops.token_inputs import (
     precision_of,
     prepare,
 )
-from megarlx.ops.token_loss import (
-    empty_results,
-    scaled,
-    shaped,
-)
+from megarlx.ops.token_loss import empty_results, scaled, shaped
 
 if TYPE_CHECKING:
     from megarlx.comm.groups import Group
@@ -157,6 +153,8 @@ class Head:
     group: Group
     vocab_size: int
     final_cap: float | None = None
+    weight_grad: Tensor | None = None  # where training adds weight gradients by the product itself
+    added: list[Tensor] = field(default_factory=list)  # losses whose gradient was added to it
 
     def token_loss(
         self,
@@ -166,11 +164,16 @@ class Head:
         normalizer: Tensor | float,
         temperature: Tensor | float = 1.0,
         rows_per_chunk: int | None = None,
+        as_it_is: bool = False,
     ) -> TokenLoss:
+        """`as_it_is`: this loss is all that the objective returns, this very tensor, so that the
+        weight's gradient may be added now."""
+
         def flat(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.reshape(-1)
 
-        return linear_token_loss(
+        into = self.weight_grad if as_it_is and torch.is_grad_enabled() else None
+        found = linear_token_loss(
             self.hidden,
             self.weight,
             inputs.targets.reshape(-1),
@@ -190,7 +193,21 @@ class Head:
             reduce_hidden_grad=False,
             rows_per_chunk=rows_per_chunk,
             final_cap=self.final_cap,
+            weight_grad_=into,
         )
+        if into is not None:
+            self.added.append(found.loss)
+        return found
+
+    def check(self, loss: Tensor) -> Tensor:
+        """What an objective returned."""
+        if self.added and (len(self.added) > 1 or self.added[0] is not loss):
+            raise ValueError(
+                "head: the objective returned another loss than the one that it asked for "
+                "`as_it_is`; allowed there: that tensor itself. A weight belongs into "
+                "token_weights or normalizer"
+            )
+        return loss
 
 
 def default_rows(hidden: Tensor, weight: Tensor) -> int:

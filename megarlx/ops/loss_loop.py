@@ -20,23 +20,21 @@ if TYPE_CHECKING:
     from megarlx.comm.groups import Group
 
 
-class _Rows:
+class Products:
     """Hidden rows, the weight and a buffer of a chunk's logits: the three products."""
 
     def __init__(
         self,
         hidden: Tensor,
         weight: Tensor,
-        tokens: TokenInputs,
-        group: Group | None,
-        vocab_size: int,
         rows: int,
         grad_weight: Tensor | None,
         final_cap: float | None,
+        mask: Tensor | None = None,
     ) -> None:
-        self.final_cap = final_cap
-        self.hidden, self.tokens, self.group = hidden, tokens, group
-        self.grad_weight, self.count, self.rows = grad_weight, len(hidden), rows
+        self.final_cap, self.mask = final_cap, mask
+        self.hidden, self.grad_weight = hidden, grad_weight
+        self.count, self.rows = len(hidden), rows
         self.precision = precision_of(hidden.dtype)
         narrow = hidden.dtype != self.precision
         self.mixed = narrow and hidden.device.type == "cuda"  # products of bf16 with fp32 results
@@ -45,14 +43,13 @@ class _Rows:
         self.buffer = hidden.new_empty(most, len(weight), dtype=self.precision)
         self.narrow = torch.empty_like(self.buffer, dtype=hidden.dtype) if self.mixed else None
         self.grad_hidden = torch.empty_like(hidden)
-        self.place = (0 if group is None else group.rank * len(weight), vocab_size)
 
     def chunks(self) -> Iterator[slice]:
         for begin in range(0, self.count, self.rows):
             yield slice(begin, min(begin + self.rows, self.count))
 
     def hidden_of(self, chunk: slice) -> Tensor:
-        found, mask = self.hidden[chunk], self.tokens.mask
+        found, mask = self.hidden[chunk], self.mask
         if mask is not None:  # their gradient is 0, and 0 times NaN would be NaN in the weight's
             found = found.where(mask[chunk, None], 0)
         return found if self.mixed else found.to(self.precision)
@@ -67,6 +64,45 @@ class _Rows:
             out.div_(self.final_cap).tanh_().mul_(self.final_cap)
         return out
 
+    def slope_of_cap(self, logits: Tensor) -> Tensor | None:
+        """What a gradient of capped logits is multiplied by; known before it overwrites them."""
+        if self.final_cap is None:
+            return None
+        return (logits / self.final_cap).square_().neg_().add_(1)
+
+    def back(self, chunk: slice, hidden: Tensor, gradient: Tensor, slope: Tensor | None) -> None:
+        """Adds the chunk's part of the weight's gradient, and sets that of its hidden rows."""
+        if slope is not None:
+            gradient.mul_(slope)
+        if self.mixed:
+            gradient = gradient.to(self.hidden.dtype)
+        self.grad_hidden[chunk] = torch.mm(gradient, self.weight)
+        total = self.grad_weight
+        assert total is not None
+        if self.mixed:
+            torch.addmm(total, gradient.t(), hidden, out_dtype=self.precision, out=total)
+        else:
+            total.addmm_(gradient.t(), hidden)
+
+
+class _Rows(Products):
+    """Products around the two ops of the seam."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        tokens: TokenInputs,
+        group: Group | None,
+        vocab_size: int,
+        rows: int,
+        grad_weight: Tensor | None,
+        final_cap: float | None,
+    ) -> None:
+        super().__init__(hidden, weight, rows, grad_weight, final_cap, tokens.mask)
+        self.tokens, self.group = tokens, group
+        self.place = (0 if group is None else group.rank * len(weight), vocab_size)
+
     def sums(self, logits: Tensor, tokens: TokenInputs) -> Tensor:
         of_rows = (tokens.targets, tokens.mask, tokens.temperature)
         partials: Tensor = torch.ops.megarlx.token_loss_sums(logits, *of_rows, *self.place)
@@ -80,24 +116,12 @@ class _Rows:
         partials: Tensor,
         derivatives: Derivatives,
     ) -> None:
-        """Adds the chunk's part of the weight's gradient, and sets that of its hidden rows."""
         tokens = self.tokens.rows(chunk.start, chunk.stop)
         into = None if self.narrow is None else self.narrow[: len(hidden)]
-        slope = None
-        if self.final_cap is not None:
-            slope = (logits / self.final_cap).square_().neg_().add_(1)
+        slope = self.slope_of_cap(logits)
         of_rows = (tokens.targets, tokens.mask, *derivatives, tokens.temperature)
         torch.ops.megarlx.token_loss_gradient_(logits, partials, *of_rows, *self.place, into)
-        gradient = logits if into is None else into
-        if slope is not None:  # of the cap
-            gradient.mul_(slope)
-        self.grad_hidden[chunk] = torch.mm(gradient, self.weight)
-        total = self.grad_weight
-        assert total is not None
-        if self.mixed:
-            torch.addmm(total, gradient.t(), hidden, out_dtype=self.precision, out=total)
-        else:
-            total.addmm_(gradient.t(), hidden)
+        self.back(chunk, hidden, logits if into is None else into, slope)
 
 
 def by_chunks(rows: _Rows, spec: LossSpec) -> list[RowTerms]:

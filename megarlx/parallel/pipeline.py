@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megarlx.comm.groups import Group
+from megarlx.ops import weight_gradient
 from megarlx.parallel.microbatches import (
     Loss,
     Microbatch,
@@ -64,6 +66,8 @@ class Pipeline:
         self.hidden_shape = hidden_shape
         self.dtype = dtype
         self.device = torch.device(device)
+        modules = [module for stage in stages for module in stage.modules()]
+        self._adders: list[Any] = [m for m in modules if hasattr(m, "add_by_product")]
 
     @property
     def holds_last_stage(self) -> bool:
@@ -92,6 +96,19 @@ class Pipeline:
         watch.finish()
         return results
 
+    @contextmanager
+    def _adding_by_product(self) -> Iterator[None]:
+        """Inside, every backward is one for all weights: their gradients may be added past
+        autograd. It would add those that nobody asked for, too."""
+        adders = self._adders if self.device.type in weight_gradient.DEVICES else []
+        for module in adders:
+            module.add_by_product(True)
+        try:
+            yield
+        finally:
+            for module in adders:
+                module.add_by_product(False)
+
     def forward_only(self, parts: Sequence[Microbatch], loss: Loss | None) -> Results:
         """An evaluation or log-prob pass, without gradients. Any number of micro-batches."""
         check_microbatches(parts)
@@ -106,13 +123,14 @@ class Pipeline:
     def _train(
         self, parts: Sequence[Microbatch], loss: Loss | None, watch: _GradientWatch | None
     ) -> Results:
-        if self.plan.size > 1:
-            return self._scheduled(parts, loss, training=True, watch=watch)
-        results = Results()
-        for part in parts:
-            found = results.take(call_stage(self.stages[0], None, part, loss), needs_loss=True)
-            torch.autograd.backward(found)
-        return results
+        with self._adding_by_product():
+            if self.plan.size > 1:
+                return self._scheduled(parts, loss, training=True, watch=watch)
+            results = Results()
+            for part in parts:
+                found = results.take(call_stage(self.stages[0], None, part, loss), needs_loss=True)
+                torch.autograd.backward(found)
+            return results
 
     def _scheduled(
         self,

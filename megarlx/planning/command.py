@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trunk",
         metavar="CONFIG.toml",
-        help="where CONFIG.toml is a recipe: the configuration, or the run, that it starts from",
+        help="where CONFIG.toml is a recipe: the configuration, the run, or the Hugging Face "
+        "model that it starts from",
     )
     parser.add_argument(
         "--stage", metavar="NAME", help="a stage by name or number (default: the fullest)"
@@ -94,10 +95,14 @@ def planned_config(arguments: argparse.Namespace) -> Config:
     """The configuration, or the recipe over that of its trunk."""
     if arguments.trunk is None:
         return load_config(arguments.config, arguments.overrides)
+    from megarlx.hf.sources import is_hugging_face
+    from megarlx.hf.trunk import plain_config
     from megarlx.run.branch import recipe_config
 
     trunk = Path(arguments.trunk)
-    if trunk.is_dir():  # a run; of what may be another's code a plan needs nothing
+    if is_hugging_face(trunk):
+        before, own = Config.model_validate(plain_config(trunk)), None
+    elif trunk.is_dir():  # a run; of what may be another's code a plan needs nothing
         before, own = load_config(trunk / "resolved.json", trusted=()), set[str]()
     else:
         before, own = load_config(trunk), None
@@ -117,6 +122,7 @@ def _plan(config: Config, arguments: argparse.Namespace) -> int:
         print_dry_run,
         print_plan,
         print_stages,
+        print_whole,
     )
     from megarlx.planning.stages import chosen_stage, jobs_by_stage
 
@@ -161,6 +167,8 @@ def _plan(config: Config, arguments: argparse.Namespace) -> int:
         if len(jobs) > 1:
             print_stages(jobs, plan.gpu, console)
         print_plan(plan, console)
+        if jobs:
+            print_whole(jobs, [s.steps for s in config.all_stages], plan.gpu, console)
     return 0
 
 

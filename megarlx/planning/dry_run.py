@@ -134,7 +134,7 @@ def trainer_of(job: Job, model: ParallelModel, device: torch.device) -> Trainer:
         placement="replicas" if job.in_replicas else "colocated",
         sync_every=job.sync_every,
     )
-    return Trainer(model, [stage])
+    return Trainer(model, [stage], 0.9 if job.kept.average else None)
 
 
 def first_turn(job: Job) -> Job:

@@ -3,7 +3,8 @@
     weights          the model's, in the type it computes in
     gradients        the flat buffer that every objective's backward fills in turn
     optimizer        masters, of each objective a gradient shard and what its update rule keeps;
-                     local masters, what is combined and frozen references where a stage has them
+                     local masters, what is combined, outer momentum, frozen references, masks of
+                     protected weights and a moving average of the weights where a stage has them
     activations      of the micro-batches in flight, as the recomputation leaves them
     workspace        what the loss, or the backward of a layer, needs on top at the worst moment
     batch            the step's token ids and masks
@@ -114,10 +115,10 @@ def optimizer_bytes(job: Job, numbers: int) -> int:
     shard, w, held = numbers // job.dp, job.wide_bytes, job.kept
     masters_are_weights = job.dp == 1 and job.element_bytes == w and not held.locals
     gradients_are_buffer = job.dp == 1 and held.gradients == 1
-    wide = held.states + held.locals + held.exchange
+    wide = held.states + held.locals + held.exchange + held.outer + held.average
     wide += 0 if gradients_are_buffer else held.gradients
     wide += 0 if masters_are_weights else 1
-    total = shard * (wide * w + held.frozen * job.element_bytes)
+    total = shard * (wide * w + held.frozen * job.element_bytes + held.masks)
     if job.dp > 1 and job.element_bytes != w:
         total += shard * job.element_bytes  # updated weights on their way to everybody
     return total

@@ -33,6 +33,9 @@ class Held:
     locals: int = 0  # masters of objectives that take steps of their own
     exchange: int = 0  # buffers of what goes between replicas
     frozen: int = 0  # reference policies
+    average: int = 0  # moving averages of the weights
+    outer: int = 0  # momentum of averages, and the last average while one is made
+    masks: int = 0  # a byte for each weight: which ones an objective leaves alone
 
 
 @dataclass(frozen=True)

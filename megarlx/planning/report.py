@@ -186,6 +186,20 @@ def print_stages(jobs: dict[str, Job], gpu: Gpu, console: Console) -> None:
     console.print(table)
 
 
+def print_whole(jobs: dict[str, Job], steps: Sequence[int], gpu: Gpu, console: Console) -> None:
+    """`steps` of each stage, in the order of the jobs."""
+    seconds = sum(
+        count * (predict(job, gpu).time.total + generation_seconds(job, gpu))
+        for job, count in zip(jobs.values(), steps, strict=True)
+    )
+    gpus = next(iter(jobs.values())).gpus
+    hours = seconds / 3600
+    console.print(
+        f"\nAll {sum(steps):,} steps: {hours:,.1f} hours, {hours * gpus:,.0f} GPU-hours, without "
+        "saving, evaluation and stops."
+    )
+
+
 def _objectives(job: Job) -> str:
     if job.others or job.name != "pretraining":
         how = ""
@@ -221,6 +235,7 @@ def _print_memory(plan: Plan, console: Console) -> None:
 
 def _shards(held: Held) -> str:
     names = {"states": "of update rules", "locals": "local masters", "frozen": "references"}
+    names |= {"outer": "for outer steps", "masks": "masks of a byte each"}
     return ", ".join(
         f"{count} {names.get(kind, kind)}" for kind, count in asdict(held).items() if count
     ).replace("exchange", "to exchange updates")

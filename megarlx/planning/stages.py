@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from megarlx import plug
 from megarlx.config import Config, RlConfig, SftConfig, StageConfig
-from megarlx.config.objectives import PRETRAINING, OwnConfig
+from megarlx.config.distill import DistillConfig
+from megarlx.config.objectives import PRETRAINING, AnyObjective, OwnConfig
 from megarlx.model.check_layout import LayoutError
 from megarlx.planning.job import Job
 from megarlx.planning.memory import worst_rank
@@ -87,12 +88,8 @@ def _held(config: Config, index: int, name: str) -> Held:
         )
         for one in waiting
     ]
-    references = [
-        name
-        for name in (*stage.objectives, *waiting)
-        if isinstance(one := config.named_objectives.get(name), RlConfig)
-        and one.policy.needs_reference
-    ]
+    named = config.named_objectives
+    frozen = sum(_frozen(named.get(name)) for name in (*stage.objectives, *waiting))
     return Held(
         gradients=len(trained),
         states=sum(len(rule_of(UpdateSettings.of(owner)).state) for owner in owners),
@@ -103,8 +100,18 @@ def _held(config: Config, index: int, name: str) -> Held:
             in_replicas=in_replicas,
             apart=shared or local,
         ),
-        frozen=len(references),
+        frozen=frozen,
+        average=int(config.checkpoints.average_decay is not None),
+        outer=0 if stage.outer is None else 2,
+        masks=sum(one.protect is not None for one in stage.objectives.values()),
     )
+
+
+def _frozen(given: AnyObjective | None) -> int:
+    """Shards of other weights that an objective holds."""
+    if isinstance(given, DistillConfig):
+        return len(given.teachers)
+    return int(isinstance(given, RlConfig) and given.policy.needs_reference)
 
 
 def _objective(config: Config, stage: StageConfig, name: str, common: Job) -> Job:
@@ -123,6 +130,8 @@ def _objective(config: Config, stage: StageConfig, name: str, common: Job) -> Jo
         )
     if isinstance(given, OwnConfig):
         return common  # what its batch is, only the objective knows
+    if isinstance(given, DistillConfig):
+        return _distillation(config, given, common)
     rollouts = _rollouts(config, given)
     samples = given.prompts_per_step * given.samples_per_prompt
     each = rollouts.prompt_tokens + rollouts.completion_tokens
@@ -135,6 +144,31 @@ def _objective(config: Config, stage: StageConfig, name: str, common: Job) -> Jo
         rollouts=rollouts,
         # Of a rollout that feeds several steps in several passes, this is a step's part.
         samples_per_step=-(-samples // given.epochs_per_rollout),
+    )
+
+
+def _distillation(config: Config, given: DistillConfig, common: Job) -> Job:
+    """Each step trains on a whole rollout."""
+    most = config.model.max_sequence_length
+    completion = min(given.max_completion_tokens, most - 1)
+    longest = min(given.max_prompt_tokens or most - completion, most - completion)
+    prompt = given.max_prompt_tokens and longest
+    rollouts = Rollouts(
+        given.slots,
+        prompt_tokens=prompt or min(PROMPT_TOKENS, longest),
+        completion_tokens=completion,
+        most_tokens=longest + completion,
+    )
+    samples = given.prompts_per_rollout * given.samples_per_prompt
+    each = rollouts.prompt_tokens + rollouts.completion_tokens
+    return replace(
+        common,
+        sequences_per_microbatch=1,
+        sequence_length=given.tokens_per_microbatch,
+        packed_tokens=samples * each,
+        document_length=each,
+        rollouts=rollouts if given.samples else None,
+        samples_per_step=-(-samples // given.rollout_every_steps),
     )
 
 

@@ -1,8 +1,9 @@
 """Claims about a study: what each compares, and how it is judged.
 
-A verdict comes from the paired interval over questions, pooled over checkpoints and seeds: "held"
-where all of it lies in the range that the claim allows, "not held" where none of it does, else
-"undetermined". From one seed nothing is claimed.
+The trunk is the unit: of each trunk the mean of the paired differences over questions and
+checkpoints. A verdict comes from the two-sided 95% t-interval over trunks: "held" where all of it
+lies in the range that the claim allows, "not held" where none of it does, else "undetermined". From
+one trunk nothing is claimed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from megarlx import plug
 from megarlx.report.comparison import Comparison, Verdict, all_of
 from megarlx.report.study import Study
 
-SEEDS_NEEDED = 2
+TRUNKS_NEEDED = 2
 
 
 @dataclass(frozen=True)
@@ -32,45 +33,50 @@ class Claim:
 
     claim: str
     comparisons: Callable[[Study], list[Comparison]]
-    at_every_checkpoint: bool = False
+    at_every_checkpoint: bool = False  # judged at each, where others are judged over all
     notes: Callable[[Study], dict[str, Any]] | None = None
 
     def __call__(self, study: Study) -> Finding:
         made = self.comparisons(study)
         evidence: dict[str, Any] = {"claim": self.claim}
-        verdict = all_of([c.verdict() for c in made])
-        against = [
-            f"{c.what} at {tokens:,} tokens"
-            for c in made
-            for tokens in c.checkpoints
-            if self.at_every_checkpoint and c.verdict(tokens) == "not held"
+        places = [
+            (c, at) for c in made for at in (c.checkpoints if self.at_every_checkpoint else [None])
         ]
-        open_at = [
-            f"{tokens:,} tokens"
-            for c in made
-            for tokens in c.checkpoints
-            if self.at_every_checkpoint and c.verdict(tokens) == "undetermined"
-        ]
-        if against:
-            verdict = "not held"
+        verdict = all_of([c.verdict(at) for c, at in places])
+        if reason := self._reason(verdict, made, places):
+            evidence["reason"] = reason
+        against = [f"{c.what}{_told(at)}" for c, at in places if c.verdict(at) == "not held"]
+        if against and self.at_every_checkpoint:
             evidence["against"] = against
-        elif open_at and verdict == "held":
+        if _too_few(made):
             verdict = "undetermined"
-            evidence["reason"] = f"by itself the interval covers a boundary at {', '.join(open_at)}"
-        without = [c.what for c in made if not c.cells]
-        seeds = sorted({seed for c in made for seed in c.seeds})
-        if without or not made:
-            some = len(without) < len(made)
-            evidence["reason"] = f"no data for {'; '.join(without)}" if some else "no data"
-        elif len(seeds) < SEEDS_NEEDED:
-            verdict = "undetermined"
-            evidence["reason"] = f"one seed ({seeds[0]}): no verdict is claimed"
-        elif verdict == "undetermined" and "reason" not in evidence:
-            evidence["reason"] = "the interval covers a boundary of the claim"
         evidence["comparisons"] = [c.evidence() for c in made]
         if self.notes is not None:
             evidence |= self.notes(study)
         return Finding(verdict, evidence)
+
+    def _reason(
+        self, verdict: Verdict, made: list[Comparison], places: list[tuple[Comparison, int | None]]
+    ) -> str:
+        without = [c.what for c in made if not c.cells]
+        if without or not made:
+            some = len(without) < len(made)
+            return f"no data for {'; '.join(without)}" if some else "no data"
+        if _too_few(made):
+            return f"one trunk ({next(iter(made[0].by_trunk))}): no verdict is claimed"
+        if verdict != "undetermined":
+            return ""
+        at = [_told(at) for c, at in places if at and c.verdict(at) == "undetermined"]
+        return f"the interval covers a boundary of the claim{','.join(at)}"
+
+
+def _told(checkpoint_tokens: int | None) -> str:
+    return "" if checkpoint_tokens is None else f" at {checkpoint_tokens:,} tokens"
+
+
+def _too_few(made: list[Comparison]) -> bool:
+    trunks = {trunk for c in made for trunk in c.by_trunk}
+    return bool(trunks) and len(trunks) < TRUNKS_NEEDED
 
 
 def judge_all(study: Study, names: Sequence[str] = ()) -> dict[str, Finding]:

@@ -17,7 +17,7 @@ from rich.table import Table
 from megarlx import plug
 from megarlx.data.token_files import write_atomically
 from megarlx.printable import complain, printable
-from megarlx.report.claims import SEEDS_NEEDED, Finding
+from megarlx.report.claims import TRUNKS_NEEDED, Finding
 from megarlx.report.folded import has_data, is_of_the_paper
 from megarlx.report.headline import said
 from megarlx.report.runs import Evaluation, ReportError
@@ -40,6 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="DIR", help="where the report goes (default: DIR/report)"
     )
     parser.add_argument(
+        "--records",
+        type=Path,
+        metavar="DIR",
+        help="records of a sweep: they tell of runs that are not in the first folder",
+    )
+    parser.add_argument(
         "--claim",
         action="append",
         default=[],
@@ -52,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     out = arguments.out or arguments.directory / FOLDER
     try:
-        study = Study.of(arguments.directory)
+        study = Study.of(arguments.directory, arguments.records)
         findings = write_report(study, out, arguments.claims)
     except (ReportError, plug.PlugError, OSError) as error:
         complain(f"megarlx report: {error}")
@@ -146,8 +152,8 @@ def _print(study: Study, findings: dict[str, Finding], out: Path, *, asked: bool
 
 
 def _print_claims(study: Study, findings: dict[str, Finding], console: Console) -> None:
-    if len(study.seeds) < SEEDS_NEEDED:
-        console.print("One seed: no verdict on the claims of the paper is made.")
+    if len(study.trunks) < TRUNKS_NEEDED:
+        console.print("One trunk: no verdict on the claims of the paper is made.")
         return
     table = Table(box=None, pad_edge=False)
     for name in ("", "claim", "verdict"):

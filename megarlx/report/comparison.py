@@ -1,6 +1,8 @@
-"""One comparison of a predicate: paired differences, their interval, and the verdict on a range.
+"""One comparison of a predicate: paired differences, their intervals, and the verdict on a range.
 
-Differences are in percentage points, of the same questions on both sides.
+Differences are in percentage points, of the same questions on both sides. A trunk's difference is
+the mean over its questions and checkpoints. The interval over trunks decides; that over questions
+tells what other questions would have shown of these trunks.
 """
 
 from __future__ import annotations
@@ -8,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any, Literal
 
 from megarlx.evaluation.bootstrap import Interval, Values, differences, interval_of_suites
 from megarlx.report.runs import Evaluation
+from megarlx.report.student import TrunkInterval, interval_of_trunks
 from megarlx.report.study import Cell
 
 Verdict = Literal["held", "not held", "undetermined"]
@@ -43,17 +47,33 @@ class Comparison:
     def checkpoints(self) -> list[int]:
         return sorted({cell.checkpoint_tokens for cell, _ in self.cells})
 
-    def interval(self, checkpoint_tokens: int | None = None) -> Interval | None:
-        chosen = [
-            suites
-            for cell, suites in self.cells
-            if checkpoint_tokens in (None, cell.checkpoint_tokens)
-        ]
+    @property
+    def by_trunk(self) -> dict[str, float]:
+        """The mean difference of each trunk, over its questions and checkpoints."""
+        return self._by_trunk(self.cells)
+
+    def _by_trunk(self, cells: Sequence[tuple[Cell, Suites]]) -> dict[str, float]:
+        own: dict[str, list[Suites]] = {}
+        for cell, suites in cells:
+            own.setdefault(_trunk(cell), []).append(suites)
+        return {trunk: _mean_of_suites(several) for trunk, several in sorted(own.items())}
+
+    def _at(self, checkpoint_tokens: int | None) -> list[tuple[Cell, Suites]]:
+        if checkpoint_tokens is None:
+            return self.cells
+        return [(c, s) for c, s in self.cells if c.checkpoint_tokens == checkpoint_tokens]
+
+    def over_trunks(self, checkpoint_tokens: int | None = None) -> TrunkInterval | None:
+        found = self._by_trunk(self._at(checkpoint_tokens))
+        return interval_of_trunks([*found.values()]) if found else None
+
+    def over_questions(self, checkpoint_tokens: int | None = None) -> Interval | None:
+        chosen = [suites for _, suites in self._at(checkpoint_tokens)]
         names = sorted({suite for suites in chosen for suite in suites})
         return interval_of_suites([[s[name] for s in chosen if name in s] for name in names])
 
     def verdict(self, checkpoint_tokens: int | None = None) -> Verdict:
-        interval = self.interval(checkpoint_tokens)
+        interval = self.over_trunks(checkpoint_tokens)
         if interval is None:
             return "undetermined"
         if self.low < interval.low and interval.high < self.high:
@@ -63,19 +83,30 @@ class Comparison:
         return "undetermined"
 
     def evidence(self) -> dict[str, Any]:
-        interval = self.interval()
+        interval, these = self.over_trunks(), self.over_questions()
+        by_trunk = self.by_trunk
         return {
             "difference": self.what,
             "claimed_between": [_number(self.low), _number(self.high)],
             "points": interval and _number(interval.estimate),
-            "interval": interval and [_number(interval.low), _number(interval.high)],
-            "questions": interval.questions if interval else 0,
+            "interval": interval and _bounds(interval),
+            "trunks": len(by_trunk),
+            "by_trunk": {trunk: _number(points) for trunk, points in by_trunk.items()},
+            "signs": {
+                "above": sum(points > 0 for points in by_trunk.values()),
+                "below": sum(points < 0 for points in by_trunk.values()),
+            },
+            "these_trunks": {
+                "interval_over_questions": these and _bounds(these),
+                "questions": these.questions if these else 0,
+            },
             "cells": len(self.cells),
             "seeds": self.seeds,
             "by_checkpoint": {
-                str(tokens): interval and _number(interval.estimate)
+                str(tokens): found
+                and {"points": _number(found.estimate), "interval": _bounds(found)}
                 for tokens in self.checkpoints
-                for interval in [self.interval(tokens)]
+                for found in [self.over_trunks(tokens)]
             },
             "by_group": self._by_group(),
             "left_out": self.left_out,
@@ -121,6 +152,24 @@ def of_capability(after: Cell, before: Cell) -> Suites:
         for suite in after.accuracy_suites
         if suite in before.accuracy_suites
     }
+
+
+def _trunk(cell: Cell) -> str:
+    """Excursions of one trunk stand together, whatever their seeds."""
+    return cell.trunk.name if cell.trunk else f"seed {cell.seed}"
+
+
+def _mean_of_suites(several: Sequence[Suites]) -> float:
+    """Every suite weighs the same however many questions it has."""
+    values: dict[str, list[float]] = {}
+    for suites in several:
+        for suite, by_question in suites.items():
+            values.setdefault(suite, []).extend(by_question.values())
+    return fmean(fmean(own) for own in values.values())
+
+
+def _bounds(interval: Interval | TrunkInterval) -> list[float | None]:
+    return [_number(interval.low), _number(interval.high)]
 
 
 def _number(value: float) -> float | None:

@@ -22,6 +22,7 @@ from matplotlib.ticker import FuncFormatter
 from megarlx.data.token_files import write_atomically
 from megarlx.evaluation.bootstrap import Interval
 from megarlx.report.settings import quantity
+from megarlx.report.student import TrunkInterval
 from megarlx.report.style import (
     COLUMNS,
     DARK,
@@ -189,7 +190,7 @@ def in_the_dark(svg: str) -> str:
     return svg.replace("<defs>", f"{style}<defs>", 1)
 
 
-def with_interval(interval: Interval | None, digits: int = 1) -> str:
+def with_interval(interval: Interval | TrunkInterval | None, digits: int = 1) -> str:
     if interval is None:
         return "–"
     text = f"{interval.estimate:.{digits}f}"

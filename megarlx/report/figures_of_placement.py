@@ -9,7 +9,7 @@ from math import inf
 
 from matplotlib.figure import Figure as Canvas
 
-from megarlx.evaluation.bootstrap import Interval, interval_of_mean
+from megarlx.evaluation.bootstrap import interval_of_mean
 from megarlx.report.comparison import Comparison, Suites, of_capability, of_suite
 from megarlx.report.drawing import (
     Course,
@@ -23,6 +23,7 @@ from megarlx.report.drawing import (
     with_interval,
 )
 from megarlx.report.settings import quantity
+from megarlx.report.student import TrunkInterval
 from megarlx.report.study import BASE, Cell, Study
 from megarlx.report.style import in_order, look_of
 
@@ -71,7 +72,8 @@ def placement(study: Study) -> Figure | None:
         "Where pre-training goes on",
         "Runs that add to the pre-training of their checkpoint, at the tokens that they have seen; "
         "of RL's own steps, which add none, the last is drawn. Gains are over the trunk without RL "
-        "at the same tokens; what is left is a share of the first gain.",
+        "at the same tokens, with 95% t-intervals over trunks; what is left is a share of the "
+        "first gain.",
         f"pass@1 and pass@32 against tokens of pre-training, of {names}. The numbers are in the "
         "table.",
         _table(study, moments, order),
@@ -122,7 +124,7 @@ def _table(study: Study, moments: dict[str, Moments], order: Sequence[str]) -> T
     ]
     for label in order:
         courses = [_course(moments[label], metric) for metric in SHOWN.values()]
-        first: Interval | None = None  # gain
+        first: TrunkInterval | None = None  # gain
         for tokens, cells in moments[label].items():
             values = [with_interval(course.get(float(tokens))) for course in courses]
             pairs = [(c, b) for c in cells if label != BASE and (b := study.trunk_at(c))]
@@ -145,8 +147,8 @@ def _gain_in(metric: str) -> Callable[[Cell, Cell], Suites]:
 
 def _difference(
     pairs: Sequence[tuple[Cell, Cell]], of: Callable[[Cell, Cell], Suites]
-) -> Interval | None:
+) -> TrunkInterval | None:
     made = Comparison("", -inf, inf)
     for cell, base in pairs:
         made.add(cell, of(cell, base))
-    return made.interval()
+    return made.over_trunks()

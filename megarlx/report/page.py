@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from megarlx.printable import printable
-from megarlx.report.claims import SEEDS_NEEDED, Finding
+from megarlx.report.claims import TRUNKS_NEEDED, Finding
 from megarlx.report.drawing import Figure, Table
 from megarlx.report.folded import has_data, is_of_the_paper
 from megarlx.report.headline import said
@@ -88,8 +88,8 @@ def _facts(study: Study, claims: bool) -> str:
         "in brackets 95% intervals over questions",
     ]
     found = [f'<p class="facts">{text("; ".join(filter(None, facts)))}.</p>']
-    if claims and len(study.seeds) < SEEDS_NEEDED:
-        found.append('<p class="note">One seed: numbers are shown, no verdict is claimed.</p>')
+    if claims and len(study.trunks) < TRUNKS_NEEDED:
+        found.append('<p class="note">One trunk: numbers are shown, no verdict is claimed.</p>')
     missing = study.missing()
     if missing:
         rows = "".join(f"<li>{text(line)}</li>" for line in missing)
@@ -111,17 +111,19 @@ def _plural(things: Sequence[Any], noun: str) -> str:
 
 def _claims(study: Study, findings: dict[str, Finding]) -> str:
     told = (
-        "A claim of the paper is held where all of the paired 95% interval over questions, pooled "
-        "over checkpoints and seeds, lies in what the claim allows; not held where none of it "
-        "does. A cell counts only where SFT's pass@1 is more than twice guessing. All evidence is "
-        "in "
+        "A claim is held where all of the 95% t-interval over trunks lies in what the claim "
+        "allows; not held where none of it does. Of a trunk, its mean over questions and "
+        "checkpoints counts. Beside it stand the 95% interval over questions, for these trunks, "
+        "and how many trunks lie above 0. Two trunks rarely decide: their interval is 12.7 "
+        "standard errors to each side. A cell counts only where SFT's pass@1 is more than twice "
+        "guessing. All evidence is in "
     )
-    head = ["", "verdict", "claim", "difference in points, 95% interval", "why"]
+    head = ["", "verdict", "claim", "difference in points", "why"]
     rows = "".join(_claim(name, f, head) for name, f in findings.items() if has_data(f))
     without = [name for name, finding in findings.items() if not has_data(finding)]
     table = f"<table>{_head(head)}<tbody>{rows}</tbody></table>"
-    if len(study.seeds) < SEEDS_NEEDED:
-        table = f"<details><summary>What one seed says of them</summary>{table}</details>"
+    if len(study.trunks) < TRUNKS_NEEDED:
+        table = f"<details><summary>What one trunk says of them</summary>{table}</details>"
     no_data = f"<p>Nothing here speaks of {text(', '.join(without))}.</p>" if without else ""
     return f'<p>{text(told)}<a href="summary.json">summary.json</a>.</p>{table}{no_data}'
 
@@ -146,9 +148,17 @@ def _claim(name: str, finding: Finding, head: Sequence[str]) -> str:
 def _difference(comparison: dict[str, Any]) -> str:
     if comparison["points"] is None:
         return f"{comparison['difference']}: –"
-    low, high = (math.inf if v is None else v for v in comparison["interval"])
-    around = f" [{low:+.1f}, {high:+.1f}]" if math.isfinite(low) and math.isfinite(high) else ""
-    return f"{comparison['difference']}: {comparison['points']:+.1f}{around}"
+    these = _between(comparison["these_trunks"]["interval_over_questions"])
+    trunks, above = comparison["trunks"], comparison["signs"]["above"]
+    return (
+        f"{comparison['difference']}: {comparison['points']:+.1f}"
+        f"{_between(comparison['interval'])}; these trunks{these}; {above} of {trunks} above 0"
+    )
+
+
+def _between(bounds: list[float | None]) -> str:
+    low, high = (math.inf if v is None else v for v in bounds)
+    return f" [{low:+.1f}, {high:+.1f}]" if math.isfinite(low) and math.isfinite(high) else ""
 
 
 def _why(finding: Finding) -> str:
@@ -161,6 +171,8 @@ def _why(finding: Finding) -> str:
     for metric, points in finding.evidence.get("since_the_checkpoint", {}).items():
         if points is not None:
             parts.append(f"{metric} since the checkpoint {points:+.1f}")
+    if direction := finding.evidence.get("direction"):
+        parts.append(f"{direction['claim']}: {direction['verdict']}")
     if counted:
         parts.append(f"{_count(counted, 'cell')} compared")
     if left_out:

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megarlx import plug
 from megarlx.config import as_asked
 from megarlx.config.objectives import PRETRAINING
 from megarlx.evaluation.pass_at_k import pass_at_k
@@ -23,7 +24,6 @@ from megarlx.training.metrics import read_metrics
 FORMAT = 1
 ACCURACY_KINDS = ("choice", "cloze")
 AGENT = "agent"
-KINDS = ("pass_at_k", *ACCURACY_KINDS, "perplexity", "behaviour", AGENT)
 NOT_RUNS = ("checkpoints", "tensorboard", "evaluations", "samples", "logs")
 T = TypeVar("T")
 
@@ -39,6 +39,7 @@ class Evaluation:
     iteration: int
     trunk_tokens: int
     metrics: Mapping[str, float]
+    standard_errors: Mapping[str, float]
     guessing: Mapping[str, float]
     items: tuple[Mapping[str, Any], ...] = field(repr=False)
     template: Mapping[str, str] | None = None  # what the questions were written in, if in any
@@ -90,6 +91,15 @@ class Parent:
     is_base: bool  # whether its weights had seen pre-training only
 
 
+@dataclass(frozen=True)
+class Part:
+    """A run whose weights, or what it changed, is in a sum of weights."""
+
+    run: str
+    recipe: str
+    weight: float
+
+
 @dataclass(frozen=True, eq=False)
 class Run:
     path: Path
@@ -102,19 +112,31 @@ class Run:
     settings: Mapping[str, Any]  # resolved.json
     metrics: tuple[Mapping[str, float], ...] = field(repr=False)
     evaluations: tuple[Evaluation, ...] = field(repr=False)  # by iteration
+    parts: tuple[Part, ...] = ()  # of which it is a sum, beside its parent's weights
 
     @property
     def is_trunk(self) -> bool:
         """Whether it pre-trains: from nothing, or nothing but that from a run that did."""
-        if self.parent is None:
-            return True
+        if self.parent is None or self.parts:
+            return self.parent is None
         stages = self.settings.get("stages") or ()
         trained = {name for stage in stages for name in stage.get("objectives") or ()}
         return self.parent.is_base and trained == {PRETRAINING}
 
     @property
+    def told(self) -> dict[str, Any]:
+        """Its settings; of a sum of weights also how much of which recipes it is."""
+        if not self.parts:
+            return dict(self.settings)
+        weights = " ".join(f"{part.weight:g}" for part in self.parts)
+        recipes = " ".join(part.recipe for part in self.parts)
+        return {**self.settings, "sum": {"weights": weights, "of": recipes}}
+
+    @property
     def planned_steps(self) -> int | None:
-        """As its settings say; None where they do not."""
+        """As its settings say; None where they do not. A sum of weights has no steps to take."""
+        if self.parts:
+            return None
         stages = self.settings.get("stages") or ()
         counts = [stage.get("steps", stage.get("iterations")) for stage in stages]
         if counts and all(isinstance(count, int) for count in counts):
@@ -166,11 +188,7 @@ def find_runs(root: Path) -> tuple[list[Run], list[str]]:
         raise ReportError(f"{root} is not a folder; allowed is one that holds runs at any depth")
     problems: list[str] = []
     runs = [read_run(path, root, problems) for path in sorted(_run_folders(root))]
-    found = [run for run in runs if run is not None]
-    if not found:
-        detail = "".join(f"\n  {problem}" for problem in problems)
-        raise ReportError(f"{root} holds no run: no lineage.json in it or below it{detail}")
-    return found, problems
+    return [run for run in runs if run is not None], problems
 
 
 def _run_folders(root: Path) -> Iterator[Path]:
@@ -190,21 +208,21 @@ def read_run(path: Path, root: Path, problems: list[str]) -> Run | None:
             return make(json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             shown = Path(os.path.relpath(file, root)).as_posix()
-            problems.append(f"{shown}: cannot be used: {_said(error)}")
+            problems.append(f"{shown}: cannot be used: {said(error)}")
             return None
 
-    lineage = read(path / "lineage.json", _lineage)
+    lineage = read(path / "lineage.json", lineage_of)
     if lineage is None:
         return None
     resolved = path / "resolved.json"
-    settings = (read(resolved, _settings) if resolved.exists() else None) or {}
+    settings = (read(resolved, settings_of) if resolved.exists() else None) or {}
     files = sorted((path / "evaluations").glob("iter_*.json"))
-    evaluations = [e for file in files if (e := read(file, _evaluation)) is not None]
+    evaluations = [e for file in files if (e := read(file, evaluation_of)) is not None]
     evaluations.sort(key=lambda e: (e.iteration, e.suite))
     try:
-        metrics = tuple(_numbers(line) for line in read_metrics(path / "metrics.jsonl"))
+        metrics = tuple(numbers(line) for line in read_metrics(path / "metrics.jsonl"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        problems.append(f"{name}/metrics.jsonl: cannot be used: {_said(error)}")
+        problems.append(f"{name}/metrics.jsonl: cannot be used: {said(error)}")
         metrics = ()
     return Run(
         path,
@@ -216,7 +234,7 @@ def read_run(path: Path, root: Path, problems: list[str]) -> Run | None:
     )
 
 
-def _said(error: Exception) -> str:
+def said(error: Exception) -> str:
     return f"lacks {error}" if isinstance(error, KeyError) else str(error)
 
 
@@ -226,12 +244,12 @@ def _object(values: Any) -> dict[str, Any]:
     return values
 
 
-def _settings(values: Any) -> dict[str, Any]:
+def settings_of(values: Any) -> dict[str, Any]:
     """Without what a machine chose for itself: the same experiment on two machines is one."""
     return as_asked(_object(values))
 
 
-def _lineage(values: Any) -> dict[str, Any]:
+def lineage_of(values: Any) -> dict[str, Any]:
     given = _object(values).get("parent")
     parent = None
     if given is not None:
@@ -240,6 +258,7 @@ def _lineage(values: Any) -> dict[str, Any]:
         parent = Parent(str(given["run"]), int(given["iteration"]), int(tokens), not any(others))
     recipe = values.get("recipe")
     return {
+        "parts": _parts(values.get("sum")),
         "recipe": None if recipe is None else str(recipe),
         "seed": int(values.get("seed", 0)),
         "trunk_tokens": int(values.get("trunk_tokens", 0)),
@@ -248,18 +267,31 @@ def _lineage(values: Any) -> dict[str, Any]:
     }
 
 
-def _evaluation(values: Any) -> Evaluation:
+def _parts(made: Any) -> tuple[Part, ...]:
+    terms = [] if made is None else _object(made)["terms"]
+    return tuple(
+        Part(
+            Path(str(term["plus"]["run"])).name,
+            str(term["plus"]["recipe"] or "pre-training"),
+            float(term["weight"]),
+        )
+        for term in terms
+    )
+
+
+def evaluation_of(values: Any) -> Evaluation:
     if _object(values).get("format") != FORMAT:
         raise ValueError(f"format is {values.get('format')!r}; allowed is {FORMAT}")
-    if values["kind"] not in KINDS:
-        raise ValueError(f"kind is {values['kind']!r}; allowed are {', '.join(KINDS)}")
+    if problem := plug.problem("suite", str(values["kind"])):
+        raise ValueError(f"kind {problem}")
     made = Evaluation(
         suite=str(values["suite"]),
         kind=values["kind"],
         iteration=int(values["iteration"]),
         trunk_tokens=int(values["trunk_tokens"]),
-        metrics=_numbers(values["metrics"]),
-        guessing=_numbers(values.get("guessing") or {}),
+        metrics=numbers(values["metrics"]),
+        standard_errors=numbers(values.get("standard_errors") or {}),
+        guessing=numbers(values.get("guessing") or {}),
         items=tuple(map(_object, values["items"])),
         template=(values.get("settings") or {}).get("template"),
     )
@@ -267,7 +299,7 @@ def _evaluation(values: Any) -> Evaluation:
     return made
 
 
-def _numbers(values: Any) -> dict[str, float]:
+def numbers(values: Any) -> dict[str, float]:
     """Metrics are numbers; JSON has no infinity and no NaN, which are written as words."""
     found = {key: float(value) for key, value in _object(values).items() if value is not None}
     if "step" in found and not math.isfinite(found["step"]):

@@ -9,39 +9,41 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 from megarlx.config.model import resolved_model
+from megarlx.config.objectives import MADE
 from megarlx.report.runs import Run
 
 
 def settings_hash(runs: Sequence[Run]) -> str:
     """The same for the same experiment, whatever its seeds, their number, and where it ran."""
     texts = {
-        json.dumps([run.recipe, _comparable(run.settings)], sort_keys=True)
+        json.dumps([run.recipe, comparable(run.told)], sort_keys=True)
         for run in runs
         if run.settings
     }
     return hashlib.sha256("\n".join(sorted(texts)).encode()).hexdigest()
 
 
-def _comparable(value: Any) -> Any:
-    """Without seeds and paths. A path is a text with a slash: what the data is, its name tells."""
+def comparable(value: Any) -> Any:
+    """Without seeds and paths. A path is a text with a slash: what the data is, its name tells.
+    What lies in the folder of a maker is the same file on any machine."""
     if isinstance(value, Mapping):
         return {
-            key: _comparable(inside)
+            key: comparable(inside)
             for key, inside in value.items()
             if key != "seed" and not key.endswith("_seed") and not _is_path(inside)
         }
     if isinstance(value, list | tuple):
-        return [_comparable(inside) for inside in value if not _is_path(inside)]
+        return [comparable(inside) for inside in value if not _is_path(inside)]
     return value
 
 
 def _is_path(value: Any) -> bool:
-    return isinstance(value, str) and "/" in value
+    return isinstance(value, str) and "/" in value and not value.startswith(MADE)
 
 
 def flat(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
     """("stages.0.steps", 60) and so on, of every setting that is neither a seed nor a path."""
-    value = _comparable(value)
+    value = comparable(value)
     if isinstance(value, Mapping):
         for key, inside in value.items():
             yield from flat(inside, f"{where}.{key}" if where else str(key))
@@ -97,7 +99,7 @@ def told_apart(runs: Sequence[tuple[Run, Hashable]]) -> dict[str, str]:
 
 def _described(run: Run) -> dict[str, Any]:
     """All settings, but of the model its size where that is known: one number, not ten."""
-    found = dict(flat(run.settings))
+    found = dict(flat(run.told))
     size = parameters(run)
     if size is None:
         return found

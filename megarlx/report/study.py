@@ -6,15 +6,17 @@ trunks are cells too: their recipe is "base". Trunks are the runs that do nothin
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from megarlx.evaluation.readiness import PROBE
+from megarlx.report.records import runs_of_records, with_recorded
 from megarlx.report.runs import (
     ACCURACY_KINDS,
     AGENT,
@@ -85,14 +87,21 @@ class Study:
         self.root, self.runs, self.problems = root, runs, list(problems)
 
     @staticmethod
-    def of(root: Path) -> Study:
-        """The runs below a folder, and those elsewhere that they started from."""
+    def of(root: Path, records: Path | None = None) -> Study:
+        """The runs below a folder, and those elsewhere that they started from; and what records,
+        below it or in a folder of their own, tell of runs that are not there."""
         study = Study(root, *find_runs(root))
         while elsewhere := study._ancestors_elsewhere():
             found = [read_run(path, root, study.problems) for path in elsewhere]
             if not (read := [run for run in found if run is not None]):
                 break
             study = Study(root, [*study.runs, *read], study.problems)
+        for folder in (root, records):
+            recorded = [] if folder is None else runs_of_records(folder, study.problems)
+            study = Study(root, with_recorded(study.runs, recorded), study.problems)
+        if not study.runs:
+            detail = "".join(f"\n  {problem}" for problem in study.problems)
+            raise ReportError(f"{root} holds no run: no lineage.json in it or below it{detail}")
         return study
 
     @property
@@ -371,7 +380,7 @@ class Study:
         for cell in self.cells:
             if cell.headline is not None:
                 template = cell.headline.template
-                said = "none" if template is None else json.dumps(template, ensure_ascii=False)
+                said = _shown_template(template)
                 asked[cell.trunk, cell.checkpoint_tokens][said].append(cell.run.name)
         for (_, tokens), names in asked.items():
             if len(names) > 1:
@@ -380,3 +389,12 @@ class Study:
                     f"differences at {tokens:,} tokens, because {self.headline} was asked in "
                     f"{len(names)} templates: {sides}. Measure one side in the other's"
                 )
+
+
+def _shown_template(template: Mapping[str, str] | None) -> str:
+    if template is None:
+        return "none"
+    if "chat" in template:
+        digest = hashlib.sha256(template["chat"].encode()).hexdigest()[:8]
+        return f"the chat template of a model ({digest})"
+    return json.dumps(template, ensure_ascii=False)

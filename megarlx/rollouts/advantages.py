@@ -92,6 +92,17 @@ def rloo(rewards: Tensor, c: Any) -> Tensor:
     return _informative(rewards, centred * count / (count - 1).clamp_min(1))
 
 
+def maxrl(rewards: Tensor, c: Any) -> Tensor:
+    """(r - mean) / mean: with rewards of 0 and 1, the gradient of the log of how often a prompt is
+    solved. A mean of 0 gives 0."""
+    centred, scored = _centred(rewards)
+    if (rewards < 0).any():
+        lowest = float(rewards.where(scored, 0).min())
+        raise ValueError(f"advantage maxrl: a reward is {lowest:g}; it allows none below 0")
+    mean = rewards.where(scored, 0).sum(1, keepdim=True) / scored.sum(1, keepdim=True).clamp_min(1)
+    return _informative(rewards, centred / mean.where(mean > 0, 1))
+
+
 def discounted_returns(rewards: Tensor, episodes: Tensor, gamma: float) -> Tensor:
     """[K] -> [K]: each turn's reward and the discounted ones after it in the same episode.
 

@@ -16,7 +16,7 @@ from typing import Any
 from megarlx.comm.collectives import gather_values
 from megarlx.comm.groups import Group, Mesh
 from megarlx.config.environment import EnvironmentConfig
-from megarlx.data.conversations import Template
+from megarlx.data.conversations import Role, Template
 from megarlx.data.conversations import Turn as Said
 from megarlx.data.prompts import Prompt
 from megarlx.data.tokenizer import Tokenizer, TokenizerError
@@ -140,7 +140,7 @@ class EnvironmentGame:
                 if text is not None:
                     alike.setdefault(text, []).append(sequence_id)
             for text, sequence_ids in alike.items():
-                ids = self._ids(text, sequence_ids)
+                ids = self._ids(text, sequence_ids, follows=False)
                 if ids is None:
                     continue
                 if len(ids) > room:
@@ -182,6 +182,7 @@ class EnvironmentGame:
             return None
         info = dict(outcome.info)
         turn["reward"], turn["valid"] = outcome.reward, bool(info.pop("valid", True))
+        role: Role = "tool" if info.pop("role", "user") == "tool" else "user"
         success = info.pop("success", sum(t["reward"] for t in record.turns) > 0)
         turn["info"] = info
         if outcome.done:
@@ -189,7 +190,7 @@ class EnvironmentGame:
             return None
         if end.turn + 1 >= self.config.max_turns:
             return None
-        ids = self._ids(text, [end.sequence_id])
+        ids = self._ids(text, [end.sequence_id], follows=True, role=role)
         if ids is not None and end.tokens[-1] != self.tokenizer.eos_id:
             return [self.tokenizer.eos_id, *ids]  # an answer that was cut off ends as others do
         return ids
@@ -202,10 +203,18 @@ class EnvironmentGame:
         record.seen = outcome.observation
         return record.seen
 
-    def _ids(self, observation: str, sequence_ids: list[int]) -> list[int] | None:
+    def _ids(
+        self,
+        observation: str,
+        sequence_ids: list[int],
+        *,
+        follows: bool,
+        role: Role = "user",
+    ) -> list[int] | None:
         """As the template writes it, up to where the policy goes on."""
+        said = [Said(role, observation)]
         try:
-            ids = self.template.prompt_ids([Said("user", observation)], self.tokenizer)
+            ids = self.template.prompt_ids(said, self.tokenizer, follows=follows)
         except (TokenizerError, UnicodeEncodeError) as error:
             self._lose(sequence_ids, "not_encodable", str(error))
             return None
@@ -234,4 +243,6 @@ def task_of(prompt: Prompt) -> Task:
     task = prompt.metadata.get("task")
     if isinstance(task, dict):
         return task
+    if not prompt.question:
+        return dict(prompt.metadata)
     return {"question": prompt.question, "answer": prompt.answer, **prompt.metadata}

@@ -14,6 +14,7 @@ from megarlx.rollouts.rewards.rewards import Rewards
 from megarlx.rollouts.rewards.sample import Sample
 
 FORM = "form"  # in a turn's info: what the form of its answer is worth
+PARTS = "rewards"  # in a turn's info: each reward by its name, unweighted
 SOLVED = 1.0 - 1e-6  # of the first reward: an answer with all of it is a success
 
 
@@ -55,9 +56,13 @@ class QuestionGame:
             samples = [self._sample(start, made[i]) for start, i in every]
             scored = self.rewards.score(samples, group)
             first = next(iter(scored.parts.values()))
-            infos: list[dict[str, float]] = [{} for _ in samples]
+            infos: list[dict[str, Any]] = [
+                {PARTS: {name: values[at] for name, values in scored.parts.items()}}
+                for at in range(len(samples))
+            ]
             if self.form is not None:
-                infos = [{FORM: value} for value in self.form.score(samples, group).totals]
+                for info, value in zip(infos, self.form.score(samples, group).totals, strict=True):
+                    info[FORM] = value
             return {
                 "totals": scored.totals,
                 "first": first,
@@ -113,3 +118,19 @@ class QuestionGame:
         for rewards in (self.rewards, self.form):
             if rewards is not None:
                 rewards.close()
+
+
+class Unscored(QuestionGame):
+    """Questions whose answers nobody scores."""
+
+    def __init__(self, max_new_tokens: int, mesh: Mesh) -> None:
+        super().__init__(None, max_new_tokens, mesh)
+
+    def episodes(
+        self, starts: Sequence[Start], made: Mapping[int, Trajectory], group: Group
+    ) -> list[Episode]:
+        return [
+            Episode(start.group, i, (Turn(start.prompt.question, self._said[i]),), False, made[i])
+            for start in starts
+            for i in start.sequence_ids
+        ]

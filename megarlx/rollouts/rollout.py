@@ -19,10 +19,11 @@ from megarlx.comm.collectives import gather_values
 from megarlx.comm.groups import Group
 from megarlx.config.objectives import RlConfig
 from megarlx.data.order import key_of
-from megarlx.data.prompts import PromptData
+from megarlx.data.prompts import Drawn, PromptData
 from megarlx.data.tokenizer import Tokenizer
 from megarlx.generation.requests import SamplingSettings
 from megarlx.rollouts.advantages import compares_turns, sample_advantages, uninformative
+from megarlx.rollouts.bank import Bank, banked
 from megarlx.rollouts.completions import Completions, overlong_penalty
 from megarlx.rollouts.environments.process import BrokenEnvironment
 from megarlx.rollouts.episodes import Episode, EpisodeBatch
@@ -154,9 +155,17 @@ class Sampler:
     """Draws prompts or tasks and plays each of them samples_per_prompt times."""
 
     def __init__(
-        self, config: RlConfig, player: Player, prompts: PromptData, group: Group, seed: int
+        self,
+        config: RlConfig,
+        player: Player,
+        prompts: PromptData,
+        group: Group,
+        seed: int,
+        bank: Bank | None = None,
     ) -> None:
-        """`group` shares out the prompts."""
+        """`group` shares out the prompts; `bank`, given where a copy of the model has its first
+        rank, keeps the samples."""
+        self.bank = bank
         self.config, self.player, self.prompts = config, player, prompts
         self.group, self.seed = group, seed
         self.waited_seconds = 0.0
@@ -164,9 +173,12 @@ class Sampler:
 
     def rollout(self, steps_done: int = 0) -> Rollout:
         sums, examples = Sums(), list[Example]()
+        self._samples: list[dict[str, Any]] = []
         sampled, used, rounds = with_signal(
             self.config, steps_done, lambda count: self._played(count, sums, examples)
         )
+        if self.bank is not None and self.group.is_first:
+            self.bank.add(steps_done, self._samples)
         used = _with_tokens(used)
         return Rollout(
             used.completions,
@@ -184,6 +196,7 @@ class Sampler:
     def _played(self, count: int, sums: Sums, examples: list[Example]) -> EpisodeBatch:
         """`count` new prompts on all ranks."""
         n, group, player = self.config.samples_per_prompt, self.group, self.player
+        drawn = self.prompts.take(count)
         starts = [
             Start(
                 one.number,
@@ -192,9 +205,11 @@ class Sampler:
                 one.ids,
                 key_of(self.seed, "environment", one.number) % SEEDS,
             )
-            for one in self.prompts.take(count)[group.rank :: group.size]
+            for one in drawn[group.rank :: group.size]
         ]
         episodes = player.play(starts, self.sampling, self.seed, group)
+        self._learn_difficulty(drawn, episodes)
+        self._keep(episodes)
         self.waited_seconds += player.waited_seconds
         sums.add("perf/generate_seconds", player.seconds, 1)
         sums.add("perf/reward_seconds", player.reward_seconds, 1)
@@ -215,6 +230,30 @@ class Sampler:
             device=player.generator().device,
         )
         return batch.gathered(group)
+
+    def _keep(self, episodes: Sequence[Episode]) -> None:
+        """What the bank will hold of them, on its rank, in the order in which they were drawn."""
+        if (bank := self.bank) is None:
+            return
+        mine = [(one.sequence_id, banked(one, tokens=bank.config.tokens)) for one in episodes]
+        every = [one for part in gather_values(mine, self.group) for one in part]
+        self._samples += [line for _, line in sorted(every, key=lambda one: one[0])]
+
+    def _learn_difficulty(self, drawn: Sequence[Drawn], episodes: Sequence[Episode]) -> None:
+        """How often each prompt was solved, told by the rank that played it to all."""
+        difficulty = self.prompts.difficulty
+        if difficulty is None:
+            return
+        mine: dict[str, list[bool]] = {}
+        for episode in episodes:
+            if episode.failure is None:
+                mine.setdefault(str(episode.group), []).append(episode.success)
+        known = {k: v for part in gather_values(mine, self.group) for k, v in part.items()}
+        difficulty.learn(
+            (one.place, sum(found) / len(found))
+            for one in drawn
+            if (found := known.get(str(one.number)))
+        )
 
     def _shorter_is_better(self, episodes: Sequence[Episode]) -> list[Episode]:
         """Episodes of one turn, less the penalty for those that nearly reach the limit."""

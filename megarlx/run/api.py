@@ -6,17 +6,24 @@ What is wrong is raised, where the commands print it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from megarlx.comm import launch
 from megarlx.config import load_config
 from megarlx.run.begin import start, start_excursion
 from megarlx.run.branch import excursion_config
-from megarlx.run.opened import OpenedRun, open_config, open_run
+from megarlx.run.directory import Weights
+from megarlx.run.merge import merged
+from megarlx.run.opened import OpenedRun, open_run
+from megarlx.run.opening import open_config
 from megarlx.run.reference import resolve
 from megarlx.run.session import launched
+from megarlx.run.stopped import done
+from megarlx.run.sums import write_sum
+from megarlx.run.transplant import Asked, make
 
 
 def train(
@@ -32,7 +39,7 @@ def train(
     """
     read = load_config(config, overrides)
     with launched(read) as (started, device):
-        return _done(start(read, Path(config), Path(out), started, device, fresh=fresh))
+        return done(start(read, Path(config), Path(out), started, device, fresh=fresh))
 
 
 def branch(
@@ -43,41 +50,78 @@ def branch(
     *,
     trusted: Collection[str] = (),
     fresh: bool = False,
+    weights: Weights = "last",
 ) -> bool:
     """An excursion from RUN@ITERATION by a recipe; returns and raises what `train` does.
 
     trusted   names of code in the run's configuration that may be used, as behind --trust
+    weights   those of the checkpoint's step, or their moving average where it keeps one
     """
-    reference, path = resolve(run), Path(recipe)
+    reference, path = resolve(run, Path(out).parent), Path(recipe)
     config = excursion_config(reference.run, path, overrides, trusted)
     with launched(config) as (started, device):
         whole = reference, config, path, Path(out)
-        return _done(start_excursion(*whole, started, device, fresh=fresh))
+        return done(start_excursion(*whole, started, device, fresh=fresh, weights=weights))
 
 
-def _done(stopped: str) -> bool:
-    if stopped == "SIGINT":
-        raise KeyboardInterrupt
-    return not stopped
+def transplant(
+    excursions: Sequence[str],
+    onto: str,
+    out: str | Path,
+    *,
+    alpha: float | Sequence[float] = 1.0,
+    starts: Sequence[str] = (),
+    trusted: Collection[str] = (),
+) -> bool:
+    """A run of the weights θ_onto + Σ alpha (θ_excursion − θ_start); False where it is there.
+
+    alpha    one for all, or one each
+    starts   checkpoints, one for all or one each; none: those that the excursions branched from
+    """
+    given = [alpha] if isinstance(alpha, int | float) else list(alpha)
+    asked = Asked(excursions, onto, Path(out), given, starts, trusted=trusted)
+    return make(asked)
 
 
-@contextmanager
+def merge(
+    runs: Sequence[str],
+    out: str | Path,
+    *,
+    shares: Sequence[float] = (),
+    trusted: Collection[str] = (),
+) -> bool:
+    """A run of the mean of checkpoints' weights; False where it is there already.
+
+    shares   of each; none: equal
+    """
+    made = merged(runs, shares)
+    made.check(trusted)
+    return write_sum(made, Path(out))
+
+
 def open(
     run: str,
     overrides: Sequence[str] = (),
     *,
     trusted: Collection[str] = (),
     device: str = "auto",
-) -> Iterator[OpenedRun]:
-    """The model and the tokenizer of RUN@ITERATION; its folder is only read.
+    weights: Weights = "last",
+) -> OpenedRun:
+    """The model and the tokenizer of RUN@ITERATION, or of a Hugging Face folder, which becomes a
+    run in runs/converted/. A run is only read.
 
         with megarlx.open("runs/trunk@latest") as run:
             answers = run.generate(["…"], samples=4, temperature=0.7)
             results = run.evaluate("suites.toml")
 
+    Without `with` it stays open until `run.close()`, or until the program ends.
+
     trusted   names of code in the run's configuration that may be used, as behind --trust
+    weights   those of the checkpoint's step, or their moving average where it keeps one
     """
     reference, processes = resolve(run), launch.read().world_size
     config = open_config(reference.run, processes, overrides, trusted=trusted, device=device)
-    with launched(config) as (started, place):
-        yield open_run(reference, config, started, place, trusted)
+    with ExitStack() as stack:
+        started, place = stack.enter_context(launched(config))
+        opened = open_run(reference, config, started, place, trusted, weights)
+        return replace(opened, closing=stack.pop_all())

@@ -26,8 +26,10 @@ from megarlx.run.choose import choose
 from megarlx.run.directory import RunDirectory, RunError
 from megarlx.run.made import made_for, write_data
 from megarlx.run.make_objectives import ObjectiveMaker
+from megarlx.run.protection import protected
 from megarlx.run.tokenizer import load_tokenizer_of
 from megarlx.training.learning_rate import learning_rate
+from megarlx.training.outer import Outer
 from megarlx.training.parts import UpdateSettings
 from megarlx.training.shares import Adaptation, Course, Shares
 from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage
@@ -163,7 +165,11 @@ def assemble(
         chosen.choices,
         directory,
         mesh,
-        Trainer(model, [training_stage(stage, objectives) for stage in config.all_stages]),
+        Trainer(
+            model,
+            [training_stage(stage, objectives) for stage in config.all_stages],
+            keep.average_decay,
+        ),
         tokenizer,
         objectives.validation(),
         Saver(directory.checkpoints, mesh.world, retention),
@@ -191,6 +197,10 @@ def _check_alike(choices: Mapping[str, Choice], mesh: Mesh) -> None:
 def training_stage(config: StageConfig, objectives: ObjectiveMaker) -> TrainingStage:
     members = []
     for name, one in config.objectives.items():
+        mask = None
+        if one.protect is not None:
+            place = f"stage '{config.label}': objectives.{name}.protect"
+            mask = protected(one.protect, objectives.model, place)
         rate = learning_rate(one, one.schedule_steps or config.times.steps_of(name))
         members.append(
             TrainedObjective(
@@ -199,6 +209,7 @@ def training_stage(config: StageConfig, objectives: ObjectiveMaker) -> TrainingS
                 rate,
                 turns=one.turns,
                 inherit=one.inherit,
+                protected=mask,
             )
         )
     courses = {
@@ -209,6 +220,9 @@ def training_stage(config: StageConfig, objectives: ObjectiveMaker) -> TrainingS
     adaptation = None
     if (adaptive := config.adaptive) is not None:
         adaptation = Adaptation(adaptive.rate, adaptive.sharpness, adaptive.least)
+    outer = None
+    if config.outer is not None:
+        outer = Outer(config.outer.momentum, config.outer.rate)
     return TrainingStage(
         members,
         steps=config.steps,
@@ -219,6 +233,7 @@ def training_stage(config: StageConfig, objectives: ObjectiveMaker) -> TrainingS
         placement=config.placement,
         sync_every=config.sync_every,
         generate_together=config.generate_together,
+        outer=outer,
     )
 
 

@@ -15,7 +15,7 @@ from megarlx.comm.launch import Launch
 from megarlx.config import Config
 from megarlx.run.assemble import Run, assemble
 from megarlx.run.branch import keep_parent, parent_of, write_lineage
-from megarlx.run.directory import RunDirectory
+from megarlx.run.directory import RunDirectory, Weights
 from megarlx.run.loop import check_startable, train
 from megarlx.run.new_folder import NewFolder
 from megarlx.run.reference import RunReference
@@ -46,11 +46,12 @@ def start_excursion(
     *,
     fresh: bool = False,
     replayed: Path | None = None,
+    weights: Weights = "last",
 ) -> str:
     """`replayed` is a checkpoint that the parent did not save, made again from one before it."""
     with NewFolder(out, first=started.rank == 0) as folder:
         if started.rank == 0:
-            parent = parent_of(reference, replayed)
+            parent = parent_of(reference, replayed, weights)
             write_lineage(RunDirectory(out), parent, recipe, config)
             if replayed is None and keep_parent(parent, out):
                 by = str(out.resolve())

@@ -31,11 +31,11 @@ from megarlx.config.load import over
 from megarlx.config.objectives import PRETRAINING
 from megarlx.config.trust import check_trust, names_in, used
 from megarlx.run.assemble import assemble
-from megarlx.run.directory import Parent, RunDirectory, RunError, versions
+from megarlx.run.directory import Parent, RunDirectory, RunError, Weights, versions
 from megarlx.run.reference import RunReference, tokens_of
 
 # Sections of the parent's configuration that a recipe need not repeat.
-INHERITED = ("model", "data", "template", "evaluation", "sft", "rl", "objectives")
+INHERITED = (*("model", "data", "template", "templates", "evaluation", "sft", "rl", "objectives"),)
 OF_TRAINING = (
     *("sequences_per_step", "sequences_per_microbatch", "sequence_length"),
     *("z_loss", "seed", "precision", "recompute", "layers", "fp8", "device"),
@@ -97,7 +97,12 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _completed(given: dict[str, Any], base: dict[str, Any], before: Config) -> dict[str, Any]:
-    """Objectives that go on have the optimizer and the course they had, where nothing is said."""
+    """Objectives that go on have the optimizer and the course they had, where nothing is said. A
+    template in frames is not put together with a model's own."""
+    template = given.get("template")
+    chats = [one for one in (template, base["template"]) if isinstance(one, dict)]
+    if isinstance(template, dict) and any(one.get("chat") is not None for one in chats):
+        base = base | {"template": None}
     stages = given.get("stages")
     for stage in stages if isinstance(stages, list) else ():
         objectives = stage.get("objectives") if isinstance(stage, dict) else None
@@ -120,7 +125,9 @@ def course_of(config: Config, name: str) -> dict[str, Any] | None:
     return settings | {"schedule_steps": one.schedule_steps or stage.times.steps_of(name)}
 
 
-def parent_of(reference: RunReference, replayed: Path | None = None) -> Parent:
+def parent_of(
+    reference: RunReference, replayed: Path | None = None, weights: Weights = "last"
+) -> Parent:
     manifest = read_manifest(replayed or reference.checkpoint)
     tokens = tokens_of(manifest.state)
     return Parent(
@@ -130,6 +137,7 @@ def parent_of(reference: RunReference, replayed: Path | None = None) -> Parent:
         trunk_tokens=tokens.get(PRETRAINING, 0),
         tokens=tokens,
         replayed=None if replayed is None else str(replayed.resolve()),
+        weights=weights,
     )
 
 
@@ -140,8 +148,9 @@ def write_lineage(out: RunDirectory, parent: Parent, recipe: Path, config: Confi
         if known != parent:
             raise RunError(
                 f"{out.path} is an excursion from {known.run} at iteration {known.iteration} "
-                f"({known.digest[:12]}), not from {parent.run} at {parent.iteration} "
-                f"({parent.digest[:12]}); choose another --out"
+                f"({known.digest[:12]}, weights {known.weights}), not from {parent.run} at "
+                f"{parent.iteration} ({parent.digest[:12]}, weights {parent.weights}); choose "
+                "another --out"
             )
         return
     if (out.path / "lineage.json").exists():
@@ -158,7 +167,7 @@ def write_lineage(out: RunDirectory, parent: Parent, recipe: Path, config: Confi
         "recipe": recipe.stem,
         "seed": config.training.seed,
         "trunk_tokens": parent.trunk_tokens,
-        "composition": _composition(parent),
+        "composition": composition_of(parent),
         "restored": ["weights", *(f"{name}: moments, data, course" for name in restored)],
         "reset": [f"{name}: moments, data, course" for name in sorted(set(first) - set(restored))],
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -167,7 +176,7 @@ def write_lineage(out: RunDirectory, parent: Parent, recipe: Path, config: Confi
     out.write_json("lineage.json", lineage)
 
 
-def _composition(parent: Parent) -> dict[str, int]:
+def composition_of(parent: Parent) -> dict[str, int]:
     """Tokens of each source that the parent had read."""
     from megarlx.training.metrics import read_metrics
 
@@ -181,9 +190,12 @@ def _composition(parent: Parent) -> dict[str, int]:
     return found
 
 
-def keep_parent(parent: Parent, out: Path) -> bool:
-    """Tells the parent's clean-up that this checkpoint is needed; says so where it cannot."""
-    folder = Path(parent.run) / "checkpoints"
+def keep_parent(parent: Parent, out: Path, folder: Path | None = None) -> bool:
+    """Tells the parent's clean-up that this checkpoint is needed; says so where it cannot.
+
+    folder   that holds it; None: the parent's own
+    """
+    folder = folder or Path(parent.run) / "checkpoints"
     try:
         refer(folder, parent.iteration, str(out.resolve()))
     except (OSError, CheckpointError) as error:
@@ -232,7 +244,9 @@ def replay_config(before: Config, layout: Mapping[str, Any]) -> Config:
     """The parent's own configuration, saving nothing on the way."""
     whole = before.model_dump(mode="json")
     return Config.model_validate(
-        whole | {"layout": dict(layout), "evaluation": {}, "checkpoints": {}}
+        whole
+        | {"layout": dict(layout), "evaluation": {}}
+        | {"checkpoints": {"average_decay": before.checkpoints.average_decay}}
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megarlx.config import Config, ConfigError
-from megarlx.config.arguments import add_overrides, add_trust
+from megarlx.config.arguments import add_overrides, add_trust, add_weights
 from megarlx.printable import complain
 
 if TYPE_CHECKING:
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "run", metavar="RUN@ITER", help="where it starts: RUN, RUN@latest, RUN@1000, RUN@tokens:4B"
+        "run",
+        metavar="RUN@ITER",
+        help="where it starts: RUN, RUN@latest, RUN@1000, RUN@tokens:4B, or a Hugging Face model",
     )
     parser.add_argument("recipe", metavar="RECIPE.toml", type=Path, help="what it does")
     parser.add_argument(
@@ -26,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_overrides(parser)
     add_trust(parser)
+    add_weights(parser)
     parser.add_argument(
         "--replay",
         action="store_true",
@@ -45,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     wanted = None
     try:
         try:
-            parent = resolve(arguments.run).run
+            parent = resolve(arguments.run, arguments.out.parent).run
         except RunError as error:
             run, _, which = arguments.run.rpartition("@")
             if not which.isdecimal() or not (Path(run) / "resolved.json").exists():
@@ -83,7 +86,7 @@ def _branch(
 
     recipe, out, replayed = arguments.recipe, arguments.out, None
     if wanted is None:
-        reference = resolve(arguments.run)
+        reference = resolve(arguments.run, out.parent)
     else:
         trusted = arguments.trusted
         replayed = replay(arguments.run, RunDirectory(out), config, started, device, trusted)
@@ -92,5 +95,6 @@ def _branch(
         *(reference, config, recipe, out, started, device),
         fresh=arguments.fresh,
         replayed=replayed,
+        weights=arguments.weights,
     )
     return exit_code(started.launcher) if stopped else 0

@@ -60,7 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from megarlx.comm import launch
     from megarlx.config import ConfigError
-    from megarlx.run.opened import open_config, open_run
+    from megarlx.run.opened import open_run
+    from megarlx.run.opening import open_config
     from megarlx.run.reference import resolve
     from megarlx.run.session import session
 
@@ -129,7 +130,9 @@ def _greeting(run: OpenedRun, *, plain: bool) -> Iterator[str]:
         yield f"each text is given as it stands, alone, and the model goes on with it{why}"
     else:
         assert run.template is not None
-        yield f"asked in the run's template, {run.template.user!r}" + (
+        written = run.template.described.get("user")
+        named = f"the run's template, {written!r}" if written else "the model's own chat template"
+        yield f"asked in {named}" + (
             "; these weights have seen pre-training only: --raw gives a text as it stands"
             if run.is_base and run.trunk_tokens
             else ""

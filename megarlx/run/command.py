@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megarlx.config import Config, ConfigError, describe, load_config
+from megarlx.config import Config, ConfigError, load_config
 from megarlx.config.arguments import add_overrides
+from megarlx.config.command import help_config
 from megarlx.printable import complain
 
 if TYPE_CHECKING:
@@ -20,7 +20,14 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("config", nargs="?", metavar="CONFIG.toml", help="what to train")
-    what.add_argument("--help-config", action="store_true", help="print every key and its meaning")
+    what.add_argument(
+        "--help-config",
+        nargs="?",
+        const="",
+        metavar="WORD",
+        help="print every key and its meaning; with a word those of a section, as rl, or that say "
+        "it",
+    )
     add_overrides(parser)
     parser.add_argument(
         "--out",
@@ -34,9 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.help_config:
-        sys.stdout.write(describe(Config))
-        return 0
+    if arguments.help_config is not None:
+        return help_config(arguments.help_config)
     try:
         config = load_config(arguments.config, arguments.overrides)
     except ConfigError as error:

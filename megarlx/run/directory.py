@@ -12,12 +12,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from megarlx import __version__
-from megarlx.checkpoint import checkpoint_name, iterations
+from megarlx.checkpoint import AVERAGE, checkpoint_name, iterations
 from megarlx.config import CHOSEN, Config
 from megarlx.data.token_files import write_atomically
 from megarlx.data.tokenizer import Tokenizer
@@ -41,8 +41,15 @@ MAY_CHANGE = (
 )
 
 
+MAY_NOT = ("checkpoints.average_decay",)  # of these: it is of all steps, or of none
+
 SHOWN_CHARACTERS = 60  # of a value that differs
 SHOWN_KEYS = 12  # that differ
+
+
+# Of a checkpoint, which are read: those of its last step, or their moving average.
+Weights = Literal["last", "average"]
+PREFIX_OF: Mapping[Weights, str] = {"last": "", "average": AVERAGE}  # of the tensors' names
 
 
 class RunError(ValueError):
@@ -63,6 +70,7 @@ class Parent:
     trunk_tokens: int  # of pre-training, up to there
     tokens: dict[str, int]  # by objective, of all ancestors
     replayed: str | None = None  # the checkpoint itself, where the parent had not saved it
+    weights: Weights = "last"
 
     @property
     def checkpoint(self) -> Path:
@@ -79,15 +87,26 @@ class RunDirectory:
         self.tokenizer = path / "tokenizer.json"
 
     @property
-    def parent(self) -> Parent | None:
-        """Where the run branched from, by its lineage.json."""
+    def lineage(self) -> dict[str, Any]:
+        """What lineage.json says; nothing where it is not there."""
         path = self.path / "lineage.json"
         if not path.exists():
+            return {}
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise RunError(f"{path}: cannot be read: {error!r}") from None
+
+    @property
+    def parent(self) -> Parent | None:
+        """Where the run branched from, by its lineage.json."""
+        if not (lineage := self.lineage):
             return None
         try:
-            parent = json.loads(path.read_text(encoding="utf-8"))["parent"]
+            parent = lineage["parent"]
             return None if parent is None else Parent(**parent)
-        except (ValueError, KeyError, TypeError) as error:
+        except (KeyError, TypeError) as error:
+            path = self.path / "lineage.json"
             raise RunError(f"{path}: cannot be read: {error!r}") from None
 
     @property
@@ -102,6 +121,15 @@ class RunDirectory:
                 "--fresh starts in an empty folder only: choose another --out or delete this one"
             )
 
+    def check_was_trained(self) -> None:
+        """A sum of weights has no moments: nothing can go on with it."""
+        lineage = self.lineage
+        if "sum" in lineage:
+            raise RunError(
+                f"{self.path} is a {lineage.get('recipe')}: weights were summed, which has no "
+                "moments to go on with; `megarlx branch` starts a run of its own from it"
+            )
+
     def check_same_run(self, config: Config) -> None:
         """Refuses to go on with another model, data, seed or objective, and says what differs."""
         saved = self._saved()
@@ -109,7 +137,7 @@ class RunDirectory:
         differences = {
             key: f"  {key}: was {_short(was)}, is {_short(now)}"
             for key, was, now in _differences(saved, redacted(config.model_dump(mode="json")))
-            if not any(fnmatch(key, free) or fnmatch(key, f"{free}.*") for free in MAY_CHANGE)
+            if key in MAY_NOT or not any(_covers(free, key) for free in MAY_CHANGE)
         }
         if differences:
             shown = list(differences.values())[:SHOWN_KEYS]
@@ -118,7 +146,8 @@ class RunDirectory:
             raise RunError(
                 f"{self.path} was trained with another configuration:\n"
                 + "\n".join(shown)
-                + f"\nA resumed run may change {', '.join(MAY_CHANGE)}; for the rest, use --out "
+                + f"\nA resumed run may change {', '.join(MAY_CHANGE)} (but not "
+                f"{', '.join(MAY_NOT)}); for the rest, use --out "
                 f"with another folder{self._more_steps(differences)}"
             )
 
@@ -190,6 +219,10 @@ class RunDirectory:
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path / name, json.dumps(value, indent=2) + "\n")
+
+
+def _covers(free: str, key: str) -> bool:
+    return fnmatch(key, free) or fnmatch(key, f"{free}.*")
 
 
 def versions() -> dict[str, str]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megarlx.config import Config, ConfigError
-from megarlx.config.arguments import add_overrides, add_trust
+from megarlx.config import ConfigError
+from megarlx.config.arguments import add_overrides, add_trust, add_weights
 from megarlx.config.evaluation import EvaluationConfig
-from megarlx.config.objectives import TemplateConfig
 from megarlx.printable import complain
+
+if TYPE_CHECKING:
+    from megarlx.run.opened import OpenedRun
+    from megarlx.run.suites import Templates
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, help="of sampling, in place of theirs")
     add_overrides(parser, "override a key of the run's configuration, as layout.tensor=2")
     add_trust(parser)
+    add_weights(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -40,7 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
     from megarlx.rollouts.environments.process import BrokenEnvironment
     from megarlx.rollouts.rewards.process import RewardError
     from megarlx.run.assemble import choose_device
-    from megarlx.run.opened import open_config
+    from megarlx.run.opened import open_run
+    from megarlx.run.opening import open_config
     from megarlx.run.suites import chosen
 
     try:
@@ -53,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
             uses=() if arguments.config else ("evaluation",),
             trusted=arguments.trusted,
         )
-        evaluation, template = chosen(
+        evaluation, templates = chosen(
             config,
             arguments.run,
             file=arguments.config,
@@ -64,7 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
         device = choose_device(config.training.device)
         launch.start(started, device, config.layout.time_limit_seconds)
         try:
-            _evaluate(references, config, evaluation, template, started, device)
+            opened = open_run(references[0], config, started, device, weights=arguments.weights)
+            _evaluate(references, opened, evaluation, templates, started)
         finally:
             launch.stop()
     except ConfigError as error:
@@ -82,38 +87,33 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _references(text: str) -> Iterator[Any]:
     from megarlx.checkpoint import iterations
-    from megarlx.run.directory import RunError
     from megarlx.run.reference import resolve
 
     if not text.endswith("@all"):
         yield resolve(text)
         return
-    run = text.removesuffix("@all")
-    there = iterations(Path(run) / "checkpoints")
-    if not there:
-        raise RunError(f"{text}: the run {run} holds no checkpoints")
+    run = resolve(text.removesuffix("@all")).run
+    there = iterations(run / "checkpoints")
     yield from (resolve(f"{run}@{iteration}") for iteration in there)
 
 
 def _evaluate(
     references: list[Any],
-    config: Config,
+    opened: OpenedRun,
     evaluation: EvaluationConfig,
-    template: TemplateConfig | None,
+    templates: Templates,
     started: Any,
-    device: Any,
 ) -> None:
-    from megarlx.run.opened import load_weights, open_run
+    from megarlx.run.opening import load_weights
     from megarlx.run.suites import made_suites, measured
 
-    opened = open_run(references[0], config, started, device)
     made = made_suites(opened, evaluation)
     say = print if started.rank == 0 else None
     for reference in references:
         if reference is not references[0]:
-            loaded = load_weights(opened.model, reference.checkpoint)
+            loaded = load_weights(opened.model, reference.checkpoint, opened.weights)
             opened = dataclasses.replace(opened, reference=reference, loaded=loaded)
         if say is not None:
             kind = "pre-trained only" if opened.is_base else "trained to answer"
             say(f"{reference.checkpoint} ({opened.trunk_tokens:,} tokens of pre-training, {kind})")
-        measured(opened, evaluation, template, made, keep=True, say=say)
+        measured(opened, evaluation, templates, made, keep=True, say=say)

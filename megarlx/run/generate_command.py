@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from megarlx import plug
-from megarlx.config.arguments import add_overrides, add_trust
+from megarlx.config.arguments import add_overrides, add_trust, add_weights
 from megarlx.printable import complain, printable
 
 if TYPE_CHECKING:
@@ -18,6 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", required=True, help="what the model is asked")
     parser.add_argument(
         "--raw", action="store_true", help="give the prompt as it stands, without the template"
+    )
+    parser.add_argument(
+        "--template", metavar="NAME", help="one of the run's [templates]; default: its [template]"
     )
     parser.add_argument("--samples", type=int, default=1, help="completions, one after another")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest token")
@@ -35,15 +38,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_overrides(parser, "override a key of the run's configuration, as layout.tensor=2")
     add_trust(parser)
+    add_weights(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     from megarlx.checkpoint import CheckpointError
     from megarlx.comm import launch
     from megarlx.config import ConfigError
+    from megarlx.config.objectives import unknown_template
     from megarlx.run.assemble import choose_device
     from megarlx.run.directory import RunError
-    from megarlx.run.opened import open_config, open_run
+    from megarlx.run.opened import open_run
+    from megarlx.run.opening import open_config
     from megarlx.run.reference import resolve
 
     try:
@@ -52,7 +58,12 @@ def run(arguments: argparse.Namespace) -> int:
         config = open_config(
             reference.run, started.world_size, arguments.overrides, trusted=arguments.trusted
         )
-        if config.template is None and not arguments.raw:
+        if arguments.raw and arguments.template is not None:
+            raise RunError("--template and --raw were both given; allowed is one of them")
+        if arguments.template is not None and arguments.template not in config.templates:
+            wrong = unknown_template(arguments.template, config.templates)
+            raise RunError(f"--template {wrong}")
+        if config.template is None and arguments.template is None and not arguments.raw:
             raise RunError(
                 f"{reference.run} has no [template]: how its model is asked is not said. --raw "
                 "gives the prompt as it stands; a template is given by, for example, "
@@ -61,7 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
         device = choose_device(config.training.device)
         launch.start(started, device, config.layout.time_limit_seconds)
         try:
-            _generate(arguments, open_run(reference, config, started, device))
+            opened = open_run(reference, config, started, device, weights=arguments.weights)
+            _generate(arguments, opened)
         finally:
             launch.stop()
     except ConfigError as error:
@@ -86,6 +98,7 @@ def _generate(arguments: argparse.Namespace, opened: OpenedRun) -> None:
             seed=arguments.seed,
             number=number,
             raw=arguments.raw,
+            template=arguments.template,
             generator=arguments.generator,
         )
         for piece in pieces:

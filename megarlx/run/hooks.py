@@ -29,7 +29,7 @@ from megarlx.run.finite import Flags, FoundInf
 from megarlx.run.made import made_for
 from megarlx.run.messages import headline
 from megarlx.run.screen import SHOWN_SAMPLES, Screen
-from megarlx.run.tokenizer import template_of
+from megarlx.run.tokenizer import template_of, templates_of
 from megarlx.run.watch import Watch
 
 LARGEST_LOSS = 700.0  # whose perplexity is a number
@@ -240,6 +240,7 @@ class Evaluation:
             iteration=run.trainer.steps_done,
             trunk_tokens=tokens.get(PRETRAINING, 0),
             made=made_for(evaluation.suites, run.config),
+            templates=templates_of(run.config),
         )
 
     def _show_samples(self, done: int, suite: str) -> None:

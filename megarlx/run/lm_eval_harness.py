@@ -16,7 +16,8 @@ from lm_eval.api.registry import register_model
 from megarlx.comm import launch
 from megarlx.evaluation.lm_eval import MegarlxLM
 from megarlx.run.assemble import choose_device
-from megarlx.run.opened import open_config, open_run
+from megarlx.run.opened import open_run
+from megarlx.run.opening import open_config
 from megarlx.run.reference import resolve
 
 

@@ -13,7 +13,7 @@ from megarlx.printable import complain, indented
 from megarlx.redact import from_environment, redacted, secrets_in
 from megarlx.run.assemble import Run, steps_at_tokens
 from megarlx.run.costs import Costs
-from megarlx.run.directory import RunError, SaidByFirstRank
+from megarlx.run.directory import PREFIX_OF, RunError, SaidByFirstRank
 from megarlx.run.hooks import Evaluation, Guard, Saving, StepLog, validate
 from megarlx.run.lock import run_lock
 from megarlx.run.messages import done, header
@@ -100,7 +100,7 @@ def _start(run: Run) -> Costs:
         text = f"going on from {checkpoint}, step {trainer.steps_done}"
     elif parent is not None:
         with reading_state(parent.checkpoint):
-            trainer.start_from(parent.checkpoint)
+            trainer.start_from(parent.checkpoint, PREFIX_OF[parent.weights])
         text = f"starting from {parent.checkpoint}"
     else:
         _check_nothing_goes_on(run)
@@ -183,7 +183,10 @@ class _Loop:
             or stopping
             or steps_done in self.listed
             or falls_on(config.checkpoints.save_every_steps),
-            "evaluate": not last and falls_on(config.evaluation.every_steps),
+            "evaluate": not last
+            and (
+                steps_done in config.evaluation.at_steps or falls_on(config.evaluation.every_steps)
+            ),
         }
         self.due |= {what for what, now in due.items() if now}
         if "save" in self.due - before and not self.run.trainer.in_sync:
@@ -211,7 +214,8 @@ def check_startable(run: Run, fresh: bool) -> None:
         try:
             if fresh:
                 run.directory.check_fresh()
-            elif run.directory.has_checkpoints:
+            run.directory.check_was_trained()
+            if run.directory.has_checkpoints:
                 run.directory.check_same_run(run.config)
         except RunError as error:
             problem = str(error)

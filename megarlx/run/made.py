@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from megarlx.config import Config
@@ -33,15 +34,16 @@ def data_of(config: Config) -> DataConfig | None:
     data, made = config.data, made_of(config)
     if data is None or made is None:
         return data
+    sources = (*made.sources, *data.sources)  # of the maker, and rollouts beside them
     changes: dict[str, Any] = {
         "maker": None,
         "folder": None,
         "options": {},
         "tokenizer": made.tokenizer,
-        "sources": made.sources,
+        "sources": sources,
         "validation": made.validation,
     }
-    if not made.sources:  # nothing to pre-train on
+    if not sources:  # nothing to pre-train on
         return data.model_copy(update=changes)
     return DataConfig.model_validate({**data.model_dump(), **changes})
 
@@ -53,6 +55,16 @@ def path_of(text: str, config: Config) -> str:
     if config.data is None or config.data.maker is None:
         raise RunError(f"the path {text!r} asks for a maker's folder, but [data] names no maker")
     return text.replace(MADE, config.data.place)
+
+
+def file_of(text: str, config: Config, key: str) -> str:
+    """As `path_of`, of a file that must be there; `key` says it."""
+    path = path_of(text, config)
+    if not Path(path).is_file():
+        raise RunError(
+            f"{key} is {path!r}: there is no such file; docs/data.md shows what its lines look like"
+        )
+    return path
 
 
 def made_for(suites: Sequence[SuiteConfig], config: Config) -> Made | None:

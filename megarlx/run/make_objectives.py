@@ -12,11 +12,14 @@ import torch
 from megarlx import plug
 from megarlx.comm.groups import Group
 from megarlx.config import Config, RlConfig, SftConfig
+from megarlx.config.distill import DistillConfig
 from megarlx.config.environment import EnvironmentConfig
 from megarlx.config.objectives import PRETRAINING, OwnConfig
+from megarlx.config.rollouts import run_and_step
 from megarlx.config.run_sections import DataConfig, SourceConfig
 from megarlx.data.blend import Blend, Composition
 from megarlx.data.conversations import Template, read_conversations
+from megarlx.data.held_tokens import HeldTokens
 from megarlx.data.loader import BatchLayout, Loader
 from megarlx.data.packing import ConversationData
 from megarlx.data.prompts import FewShot, PromptData, PromptKeys, read_prompts
@@ -28,14 +31,16 @@ from megarlx.model.build import ParallelModel
 from megarlx.objectives.interface import Objective
 from megarlx.objectives.policy import KeepSamples, Reinforcement
 from megarlx.objectives.supervised import Supervised
+from megarlx.rollouts.bank import FOLDER, Bank, conversations_of
 from megarlx.rollouts.environment_game import EnvironmentGame
 from megarlx.rollouts.player import Player
 from megarlx.rollouts.question_game import QuestionGame
 from megarlx.rollouts.rewards.rewards import Rewards
 from megarlx.rollouts.rollout import Sampler
 from megarlx.run.directory import RunError
-from megarlx.run.made import data_of, path_of
-from megarlx.run.tokenizer import template_of
+from megarlx.run.made import data_of, file_of
+from megarlx.run.make_distillation import distillation
+from megarlx.run.tokenizer import template_of, templates_of
 
 
 class ObjectiveMaker:
@@ -66,8 +71,10 @@ class ObjectiveMaker:
             raise RunError("data.tokenizer is missing: text cannot be read without one")
         return self._tokenizer
 
-    @property
-    def template(self) -> Template:
+    def template(self, name: str | None = None) -> Template:
+        """One of [templates], or the run's own."""
+        if name is not None:
+            return templates_of(self.config)[name]
         found = template_of(self.config.template)
         assert found is not None  # the configuration saw to it
         return found
@@ -78,6 +85,8 @@ class ObjectiveMaker:
         given = self.config.named_objectives[name]
         if isinstance(given, OwnConfig):
             return self._own(name, given)
+        if isinstance(given, DistillConfig):
+            return distillation(self, name, given)
         return self._sft(name, given) if isinstance(given, SftConfig) else self._rl(name, given)
 
     def _own(self, name: str, config: OwnConfig) -> Objective:
@@ -109,7 +118,11 @@ class ObjectiveMaker:
 
     def _sft(self, name: str, config: SftConfig) -> Supervised:
         training = self.config.training
-        conversations = list(read_conversations(path_of(config.conversations, self.config)))
+        if config.rollouts is not None:
+            conversations = conversations_of(*config.rollouts, config.filter)
+        else:
+            path = file_of(config.conversations, self.config, f"{name}.conversations")
+            conversations = list(read_conversations(path))
         length = config.sequence_length or training.sequence_length
         if length > self.config.model.max_sequence_length:
             raise RunError(
@@ -118,11 +131,11 @@ class ObjectiveMaker:
             )
         data = ConversationData(
             conversations,
-            self.template,
+            self.template(config.template),
             self.tokenizer,
             length,
             training.seed,
-            demonstrations=config.demonstrations,
+            demonstrations="all" if config.rollouts else config.demonstrations,
             packing=config.packing,
             too_long=config.too_long,
             name=name,
@@ -193,11 +206,23 @@ class ObjectiveMaker:
         return self.data
 
     def _source(self, source: SourceConfig) -> TokenSource:
-        if self._tokenizer is not None:
-            check_tokenizer(source.prefix, self._tokenizer.fingerprint)
         training = self.config.training
-        file = TokenFile(source.prefix, self.config.model.vocab_size)
+        file = self._rollouts(source) if source.prefix is None else self._file(source.prefix)
         return TokenSource(source.name, file, training.sequence_length, training.seed)
+
+    def _file(self, prefix: str) -> TokenFile:
+        if self._tokenizer is not None:
+            check_tokenizer(prefix, self._tokenizer.fingerprint)
+        return TokenFile(prefix, self.config.model.vocab_size)
+
+    def _rollouts(self, source: SourceConfig) -> HeldTokens:
+        """Each a document: question and answer in the run's template."""
+        assert source.rollouts is not None
+        named = run_and_step(source.rollouts)
+        assert named is not None  # the configuration saw to both
+        found = conversations_of(*named, source.filter)
+        documents = [self.template().encode(one, self.tokenizer)[0] for one in found]
+        return HeldTokens(f"rollouts of {source.rollouts}", documents)
 
     # Policy optimisation.
 
@@ -206,7 +231,12 @@ class ObjectiveMaker:
             player, prompts = self._tasks(name, config, config.environment)
         else:
             player, prompts = self._questions(name, config)
-        sampler = Sampler(config, player, prompts, self.mesh.dp, self.config.training.seed)
+        bank = None
+        if config.bank is not None and self.mesh.model.is_first:
+            folder = self.samples.parent / FOLDER / name
+            bank = Bank(folder, config.bank, lambda: self.mesh.traffic.step)
+        seed = self.config.training.seed
+        sampler = Sampler(config, player, prompts, self.mesh.dp, seed, bank)
         return Reinforcement(name, config, self.model, sampler, keep_samples=self._keeper(name))
 
     def _tasks(
@@ -220,8 +250,10 @@ class ObjectiveMaker:
             )
         room = most - environment.max_turn_tokens
         tasks = self._prompts(name, config, min(config.max_prompt_tokens or room, room))
-        game = EnvironmentGame(environment, self.template, self.tokenizer, self.mesh)
-        return Player(self._generator(config, most), game, self.tokenizer), tasks
+        game = EnvironmentGame(
+            environment, self.template(config.template), self.tokenizer, self.mesh
+        )
+        return Player(self.generator(config, most), game, self.tokenizer), tasks
 
     def _questions(self, name: str, config: RlConfig) -> tuple[Player, PromptData]:
         length = self.config.model.max_sequence_length
@@ -233,7 +265,7 @@ class ObjectiveMaker:
             )
         most = min(config.max_prompt_tokens or room, room)
         prompts = self._prompts(name, config, most)
-        longest = most + config.max_completion_tokens
+        longest = prompts.longest + config.max_completion_tokens
         if config.tokens_per_microbatch < longest:
             raise RunError(
                 f"{name}.tokens_per_microbatch is {config.tokens_per_microbatch}; a prompt and its "
@@ -241,25 +273,29 @@ class ObjectiveMaker:
             )
         rewards = Rewards(config.rewards, config.reward_failures_allowed)
         game = QuestionGame(rewards, config.max_completion_tokens, self.mesh)
-        return Player(self._generator(config, longest), game, self.tokenizer), prompts
+        return Player(self.generator(config, longest), game, self.tokenizer), prompts
 
     def _prompts(self, name: str, config: RlConfig, most: int) -> PromptData:
-        keys = PromptKeys(config.question_key, config.answer_key)
+        asks = config.environment is None
+        keys = PromptKeys(config.question_key, config.answer_key, needs_question=asks)
         examples: tuple[Any, ...] = ()
         if config.examples is not None:
-            examples = tuple(read_conversations(path_of(config.examples, self.config)))
+            examples = tuple(
+                read_conversations(file_of(config.examples, self.config, f"{name}.examples"))
+            )
         return PromptData(
-            read_prompts(path_of(config.prompts, self.config), keys),
-            self.template,
+            read_prompts(file_of(config.prompts, self.config, f"{name}.prompts"), keys),
+            self.template(config.template),
             self.tokenizer,
             self.config.training.seed,
             few_shot=FewShot(examples),
             max_prompt_tokens=most,
             too_long=config.too_long,
+            by_difficulty=config.by_difficulty,
             name=name,
         )
 
-    def _generator(self, config: RlConfig, longest: int) -> Callable[[], Generator]:
+    def generator(self, config: RlConfig | DistillConfig, longest: int) -> Callable[[], Generator]:
         return _once(
             lambda: generator_of(
                 config.generator,

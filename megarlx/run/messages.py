@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 
 from megarlx.config import Config, StageConfig
+from megarlx.config.distill import DistillConfig
 from megarlx.config.objectives import PRETRAINING, RL, OwnConfig, RlConfig
 from megarlx.run.assemble import Run
 from megarlx.run.made import path_of
@@ -76,6 +77,12 @@ def _batch(name: str, config: Config) -> str:
         return (
             f"{one.prompts_per_step} prompts × {one.samples_per_prompt} samples a step, at most "
             f"{one.most_written_tokens:,} tokens each; {path_of(one.prompts, config)}"
+        )
+    if isinstance(one, DistillConfig):
+        samples = one.prompts_per_rollout * one.samples_per_prompt
+        return (
+            f"{samples} sequences a step, others every {one.rollout_every_steps} steps; "
+            f"{', '.join(one.teachers)}"
         )
     count, length, source = training.sequences_per_step, training.sequence_length, ""
     if one is not None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
-from megarlx.checkpoint import WEIGHTS_ONLY, FlatShards, Loaded, load
+from megarlx.checkpoint import Loaded
 from megarlx.comm import launch
 from megarlx.comm.groups import Mesh
-from megarlx.config import Config, load_config
-from megarlx.config.objectives import PRETRAINING, WRITE_TEMPLATE
+from megarlx.config import Config
+from megarlx.config.objectives import PRETRAINING, WRITE_TEMPLATE, unknown_template
 from megarlx.config.trust import check_trust, names_in
 from megarlx.data.conversations import Template, Turn
 from megarlx.data.tokenizer import Tokenizer
@@ -21,14 +22,19 @@ from megarlx.generation.interface import generator_of
 from megarlx.generation.requests import Request, SamplingSettings
 from megarlx.generation.stop import text_of
 from megarlx.generation.text import TextPiece, stream_texts
-from megarlx.model.build import ParallelModel, build_model
+from megarlx.model.build import ParallelModel
 from megarlx.model.machine import this_machine
-from megarlx.run.assemble import DTYPES, choose_layout, use_tf32
+from megarlx.run.assemble import choose_layout, use_tf32
+from megarlx.run.begin import start_excursion
+from megarlx.run.branch import excursion_config
 from megarlx.run.choose import choose
-from megarlx.run.directory import RunDirectory, RunError
+from megarlx.run.directory import RunError, Weights
+from megarlx.run.learner import Learner, Samples
+from megarlx.run.opening import open_model, open_tokenizer
 from megarlx.run.reference import RunReference, tokens_of
+from megarlx.run.stopped import done
 from megarlx.run.suites import chosen, made_suites, measured
-from megarlx.run.tokenizer import load_tokenizer_of, template_of
+from megarlx.run.tokenizer import template_of, templates_of
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,19 @@ class OpenedRun:
     loaded: Loaded
     device: torch.device
     trusted: Collection[str] = ()  # names of code in the run's configuration
+    weights: Weights = "last"
+    closing: ExitStack = field(default_factory=ExitStack, repr=False)  # what ends with the run
+    learners: list[Learner] = field(default_factory=list, repr=False)  # that change the weights
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the communication with other processes. `with megarlx.open(…) as run` does it."""
+        self.closing.close()
 
     @property
     def tokens(self) -> dict[str, int]:
@@ -68,6 +87,7 @@ class OpenedRun:
         seed: int = 0,
         number: int = 0,
         raw: bool = False,
+        template: str | None = None,
         generator: str = "engine",
     ) -> list[list[str]]:
         """Samples of each prompt, a question or the turns of a conversation, in the run's template.
@@ -77,9 +97,41 @@ class OpenedRun:
         max_new_tokens   None: as many as the model can take
         number           of the first sample: each is another one
         raw              give prompts as they stand; so it is too where the run has no template
+        template         one of the run's [templates] in its place
+        """
+        return self.sample(
+            prompts,
+            samples=samples,
+            temperature=temperature,
+            top_p=top_p,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            number=number,
+            raw=raw,
+            template=template,
+            generator=generator,
+        ).texts
+
+    def sample(
+        self,
+        prompts: Sequence[str | Sequence[Turn]],
+        *,
+        samples: int = 1,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        max_new_tokens: int | None = 128,
+        seed: int = 0,
+        number: int = 0,
+        raw: bool = False,
+        template: str | None = None,
+        generator: str = "engine",
+    ) -> Samples:
+        """As `generate`, with the tokens and their log-probabilities: what a learner's step takes.
+
+        Another seed gives other samples.
         """
         sampling = self._sampling(temperature, top_p)
-        every = [self.prompt_ids(prompt, raw=raw) for prompt in prompts]
+        every = [self.prompt_ids(prompt, raw=raw, template=template) for prompt in prompts]
         requests = [
             Request(
                 ids,
@@ -95,7 +147,33 @@ class OpenedRun:
         )
         decode = self.tokenizer.decode_sampled
         texts = [text_of(one.tokens.tolist(), sampling, decode) for one in made]
-        return [texts[at * samples : (at + 1) * samples] for at in range(len(prompts))]
+        by_prompt = [texts[at * samples : (at + 1) * samples] for at in range(len(prompts))]
+        return Samples(by_prompt, tuple(made), sampling.temperature)
+
+    def learner(
+        self,
+        lr: float,
+        *,
+        policy: Mapping[str, Any] | None = None,
+        temperature: float = 1.0,
+        weight_decay: float = 0.0,
+        tokens_per_microbatch: int = 4096,
+    ) -> Learner:
+        """For a loop of RL of one's own: `step(samples, rewards)` changes the opened run's weights,
+        and no file.
+
+        policy   keys of [rl.policy], as {"preset": "dr_grpo"}
+        """
+        made = Learner(
+            self,
+            lr,
+            policy=policy,
+            temperature=temperature,
+            weight_decay=weight_decay,
+            tokens_per_microbatch=tokens_per_microbatch,
+        )
+        self.learners.append(made)
+        return made
 
     def stream(
         self,
@@ -107,6 +185,7 @@ class OpenedRun:
         seed: int = 0,
         number: int = 0,
         raw: bool = False,
+        template: str | None = None,
         generator: str = "engine",
     ) -> Iterator[TextPiece]:
         """One sample, token by token as they are drawn, on the ranks that hold the last stage.
@@ -117,6 +196,7 @@ class OpenedRun:
         max_new_tokens   absent: as many as the model can take
         number           of the sample: each is another one
         raw              give the prompt as it stands, without the run's template
+        template         one of the run's [templates] in its place
         """
         pieces = self.stream_samples(
             prompt,
@@ -126,6 +206,7 @@ class OpenedRun:
             max_new_tokens=max_new_tokens,
             seed=seed,
             raw=raw,
+            template=template,
             generator=generator,
         )
         yield from (piece for _, piece in pieces)
@@ -140,10 +221,11 @@ class OpenedRun:
         max_new_tokens: int | None = None,
         seed: int = 0,
         raw: bool = False,
+        template: str | None = None,
         generator: str = "engine",
     ) -> Iterator[tuple[int, TextPiece]]:
         """As `stream`, the samples of these numbers at once: each piece behind its number."""
-        ids = self.prompt_ids(prompt, raw=raw)
+        ids = self.prompt_ids(prompt, raw=raw, template=template)
         new = self._new_tokens(len(ids), max_new_tokens)
         pieces = stream_texts(
             generator_of(generator, self.model, slots=len(numbers), longest=len(ids) + new),
@@ -155,12 +237,15 @@ class OpenedRun:
         for number, piece in pieces:
             yield number, replace(piece, text="") if piece.finish_reason == "stop" else piece
 
-    def prompt_ids(self, prompt: str | Sequence[Turn], *, raw: bool = False) -> list[int]:
-        """Of a question, or of the turns before an answer, in the run's template; of a text as it
-        stands where it has none, or with `raw`."""
-        if self.template is not None and not raw:
+    def prompt_ids(
+        self, prompt: str | Sequence[Turn], *, raw: bool = False, template: str | None = None
+    ) -> list[int]:
+        """Of a question, or of the turns before an answer, in the run's template or the one of
+        [templates] by that name; of a text as it stands where it has none, or with `raw`."""
+        written = self.template if template is None else self._named(template)
+        if written is not None and not raw:
             turns = (Turn("user", prompt),) if isinstance(prompt, str) else prompt
-            return self.template.prompt_ids(turns, self.tokenizer)
+            return written.prompt_ids(turns, self.tokenizer)
         if not isinstance(prompt, str):
             raise RunError(
                 f"{self.reference.run} has no [template] to write turns in; give a text, or "
@@ -189,9 +274,14 @@ class OpenedRun:
                                take those that are there
         """
         run = self.reference.run
+        if keep and self.learners:
+            raise RunError(
+                f"{run}: a learner has changed the weights, and keep=True would write their "
+                "results down as those of the checkpoint"
+            )
         if suites is None:
             check_trust(names_in(self.config, {"evaluation"}), str(run), self.trusted)
-        evaluation, template = chosen(
+        evaluation, templates = chosen(
             *(self.config, str(run)),
             file=suites,
             names=names,
@@ -199,8 +289,43 @@ class OpenedRun:
             temperature=temperature,
         )
         made = made_suites(self, evaluation)
-        results = measured(self, evaluation, template, made, keep=keep)
+        results = measured(self, evaluation, templates, made, keep=keep)
         return {result["suite"]: result for result in results}
+
+    def branch(
+        self,
+        recipe: str | Path,
+        out: str | Path,
+        overrides: Sequence[str] = (),
+        *,
+        fresh: bool = False,
+    ) -> bool:
+        """An excursion from the checkpoint as it lies on the disk; returns and raises what
+        `megarlx.branch` does. Both models are in memory meanwhile.
+
+        overrides   as behind --set: "stages.0.steps=100"
+        fresh       refuse a folder that already holds checkpoints
+        """
+        path, started = Path(recipe), launch.read()
+        config = excursion_config(self.reference.run, path, overrides, self.trusted)
+        choose_layout(config, started.world_size)
+        whole = self.reference, config, path, Path(out)
+        return done(
+            start_excursion(*whole, started, self.device, fresh=fresh, weights=self.weights)
+        )
+
+    def report(self, folder: str | Path | None = None) -> Path:
+        """The page about all runs in a folder; absent: the one that this run lies in."""
+        import megarlx
+
+        page: Path = megarlx.report_on(folder or self.reference.run.parent)
+        return page
+
+    def _named(self, template: str) -> Template:
+        known = templates_of(self.config)
+        if template not in known:
+            raise RunError(f"template {unknown_template(template, known)}")
+        return known[template]
 
     def _sampling(self, temperature: float, top_p: float) -> SamplingSettings:
         return SamplingSettings(temperature, top_p=top_p, stop_tokens=(self.tokenizer.eos_id,))
@@ -223,98 +348,13 @@ class OpenedRun:
         return new
 
 
-def open_config(
-    run: Path,
-    processes: int,
-    overrides: Sequence[str] = (),
-    *,
-    uses: Collection[str] = (),
-    trusted: Collection[str] = (),
-    device: str = "auto",
-) -> Config:
-    """The run's configuration in a layout for so many processes.
-
-    The run may have been made by somebody else: code that it names in [model], [data] and `uses`
-    has to be `trusted`. The run's own tensor and pipeline sizes hold where they divide the
-    processes, else every process holds the whole model; `layout.…` overrides replace both.
-    """
-    path = run / "resolved.json"
-    if not path.exists():
-        raise RunError(f"{run} holds no resolved.json: what its model looks like is not known")
-    given = load_config(path, trusted=trusted)
-    check_trust(names_in(given, {"model", "data", *uses}), str(run), trusted)
-    own = given.layout
-    model = own.tensor * own.pipeline
-    # Whether micro-batches come out even is a question of training only, and torch's layers take
-    # the weights of Transformer Engine's. What the model computes in stays.
-    reset = [
-        f"training.device={device}",
-        f"training.sequences_per_step={processes}",
-        "training.sequences_per_microbatch=1",
-        *("training.layers=torch", "training.attention=auto", "training.fp8=none"),
-    ]
-    if any(o.startswith("layout.") for o in overrides) or processes % model:
-        reset.append("layout={}")
-    elif own.schedule == "zbv":  # nothing is trained here, and a V cannot generate
-        sizes = f"tensor = {own.tensor}, pipeline = {own.pipeline}, data = {processes // model}"
-        split = str(own.sequence_parallel).lower()
-        reset.append(f"layout={{ {sizes}, sequence_parallel = {split} }}")
-    else:
-        reset += ["layout.replica=1", f"layout.data={processes // model}"]
-    return load_config(path, [*reset, *overrides])
-
-
-def open_tokenizer(run: Path, config: Config) -> Tokenizer:
-    """The one kept with the run; for runs that keep none, where their data was prepared."""
-    found = load_tokenizer_of(config, RunDirectory(run))
-    if found is None:
-        raise RunError(
-            f"{run} keeps no tokenizer.json, and its configuration names no data.tokenizer: "
-            "there is no way from text to tokens"
-        )
-    return found
-
-
-def open_model(
-    config: Config, checkpoint: Path, mesh: Mesh, device: torch.device
-) -> tuple[ParallelModel, Loaded]:
-    layout = config.layout
-    model = build_model(
-        config.model,
-        mesh,
-        seed=config.training.seed,
-        schedule=layout.schedule,
-        virtual_stages=layout.virtual_stages,
-        layers_per_stage=layout.layers_per_stage,
-        sequence_parallel=layout.sequence_parallel,
-        attention=config.training.attention,
-        dtype=DTYPES[config.training.precision],
-        device=device,
-    )
-    return model, load_weights(model, checkpoint)
-
-
-@torch.no_grad()
-def load_weights(model: ParallelModel, checkpoint: Path) -> Loaded:
-    """Fills a model of any layout, without an optimizer; called by all ranks."""
-    parallel = model.data_parallel
-    shard = parallel.shard_of_weights()
-    # Checkpoints hold master weights, which are wider than what a bf16 model computes with.
-    masters = shard if shard.dtype == parallel.gradient_dtype else shard.to(parallel.gradient_dtype)
-    shards = FlatShards(parallel.layout, parallel.layouts, parallel.group.rank, {"": masters})
-    loaded = load(checkpoint, shards, model.mesh.world, ignore=WEIGHTS_ONLY)
-    if shard is not masters:
-        shard.copy_(masters)
-    parallel.gather_weights(shard)
-    return loaded
-
-
 def open_run(
     reference: RunReference,
     config: Config,
     started: launch.Launch,
     device: torch.device,
     trusted: Collection[str] = (),
+    weights: Weights = "last",
 ) -> OpenedRun:
     """Needs `launch.start` to have been called; `config` is `open_config`'s."""
     config = choose(config, this_machine(device)).config
@@ -329,6 +369,8 @@ def open_run(
         timeout_seconds=config.layout.time_limit_seconds,
         device=device,
     )
-    model, loaded = open_model(config, reference.checkpoint, mesh, device)
+    model, loaded = open_model(config, reference.checkpoint, mesh, device, weights)
     template = template_of(config.template)
-    return OpenedRun(reference, config, tokenizer, template, model, loaded, device, trusted)
+    return OpenedRun(
+        *(reference, config, tokenizer, template, model, loaded, device, trusted, weights)
+    )

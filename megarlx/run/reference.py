@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megarlx.checkpoint import checkpoint_name, complete, iterations, latest, read_manifest
+from megarlx.hf.on_the_fly import run_of_model
+from megarlx.hf.sources import is_hugging_face
 from megarlx.run.directory import RunError
 
-FORMS = "RUN, RUN@latest, RUN@1000, RUN@tokens:4B"
+FORMS = "RUN, RUN@latest, RUN@1000, RUN@tokens:4B, or a folder of Hugging Face"
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _TOKENS = re.compile(r"tokens:(\d+(?:\.\d+)?)([KMBT]?)", re.IGNORECASE)
 
@@ -26,16 +27,17 @@ class RunReference:
     checkpoint: Path
 
 
-def resolve(text: str) -> RunReference:
-    """The checkpoint that `text` names; an error lists what there is."""
+def resolve(text: str, beside: Path = Path("runs")) -> RunReference:
+    """The checkpoint that `text` names; an error lists what there is.
+
+    A folder of Hugging Face is converted into one of `beside`, unless it was before.
+    """
     run, which = _split(text)
+    if is_hugging_face(run):
+        run = run_of_model(run, beside)
     folder = run / "checkpoints"
     there = iterations(folder)
     if not there:
-        if (run / "config.json").exists():
-            words = ["--from", "hf", "--to", "megarlx", str(run), f"runs/{run.resolve().name}"]
-            typed = shlex.join(["python", "tools/convert_checkpoint.py", *words])
-            raise RunError(f"{text} is a Hugging Face model, and not yet a run; first: {typed}")
         what = "holds no checkpoints" if run.is_dir() else "is not there"
         raise RunError(f"{text}: the run {run} {what}; allowed are {FORMS}")
     if which == "latest":

@@ -97,6 +97,13 @@ def clear_mark(run: Path) -> None:
     (run / NAME).unlink(missing_ok=True)
 
 
+def done(stopped: str) -> bool:
+    """For a program: what stopped a run, as whether it is done; Ctrl-C is its own."""
+    if stopped == "SIGINT":
+        raise KeyboardInterrupt
+    return not stopped
+
+
 def exit_code(launcher: str) -> int:
     """Of a stopped run, by what started it (`comm.launch.Launch.launcher`)."""
     return 0 if launcher == "torchrun" else REQUEUE

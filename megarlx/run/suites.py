@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import ValidationError
 
@@ -13,17 +13,22 @@ from megarlx.comm import launch
 from megarlx.comm.collectives import barrier
 from megarlx.config import Config, ConfigError, load_config
 from megarlx.config.evaluation import SAMPLED, EvaluationConfig, SuiteConfig, SuitesConfig
-from megarlx.config.objectives import WRITE_TEMPLATE, TemplateConfig
+from megarlx.config.objectives import WRITE_TEMPLATE, TemplateConfig, unknown_template
 from megarlx.data.making import Made
 from megarlx.evaluation.interface import Subject
 from megarlx.evaluation.results import Result
 from megarlx.evaluation.suites import Parent, Say, evaluate
 from megarlx.run.directory import RunDirectory
 from megarlx.run.made import made_for, write_data
-from megarlx.run.tokenizer import template_of
+from megarlx.run.tokenizer import template_of, written
 
 if TYPE_CHECKING:
     from megarlx.run.opened import OpenedRun
+
+
+class Templates(NamedTuple):
+    own: TemplateConfig | None  # of suites that name none
+    named: Mapping[str, TemplateConfig]
 
 
 def chosen(
@@ -34,16 +39,10 @@ def chosen(
     names: Collection[str] = (),
     samples: int | None = None,
     temperature: float | None = None,
-) -> tuple[EvaluationConfig, TemplateConfig | None]:
+) -> tuple[EvaluationConfig, Templates]:
     """The suites of the file, else the run's own, with what is said of them besides; and their
-    template: that of the file, else the run's."""
-    evaluation, template = config.evaluation, config.template
-    if file is not None:
-        evaluation = given = load_config(file, (), SuitesConfig)
-        template = given.template or template
-    elif not evaluation.suites and config.data is not None and config.data.maker is not None:
-        suites = plug.resolve("data maker", config.data.maker).evaluated
-        evaluation = EvaluationConfig(suites=suites)
+    templates: those of the file, else the run's."""
+    evaluation, templates = suites_of(config, file)
     there = [suite.name for suite in evaluation.suites]
     if not there:
         raise ConfigError(["no suites: the run's configuration has none; give --config FILE.toml"])
@@ -52,11 +51,28 @@ def chosen(
     changes = {"samples": samples, "temperature": temperature}
     changes = {name: value for name, value in changes.items() if value is not None}
     wanted = [suite for suite in evaluation.suites if suite.name in (names or there)]
-    asking = [suite.name for suite in wanted if suite.uses_template]
-    if template is None and asking:
+    named = [one for one in wanted if one.template is not None]
+    if lost := [one for one in named if one.template not in templates.named]:
+        wrong = unknown_template(lost[0].template or "", templates.named)
+        raise ConfigError([f"suite {lost[0].name}: template {wrong}"])
+    asking = [one.name for one in wanted if one.uses_template and one.template is None]
+    if templates.own is None and asking:
         raise ConfigError([_no_template(asking, run, file)])
     suites = tuple(_changed(suite, changes) for suite in wanted)
-    return evaluation.model_copy(update={"suites": suites}), template
+    return evaluation.model_copy(update={"suites": suites}), templates
+
+
+def suites_of(config: Config, file: str | Path | None = None) -> tuple[EvaluationConfig, Templates]:
+    """Those of the file, else the run's own, else what its data maker has to be measured with."""
+    own, named = config.template, config.templates
+    if file is not None:
+        given = load_config(file, (), SuitesConfig)
+        return given, Templates(given.template or own, {**named, **given.templates})
+    evaluation = config.evaluation
+    if not evaluation.suites and config.data is not None and config.data.maker is not None:
+        suites = plug.resolve("data maker", config.data.maker).evaluated
+        evaluation = EvaluationConfig(suites=suites)
+    return evaluation, Templates(own, named)
 
 
 def _no_template(asking: list[str], run: str, file: str | Path | None) -> str:
@@ -89,7 +105,7 @@ def made_suites(opened: OpenedRun, evaluation: EvaluationConfig) -> Made | None:
 def measured(
     opened: OpenedRun,
     evaluation: EvaluationConfig,
-    template: TemplateConfig | None,
+    templates: Templates,
     made: Made | None,
     *,
     keep: bool,
@@ -98,16 +114,22 @@ def measured(
     """Of every suite, on every rank. With `keep`, results are written into the run's folder, and
     those that are there are not computed again."""
     run = opened.reference.run
+    if opened.weights != "last":  # results of both are kept side by side
+        named = (
+            s.model_copy(update={"name": f"{s.name}_{opened.weights}"}) for s in evaluation.suites
+        )
+        evaluation = evaluation.model_copy(update={"suites": tuple(named)})
     start = RunDirectory(run).parent
     parent = None if start is None else Parent(Path(start.run), start.iteration)
     subject = Subject(
         opened.model,
         opened.tokenizer,
-        template_of(template),
+        template_of(templates.own),
         opened.is_base,
         opened.reference.iteration,
         opened.trunk_tokens,
         opened.loaded.digest,
         made,
+        written(templates.named),
     )
     return evaluate(subject, evaluation, run=run if keep else None, parent=parent, say=say)

@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from megarlx.sweeps.plan import jobs_of
+    from megarlx.sweeps.plan import check_checkpoints, jobs_of
     from megarlx.sweeps.run import SweepRunner, slurm_script
 
     try:
@@ -35,6 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
             overrides.append(f"jobs={arguments.jobs}")
         config = load_config(arguments.sweep, overrides, SweepConfig)
         jobs = jobs_of(config)
+        check_checkpoints(config)
     except ConfigError as error:
         complain(error)
         return 2

@@ -21,10 +21,13 @@ from megarlx import processes
 from megarlx.config.sweep import SweepConfig
 from megarlx.printable import printable
 from megarlx.sweeps.plan import Job
+from megarlx.sweeps.records import SweepRecords
 from megarlx.training.metrics import read_metrics
 
 POLL_SECONDS = 0.5
 LEFT = 75  # exit code when the budget left some runs for later
+NONE = 3  # exit code of a transplant that no alpha makes: a finding, no failure
+UNMEASURED = ("train", "transplant")  # commands whose runs are measured by others
 
 
 @dataclass
@@ -32,7 +35,7 @@ class Progress:
     """What is known of a job while the sweep goes on."""
 
     job: Job
-    state: str = "waiting"  # waiting, running, done, failed, left
+    state: str = "waiting"  # waiting, running, done, failed, left, none
     begun: float = 0.0
     seconds: float = 0.0
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
@@ -66,14 +69,14 @@ class SweepRunner:
         self.logs = Path(config.out) / "logs"
         self.all = {job.name: Progress(job) for job in jobs}
         self.begun = time.monotonic()
+        self.records: SweepRecords | None = None
+        if config.records is not None:
+            self.records = SweepRecords(Path(config.records), jobs)
 
     def run(self) -> int:
         """0 when all jobs are done, 1 when one failed, 75 when the budget left some."""
         self.logs.mkdir(parents=True, exist_ok=True)
-        for progress in self.all.values():
-            marker = self._marker(progress.job)
-            if marker.exists() and marker.read_text(encoding="utf-8") == _said(progress.job):
-                progress.state = "done"
+        self._find_done()
         live = Live(console=self.console, refresh_per_second=2, transient=True)
         show = self.console.is_terminal
         with sigterm_as_interrupt():
@@ -93,9 +96,34 @@ class SweepRunner:
             return 1
         return LEFT if "left" in states else 0
 
+    def _find_done(self) -> None:
+        """From behind, as what is gone is made again where something is still to start from it."""
+        for progress in reversed(self.all.values()):
+            if self._is_done(progress.job):
+                progress.state = "done"
+
+    def _is_done(self, job: Job) -> bool:
+        """A run whose folder is gone is not, unless the records hold what it measured."""
+        marker = self._marker(job)
+        here = job.run == Path() or (job.run / "lineage.json").exists()
+        if here and marker.exists() and marker.read_text(encoding="utf-8") == self._said(job):
+            if self.records is not None:
+                self.records.add(job)
+            return True
+        if self.records is None:
+            return False
+        below = [p.state == "done" for p in self.all.values() if job.name in p.job.needs]
+        kept = self.records.has(job) or (job.arguments[0] in UNMEASURED and bool(below))
+        return kept and all(below)
+
     def _marker(self, job: Job) -> Path:
         """Written when a job is done, with the command that it was."""
         return self.logs / f"{job.name}.done"
+
+    def _said(self, job: Job) -> str:
+        """The command; where records are kept, also what the configurations that it names say."""
+        words = " ".join(job.arguments)
+        return f"{words}\n" if self.records is None else f"{words}\n{self.records.settings(job)}\n"
 
     def _advance(self) -> bool:
         """Whether anything is still to be waited for."""
@@ -109,12 +137,12 @@ class SweepRunner:
             time.monotonic() - self.begun > 60 * self.config.budget_minutes
         )
         for progress in self._in("waiting"):
-            needed = self.all.get(progress.job.needs or "")
-            if over or (needed is not None and needed.state in ("failed", "left")):
+            needed = {self.all[name].state for name in progress.job.needs}
+            if over or needed & {"failed", "left"}:
                 progress.state = "left"
-            elif len(self._in("running")) < self.config.jobs and (
-                needed is None or needed.state == "done"
-            ):
+            elif "none" in needed:
+                progress.state = "none"
+            elif len(self._in("running")) < self.config.jobs and needed <= {"done"}:
                 self._start(progress)
         return bool(self._in("running") or self._in("waiting"))
 
@@ -138,15 +166,18 @@ class SweepRunner:
     def _threads(self) -> int:
         """The machine, shared with the jobs that could run at the same time."""
         done = {name for name, progress in self.all.items() if progress.state == "done"}
-        could = [p for p in self._in("waiting") if p.job.needs is None or p.job.needs in done]
+        could = [p for p in self._in("waiting") if done.issuperset(p.job.needs)]
         together = min(self.config.jobs, len(could) + len(self._in("running")))
         return max(1, len(os.sched_getaffinity(0)) // max(together, 1))
 
     def _ended(self, progress: Progress, code: int) -> None:
         job = progress.job
-        progress.state = "done" if code == 0 else "failed"
+        nothing = job.arguments[0] == "transplant" and code == NONE
+        progress.state = "done" if code == 0 else "none" if nothing else "failed"
         if code == 0:
-            self._marker(job).write_text(_said(job), encoding="utf-8")
+            self._marker(job).write_text(self._said(job), encoding="utf-8")
+            if self.records is not None:
+                self.records.add(job)
         counts = f"{sum(p.state == 'done' for p in self.all.values())} of {len(self.all)}"
         if code == 0:
             self.console.print(
@@ -156,9 +187,9 @@ class SweepRunner:
             return
         log = self.logs / f"{job.name}.log"
         last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
+        ended = "cannot be made" if nothing else f"failed with code {code}"
         self.console.print(
-            f"{job.name}: failed with code {code}; {log} ends with\n  "
-            + "\n  ".join(map(printable, last)),
+            f"{job.name}: {ended}; {log} ends with\n  " + "\n  ".join(map(printable, last)),
             highlight=False,
             markup=False,
         )
@@ -214,9 +245,13 @@ class SweepRunner:
 
 
 def slurm_script(config: SweepConfig, jobs: Sequence[Job]) -> str:
-    """The sweep as Slurm job arrays: first what needs nothing, then what waits for it."""
-    first = [job for job in jobs if job.needs is None]
-    second = [job for job in jobs if job.needs is not None]
+    """The sweep as Slurm job arrays: what needs nothing first, then what waits."""
+    depths: dict[str, int] = {}
+    for job in jobs:
+        depths[job.name] = max((1 + depths[name] for name in job.needs), default=0)
+    levels = [
+        [job for job in jobs if depths[job.name] == n] for n in range(1 + max(depths.values()))
+    ]
     launcher = " ".join(config.launcher or ("python",))
     lines = [
         "#!/bin/bash",
@@ -224,16 +259,14 @@ def slurm_script(config: SweepConfig, jobs: Sequence[Job]) -> str:
         "set -euo pipefail",
         f"mkdir -p {config.out}/logs",
     ]
-    for number, group in enumerate((first, second)):
-        if not group:
-            continue
+    for number, group in enumerate(levels):
         commands = "\n".join(
             f"  {i}) {launcher} -m megarlx {' '.join(map(_quoted, job.arguments))};;"
             for i, job in enumerate(group)
         )
-        after = "" if number == 0 else '--dependency="afterok:$first" '
+        after = "" if number == 0 else f'--dependency="afterok:$level{number - 1}" '
         lines += [
-            f'{"first" if number == 0 else "second"}=$(sbatch --parsable "$@" {after}'
+            f'level{number}=$(sbatch --parsable "$@" {after}'
             f"--array=0-{len(group) - 1}%{config.jobs} --requeue "
             f"--output={config.out}/logs/%A_%a.log <<'EOF'",
             "#!/bin/bash",
@@ -250,7 +283,3 @@ def _quoted(word: str) -> str:
     import shlex
 
     return shlex.quote(word)
-
-
-def _said(job: Job) -> str:
-    return " ".join(job.arguments) + "\n"

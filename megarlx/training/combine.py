@@ -74,6 +74,20 @@ def is_linear(combine: Combination) -> bool:
     return bool(getattr(combine, "linear", False))
 
 
+def without_skipped(
+    every: Mapping[str, Tensor], found_inf: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Waits for the device: which updates are combined is known on the host."""
+    flags = torch.stack(list(found_inf.values()))
+    if flags.is_meta:  # a dry run has no numbers
+        return dict(every)
+    return {
+        name: delta
+        for (name, delta), skipped in zip(every.items(), flags.cpu().tolist(), strict=True)
+        if not skipped
+    }
+
+
 def buffers_of(combine: Combination, objectives: int, *, in_replicas: bool, apart: bool) -> int:
     """Shards that a rank holds for it; `apart`: what is combined lies somewhere already."""
     if is_linear(combine):

@@ -22,13 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarlx.checkpoint import FROZEN, FlatShards
+from megarlx.checkpoint import AVERAGE, FROZEN, FlatShards
 from megarlx.comm.collectives import all_reduce_, broadcast_
 from megarlx.comm.groups import Group
 from megarlx.ops.averaging import average_adamw_
 from megarlx.parallel.data_parallel import DataParallel
-from megarlx.training.combine import Combination, Combiner, weighted_sum
+from megarlx.training.combine import Combination, Combiner, weighted_sum, without_skipped
 from megarlx.training.masters import Masters
+from megarlx.training.outer import Outer, OuterSteps
 from megarlx.training.parts import Parts, Range, UpdateSettings, kinds, with_wholes
 from megarlx.training.rule_states import RuleStates
 from megarlx.training.sums import ModelSums
@@ -61,12 +62,17 @@ class Optimizer:
         combination: Combination = weighted_sum,
         waiting: Mapping[str, UpdateSettings] | None = None,
         frozen: Mapping[str, Tensor] | None = None,
+        average: Tensor | None = None,
         replicas: Group | None = None,
         local_steps: bool = False,
+        outer: Outer | None = None,
+        protected: Mapping[str, Tensor] | None = None,
         whole_tensors: Callable[[Wanted], WholeTensors] | None = None,
     ) -> None:
         """`waiting` objectives are not trained, but keep their state for later; `frozen` shards
-        are saved and restored beside the weights (a reference policy's, say)."""
+        are saved and restored beside the weights (a reference policy's, say), as is the weights'
+        `average`. `outer` is for local steps. What is `protected`, an objective's bool [P], its
+        updates leave alone."""
         if not settings:
             raise ValueError("an optimizer needs at least one objective")
         self.data_parallel, self.settings = data_parallel, dict(settings)
@@ -112,12 +118,16 @@ class Optimizer:
         self._parts = {
             owner: self._parts_of(owner, whole_tensors) for owner in here if owner in owned
         }
-        self.frozen = dict(frozen or {})
+        self.frozen, self.protected = dict(frozen or {}), dict(protected or {})
+        self.outer = None if outer is None else OuterSteps(outer, self.master)
+        momentum = {} if self.outer is None else self.outer.named()
         # What a checkpoint holds of this rank, under the names that it gets there.
         self.shards = self._shards(
             {"": self.master}
             | dict(self.kept.named(here))
+            | momentum
             | {f"{FROZEN}{name}/": shard for name, shard in self.frozen.items()}
+            | ({} if average is None else {AVERAGE: average})
         )
 
     def _shards(self, shards: Mapping[str, Tensor]) -> FlatShards:
@@ -161,7 +171,10 @@ class Optimizer:
                 rates = {name: learning_rates[name]}
                 self._move([name], [name], norms[one], found_inf[one], rates, {name: 1.0})
             if average:
+                before = None if self.outer is None else self.master.clone()
                 self._average_locals(shares)
+                if self.outer is not None and before is not None:
+                    self.outer.move_(self.master, before)
                 self.masters.to_weights()
             return report
         if self.shared:
@@ -234,7 +247,7 @@ class Optimizer:
             self.combiner.add_linear_(self.master, deltas, shares, found_inf, self.masters.out)
             return
         every = dict(zip(report.found_inf, self.combiner.together(deltas), strict=True))
-        combined = self.combiner.combined(_without_skipped(every, report), shares)
+        combined = self.combiner.combined(without_skipped(every, report.found_inf), shares)
         if combined is not None:
             self.masters.add_(combined)
 
@@ -272,7 +285,8 @@ class Optimizer:
 
         `owners` of the states, in the order of `names`.
         """
-        if all(type(self.kept.rules[owner]) is AdamW for owner in owners):
+        apart = self.protected.keys() & set(names)
+        if not apart and all(type(self.kept.rules[owner]) is AdamW for owner in owners):
             self._move_by_adamw(names, owners, norms, found_inf, learning_rates, shares)
             return
         total: Tensor | None = None
@@ -310,7 +324,9 @@ class Optimizer:
                 f"{delta.dtype}; the shard is {list(like.shape)} {like.dtype}"
             )
         steps += ~found_inf
-        return delta
+        # -0.0 is what changes no bit of what it is added to.
+        mask = self.protected.get(name)
+        return delta if mask is None else delta.masked_fill_(mask, -0.0)
 
     def _move_by_adamw(
         self,
@@ -361,9 +377,10 @@ class Optimizer:
         self.kept.restore(state, self.owners if owners is None else owners)
         self.masters.to_weights()
 
-    def starting_shards(self, going_on: Sequence[str]) -> FlatShards:
-        """What a run takes over from the run it branches from: weights, and some states."""
-        return self._shards({"": self.master, **dict(self.kept.named(going_on))})
+    def starting_shards(self, going_on: Sequence[str], weights: str = "") -> FlatShards:
+        """What a run takes over from the run it branches from: weights, those whose names begin
+        so, and some states."""
+        return self._shards({weights: self.master, **dict(self.kept.named(going_on))})
 
     @torch.no_grad()
     def take_over(self, before: Optimizer, owners: Sequence[str]) -> None:
@@ -384,15 +401,3 @@ class Optimizer:
 
     def gradient_shard(self, objective: str) -> Tensor:
         return self.gradients[objective]
-
-
-def _without_skipped(every: Mapping[str, Tensor], report: StepReport) -> dict[str, Tensor]:
-    """Waits for the device: which updates are combined is known on the host."""
-    flags = torch.stack(list(report.found_inf.values()))
-    if flags.is_meta:  # a dry run has no numbers
-        return dict(every)
-    return {
-        name: delta
-        for (name, delta), skipped in zip(every.items(), flags.cpu().tolist(), strict=True)
-        if not skipped
-    }

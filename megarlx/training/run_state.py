@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megarlx.checkpoint import (
+    AVERAGE,
     FROZEN,
     OPTIMIZER,
     CheckpointError,
@@ -67,21 +68,31 @@ def resume(trainer: Trainer, checkpoint: Path) -> Loaded:
     return loaded
 
 
-def start_from(trainer: Trainer, checkpoint: Path) -> Loaded:
+def start_from(trainer: Trainer, checkpoint: Path, weights: str = "") -> Loaded:
     going_on = sorted(trainer.timeline.from_before)
     manifest = read_manifest(checkpoint)
+    if weights and going_on:
+        raise CheckpointError(
+            f"{checkpoint}: the average of the weights has no moments, with which "
+            f"{', '.join(going_on)} could go on"
+        )
     held = {name.split("/")[1] for name in manifest.tensors if name.startswith(OPTIMIZER)}
     if missing := [name for name in going_on if name not in held]:
+        summed = manifest.state.get("run", {}).get("sum")
+        why = f": it is a {summed}, of weights alone" if summed else ""
         raise CheckpointError(
             f"{checkpoint}: holds no moments of {', '.join(missing)} to go on with; it has "
-            f"those of {', '.join(sorted(held)) or 'no objective'}"
+            f"those of {', '.join(sorted(held)) or 'no objective'}{why}"
         )
     trainer.optimizer.kept.check_rules(manifest.state.get("optimizer", {}), going_on)
-    ignore = [FROZEN, *(f"{OPTIMIZER}{name}/" for name in held if name not in going_on)]
-    shards = trainer.optimizer.starting_shards(going_on)
-    loaded = load(checkpoint, shards, trainer.mesh.world, ignore=ignore)
+    others = [f"{OPTIMIZER}{name}/" for name in held if name not in going_on]
+    ignore = [] if weights else [FROZEN, AVERAGE, *others]
+    shards = trainer.optimizer.starting_shards(going_on, weights)
+    loaded = load(checkpoint, shards, trainer.mesh.world, ignore=ignore, only=weights)
     _restore(trainer, loaded, going_on)
     trainer.optimizer.restore(_part(loaded, "optimizer"), going_on)
+    if trainer.average is not None:
+        trainer.average.begin(trainer.optimizer.master)
     # Frozen reference shards were copied before the parent's weights were loaded: copy them again.
     for shard in trainer.optimizer.frozen.values():
         shard.copy_(trainer.model.data_parallel.shard_of_weights())

@@ -7,9 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torch import Tensor
+
 from megarlx.config.timeline import StageTimes
 from megarlx.objectives.interface import Objective
 from megarlx.training.combine import Combination, weighted_sum
+from megarlx.training.outer import Outer
 from megarlx.training.parts import UpdateSettings
 from megarlx.training.shares import Shares
 
@@ -25,6 +28,7 @@ class TrainedObjective:
     learning_rate: LearningRate
     turns: int = 1  # steps in a row, where objectives alternate
     inherit: bool = False  # with the moments, data and course it had before
+    protected: Tensor | None = None  # bool [P], what its updates leave alone
 
 
 class TrainingStage:
@@ -40,6 +44,7 @@ class TrainingStage:
         placement: Literal["colocated", "replicas"] = "colocated",
         sync_every: int = 1,
         generate_together: bool = True,
+        outer: Outer | None = None,
     ) -> None:
         """`replicas`: each place on the mesh's replica axis trains one of the objectives, in their
         order. `sync_every`: steps that each takes by itself between averages. `generate_together`:
@@ -56,7 +61,7 @@ class TrainingStage:
             frozenset(name for name, trained in self.members.items() if trained.inherit),
         )
         self.combine, self.shared_moments = combine, shared_moments
-        self.combination = combination
+        self.combination, self.outer = combination, outer
         self.shares = shares
         self.in_replicas = placement == "replicas"
         self.helps = self.in_replicas and generate_together and sync_every == 1
@@ -71,6 +76,8 @@ class TrainingStage:
                 f"stage: its combination is not weighted_sum, and combine is '{combine}'; it is "
                 "for 'average'"
             )
+        if outer is not None and sync_every == 1:
+            raise ValueError("stage: outer is given with sync_every 1; it needs more than 1")
         if sync_every > 1 and shared_moments:
             raise ValueError(
                 f"stage: sync_every is {sync_every}; objectives with one state for all can take "

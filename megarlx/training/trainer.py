@@ -16,6 +16,7 @@ from megarlx.config.timeline import Timeline
 from megarlx.model.build import ParallelModel
 from megarlx.objectives.interface import Objective
 from megarlx.training import run_state
+from megarlx.training.moving_average import MovingAverage
 from megarlx.training.optimizer import SHARED, Optimizer, StepReport
 from megarlx.training.parts import first_non_finite
 from megarlx.training.replicas import Replicas
@@ -33,7 +34,13 @@ __all__ = ["TrainedObjective", "Trainer", "TrainingStage"]
 class Trainer:
     """Trains a model laid out over a mesh, stage after stage, combining objectives' updates."""
 
-    def __init__(self, model: ParallelModel, stages: Sequence[TrainingStage]) -> None:
+    def __init__(
+        self,
+        model: ParallelModel,
+        stages: Sequence[TrainingStage],
+        average_decay: float | None = None,
+    ) -> None:
+        """`average_decay` of the moving average of weights; None: there is none."""
         self.model, self.mesh = model, model.mesh
         self.stages = list(stages)
         self.timeline = Timeline([stage.times for stage in stages])
@@ -47,6 +54,7 @@ class Trainer:
         self.tokens = self.replicas.tokens
         for stage in stages:  # what cannot be dealt out is found before the first step
             self.replicas.deal(stage)
+        self.average = None if average_decay is None else MovingAverage(model, average_decay)
         self._untouched = {name: one.state() for name, one in self.objectives.items()}
         self.enter(0)
 
@@ -84,6 +92,8 @@ class Trainer:
         if stage.in_replicas:
             self.replicas.wait()
         report = self.optimizer.step(self.last_rates, self.last_shares, average=average)
+        if average and self.average is not None:
+            self.average.follow(self.optimizer.master)
         if stage.adapts and average:
             signals = {name: self.objectives[name].signal() for name in self.optimizer.trained}
             stage.observe(self.replicas.told(signals), self.global_loss(losses))
@@ -137,8 +147,15 @@ class Trainer:
             combination=stage.combination,
             waiting={name: settings_of_waiting(self.stages, index, name) for name in waiting},
             frozen=frozen,
+            average=None if self.average is None else self.average.shard,
             replicas=self.mesh.replica if stage.in_replicas else None,
             local_steps=stage.times.sync_every > 1,
+            outer=stage.outer,
+            protected={
+                name: one.protected
+                for name, one in stage.members.items()
+                if one.protected is not None
+            },
             whole_tensors=partial(WholeTensors.of, self.model),
         )
 
@@ -172,9 +189,12 @@ class Trainer:
         """Everything as it was when the checkpoint was saved, in this layout."""
         return run_state.resume(self, checkpoint)
 
-    def start_from(self, checkpoint: Path) -> Loaded:
-        """An excursion's start: the weights, and what its objectives go on with, no more."""
-        return run_state.start_from(self, checkpoint)
+    def start_from(self, checkpoint: Path, weights: str = "") -> Loaded:
+        """An excursion's start: the weights, and what its objectives go on with, no more.
+
+        weights   what the names of those tensors begin with
+        """
+        return run_state.start_from(self, checkpoint, weights)
 
     # What a log asks.
 

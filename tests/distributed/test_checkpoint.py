@@ -23,6 +23,7 @@ from harness import Pool
 from safetensors.numpy import load_file
 
 from megarlx.checkpoint import (
+    AVERAGE,
     WEIGHTS_ONLY,
     CheckpointError,
     FlatShards,
@@ -129,9 +130,8 @@ def build(place: Place, family: str, seed: int, *objectives: str) -> Trainer:
         for name in objectives or ("pretraining",)
     ]
     adam = UpdateSettings(weight_decay=0.1, clip_norm=0.5)
-    return Trainer(
-        model, [TrainingStage([TrainedObjective(o, adam, lambda step: 1e-3) for o in made])]
-    )
+    stage = TrainingStage([TrainedObjective(o, adam, lambda step: 1e-3) for o in made])
+    return Trainer(model, [stage], average_decay=0.9)
 
 
 def steps(trainer: Trainer, count: int) -> list[float]:
@@ -222,8 +222,8 @@ def test_no_padding_no_copy_and_a_tie_once_is_saved(
     run(place.world_size, train_and_save, place, family, tmp_path, True)
     manifest = read_manifest(tmp_path / "iter_00000002")
     shapes = shapes_of(family)
-    moments = [f"optimizer/pretraining/{kind}/" for kind in ("exp_avg", "exp_avg_sq")]
-    expected = {prefix + n: shape for prefix in ("", *moments) for n, shape in shapes.items()}
+    beside = [f"optimizer/pretraining/{kind}/" for kind in ("exp_avg", "exp_avg_sq")] + [AVERAGE]
+    expected = {prefix + n: shape for prefix in ("", *beside) for n, shape in shapes.items()}
     assert {n: t.shape for n, t in manifest.tensors.items()} == expected
     numbers = sum(int(np.prod(shape)) for shape in expected.values())
     headers = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,10 @@ from rl_cases import TEMPLATE, WORDS, config, early_word, model, prompts, reinfo
 
 from megarlx.checkpoint import Saver, latest
 from megarlx.comm.groups import Mesh
+from megarlx.config.rollouts import BankConfig
 from megarlx.data.prompts import PromptData
 from megarlx.data.tokenizer import WordTokenizer
+from megarlx.rollouts.bank import Bank
 from megarlx.rollouts.rewards.rewards import RewardError
 from megarlx.rollouts.rewards.sample import Sample
 from megarlx.training.trainer import Trainer
@@ -74,6 +77,55 @@ def test_samples_do_not_depend_on_the_number_of_data_ranks(
     for rank in run(2, standing_still, {"dp": 2}, options):
         for key in ("tokens", "rewards", "work"):
             assert rank[key] == alone[key], key
+
+
+def banked(axes: dict[str, int], folder: Path) -> None:
+    mesh = mesh_of(axes)
+    one = reinforcement(config(), model(mesh=mesh))
+    if mesh.model.is_first:
+        one.sampler.bank = Bank(folder, BankConfig(), lambda: mesh.traffic.step)
+    trainer = trainer_of(one, lr=0.0)
+    for _ in range(2):
+        trainer.step()
+
+
+@pytest.mark.parametrize("axes", [{"tp": 2}, {"pp": 2, "dp": 2}], ids=str)
+def test_a_bank_is_the_same_bytes_in_every_layout(
+    run: Callable[..., Any], tmp_path: Path, axes: dict[str, int]
+) -> None:
+    run(1, banked, {}, tmp_path / "alone")
+    run(size(axes), banked, axes, tmp_path / "ranks")
+    alone, ranks = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        for name in ("alone", "ranks")
+    )
+    assert sorted(alone) == ["step_00000000.jsonl.gz", "step_00000001.jsonl.gz"]
+    assert ranks == alone
+
+
+def drawn_by_difficulty(axes: dict[str, int]) -> dict[str, Any]:
+    """Three rollouts, and one more of a run that goes on behind the second."""
+    given = config(draw="difficulty", draw_decay=0.5, prompts_per_step=3)
+    one, other = (reinforcement(given, model(mesh=mesh_of(axes))) for _ in range(2))
+    for number in range(3):
+        if number == 2:
+            other.load_state(json.loads(json.dumps(one.state())))
+            other.prepare()
+        one.prepare()
+        one.used = given.steps_of_a_rollout  # its step is left out
+    prompts = one.sampler.prompts.state()
+    assert other.sampler.prompts.state() == prompts
+    return prompts
+
+
+@pytest.mark.parametrize("axes", LAYOUTS, ids=str)
+def test_draws_by_difficulty_are_the_same_in_every_layout_and_resume_exactly(
+    run: Callable[..., Any], axes: dict[str, int]
+) -> None:
+    (alone,) = run(1, drawn_by_difficulty, {})
+    assert alone["solved"]
+    assert alone["drawn_prompts"] == 9
+    assert all(rank == alone for rank in run(size(axes), drawn_by_difficulty, axes))
 
 
 def train(axes: dict[str, int], steps: int, preset: str) -> dict[str, Any]:

@@ -73,12 +73,12 @@ def test_commands_are_found_in_every_form_that_the_documents_use() -> None:
         "tree",
         "plan",
     } <= commands
-    assert {"doctor", "tools/convert_checkpoint.py", "tools/inspect_checkpoint.py"} <= commands
+    assert {"doctor", "convert", "inspect"} <= commands
     assert len(ALL) > 40
 
 
 def test_a_command_that_is_wrong_would_be_noticed() -> None:
-    for line in ("branch RUN recipe.toml", "train a.toml --sett b=1", "tools/prepare_tokens.py a"):
+    for line in ("branch RUN recipe.toml", "train a.toml --sett b=1", "prepare a"):
         with pytest.raises(SystemExit):
             parse(tuple(line.split()))
     with pytest.raises(AssertionError):

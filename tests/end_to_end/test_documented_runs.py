@@ -103,12 +103,12 @@ SHORT: dict[str, dict[str, str]] = {
 # What a line begins with, and the command that stands for it: for a pattern, for a placeholder, or
 # for more processes than are needed.
 INSTEAD = {
-    "[mpirun -n N] python tools/prepare_tokens.py ": "python tools/prepare_tokens.py "
+    "[mpirun -n N] megarlx prepare ": "megarlx prepare "
     "documents.jsonl documents.jsonl --tokenizer bytes --out data/mine",
-    "python tools/prepare_tokens.py … --out data/dolmino/web": "python tools/prepare_tokens.py "
+    "megarlx prepare … --out data/dolmino/web": "megarlx prepare "
     "documents.jsonl --tokenizer data/dolmino/tokenizer.json --out data/dolmino/web",
-    "python tools/inspect_checkpoint.py RUN ": "python tools/inspect_checkpoint.py "
-    "runs/trunk --verify",
+    "megarlx inspect RUN --overlap": "megarlx inspect runs/trunk --overlap",
+    "megarlx inspect RUN ": "megarlx inspect runs/trunk --verify",
     "megarlx train CONFIG.toml ": "megarlx train configs/demo_trunk.toml --out runs/trunk",
     "megarlx branch … --replay": "megarlx branch runs/trunk@6 configs/recipes/sft.toml "
     "--out runs/replayed --replay",
@@ -130,10 +130,12 @@ ITERATIONS = {"runs/trunk@1000 configs": "runs/trunk@4 configs"}
 
 # Commands that a document takes for granted.
 TRUNK_FIRST = ["megarlx train configs/demo_trunk.toml --out runs/trunk"]
-PAPER_DATA = ["python tools/prepare_tokens.py … --out data/dolmino/web"]
+PAPER_DATA = ["megarlx prepare … --out data/dolmino/web"]
 BEFORE = {
     "agents.md": ["megarlx train configs/demo_agent.toml --out runs/demo_agent"],
+    "data.md": TRUNK_FIRST,
     "evaluation.md": TRUNK_FIRST,
+    "faq.md": TRUNK_FIRST,
     "launching.md": PAPER_DATA,
     "report.md": TRUNK_FIRST,
     "troubleshooting.md": TRUNK_FIRST,
@@ -153,20 +155,27 @@ NOT_RUN = {
     "torchrun --nproc-per-node 8 -m megarlx train configs/paper_1b/trunk.toml --out runs/olmo; [": (
         "docs/launching.md has the same line, which is run; behind it stands Slurm's"
     ),
+    "megarlx chat RUN": "talks; tests/unit/run/test_chat.py",
+    "megarlx view DIR ": "tests/unit/report/test_report_viewer.py has all of it",
     "megarlx demo --study ": LONG,
-    "megarlx branch runs/study/": LONG,
-    "megarlx train configs/study_trunk.toml --out runs/harder ": LONG,
-    "megarlx branch runs/harder@": LONG,
     **dict.fromkeys(
         (
             f"megarlx sweep configs/{name}.toml"
             for name in (
-                *("study", "combinations", "group_size", "longer"),
+                *("combinations", "group_size", "longer"),
                 *("placement", "placement_agreeing", "composition"),
+                *("study_gate", "tuning/1_rl"),
+                *("kept", "kept_facts", "paper_1b/kept"),
+                *(f"tuning/kept_{world}_1_alpha" for world in ("tables", "arithmetic")),
+                *(f"tuning/kept_{world}_2_rates" for world in ("tables", "arithmetic")),
             )
         ),
         LONG,
     ),
+    "megarlx report runs/kept ": "tests/unit/study/test_kept.py has runs that it reads",
+    "megarlx transplant ": "tests/end_to_end/test_transplant_command.py has all of it",
+    "megarlx merge ": "tests/end_to_end/test_transplant_command.py has all of it",
+    "megarlx study ": "reads what takes hours; tests/unit/study/test_gate.py has made-up runs",
     "torchrun … -m megarlx doctor": DOCTOR,
     "megarlx doctor": DOCTOR,
     "megarlx train configs/demo_pretraining.toml --set 'logging.trackers": "needs the service's "

@@ -101,15 +101,6 @@ def test_names_lead_to_checkpoints_and_errors_list_what_there_is(trained: Path) 
         resolve(f"{trained}-elsewhere@4")
 
 
-def test_a_hugging_face_folder_in_place_of_a_run_is_answered_with_the_command(
-    tmp_path: Path,
-) -> None:
-    (tmp_path / "tiny").mkdir()
-    (tmp_path / "tiny" / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"first: python tools/convert_checkpoint.py --from hf"):
-        resolve(str(tmp_path / "tiny"))
-
-
 def test_damaged_latest_is_passed_over_and_nothing_is_mended(trained: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(trained, copy)

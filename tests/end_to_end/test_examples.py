@@ -31,6 +31,15 @@ def test_an_example_trains_and_another_branches_from_it(tmp_path: Path) -> None:
         *("stages.0.objectives.rl.warmup_steps=0", "rl.prompts_per_step=2", *small),
     )
     assert said.count("characters an answer") == 2
+    said = run("rl_loop", f"{trunk}@latest", "2")
+    assert re.findall(r"^(\d): reward 0\.\d+, loss", said, re.MULTILINE) == ["0", "1"]
+
+
+def test_a_loop_of_rl_is_twenty_lines() -> None:
+    text = (EXAMPLES / "rl_loop.py").read_text()
+    body = re.search(r"^def main.*?(?=^if __name__)", text, re.MULTILINE | re.DOTALL)
+    assert body is not None
+    assert len([line for line in body[0].splitlines() if line.strip()]) <= 20
 
 
 def test_averaging_in_a_loop_of_its_own_reaches_between_two_targets() -> None:

@@ -14,9 +14,10 @@ from training_runs import ROOT
 
 from megarlx.cli import main
 from megarlx.config.evaluation import EvaluationConfig
-from megarlx.config.objectives import RlConfig, StageConfig
+from megarlx.config.objectives import RlConfig
 from megarlx.config.optimizer import OptimizerConfig
 from megarlx.config.run_sections import DataConfig
+from megarlx.config.stages import StageConfig
 from megarlx.report.claims import judge_all
 from megarlx.report.study import Study
 from megarlx.training.metrics import read_metrics

@@ -75,6 +75,59 @@ def test_results_are_those_of_the_command_and_are_kept_only_where_asked(trained:
     assert kept["metrics"] == found["choice"]["metrics"]
 
 
+def test_a_loop_of_ones_own_learns_what_it_is_paid_for_and_writes_nothing(trained: Path) -> None:
+    before = digests(trained)
+
+    with megarlx.open(str(trained)) as run:
+        learner = run.learner(lr=3e-3, policy={"preset": "dr_grpo"})
+        rewards = []
+        for step in range(12):
+            samples = run.sample(["ann has", "tom has"], samples=16, max_new_tokens=8, seed=step)
+            paid = [[float(len(text)) for text in texts] for texts in samples.texts]
+            metrics = learner.step(samples, paid)
+            rewards.append(metrics["rl/reward"])
+        assert {"loss", "gradient_norm", "rl/entropy", "rl/informative_groups"} <= set(metrics)
+        assert metrics["rl/logprob_gap"] < 1e-4  # what is drawn is what is trained
+        with pytest.raises(ValueError, match=r"rewards are for .*1.* samples; drawn were .*16, 16"):
+            learner.step(samples, [[1.0]])
+        cold = run.sample(["ann has"], samples=2, temperature=0.5, max_new_tokens=2)
+        with pytest.raises(ValueError, match=r"drawn at temperature 0\.5, and the learner's is 1"):
+            learner.step(cold, [[1.0, 0.0]])
+        with pytest.raises(ValueError, match="a learner has changed the weights"):
+            run.evaluate(trained.parent / "suites.toml", keep=True)
+    assert sum(rewards[-3:]) > sum(rewards[:3])
+    assert digests(trained) == before
+
+
+def test_rewards_that_are_not_known_or_equal_move_nothing(trained: Path) -> None:
+    with megarlx.open(str(trained)) as run:
+        weights = [p.detach().clone() for s in run.model.stages for p in s.parameters()]
+        learner = run.learner(lr=1e-2, policy={"preset": "dr_grpo"})
+        samples = run.sample(["ann has", "tom has"], samples=2, max_new_tokens=4)
+        learner.step(samples, [[1.0, 1.0], [None, 3.0]])
+        after = [p for s in run.model.stages for p in s.parameters()]
+        assert all(one.equal(other) for one, other in zip(weights, after, strict=True))
+
+
+def test_an_opened_run_branches_and_reports_and_stays_open_without_with(
+    trained: Path, tmp_path: Path
+) -> None:
+    recipe = ROOT / "configs" / "recipes" / "rl.toml"
+    small = [f"{key}={value}" for key, value in RL.items()]
+    small += ["stages.0.steps=2", "stages.0.objectives.rl.warmup_steps=0", "evaluation={}"]
+    small += ["training.sequences_per_microbatch=1", "rl.tokens_per_microbatch=256"]
+    run = megarlx.open(str(trained))
+    try:
+        assert run.branch(recipe, tmp_path / "out" / "rl", small) is True
+        lineage = json.loads((tmp_path / "out" / "rl" / "lineage.json").read_text())
+        assert lineage["parent"]["run"] == str(trained)
+        assert len(run.generate(["ann has"], max_new_tokens=2)) == 1
+    finally:
+        run.close()
+    with megarlx.open(str(tmp_path / "out" / "rl")) as excursion:
+        assert excursion.report() == tmp_path / "out" / "report" / "index.html"
+
+
 def test_a_report_is_a_page_of_the_runs_in_a_folder(trained: Path, tmp_path: Path) -> None:
     page = megarlx.report_on(trained.parent, tmp_path / "report")
     assert page == tmp_path / "report" / "index.html"

@@ -200,6 +200,7 @@ OWN: dict[str, dict[str, Callable[[], Any]]] = {
         "logits": lambda: floats(T, V),
     },
     "_scale_gradient_": {"gradient": lambda: floats(T, D)},
+    "normal_slice_": {"key": lambda: 7, "first": lambda: 3, "step": lambda: 40, "std": lambda: 0.5},
 }
 
 

@@ -22,7 +22,7 @@ from stage_cases import (
 from torch import Tensor
 
 from megarlx import plug
-from megarlx.config.objectives import StageConfig
+from megarlx.config.stages import StageConfig
 from megarlx.ops.averaging import average_adamw_
 from megarlx.training.combine import projection, sign_agreement, weighted_sum
 from megarlx.training.shares import Course, Shares

@@ -175,7 +175,7 @@ def test_unknown_table_names_the_nearest_table_and_a_hopeless_one_lists_them(tmp
     assert problems(path) == [
         "run.toml:12: layuot: unknown key; did you mean 'layout'?",
         "run.toml:13: zzz: unknown key; allowed are model, layout, optimizer, training, data, "
-        "template, sft, rl, objectives, stages, evaluation, checkpoints, logging",
+        "template, templates, sft, rl, objectives, stages, evaluation, checkpoints, logging",
     ]
 
 
@@ -486,11 +486,15 @@ def test_description_tells_each_key_its_default_and_what_is_allowed(rich, monkey
 ONE_OF_EACH = """
 [template]
 user = "{content}"
+[templates.other]
+user = "{content}"
 [sft]
 [rl.environment]
 function = "shop"
 [[rl.rewards]]
 function = "final_number"
+[objectives.taught.distill]
+teachers = ["run@1"]
 [objectives.mine.own]
 function = "mine:Objective"
 [objectives.other_sft.sft]
@@ -516,18 +520,25 @@ function = "final_number"
 [[stages]]
 steps = 200
 combine = "average"
+sync_every = 2
+[stages.outer]
 [stages.adaptive]
 [stages.objectives.pretraining]
+protect = { run = "run@1" }
 [stages.objectives.sft]
 lr = 4e-4
 """
 SET_ABOVE = {
     *("data.sources", "data.composition", "data.validation", "stages", "objectives"),
     *("rl.rewards", "objectives.NAME.rl.rewards", "stages[].combine"),
+    *("stages[].sync_every", "templates"),
     *("evaluation.suites", "evaluation.suites[].rewards"),
 }
-# These go without data.sources; and with one kind of suite only.
-ELSEWHERE = ("data.options(", "evaluation.suites[].environment.")
+# These go without data.sources, with one kind of suite only, and without an environment.
+ELSEWHERE = (
+    *("data.options(", "evaluation.suites[].environment."),
+    *("rl.bank.", "objectives.NAME.rl.bank."),
+)
 
 
 def found_at(value: Any, key: str) -> Any:

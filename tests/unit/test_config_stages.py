@@ -9,7 +9,7 @@ import pytest
 from megarlx.config import Config, ConfigError, load_config
 from megarlx.config.load import over
 from megarlx.run.branch import recipe_config
-from megarlx.run.opened import open_config
+from megarlx.run.opening import open_config
 
 START = """
 [model]
@@ -142,7 +142,7 @@ def test_a_recipe_does_not_take_its_parents_learning_rate_unless_the_objective_g
         ),
         (
             "[objectives.chat]\n[[stages]]\nsteps = 1\n[stages.objectives.rl]\n",
-            "or rl or own: exactly one of them must be given",
+            "or rl, distill or own: exactly one of them must be given",
         ),
         ("", "training.steps is missing; give it, or [[stages]]"),
         (

@@ -124,3 +124,52 @@ def test_a_template_has_one_place_for_the_content(tmp_path: Path, field: str) ->
 )
 def test_a_suite_knows_whether_it_writes_in_the_template(given: dict, uses: bool) -> None:
     assert SuiteConfig(**{"name": "s", "path": "q.jsonl", **given}).uses_template is uses
+
+
+NAMED = "[templates.quick]\nuser = '<reserved_0>{content}'\n"
+
+
+def test_an_objective_and_a_suite_may_be_put_in_another_template(tmp_path: Path) -> None:
+    rl = RL.replace("[rl]", '[rl]\ntemplate = "quick"')
+    config = loaded(
+        tmp_path, START + rl + NAMED + SUITE + 'kind = "pass_at_k"\ntemplate = "quick"\n'
+    )
+    assert config.template is None  # nothing asks in it
+    (suite,) = config.evaluation.suites
+    assert config.rl is not None
+    assert config.rl.template == suite.template == "quick"
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        (RL.replace("[rl]", '[rl]\ntemplate = "slow"'), "rl.template"),
+        (
+            "[objectives.more.rl]\ntemplate = 'slow'\nprompts = 'q.jsonl'\n[training]\nsteps = 3\n",
+            "objectives.more.template",
+        ),
+        (
+            SUITE + 'kind = "pass_at_k"\ntemplate = "slow"\n[training]\nsteps = 3\n',
+            "evaluation.suites[0].template",
+        ),
+    ],
+    ids=["rl", "objective", "suite"],
+)
+def test_an_unknown_template_lists_the_known(tmp_path: Path, text: str, place: str) -> None:
+    start = START.replace("[training]\nsequence_length = 32\n", "")
+    if "[training]" in text:
+        text = text + "sequence_length = 32\n"
+    else:
+        start = START
+    with pytest.raises(ConfigError) as error:
+        loaded(tmp_path, start + OWN + NAMED + NAMED.replace("quick", "brief") + text)
+    known = "is 'slow'; allowed are the names in [templates]: brief, quick"
+    assert f"{place} {known}" in str(error.value)
+
+
+def test_the_name_of_a_chat_template_is_kept_and_what_asks_in_none_has_none(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"templates\.model is a name that is kept"):
+        loaded(tmp_path, STEPS + NAMED.replace("quick", "model"))
+    choice = SUITE + 'kind = "choice"\ntemplated = false\ntemplate = "quick"\n'
+    with pytest.raises(ConfigError, match=r"template is 'quick'; this suite asks in none"):
+        loaded(tmp_path, STEPS + NAMED + choice)

@@ -26,7 +26,6 @@ from gpu.pieces import Context
 from gpu.pieces import environment as gpu_environment
 from gpu.runner import turns
 from gpu.trace import attention_of, traced
-from gpu.weights import drawn_on
 
 ROOT = Path(__file__).resolve().parents[2]
 # Seconds each on a CPU, since they start processes or train: the long form of the test has them.
@@ -278,17 +277,6 @@ def test_a_baseline_of_torch_compile_that_runs_eagerly_has_no_row(
     with_compiled(functions, "eager", lambda _: eager(x))
     assert list(functions) == ["real"]
     assert "no row of eager: NotCompiled" in capsys.readouterr().out
-
-
-def test_weights_drawn_elsewhere_are_those_of_the_model_on_a_cpu() -> None:
-    from megarlx.model import initialise
-
-    own = initialise.draw
-    with drawn_on(torch.device("cpu")):
-        assert initialise.draw is own
-    with drawn_on(torch.device("meta")):
-        assert initialise.draw("a.weight", (2, 3), seed=0, std=1.0).is_meta
-    assert initialise.draw is own
 
 
 REPORT = """\

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from megarlx.cli import main
 from megarlx.config import load_config
+from megarlx.config.evaluation import SuitesConfig
 from megarlx.config.sweep import SweepConfig
-from megarlx.run.branch import excursion_config
+from megarlx.run.branch import excursion_config, recipe_config
 from megarlx.sweeps.plan import jobs_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,6 +124,37 @@ def test_a_sweep_beside_the_study_names_files_that_are_there(here: None, name: s
             tokens = load_config(ROOT / job.arguments[1], settings).checkpoints.save_at_tokens
     wanted = {a.partition("@tokens:")[2] for job in jobs for a in job.arguments if "@" in a}
     assert wanted <= {f"{n // 10**9}B" for n in tokens}
+
+
+def test_what_early_rl_leaves_is_asked_of_public_revisions_and_fits_one_node(
+    here: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The revisions are no part of the repository: any folder stands for their run."""
+    sweep = load_config(STUDY / "kept.toml", (), SweepConfig)
+    jobs = jobs_of(sweep.model_copy(update={"trunk": str(STUDY)}))
+    made = {job.out.name for job in jobs if job.out is not None}
+    assert {"vector-rl-seed-0", "vector-mark-matched-seed-0"} <= made
+    suites = load_config(str(sweep.suites), (), SuitesConfig)
+    assert [s.split for s in suites.suites if s.kind == "pass_at_k"] == ["test", "validation"]
+    planned = set()
+    for job in (job for job in jobs if job.arguments[0] == "branch"):
+        assert (ROOT / job.arguments[2]).is_file()
+        settings = [
+            word
+            for word, flag in zip(job.arguments[1:], job.arguments, strict=False)
+            if flag == "--set"
+        ]
+        excursion_config_of(job.arguments[2], settings)
+        planned.add(job.arguments[2])
+    for recipe in planned:
+        words = ["plan", recipe, "--trunk", str(STUDY / "trunk.toml"), "--gpus", "8"]
+        assert main(words) == 0
+        assert "fits" in capsys.readouterr().out
+
+
+def excursion_config_of(recipe: str, settings: list[str]) -> None:
+    before = load_config(ROOT / "configs" / "olmo2_1b.toml")
+    recipe_config(before, ROOT / recipe, settings, "olmo2_1b")
 
 
 def test_the_sweep_starts_every_recipe_from_every_studied_checkpoint_once(here: None) -> None:

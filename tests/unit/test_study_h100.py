@@ -38,7 +38,7 @@ def trunks(jobs: list[Job]) -> dict[str, Config]:
 def test_the_sizes_are_those_of_the_comment_and_the_weights_bf16(jobs: list[Job]) -> None:
     found = trunks(jobs).values()
     sizes = sorted({round(config.model.parameters() / 1e6) for config in found})
-    assert sizes == [22, 142]
+    assert sizes == [25, 145]
     assert f"{sizes[0]}M and {sizes[1]}M parameters" in STUDY.read_text()
     assert {config.training.precision for config in found} == {"bf16"}
     assert {config.training.seed for config in found} == {1, 2}
@@ -61,6 +61,6 @@ def test_every_excursion_validates_and_starts_where_the_trunk_is_saved(
         assert config.evaluation.at_end
         assert config.training.precision == "bf16"
         suites = {suite.name for suite in config.evaluation.suites}
-        assert {"math", "facts_choice", "facts_cloze", "stories"} == suites
+        assert {"math", "facts_choice", "facts_cloze", "stories", "lookups"} == suites
         if config.rl is not None:
             assert config.rl.max_completion_tokens == 120

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from megarlx.cli import main
 from megarlx.config import ConfigError, load_config
 from megarlx.config.sweep import SweepConfig
 from megarlx.sweeps.plan import Job, jobs_of
+from megarlx.sweeps.records import JobSettings
 from megarlx.sweeps.run import LEFT, SweepRunner, slurm_script
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,7 +46,7 @@ def test_runs_are_trunks_times_checkpoints_times_recipes_times_seeds(tmp_path: P
     assert len({job.out for job in jobs if job.out is not None}) == 20
     seen: set[str] = set()
     for job in jobs:
-        assert job.needs is None or job.needs in seen
+        assert seen.issuperset(job.needs)
         seen.add(job.name)
     wide = next(job for job in jobs if job.name == "trunk-hidden_size-96-seed-5")
     assert "model.hidden_size=96" in wide.arguments
@@ -78,7 +81,7 @@ def test_a_run_that_is_there_is_measured_once_and_branched_with_every_seed(tmp_p
     )
     measured, *branches = jobs_of(load_config(path, (), SweepConfig))
     assert measured.arguments == ("evaluate", f"{run}@1000", "--config", "suites.toml")
-    assert [job.needs for job in (measured, *branches)] == [None] * 3
+    assert [job.needs for job in (measured, *branches)] == [()] * 3
     for job, seed in zip(branches, (3, 5), strict=True):
         out = tmp_path / "out" / f"rl-at-latest-seed-{seed}"
         assert job.arguments[:5] == ("branch", f"{run}@latest", "rl.toml", "--out", str(out))
@@ -94,20 +97,60 @@ def test_trunks_can_be_those_of_another_sweep(tmp_path: Path) -> None:
         if job.arguments[0] == "train":
             assert job.out == Path("elsewhere") / job.name
         else:
-            assert job.arguments[1].startswith(f"elsewhere/{job.needs}@")
+            assert job.arguments[1].startswith(f"elsewhere/{job.needs[0]}@")
             assert job.out == tmp_path / "out" / job.name
+
+
+# Whose trunk is trained; one of converted revisions has a test of its own.
+SWEEPS = [
+    path
+    for path in ROOT.glob("configs/**/*.toml")
+    if re.search(r'^trunk = ".*\.toml"', path.read_text(), re.MULTILINE)
+]
 
 
 def test_every_sweep_that_comes_with_megarlx_can_be_planned(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(ROOT)
-    found = [p for p in ROOT.glob("configs/**/*.toml") if "\ntrunk = " in p.read_text()]
-    assert found
-    for path in found:
+    assert SWEEPS
+    for path in SWEEPS:
         for job in jobs_of(load_config(path, (), SweepConfig)):
             recipe = job.arguments[2] if job.arguments[0] == "branch" else "README.md"
             assert (ROOT / recipe).exists(), (path, recipe)
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
+def test_the_trunk_of_a_sweep_saves_the_checkpoints_that_the_sweep_names(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    sweep = load_config(path, (), SweepConfig)
+    job = next(job for job in jobs_of(sweep) if job.arguments[0] == "train")
+    words = job.arguments
+    trunk = load_config(words[1], [value for key, value in pairwise(words) if key == "--set"])
+    named = {*sweep.evaluate, *(one.onto for one in sweep.transplants)}
+    named |= {at for one in sweep.excursions if not one.runs for at in one.checkpoints}
+    assert named
+    for at in named - {"latest"}:
+        if at.startswith("tokens:"):
+            tokens = float(at.removeprefix("tokens:").replace("B", "e9").replace("M", "e6"))
+            a_step = trunk.training.sequences_per_step * trunk.training.sequence_length
+            assert tokens <= trunk.steps * a_step
+        else:
+            assert 0 < int(at) <= trunk.steps
+            assert int(at) % trunk.checkpoints.save_every_steps == 0 or int(at) == trunk.steps
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
+def test_every_run_of_a_sweep_has_settings_that_hold(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    sweep = load_config(path, (), SweepConfig)
+    settings = JobSettings(jobs_of(sweep.model_copy(update={"seeds": sweep.seeds[:1]})))
+    hashes = [settings(job) for job in settings.jobs.values()]
+    assert len(set(hashes)) == len(hashes)
 
 
 def runner(tmp_path: Path, todo: list[Job], **settings: object) -> SweepRunner:
@@ -124,7 +167,7 @@ def runner(tmp_path: Path, todo: list[Job], **settings: object) -> SweepRunner:
     return SweepRunner(config, todo, console=Console(quiet=True))
 
 
-def job(tmp_path: Path, name: str, code: int = 0, needs: str | None = None) -> Job:
+def job(tmp_path: Path, name: str, code: int = 0, *needs: str) -> Job:
     return Job(name, (str(tmp_path / "log"), name, str(code)), None, None, needs)
 
 
@@ -189,7 +232,7 @@ def test_the_slurm_script_is_valid_and_holds_every_command(tmp_path: Path) -> No
     assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
     text = path.read_text()
     assert all(" ".join(one.arguments[:2]) in text for one in jobs)
-    assert '--dependency="afterok:$first"' in text
+    assert '--dependency="afterok:$level0"' in text
     assert "--array=0-1%" in text
 
 
@@ -211,12 +254,158 @@ def test_a_sweep_without_values_on_an_axis_is_refused(tmp_path: Path) -> None:
         sweep(tmp_path, '[axes]\n"optimizer.lr" = 1e-3')
 
 
-def test_both_worlds_are_asked_the_same_question_of_placement() -> None:
-    """What differs but the world would be compared along with it."""
-    one, other = (
-        load_config(ROOT / "configs" / f"{name}.toml", (), SweepConfig).model_dump()
-        for name in ("placement", "placement_agreeing")
+KEPT = """
+[[partners]]
+name = "partner"
+add = { "training.seed" = 1000 }
+set = { "training.steps" = 1000 }
+[[excursions]]
+recipes = ["late.toml"]
+runs = ["added", "partner"]
+axes = { "stages.0.objectives.rl.lr" = [1e-4] }
+[[transplants]]
+name = "added"
+excursions = ["rl-at-1000", "sft-at-1000"]
+onto = "2000"
+alpha = [1.0, 0.5]
+[[transplants]]
+name = "alike"
+excursions = ["rl-at-1000"]
+starts = ["partner@1000"]
+onto = "2000"
+match = "added"
+[[transplants]]
+name = "grid"
+excursions = ["rl-at-1000"]
+each_alpha = [0.5, 1.0]
+change = "random:3"
+"""
+
+
+def test_runs_start_from_runs_and_sums_are_made_of_runs(tmp_path: Path) -> None:
+    config = load_config(kept(tmp_path), (), SweepConfig)
+    jobs = {job.name: job for job in jobs_of(config)}
+    seen: set[str] = set()
+    for one in jobs.values():
+        assert seen.issuperset(one.needs)
+        seen.add(one.name)
+    out = tmp_path / "out"
+    late = jobs["late-from-added-lr-0.0001-seed-3"]
+    assert (late.arguments[1], late.needs) == (f"{out}/added-seed-3@latest", ("added-seed-3",))
+    assert "training.seed=1003" in jobs["partner-seed-3"].arguments
+    added = jobs["added-seed-3"]
+    words = ["transplant", f"{out}/rl-at-1000-seed-3", f"{out}/sft-at-1000-seed-3"]
+    words += ["--onto", f"{out}/trunk-seed-3@2000", "--out", f"{out}/added-seed-3"]
+    assert list(added.arguments) == [*words, "--alpha", "1,0.5"]
+    assert set(added.needs) == {"trunk-seed-3", "rl-at-1000-seed-3", "sft-at-1000-seed-3"}
+    alike = jobs["alike-seed-3"]
+    assert alike.arguments[-4:] == (
+        *("--from", f"{out}/partner-seed-3@1000"),
+        *("--match", f"{out}/added-seed-3"),
     )
-    differing = {key for key in one if one[key] != other[key]}
-    assert differing == {"out", "trunks", "set"}  # its trunks are not the study's
-    assert {key.split(".")[0] for key in other["set"]} == {"data"}
+    assert {"partner-seed-3", "added-seed-3"} <= set(alike.needs)
+    assert jobs["alike-seed-3-evaluate"].needs == ("alike-seed-3",)
+    for alpha in ("0.5", "1"):
+        words = jobs[f"grid-alpha-{alpha}-seed-3"].arguments
+        assert words[-4:] == ("--alpha", alpha, "--change", "random:3")
+    script = slurm_script(config, [*jobs.values()])
+    assert '--dependency="afterok:$level2"' in script
+
+
+def test_a_run_that_reads_what_another_has_kept_waits_for_it(tmp_path: Path) -> None:
+    text = """
+[[excursions]]
+recipes = ["sft.toml"]
+name = "own"
+checkpoints = ["1000"]
+set = { "sft.conversations" = "rollouts:{run rl-at-1000}@40" }
+"""
+    jobs = {job.name: job for job in jobs_of(load_config(kept(tmp_path, text), (), SweepConfig))}
+    own = jobs["sft-own-at-1000-seed-3"]
+    assert own.needs == ("trunk-seed-3", "rl-at-1000-seed-3")
+    out = tmp_path / "out" / "rl-at-1000-seed-3"
+    assert f'sft.conversations="rollouts:{out}@40"' in own.arguments
+
+
+def kept(tmp_path: Path, text: str = KEPT) -> Path:
+    path = tmp_path / "kept.toml"
+    path.write_text(
+        f'out = "{tmp_path}/out"\ntrunk = "{ROOT}/configs/demo_trunk.toml"\nseeds = [3]\n'
+        '[[excursions]]\nrecipes = ["rl.toml", "sft.toml"]\ncheckpoints = ["1000"]\n' + text
+    )
+    return path
+
+
+REFUSED = {
+    "needs none-seed-3, which is no run of the sweep: trunk-seed-3": (
+        '[[transplants]]\nname = "x"\nexcursions = ["none"]\n'
+    ),
+    "runs of the sweep need each other": (
+        '[[transplants]]\nname = "x"\nexcursions = ["rl-from-x"]\n'
+        '[[excursions]]\nrecipes = ["rl.toml"]\nruns = ["x"]\n'
+    ),
+    "match and each_alpha cannot be given together": (
+        '[[transplants]]\nname = "x"\nexcursions = ["rl-at-1000"]\nmatch = "y"\n'
+        "each_alpha = [1.0]\n"
+    ),
+    "partners add 1 to data.folder": '[[partners]]\nname = "p"\nadd = { "data.folder" = 1 }\n',
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_a_sum_that_cannot_be_made_is_refused(tmp_path: Path, why: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(why)):
+        jobs_of(load_config(kept(tmp_path, REFUSED[why]), (), SweepConfig))
+
+
+def test_a_match_that_is_not_reached_is_no_failure_and_stops_what_needs_it(tmp_path: Path) -> None:
+    """It is a finding; the study counts it."""
+    made = [
+        Job("a", (str(tmp_path / "log"), "a", "0"), None, None),
+        Job("none", ("transplant", "x", "3"), None, None, ("a",)),
+        Job("below", (str(tmp_path / "log"), "below", "0"), None, None, ("none",)),
+        Job("beside", (str(tmp_path / "log"), "beside", "0"), None, None, ("a",)),
+    ]
+    assert runner(tmp_path, made).run() == 0
+    assert ran(tmp_path) == ["a", "beside"]
+    assert (tmp_path / "megarlx").exists()
+
+
+def test_both_worlds_are_asked_the_same_question_of_placement(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As many steps before the trunk's end, with the same recipes."""
+    monkeypatch.chdir(ROOT)
+    asked = []
+    for name in ("placement", "placement_agreeing"):
+        sweep = load_config(ROOT / "configs" / f"{name}.toml", (), SweepConfig)
+        end = load_config(sweep.trunk).steps
+        left = [end - int(at) for at in sweep.evaluate]
+        excursions = [
+            {**one.model_dump(), "checkpoints": [end - int(at) for at in one.checkpoints]}
+            for one in sweep.excursions
+        ]
+        asked.append((left, excursions, sweep.seed_keys))
+    assert asked[0] == asked[1]
+    assert {key.split(".")[0] for key in sweep.set} == {"data"}
+
+
+def test_checkpoints_that_a_trunk_does_not_hold_are_said_before_anything_is_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "recipe.toml").write_text("")
+    path = tmp_path / "sweep.toml"
+    path.write_text(f"""
+out = "{tmp_path}/out"
+trunk = "{tmp_path}/run"
+evaluate = ["1000"]
+[[excursions]]
+recipes = ["{tmp_path}/recipe.toml"]
+checkpoints = ["1000", "2000"]
+""")
+    assert main(["sweep", str(path), "--list"]) == 2
+    shown = capsys.readouterr()
+    assert "megarlx branch" not in shown.out
+    for iteration in ("1000", "2000"):
+        assert f"run@{iteration}: the run {tmp_path}/run holds no checkpoints" in shown.err

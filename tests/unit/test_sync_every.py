@@ -24,8 +24,9 @@ from torch import Tensor
 
 from megarlx.checkpoint import Saver
 from megarlx.comm.groups import Group
-from megarlx.config.objectives import StageConfig
+from megarlx.config.stages import OuterConfig, StageConfig
 from megarlx.config.timeline import Timeline
+from megarlx.training.outer import Outer
 from megarlx.training.shares import Adaptation, Course, Shares
 from megarlx.training.stages import TrainingStage
 from megarlx.training.trainer import Trainer
@@ -35,11 +36,20 @@ SHARES = {"a": Course(1.0, 3.0), "b": Course(2.0, 2.0), "c": Course(1.0, 1.0)}
 
 
 def trainer_of(
-    names: Any, every: int, dtype: torch.dtype = torch.float64, seed: int = 1, **options: Any
+    names: Any,
+    every: int,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 1,
+    outer: Outer | None = None,
+    **options: Any,
 ) -> Trainer:
     base = stage_of(names, **options)
     stage = TrainingStage(
-        list(base.members.values()), steps=base.times.steps, shares=base.shares, sync_every=every
+        list(base.members.values()),
+        steps=base.times.steps,
+        shares=base.shares,
+        sync_every=every,
+        outer=outer,
     )
     return Trainer(small_model(seed, dtype), [stage])
 
@@ -54,12 +64,19 @@ def by_the_book(
     every: int,
     shares: Callable[[int], dict[str, float]],
     scales: dict[str, Callable[[int], float]],
+    outer: Outer | None = None,
 ) -> dict[str, Tensor]:
-    """Each objective goes on by itself; then the weighted sum of the ways they went is applied."""
+    """Each objective goes on by itself; then the weighted sum of the ways they went is applied, by
+    SGD with Nesterov's momentum where there is an outer step."""
     book = Textbook({name: ADAMS[name] for name in names})
     made = {name: objective(name, scale=scales.get(name)) for name in names}
     common = book.weights
     own = dict.fromkeys(names, common)
+    leaves = {n: w.clone().requires_grad_() for n, w in common.items()}
+    sgd = None
+    if outer is not None:
+        settings = {"lr": outer.rate, "momentum": outer.momentum}
+        sgd = torch.optim.SGD(leaves.values(), **settings, nesterov=outer.momentum > 0)
     for step in range(steps):
         for name in names:
             book.weights = own[name]
@@ -71,6 +88,11 @@ def by_the_book(
             ways = {x: {n: own[x][n] - w for n, w in common.items()} for x in names}
             for name in names:
                 common = {n: w + shares(step)[name] * ways[name][n] for n, w in common.items()}
+            if sgd is not None:
+                for n, leaf in leaves.items():
+                    leaf.grad = leaf.detach() - common[n]
+                sgd.step()
+                common = {n: leaf.detach().clone() for n, leaf in leaves.items()}
             own = dict.fromkeys(names, common)
     return common
 
@@ -86,6 +108,40 @@ def test_an_average_is_the_weighted_sum_of_the_ways_the_objectives_went_alone(
     run(trainer, 7)
     expected = by_the_book(names, 7, every, Shares(courses, 7).at, {})
     assert_same_weights(trainer.model, expected)
+
+
+@pytest.mark.parametrize("outer", [Outer(0.9, 0.7), Outer(0.0, 0.5), Outer(0.5, 1.0)], ids=str)
+def test_an_outer_step_is_sgd_with_nesterovs_momentum_on_the_average(outer: Outer) -> None:
+    courses = {name: SHARES[name] for name in "ab"}
+    trainer = trainer_of("ab", 2, steps=9, shares=Shares(courses, 9), outer=outer)
+    run(trainer, 9)
+    expected = by_the_book("ab", 9, 2, Shares(courses, 9).at, {}, outer)
+    assert_same_weights(trainer.model, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_outer_step_without_momentum_at_rate_1_is_the_average_bit_for_bit(
+    dtype: torch.dtype,
+) -> None:
+    plain, outer = (trainer_of("ab", 2, dtype, outer=one) for one in (None, Outer(0.0, 1.0)))
+    assert run(plain, 6) == run(outer, 6)
+    one, other = ([t.optimizer.master, t.model.data_parallel.weights] for t in (plain, outer))
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def test_outer_steps_need_local_steps_of_several_objectives() -> None:
+    stage = {"steps": 4, "outer": {"momentum": 0.5}, "objectives": {"sft": {}, "rl": {}}}
+    local = stage | {"combine": "average", "sync_every": 2}
+    assert StageConfig.model_validate(local).outer == OuterConfig(momentum=0.5, rate=0.7)
+    with pytest.raises(ValidationError, match=r"outer: is given with sync_every = 1; it needs"):
+        StageConfig.model_validate(local | {"sync_every": 1})
+    with pytest.raises(ValidationError, match="outer: is for combine = 'average' only"):
+        StageConfig.model_validate(stage | {"objectives": {"rl": {}}})
+    with pytest.raises(ValidationError, match=r"'average' with 1 objectives; it takes two"):
+        StageConfig.model_validate(local | {"objectives": {"rl": {}}})
+    with pytest.raises(ValueError, match="outer is given with sync_every 1"):
+        TrainingStage([], outer=Outer(0.9, 0.7))
 
 
 def test_local_steps_are_not_averages_at_every_step() -> None:
@@ -128,13 +184,16 @@ def test_adaptive_shares_observe_the_steps_that_are_averaged() -> None:
     assert seen[0] == seen[1] != seen[4]
 
 
+@pytest.mark.parametrize("outer", [None, Outer(0.9, 0.7)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_resume_at_an_average_is_exact(tmp_path: Path, dtype: torch.dtype) -> None:
-    whole = trainer_of("ab", 3, dtype)
+def test_resume_at_an_average_is_exact(
+    tmp_path: Path, dtype: torch.dtype, outer: Outer | None
+) -> None:
+    whole = trainer_of("ab", 3, dtype, outer=outer)
     run(whole, 3)
     whole.save(Saver(tmp_path, WORLD), {}, blocking=True)
     expected = run(whole, 5)
-    again = trainer_of("ab", 3, dtype, seed=7)
+    again = trainer_of("ab", 3, dtype, seed=7, outer=outer)
     again.resume(tmp_path / "iter_00000003")
     assert run(again, 5) == expected
     assert run(again, 1) == run(whole, 1)

@@ -9,7 +9,7 @@ import pytest
 from megarlx.config import Config, ConfigError, load_config
 from megarlx.config.trust import check_trust, names_in, used
 from megarlx.run.branch import excursion_config
-from megarlx.run.opened import open_config
+from megarlx.run.opening import open_config
 
 TRUNK = """
 [model]

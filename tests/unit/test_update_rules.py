@@ -15,8 +15,8 @@ from torch import Tensor
 from megarlx import plug
 from megarlx.checkpoint import CheckpointError, Saver
 from megarlx.comm.groups import Group
-from megarlx.config.objectives import StageConfig
 from megarlx.config.optimizer import OptimizerConfig
+from megarlx.config.stages import StageConfig
 from megarlx.training.muon import Muon
 from megarlx.training.parts import Range, UpdateSettings, with_wholes
 from megarlx.training.trainer import Trainer

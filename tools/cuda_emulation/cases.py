@@ -320,7 +320,17 @@ def advances(library: Library) -> None:
         in_place(library, "decode_advance_", *given, *state)
 
 
+def normals(library: Library) -> None:
+    for dtype in (torch.float32, DOUBLE, BFLOAT16):
+        for rows, columns, step in ((1, 5000, 0), (7, 100, 100), (5, 130, 1000), (9, 1, 63)):
+            outs = [torch.full((rows, columns + 3), 7.0, dtype=dtype) for _ in range(2)]
+            for ops, out in zip((library.ops, CPU), outs, strict=True):
+                ops.normal_slice_(out[:, 1 : 1 + columns], -5, 2**33 + 17, step, 0.02)
+            assert torch.equal(*outs), f"{dtype} {rows} {columns} {step}"
+
+
 CASES: dict[str, Check] = {
+    "normal_kernel": normals,
     "merge_attention_kernel": merges,
     "advance_kernel": advances,
     "rms_norm_kernel": norms,

@@ -336,9 +336,20 @@ def elementwise(draw: Draw, ops: Any) -> None:
     both("_heads_backward", *grads, *given, inverse, bool(sizes) and draw.chance(0.7))
 
 
+def normals(draw: Draw, ops: Any) -> None:
+    rows, columns = draw.of(1, 2, 9), draw.of(1, 15, 64, 65, 200, 1024)
+    first, step = draw.of(0, 5, 63, 2**34 - 100, 2**60), draw.of(0, 1, columns, 777)
+    key, std = draw.random.randrange(-(2**63), 2**63), draw.of(0.0, 0.02, 1.0)
+    ours = draw.placed(torch.ones(rows, columns, dtype=draw.of(FLOAT, BFLOAT16, DOUBLE)))
+    theirs = copied(ours)
+    ops.normal_slice_(ours, key, first, step, std)
+    CPU.normal_slice_(theirs, key, first, step, std)
+    same_bits(ours, theirs, f"normal numbers of {key}")
+
+
 CASES: dict[str, Callable[[Draw, Any], None]] = {
     case.__name__: case
-    for case in (sampling, losses, updates, replicas, linear_losses, elementwise)
+    for case in (sampling, losses, updates, replicas, linear_losses, elementwise, normals)
 }
 
 

@@ -10,7 +10,7 @@ Letters: W rows of the step.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -86,7 +86,7 @@ class StageDecoder:
         return out
 
 
-def captured(step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+def captured(step: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     """Writes to the cache are repeated by the warm-up: the same values at the same places.
 
     What other threads do meanwhile (a checkpoint copied to the host) must not break the capture.

@@ -135,6 +135,13 @@ def nll_changes(recipe: str) -> Callable[[Study], dict[str, Any]]:
     return note
 
 
+def direction_of_sft(study: Study) -> dict[str, Any]:
+    """Whether SFT lowers capability at all, beside by how much."""
+    lowers = capability("sft", -inf, 0.0)(study)
+    told = {"claim": "SFT lowers general capability", "verdict": lowers.verdict()}
+    return nll_changes("sft")(study) | {"direction": told}
+
+
 P1 = Claim(
     "RL pass@1 > base pass@1 at every checkpoint but the very first",
     after_the_first(higher(1, "rl", BASE)),
@@ -171,7 +178,7 @@ P11 = Claim(
 P12 = Claim(
     "SFT lowers general capability by 3 to 8 points",
     together(capability("sft", -8.0, -3.0)),
-    notes=nll_changes("sft"),
+    notes=direction_of_sft,
 )
 P13 = Claim(
     "parallel keeps general capability within 1 point of base",

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from megarlx.config.environment import EnvironmentConfig
-from megarlx.data.conversations import Conversation, Template, Turn
+from megarlx.data.conversations import Conversation, Frames, Turn
 from megarlx.data.draw import Draw, Split
 from megarlx.data.token_files import write_atomically
 from megarlx.rollouts.environments.interface import BuiltIn, Task, built_in, success_rate
 
-TEMPLATE = Template(user="seen : {content} act :", assistant=" {content}")
+TEMPLATE = Frames(user="seen : {content} act :", assistant=" {content}")
 TEMPLATE_WORDS = ("seen", "act", ":")
 
 

@@ -129,5 +129,5 @@ def _tasks(folder: Path, wanted: Wanted) -> Iterator[Line]:
 def _words_of(template: TemplateConfig | None) -> list[str]:
     if template is None:
         return []
-    parts = (template.system, template.user, template.opening, template.assistant)
+    parts = (template.system, template.user or "", template.opening, template.assistant)
     return " ".join(parts).replace(PLACE, " ").split()

@@ -48,6 +48,7 @@ def write_world(settings: WorldSettings, folder: str | Path, sizes: Sizes | None
     tellings.json               {"right", "wrong"}: of each fact of tables, how often it is told
     withheld.jsonl              as prompts.jsonl                    RL on what no text tells
     told_wrongly.jsonl          as prompts.jsonl                    RL on what text tells wrongly
+    GROUP_demonstrations.jsonl  as demonstrations.jsonl             SFT on the questions of GROUP
     """
     sizes, folder = sizes or Sizes(), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,8 +76,10 @@ def write_world(settings: WorldSettings, folder: str | Path, sizes: Sizes | None
 def _write_kept(world: World, counts: Counts, folder: Path) -> None:
     for group in GROUPS:
         if getattr(world.settings, group):
-            lines = map(json.dumps, KeptFacts(world, counts, group).lines())
-            write_atomically(folder / f"{group}.jsonl", "".join(f"{line}\n" for line in lines))
+            kept = KeptFacts(world, counts, group)
+            for name, lines in ((group, kept.lines()), (f"{group}_demonstrations", kept.solved())):
+                text = "".join(f"{json.dumps(line)}\n" for line in lines)
+                write_atomically(folder / f"{name}.jsonl", text)
 
 
 def _texts(world: World, kind: str, count: int, told: list[Telling]) -> Iterator[str]:

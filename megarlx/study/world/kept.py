@@ -1,8 +1,9 @@
 """Questions about facts that a world keeps out of its text, or tells wrongly: only RL sees them.
 
 A training question has one of them, as its first step or its last, so that the answer names its
-value. Its other facts are drawn as often as the text tells them, and none is kept. A test has it in
-a composition that no training question about a kept fact has.
+value. Its other facts are drawn as often as the text tells them, which is at least `least_told`
+times, and none is kept. A test has it in a composition that no training question about a kept fact
+has.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from functools import cached_property
 from megarlx.data.draw import Draw, Split
 from megarlx.data.making import Line
 from megarlx.study.world.problems import Problem, is_held_out, split_of, table_problem
+from megarlx.study.world.settings import WorldError
 from megarlx.study.world.tables import Lookup, tables_of
 from megarlx.study.world.tellings import Counts
 from megarlx.study.world.world import World
@@ -29,6 +31,7 @@ class KeptFacts:
         self.world, self.counts = world, counts
         self.tables = tables_of(world.settings)
         self.closed = self.tables.withheld | self.tables.told_wrongly
+        self.group = group
         self.numbers = sorted(getattr(self.tables, group))
         self._before: dict[int, list[Lookup]] = {}  # facts that lead to a value
 
@@ -51,6 +54,7 @@ class KeptFacts:
     def lines(self) -> Iterator[Line]:
         """Those to train on; `least_told`: how often the text tells the rarest other fact."""
         writer = self.world.writer
+        self._check()
         for index, (number, problem) in enumerate(self.train):
             others = [n for n in map(self.tables.number, problem.lookups) if n != number]
             yield {
@@ -60,6 +64,21 @@ class KeptFacts:
                 "fact": number,
                 "least_told": min(self.counts.right[n] for n in others),
             }
+
+    def solved(self) -> Iterator[Line]:
+        """The same questions with their solutions, as of any question to train on."""
+        for index, (_, problem) in enumerate(self.train):
+            yield self.world.solved(problem, "kept", self.group, index)
+
+    def _check(self) -> None:
+        least = self.world.settings.least_told
+        without = len(self.numbers) - len({number for number, _ in self.train})
+        if least and without:
+            raise WorldError(
+                f"world: {without} of the {len(self.numbers)} facts {self.group} have no question "
+                f"whose other facts are told at least least_told = {least} times; allowed is a "
+                "lower one, or fewer kept_ranks, or more documents"
+            )
 
     def _problem(self, split: Split, number: int, index: int) -> list[Problem]:
         """One, or none where none is found."""
@@ -115,5 +134,7 @@ class KeptFacts:
 
     def _one_told(self, among: Sequence[Lookup], draw: Draw) -> Lookup | None:
         numbers = [self.tables.number(at) for at in among]
-        told = [0 if n in self.closed else self.counts.right[n] for n in numbers]
+        least = self.world.settings.least_told
+        counts = [0 if n in self.closed else self.counts.right[n] for n in numbers]
+        told = [count if count >= least else 0 for count in counts]
         return draw.weighted(among, told) if any(told) else None

@@ -82,6 +82,8 @@ class WorldSettings:
     wrong_share: float = 0.0  # of a text's steps, with the fact's one wrong value
     withheld: int = 0  # facts that no text tells
     told_wrongly: int = 0  # facts of which texts tell the wrong value only
+    kept_ranks: int = 0  # such facts are of each slot's so many most frequent; 0: of all
+    least_told: int = 0  # the other facts of a question about one, by all of the text
     held_out_compositions: float = 0.0  # of whole sequences of operations, of split compositions
 
     # General knowledge
@@ -229,7 +231,10 @@ def _frozen(value: Any) -> Any:
 
 
 # Settings that only worlds of tables have, beside the shape of the tables.
-OF_TABLES = ("partial_share", "wrong_share", "withheld", "told_wrongly", "held_out_compositions")
+OF_TABLES = (
+    *("partial_share", "wrong_share", "withheld", "told_wrongly", "kept_ranks", "least_told"),
+    "held_out_compositions",
+)
 
 
 def _problems_of_tables(made: WorldSettings) -> list[str]:
@@ -265,7 +270,10 @@ def _problems_of_tables(made: WorldSettings) -> list[str]:
             f"steps has {len(made.steps)} entries; allowed 1 to {made.slots}, one of the slots "
             "has the operations of each step"
         )
-    facts = made.slots * made.tables**2 * made.table_values
+    within("kept_ranks", 0, made.tables, ", operations of a slot; 0: all")
+    within("least_told", 0, 10**9)
+    facts = made.slots * (made.kept_ranks or made.tables) ** 2 * made.table_values
+    of = f"the facts of kept_ranks = {made.kept_ranks}" if made.kept_ranks else "all facts"
     within("table_skew", 0, 8)
     within("partial_share", 0, 1)
     within("wrong_share", 0, 1)
@@ -274,7 +282,7 @@ def _problems_of_tables(made: WorldSettings) -> list[str]:
             f"partial_share is {made.partial_share} and wrong_share {made.wrong_share}; allowed "
             "is a sum of up to 1"
         )
-    within("withheld", 0, facts // 2, ", half of all facts")
-    within("told_wrongly", 0, facts // 2, ", half of all facts")
+    within("withheld", 0, facts // 2, f", half of {of}")
+    within("told_wrongly", 0, facts // 2, f", half of {of}")
     within("held_out_compositions", 0, 0.5)
     return found

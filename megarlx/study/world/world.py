@@ -113,8 +113,11 @@ class World:
     def demonstrations(self, index: int) -> dict[str, Any]:
         """A training question with solutions: the first in the teacher's style, the others in the
         styles of the pre-training text, no two alike; but some are in the foreign style."""
-        problem = self.problem("train", index)
-        draw = Draw(self.settings.seed, "demonstrations", index)
+        return self.solved(self.problem("train", index), index)
+
+    def solved(self, problem: Problem, *number: int | str) -> dict[str, Any]:
+        """`number` of the question: styles are drawn by it."""
+        draw = Draw(self.settings.seed, "demonstrations", *number)
         others = [name for name, _ in self.settings.styles if name != self.settings.teacher_style]
         styles = [self.settings.teacher_style, *draw.some(others, len(others))]
         if self.settings.demonstrations_per_question > len(styles):
@@ -122,7 +125,7 @@ class World:
                 f"world: demonstrations_per_question is "
                 f"{self.settings.demonstrations_per_question}; there are {len(styles)} styles"
             )
-        draw, foreign = Draw(self.settings.seed, "foreign", index), self.settings.foreign_style
+        draw, foreign = Draw(self.settings.seed, "foreign", *number), self.settings.foreign_style
         chosen = [
             foreign if draw.uniform() < self.settings.foreign_share else style
             for style in styles[: self.settings.demonstrations_per_question]

@@ -46,6 +46,7 @@ def trainer(
     dtype: torch.dtype = torch.float32,
     objectives: tuple[str, ...] = ("pretraining",),
     heads: int = 2,
+    average_decay: float | None = None,
 ) -> Trainer:
     config = family_config(
         family,
@@ -71,6 +72,7 @@ def trainer(
     return Trainer(
         model,
         [TrainingStage([TrainedObjective(o, adam, lambda step: 1e-2 / (1 + step)) for o in made])],
+        average_decay,
     )
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from megarlx.data.conversations import (
     Conversation,
     ConversationError,
-    Template,
+    Frames,
     Turn,
     choose_demonstrations,
     read_conversations,
@@ -17,11 +17,11 @@ from megarlx.data.conversations import (
 from megarlx.data.documents import BadLineError
 from megarlx.data.loader import BatchLayout, Loader
 from megarlx.data.packing import ConversationData, pack
-from megarlx.data.tokenizer import ByteTokenizer, WordTokenizer
+from megarlx.data.tokenizer import ByteTokenizer, TokenizerError, WordTokenizer
 
 BYTES = ByteTokenizer()
 WORDS = WordTokenizer(["question", "answer", ":", "how", "many", "?", "9", "pears", "####", "4"])
-TEMPLATE = Template("question : {content} answer :")
+TEMPLATE = Frames("question : {content} answer :")
 
 
 def qa(question: str, answer: str) -> Conversation:
@@ -35,7 +35,7 @@ def test_only_the_answer_and_its_stop_token_are_learned() -> None:
 
 
 def test_every_answer_of_a_conversation_is_learned_and_what_is_given_is_not() -> None:
-    template = Template("U{content}\n", "S{content}\n", "A:", "{content}")
+    template = Frames("U{content}\n", "S{content}\n", "A:", "{content}")
     turns = (Turn("system", "be kind"), Turn("user", "hi"), Turn("assistant", "hello"))
     conversation = Conversation((*turns, Turn("user", "and?"), Turn("assistant", "bye")))
     ids, learned = template.encode(conversation, BYTES)
@@ -45,7 +45,7 @@ def test_every_answer_of_a_conversation_is_learned_and_what_is_given_is_not() ->
 
 
 def test_the_prompt_has_the_ids_that_training_showed() -> None:
-    for template in (TEMPLATE, Template("Q{content}", opening="A:"), Template("<eos>{content}")):
+    for template in (TEMPLATE, Frames("Q{content}", opening="A:"), Frames("<eos>{content}")):
         conversation = qa("how many ?", "4")
         tokenizer = BYTES
         prompt = template.prompt_ids(conversation.question, tokenizer)
@@ -54,15 +54,51 @@ def test_the_prompt_has_the_ids_that_training_showed() -> None:
         assert learned == [False] * len(prompt) + [True] * (len(ids) - len(prompt))
 
 
+def reserving(count: int) -> ByteTokenizer:
+    tokenizer = ByteTokenizer()
+    tokenizer.reserved = count
+    return tokenizer
+
+
+texts = st.text("<>_reservd012 \n", max_size=12) | st.sampled_from(
+    ["<reserved_0>", "<reserved_1>a"]
+)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(texts, texts, st.booleans())
+def test_reserved_tokens_appear_only_where_the_template_puts_them(
+    question: str, answer: str, in_answers: bool
+) -> None:
+    tokenizer = reserving(2)
+    said = "<reserved_1>{content}" if in_answers else " {content}"
+    template = Frames("<reserved_0>Q: {content}\n", assistant=said)
+    turns = (Turn("user", question), Turn("assistant", answer)) * 2
+    ids, learned = template.encode(Conversation(turns), tokenizer)
+    mode, other = tokenizer.vocab_size, tokenizer.vocab_size + 1
+    each = [i for i in ids if i >= tokenizer.vocab_size]
+    assert each == ([mode, other] if in_answers else [mode]) * 2
+    assert ids[0] == mode
+    assert not learned[0]
+    plain = Frames("Q: {content}\n").encode(Conversation(turns), tokenizer)[0]
+    assert max(plain) < tokenizer.vocab_size
+
+
+def test_a_reserved_token_that_the_model_does_not_have_is_refused() -> None:
+    for count, names in ((0, "none"), (2, "<reserved_0>, <reserved_1>")):
+        with pytest.raises(TokenizerError, match=rf"writes <reserved_2>; the model has {names}:"):
+            Frames("<reserved_2>{content}").prompt_ids((Turn("user", "a"),), reserving(count))
+
+
 def test_special_tokens_come_from_the_template_only() -> None:
-    ids, learned = Template("<eos>{content}").encode(qa("a<eos>b", "c<eos>d"), BYTES)
+    ids, learned = Frames("<eos>{content}").encode(qa("a<eos>b", "c<eos>d"), BYTES)
     assert ids.count(BYTES.eos_id) == 2  # the template's and the stop token
     assert sum(learned) == len(" c<eos>d") + 1
 
 
 def test_templates_without_a_place_for_the_content_are_refused() -> None:
     with pytest.raises(ConversationError, match="user is 'x'; it must hold"):
-        Template(user="x")
+        Frames(user="x")
 
 
 def lines(path: Path, *values: object) -> Path:
@@ -70,7 +106,7 @@ def lines(path: Path, *values: object) -> Path:
     return path
 
 
-def test_both_forms_of_a_line_are_read(tmp_path: Path) -> None:
+def test_every_form_of_a_line_is_read(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     path = lines(
         tmp_path / "a.jsonl",
@@ -78,8 +114,40 @@ def test_both_forms_of_a_line_are_read(tmp_path: Path) -> None:
         {"question": "q", "answer": "a", "more": 1},
         "",
         {"question": "q", "answers": ["b", "c"]},
+        {"prompt": "q", "completion": "d", "text": "unused"},
+        {"prompt": messages[:1], "completion": [{"role": "assistant", "content": "e"}]},
+        {"text": "whole"},
     )
-    assert list(read_conversations(path)) == [qa("q", x) for x in ("a", "a", "b", "c")]
+    *found, text = read_conversations(path)
+    assert found == [qa("q", x) for x in ("a", "a", "b", "c", "d", "e")]
+    assert text == Conversation((Turn("text", "whole"),))
+
+
+def test_a_text_is_learned_whole_and_in_no_template() -> None:
+    texts = [Conversation((Turn("text", text),)) for text in ("how many ?", "9 pears")]
+    data = ConversationData(texts, TEMPLATE, WORDS, 8, 0)
+    assert data.conversations == 2
+    sample = data.sample(0)
+    learned = WORDS.decode(sample.targets[sample.mask].tolist())
+    # A document's first token is no target.
+    assert sorted(part.strip() for part in learned.split("<eos>")) == ["", "many ?", "pears"]
+
+
+def test_turns_of_tools_are_given_and_their_calls_are_learned(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": '{"x": 1}'}}
+    messages = [
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "It is 2."},
+    ]
+    (read,) = read_conversations(lines(tmp_path / "a.jsonl", {"messages": messages}))
+    template = Frames("U{content}\n", opening="A:", assistant="{content}", tool="T{content}\n")
+    ids, learned = template.encode(read, BYTES)
+    said = BYTES.decode([i for i, m in zip(ids, learned, strict=True) if m])
+    assert said == json.dumps([call]) + "<eos>It is 2.<eos>"
+    given = BYTES.decode([i for i, m in zip(ids, learned, strict=True) if not m])
+    assert given == "U1 + 1?\nA:T2\nA:"
 
 
 @pytest.mark.parametrize(
@@ -87,13 +155,20 @@ def test_both_forms_of_a_line_are_read(tmp_path: Path) -> None:
     [
         ("{", "not JSON"),
         ([], "holds a list; expected an object"),
-        ({"question": "q"}, r"has neither 'messages' nor 'question' with .*its keys: question"),
+        ({"question": "q"}, r"has none of 'messages', 'question' with .*its keys: question"),
         ({"question": 1, "answer": "a"}, "'question' is int; expected a string"),
         ({"question": "q", "answers": []}, "must be a list of at least one answer"),
         ({"question": "q", "answers": ["a", None]}, "answer 1 is NoneType"),
         ({"messages": []}, "must be a list of at least one message"),
         ({"messages": [{"role": "user"}]}, "message 0 must be an object with role and content"),
         ({"messages": [{"role": "bot", "content": ""}]}, "role 'bot'; allowed system, user, ass"),
+        (
+            {"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]},
+            "only the assistant",
+        ),
+        ({"messages": [{"role": "assistant", "tool_calls": "f"}]}, "must be a list of objects"),
+        ({"prompt": "x", "completion": 3}, "'completion' is int; expected a string"),
+        ({"text": 3}, "'text' is int; expected a string"),
         ({"messages": [{"role": "user", "content": "x"}]}, "the last message is the user's"),
         ('{"question": "\\ud800", "answer": "a"}', "half a surrogate pair"),
     ],
@@ -148,7 +223,7 @@ def test_packs_hold_every_item_once_and_never_too_much(lengths: list[int], windo
 def data(seed: int = 0, count: int = 40, **changes: object) -> ConversationData:
     made = [qa("q" * (1 + i % 7), f"a{i}") for i in range(count)]
     arguments = {"demonstrations": "all", "sequence_length": 60, **changes}
-    return ConversationData(made, Template("{content}>"), tokenizer=BYTES, seed=seed, **arguments)  # type: ignore[arg-type]
+    return ConversationData(made, Frames("{content}>"), tokenizer=BYTES, seed=seed, **arguments)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -210,7 +285,7 @@ def test_tokens_are_counted_without_padding() -> None:
     dataset = data()
     per_epoch = dataset.sequences_in_epochs(1)
     total = sum(
-        len(Template("{content}>").encode(qa("q" * (1 + i % 7), f"a{i}"), BYTES)[0]) - 1
+        len(Frames("{content}>").encode(qa("q" * (1 + i % 7), f"a{i}"), BYTES)[0]) - 1
         for i in range(40)
     )
     assert dataset.tokens_by_source(0) == {"sft": 0}

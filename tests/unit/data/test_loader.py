@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megarlx.data.blend import Blend, Composition
+from megarlx.data.held_tokens import HeldTokens
 from megarlx.data.loader import Batch, BatchLayout, Loader
 from megarlx.data.samples import Sample, TokenSource
 from megarlx.data.token_files import TokenFile, TokenFileWriter, bin_path
@@ -29,6 +30,41 @@ def blend(folder: Path, seed: int = 0, vocab_size: int | None = None) -> Blend:
 
 def rows(batches: list[Batch]) -> list[list[int]]:
     return [row for batch in batches for row in batch.inputs.tolist()]
+
+
+def held(name: str, seed: int = 0) -> TokenSource:
+    documents = np.random.default_rng(9).integers(2000, 3000, (6, 20)).tolist()
+    return TokenSource(name, HeldTokens("rollouts", documents), S, seed)
+
+
+def test_a_run_that_goes_on_may_add_a_source_from_its_tokens_on(tmp_path: Path) -> None:
+    """And nothing that was read before may be another."""
+    first, layout = blend(tmp_path), BatchLayout(6, 6)
+    before = Loader(first, layout, prefetch_steps=0)
+    expected = run(before, 2)
+    state = before.state()
+    sources, weights = [*first.sources, held("own")], {"a": 2.0, "b": 1.0}
+
+    def loader(parts: list[Composition]) -> Loader:
+        made = Loader(Blend(sources, parts, 0), layout, prefetch_steps=0)
+        made.load_state(state)
+        return made
+
+    added = Composition(12 * S, {**weights, "own": 3.0})
+    longer = loader([Composition(0, weights), added])
+    assert [longer.dataset.sample(i).inputs.tolist() for i in range(12)] == expected
+    new = run(longer, 4)
+    assert sum(row[0] >= 2000 for row in new) == 12  # half of them, from the first sample on
+    plain = Loader(first, layout, prefetch_steps=0)
+    plain.load_state(state)
+    assert [row for row in new if row[0] < 2000] == run(plain, 2)
+    for wrong in (
+        [Composition(0, {"a": 1.0, "b": 1.0}), added],
+        [Composition(0, weights), Composition(11 * S, added.weights)],
+        [Composition(0, added.weights)],
+    ):
+        with pytest.raises(ValueError, match="schedule was"):
+            loader(wrong)
 
 
 def run(loader: Loader, steps: int) -> list[list[int]]:

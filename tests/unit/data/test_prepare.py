@@ -302,7 +302,7 @@ def test_the_tool_says_how_many_lines_it_skipped(tmp_path: Path) -> None:
     assert "a.jsonl, line 2: not JSON" in done.stderr
     failed = tool(settings_for(tmp_path, "out2"))
     assert failed.returncode == 1
-    assert failed.stderr.startswith("prepare_tokens: ")
+    assert failed.stderr.startswith("megarlx prepare: ")
     assert "a.jsonl, line 2: not JSON" in failed.stderr
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megarlx.data.conversations import Conversation, Template, Turn
+from megarlx.data.conversations import Conversation, Frames, Turn
+from megarlx.data.difficulty import Difficulty
 from megarlx.data.documents import BadLineError
 from megarlx.data.prompts import (
     Drawn,
@@ -25,7 +27,7 @@ from megarlx.data.prompts import (
 from megarlx.data.tokenizer import ByteTokenizer
 
 BYTES = ByteTokenizer()
-TEMPLATE = Template(user="Q: {content}\n", opening="A:", assistant=" {content}")
+TEMPLATE = Frames(user="Q: {content}\n", opening="A:", assistant=" {content}")
 
 
 def data(count: int = 7, seed: int = 3, **rest: Any) -> PromptData:
@@ -108,7 +110,7 @@ def test_a_prompt_ends_where_the_model_is_to_answer() -> None:
 def test_every_epoch_holds_every_prompt_once_in_its_own_order() -> None:
     found = data().take(21)
     assert [d.number for d in found] == list(range(21))
-    assert [d.epoch for d in found] == [0] * 7 + [1] * 7 + [2] * 7
+    assert [d.number // 7 for d in found] == [0] * 7 + [1] * 7 + [2] * 7
     epochs = [questions(found[i : i + 7]) for i in (0, 7, 14)]
     assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
@@ -140,9 +142,55 @@ def test_resume_refuses_other_prompts_and_says_what_changed() -> None:
 
 def test_prompts_that_are_too_long_stop_or_are_left_out_and_counted() -> None:
     prompts = [Prompt("x"), Prompt("long " * 10)]
-    with pytest.raises(PromptError, match=r"'long long .* tokens; max_prompt_tokens allows 9"):
+    with pytest.raises(PromptError, match=r"'long long .* tokens; it may have 9"):
         PromptData(prompts, TEMPLATE, BYTES, 0, max_prompt_tokens=9)
     kept = PromptData(prompts, TEMPLATE, BYTES, 0, max_prompt_tokens=9, too_long="skip")
     assert (kept.too_long, questions(kept.take(3))) == (1, ["x"] * 3)
     with pytest.raises(PromptError, match=r"no prompt to draw \(1 were too long\)"):
         PromptData(prompts[1:], TEMPLATE, BYTES, 0, max_prompt_tokens=9, too_long="skip")
+
+
+def taught(prompts: PromptData, rounds: int) -> list[Drawn]:
+    """Draws in rounds of 4; a prompt's own number says how often it is solved."""
+    found = []
+    for _ in range(rounds):
+        drawn = prompts.take(4)
+        assert prompts.difficulty is not None
+        prompts.difficulty.learn((one.place, one.place / 6) for one in drawn)
+        found += drawn
+    return found
+
+
+def test_draws_by_difficulty_have_the_frequencies_of_their_weights() -> None:
+    one = data(by_difficulty=(0.05, 0.5))
+    assert one.difficulty is not None
+    solved = [0.0, 1.0, 0.5, 0.9, 0.2, None, None]  # of the last two nothing is known
+    one.difficulty.learn((i, p) for i, p in enumerate(solved) if p is not None for _ in range(99))
+    p = [0.5 if share is None else share for share in solved]
+    weights = [x * (1 - x) + 0.05 for x in p]
+    draws = 20_000
+    counts = Counter(drawn.place for drawn in one.take(draws))
+    expected = [draws * w / sum(weights) for w in weights]
+    chi_squared = sum((counts[i] - e) ** 2 / e for i, e in enumerate(expected))
+    assert chi_squared < 22.5  # 6 degrees of freedom: P = 0.001
+    assert [d.number for d in one.take(2)] == [draws, draws + 1]
+
+
+def test_draws_by_difficulty_resume_exactly() -> None:
+    whole, stopped, resumed = (data(by_difficulty=(0.05, 0.9)) for _ in range(3))
+    expected = taught(whole, 12)
+    taught(stopped, 5)
+    resumed.load_state(json.loads(json.dumps(stopped.state())))
+    assert taught(resumed, 7) == expected[20:]
+    assert resumed.state() == whole.state()
+    assert resumed.difficulty is not None
+    assert resumed.difficulty.weights().tolist() != [0.3] * 7
+    with pytest.raises(PromptError, match="draw was None, is difficulty"):
+        resumed.load_state(data().state())
+
+
+def test_a_prompts_share_is_a_running_mean_that_begins_at_one_half() -> None:
+    one = Difficulty(3, 0, "rl", 0.05, 0.9)
+    one.learn([(1, 1.0), (1, 1.0), (2, 0.0)])
+    p = [0.5, 0.9 * (0.9 * 0.5 + 0.1) + 0.1, 0.45]
+    assert one.weights().tolist() == pytest.approx([x * (1 - x) + 0.05 for x in p], abs=1e-15)

@@ -6,7 +6,7 @@ import torch
 
 from megarlx.comm.groups import Mesh
 from megarlx.config.model import family_config
-from megarlx.data.conversations import Template
+from megarlx.data.conversations import Frames
 from megarlx.data.making import Made
 from megarlx.evaluation.interface import Subject
 from megarlx.model.build import ParallelModel, build_model
@@ -35,7 +35,7 @@ TOLD = Counts.of(
     len(tables_of(TABLES.settings)),
 )
 MADE_OF_TABLES = Made("never read", suites=suites_of(TABLES, TOLD))
-TEMPLATE = Template("question : {content} answer :")
+TEMPLATE = Frames("question : {content} answer :")
 
 
 def small_model(

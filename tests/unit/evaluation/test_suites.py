@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megarlx.config.evaluation import EvaluationConfig, SuiteConfig
-from megarlx.data.conversations import Template, Turn
+from megarlx.data.conversations import Frames, Turn
 from megarlx.data.prompts import FewShot
 from megarlx.evaluation.questions import SuiteError, check_suites, few_shot_of, questions_of
 from megarlx.evaluation.results import ResultError, finished, read_result, result_path, results_of
@@ -222,7 +222,7 @@ def test_behaviour_is_mean_reward_violations_and_drift_from_the_parent(tmp_path:
 def test_a_parent_that_was_asked_in_another_template_gives_no_drift(tmp_path: Path) -> None:
     asked = lines(tmp_path / "q.jsonl", {"question": "tom has 9 pears"}, {"question": "how many ?"})
     chosen = config(suite(kind="behaviour", path=asked, rewards=[EVEN]))
-    other = dataclasses.replace(subject(), template=Template("{content} answer :"))
+    other = dataclasses.replace(subject(), template=Frames("{content} answer :"))
     evaluate(other, chosen, run=tmp_path / "parent")
     child = subject(is_base=False)
     (found,) = evaluate(child, chosen, run=tmp_path / "one", parent=Parent(tmp_path / "parent", 7))
@@ -325,7 +325,7 @@ def test_what_a_result_depends_on_makes_it_be_computed_again(tmp_path: Path) -> 
     result_path(tmp_path / "run", 7, "s").unlink()
     assert again(one)
     assert again(another)
-    assert again(dataclasses.replace(subject(), template=Template(user="{content}")))
+    assert again(dataclasses.replace(subject(), template=Frames(user="{content}")))
     assert again()
     assert again(dataclasses.replace(subject(), model=small_model(dtype=torch.float64)))
     assert again()

@@ -93,5 +93,5 @@ def test_what_it_cannot_do_is_said_in_a_line(
 ) -> None:
     assert tool.main([str(tmp_path)]) == 1
     assert "holds no checkpoint" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        tool.main([str(tmp_path), "--diff", "a", "b"])
+    assert tool.main([str(tmp_path), "--diff", "a", "b"]) == 2
+    assert "give either PATH or --diff A B" in capsys.readouterr().err

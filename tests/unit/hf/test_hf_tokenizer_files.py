@@ -11,12 +11,13 @@ from tokenizers import Tokenizer as Engine
 from tokenizers import models, pre_tokenizers
 
 from megarlx.config.objectives import TemplateConfig
-from megarlx.data.conversations import Conversation, Template, Turn
+from megarlx.data.chat_template import ChatTemplate
+from megarlx.data.conversations import Conversation, Frames, Turn
 from megarlx.data.tokenizer import ByteTokenizer, Tokenizer, WordTokenizer, load_tokenizer
 from megarlx.hf.export import learned_template
 from megarlx.hf.tokenizer_files import (
+    chat_of,
     chat_template,
-    has_chat_template,
     hugging_face_tokenizer,
 )
 
@@ -127,18 +128,23 @@ def test_the_exported_chat_template_writes_what_the_model_was_trained_on(
 ) -> None:
     settings, tokenizer = TemplateConfig(**template), ByteTokenizer()
     (written(tokenizer, tmp_path) / "chat_template.jinja").write_text(chat_template(settings))
-    assert has_chat_template(tmp_path)
+    found = chat_of(tmp_path, tokenizer)
+    assert found == TemplateConfig(chat=chat_template(settings))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     turns = [Turn("system", "be short"), Turn("user", ODD), Turn("assistant", ODD)]
-    ours = Template(**settings.model_dump())
+    ours = Frames(**settings.model_dump(exclude={"chat", "bos"}))
+    read = ChatTemplate(found.chat or "")
     asked = [*turns, Turn("user", "and now?")]
     for given in (asked, asked[1:], asked[:2], asked[-1:]):
         messages = [{"role": turn.role, "content": turn.content} for turn in given]
         text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         assert theirs(text)["input_ids"] == ours.prompt_ids(given, tokenizer)
+        assert read.prompt_ids(given, tokenizer) == ours.prompt_ids(given, tokenizer)
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
     text = theirs.apply_chat_template(messages, tokenize=False)
-    assert theirs(text)["input_ids"] == ours.encode(Conversation(tuple(turns)), tokenizer)[0]
+    conversation = Conversation(tuple(turns))
+    assert theirs(text)["input_ids"] == ours.encode(conversation, tokenizer)[0]
+    assert read.encode(conversation, tokenizer) == ours.encode(conversation, tokenizer)
 
 
 def test_a_model_that_saw_pre_training_only_has_no_chat_template(tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ from torch import Tensor
 from megarlx.comm.groups import Layout
 from megarlx.config.model import ModelConfig
 from megarlx.model.check_layout import LayoutError, check_layout, layers_of_stage
-from megarlx.model.initialise import draw, initialise_
+from megarlx.model.initialise import initialise_, key_of
 from megarlx.model.metadata import TensorParallel, parameter_layouts
 from megarlx.model.transformer import Stage
+from megarlx.ops.normal import normal_slice_
 from megarlx.parallel.metadata import ParameterLayout, fill_
 
 
@@ -34,6 +35,17 @@ def drawn(config: ModelConfig, tp: int, rank: int, seed: int) -> dict[str, Tenso
     local = {name: torch.full(layout.shape, 7.0) for name, layout in layouts.items()}
     initialise_(local, layouts, seed=seed, std=0.3)
     return local
+
+
+def whole(name: str, shape: tuple[int, ...], *, seed: int, std: float) -> Tensor:
+    """The initial value of a global tensor."""
+    if name.endswith("norm.weight"):
+        return torch.ones(shape)
+    if name.endswith(".bias"):
+        return torch.zeros(shape)
+    out = torch.empty(shape)
+    normal_slice_(out.view(-1), key=key_of(name, seed), std=std)
+    return out
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -60,21 +72,31 @@ def test_slices_of_every_tp_compose_to_the_same_bits(family: str, kv_heads: int)
                 assert not local[name][padding].any()
                 assert not padding.any() or name in ("embedding.weight", "head.weight")
         for name, tensor in tensors.items():
-            assert torch.equal(tensor, draw(name, shapes[name], seed=9, std=0.3)), name
+            assert torch.equal(tensor, whole(name, shapes[name], seed=9, std=0.3)), name
             assert (seen[name] == 1).all(), f"{name} is not counted exactly once"
 
 
 def test_each_seed_and_each_tensor_has_its_own_numbers() -> None:
-    one, other = (
-        draw("a.weight", (64, 3), seed=1, std=1.0),
-        draw("a.weight", (64, 3), seed=2, std=1.0),
-    )
-    elsewhere = draw("b.weight", (64, 3), seed=1, std=1.0)
-    for a, b in ((one, other), (one, elsewhere)):
-        assert not (a == b).any()
-    assert torch.equal(one, draw("a.weight", (64, 3), seed=1, std=1.0))
-    assert torch.equal(draw("x.norm.weight", (5,), seed=1, std=1.0), torch.ones(5))
-    assert abs(draw("c.weight", (400, 250), seed=3, std=0.5).std().item() - 0.5) < 0.01
+    config = small("olmo2")
+    real = slice(config.vocab_size)  # behind it the vocabulary is padded with zeros
+    one, other = ({n: x[real] for n, x in drawn(config, 1, 0, seed).items()} for seed in (1, 2))
+    matrices = [name for name, x in one.items() if x.dim() == 2]
+    for name in matrices:
+        assert not (one[name] == other[name]).any()
+        assert abs(one[name].std().item() / 0.3 - 1) < 5 / (2 * one[name].numel()) ** 0.5, name
+    rows = torch.stack([one[name].flatten()[:500] for name in matrices])
+    assert torch.corrcoef(rows).fill_diagonal_(0).abs().max() < 5 / 500**0.5
+    again = drawn(config, 1, 0, seed=1)
+    assert all(torch.equal(one[name], again[name][real]) for name in one)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_dtype_rounds_the_numbers_and_changes_no_other(dtype: torch.dtype) -> None:
+    narrow = Stage(small("qwen3"), dtype=dtype).initialise_(4)
+    for (name, a), b in zip(
+        narrow.named_parameters(), Stage(small("qwen3")).initialise_(4).parameters(), strict=True
+    ):
+        assert torch.equal(a, b.to(dtype)), name
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -10,7 +10,7 @@ import torch
 from megarlx.comm.groups import Mesh
 from megarlx.config.model import family_config
 from megarlx.config.objectives import RlConfig
-from megarlx.data.conversations import Template
+from megarlx.data.conversations import Frames
 from megarlx.data.prompts import Prompt, PromptData
 from megarlx.data.tokenizer import WordTokenizer
 from megarlx.generation.engine import Engine
@@ -27,7 +27,7 @@ from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage
 WORDS = [*["question", ":", "answer", "####"], *(f"w{i}" for i in range(20))]
 VOCABULARY = 29  # more than the tokenizer's 25: the model can say what no word stands for
 LONGEST_COMPLETION = 9
-TEMPLATE = Template("question : {content} answer :")
+TEMPLATE = Frames("question : {content} answer :")
 
 # Rewards, named as this module's functions: a worker process would import them.
 
@@ -106,7 +106,8 @@ def reinforcement(
 ) -> Reinforcement:
     tokenizer = WordTokenizer(WORDS)
     engine = Engine.of(policy, slots=given.slots, longest=32, detokenize=tokenizer.decode_sampled)
-    data = PromptData(questions or prompts(), TEMPLATE, tokenizer, seed, name=name)
+    drawn = {"by_difficulty": given.by_difficulty, "name": name}
+    data = PromptData(questions or prompts(), TEMPLATE, tokenizer, seed, **drawn)
     rewards = Rewards(given.rewards, given.reward_failures_allowed)
     game = QuestionGame(rewards, given.max_completion_tokens, policy.mesh)
     sampler = Sampler(given, Player(lambda: engine, game, tokenizer), data, policy.mesh.dp, seed)

@@ -19,6 +19,7 @@ from megarlx.rollouts.advantages import (
     dr_grpo,
     gigpo,
     grpo,
+    maxrl,
     rloo,
     sample_advantages,
     step_advantages,
@@ -47,6 +48,33 @@ def by_hand(kind: str, group: list[float]) -> list[float]:
         else:
             out.append(r - (sum(known) - r) / (len(known) - 1))
     return out
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.lists(st.sampled_from([0.0, 0.5, 1.0, NAN]), min_size=2, max_size=6))
+def test_maxrl_divides_by_the_mean_and_a_mean_of_0_gives_0(group: list[float]) -> None:
+    known = [r for r in group if not math.isnan(r)]
+    expected = [0.0] * len(group)
+    if len(known) > 1 and max(known) > min(known):
+        mean = statistics.fmean(known)
+        expected = [0.0 if math.isnan(r) else (r - mean) / mean for r in group]
+    found = sample_advantages(
+        PolicyConfig(advantage="maxrl"), torch.tensor([group], dtype=torch.float64)
+    )
+    assert found[0].tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_maxrl_refuses_rewards_below_0_where_they_come_from() -> None:
+    with pytest.raises(ValueError, match=r"a reward is -0.5; it allows none below 0"):
+        maxrl(torch.tensor([[1.0, -0.5, NAN]]), C)
+    for key, value in {"kl": "reward", "overlong": "penalty"}.items():
+        given: dict[str, Any] = {"advantage": "maxrl", key: value}
+        if key == "kl":
+            given["kl_coefficient"] = 0.1
+        with pytest.raises(
+            ValueError, match=rf"{key}: is '{value}', which may take a reward below 0"
+        ):
+            PolicyConfig(**given)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

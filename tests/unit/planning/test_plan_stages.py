@@ -163,6 +163,44 @@ def test_what_a_stage_holds_is_what_its_optimizer_holds(
     assert rank_memory(job, 0).persistent == held + reference
 
 
+def test_outer_steps_masks_and_teachers_are_counted(write: Any) -> None:
+    path = write()
+    taught = '[objectives.teach.distill]\nteachers = ["a@1", "b@2"]\n[[stages]]\nname = "both"'
+    path.write_text(path.read_text().replace('[[stages]]\nname = "both"', taught))
+
+    def held(*changes: str) -> tuple[int, int, int]:
+        """Bytes of the optimizer, and numbers and bytes of one of its shards."""
+        job = job_of_stage(load_config(path, list(changes)), 4, 0)
+        numbers = job.sizes(0).flat
+        return rank_memory(job, 0).optimizer, numbers // job.dp, job.wide_bytes
+
+    local, numbers, wide = held("stages.0.sync_every=2")
+    outer, *_ = held("stages.0.sync_every=2", "stages.0.outer={momentum=0.5}")
+    assert outer - local == 2 * numbers * wide
+    masked, *_ = held(
+        "stages.0.sync_every=2", 'stages.0.objectives.sft.protect={run="a@1", share=0.1}'
+    )
+    assert masked - local == numbers
+    two = job_of_stage(load_config(path, ["stages.0.objectives.teach.lr=1e-5"]), 4, 0)
+    one = job_of_stage(load_config(path), 4, 0)
+    assert (two.kept.frozen, one.kept.frozen) == (2, 0)
+    assert two.kept.gradients == one.kept.gradients + 1
+    teach = next(each for each in two.all_objectives if each.name == "teach")
+    assert teach.rollouts is not None
+    assert teach.packed_tokens == 64 * teach.document_length
+
+
+def test_a_moving_average_of_the_weights_is_one_more_shard(write: Any) -> None:
+    without, with_one = (
+        job_of_stage(load_config(write(), changes), 4, 0)
+        for changes in ([], ["checkpoints.average_decay=0.99"])
+    )
+    numbers = without.sizes(0).flat
+    assert (
+        optimizer_bytes(with_one, numbers) == optimizer_bytes(without, numbers) + numbers // 4 * 4
+    )
+
+
 def test_moments_that_wait_for_a_later_stage_are_held(write: Any) -> None:
     config = load_config(write())
     both, after, again = (job_of_stage(config, 4, stage) for stage in range(3))

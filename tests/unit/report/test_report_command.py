@@ -77,10 +77,10 @@ def test_one_seed_prints_numbers_and_no_verdicts(
         shutil.rmtree(run)
     assert main(["report", str(root)]) == 0
     said = capsys.readouterr().out
-    assert "One seed: no verdict" in said
+    assert "One trunk: no verdict" in said
     assert "P3 " not in said
     page = (root / "report" / "index.html").read_text()
-    assert "One seed: numbers are shown, no verdict is claimed." in page
+    assert "One trunk: numbers are shown, no verdict is claimed." in page
     assert page.index('id="pass_at_k"') < page.index('id="predicates"')
 
 

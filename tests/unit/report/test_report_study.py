@@ -142,7 +142,7 @@ def test_what_a_half_finished_sweep_lacks_is_named_and_the_rest_is_there(tmp_pat
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"kind": "magic"}, "kind is 'magic'; allowed are pass_at_k, choice"),
+        ({"kind": "magic"}, 'kind is \'magic\'; allowed are "pass_at_k", "choice"'),
         ({"items": [{"id": "a"}]}, "lacks 'samples'"),
         ({"items": [{"id": "a", "samples": 4, "correct": 5}]}, "correct is 5"),
         ({"metrics": None}, "holds no JSON object"),

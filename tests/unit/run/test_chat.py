@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from megarlx.data.conversations import Template, Turn
+from megarlx.data.conversations import Frames, Turn
 from megarlx.data.documents import BadLineError
 from megarlx.data.tokenizer import ByteTokenizer
 from megarlx.generation.text import TextPiece
@@ -25,7 +25,7 @@ from megarlx.run.conversation import Conversation, Drawing
 from megarlx.run.opened import OpenedRun
 
 LONGEST = 200
-TEMPLATE = Template(user="Q: {content}\n", system="S: {content}\n", opening="A:")
+TEMPLATE = Frames(user="Q: {content}\n", system="S: {content}\n", opening="A:")
 
 
 class Parrot:
@@ -35,7 +35,7 @@ class Parrot:
     is_base, trunk_tokens, tokenizer = False, 0, ByteTokenizer()
     prompt_ids = OpenedRun.prompt_ids
 
-    def __init__(self, template: Template | None = TEMPLATE, longest: int = LONGEST) -> None:
+    def __init__(self, template: Frames | None = TEMPLATE, longest: int = LONGEST) -> None:
         self.template = template
         model = SimpleNamespace(
             max_sequence_length=longest, family="olmo2", parameters=lambda: 1_000

@@ -10,7 +10,8 @@ from chosen_configs import config as small_config
 
 from megarlx.choices import Machine, Needs, Package, choose_attention, choose_layers
 from megarlx.config import Config, as_asked, load_config
-from megarlx.config.objectives import PRETRAINING, StageObjective
+from megarlx.config.objectives import PRETRAINING
+from megarlx.config.stages import StageObjective
 from megarlx.run.choose import choose
 from megarlx.run.directory import RunDirectory, RunError
 

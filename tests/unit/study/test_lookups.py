@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from megarlx.data.making import Made
 from megarlx.evaluation.questions import SuiteError, made_lines
 from megarlx.evaluation.suites import evaluate
 from megarlx.study.world.files import Sizes, write_world
+from megarlx.study.world.kept import KeptFacts
 from megarlx.study.world.lookups import band
 from megarlx.study.world.maker import WorldMaker, WorldOptions
 from megarlx.study.world.problems import split_of, table_problem
-from megarlx.study.world.settings import WorldSettings
+from megarlx.study.world.settings import WorldError, WorldSettings
 from megarlx.study.world.suites import suites_of
 from megarlx.study.world.tables import Lookup, tables_of
 from megarlx.study.world.tellings import Counts
@@ -171,3 +173,36 @@ def test_kept_facts_are_asked_in_compositions_that_training_has_not(
         assert line["group"] == "told_0"
         operation = (int(line["answer"]) - tables.in_slot) // 5
         assert any(tables[number].operation == operation for number in getattr(tables, group))
+
+
+def test_the_other_facts_are_told_as_often_as_is_asked_or_the_world_is_refused(
+    tmp_path: Path,
+) -> None:
+    made = WorldSettings(
+        operation_kind="table",
+        quantities=1,
+        answer="first_and_last",
+        tables=6,
+        table_values=4,
+        steps=(0.0, 1.0, 1.0, 1.0),
+        withheld=8,
+        kept_ranks=2,
+        least_told=8,
+    )
+    tables = tables_of(made)
+    for number in tables.withheld:
+        at = tables[number]
+        assert at.operation % 6 < 2
+        assert at.value % tables.in_slot // 4 < 2
+    write_world(made, tmp_path, Sizes({"problems": 3000}, 2, 4, 4))
+    counts = Counts.read(tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "withheld.jsonl").read_text().splitlines()]
+    assert {line["fact"] for line in lines} == tables.withheld
+    assert min(line["least_told"] for line in lines) >= 8
+    for _, problem in KeptFacts(World(made), counts, "withheld").test(60):
+        numbers = {tables.number(at) for at in problem.lookups} - tables.withheld
+        assert min(counts.right[number] for number in numbers) >= 8
+    rare = replace(made, least_told=10_000)
+    said = "8 of the 8 facts withheld have no question whose .* least_told = 10000 times; allowed"
+    with pytest.raises(WorldError, match=said):
+        write_world(rare, tmp_path / "rare", Sizes({"problems": 300}, 2, 4, 4))

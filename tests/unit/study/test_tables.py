@@ -23,7 +23,7 @@ from megarlx.data.token_files import TokenFile
 from megarlx.evaluation.questions import SuiteError, made_lines
 from megarlx.study.world.files import Sizes, write_world
 from megarlx.study.world.problems import guessing_pass_at_k
-from megarlx.study.world.settings import STYLES, WorldError, WorldSettings
+from megarlx.study.world.settings import OF_TABLES, STYLES, WorldError, WorldSettings
 from megarlx.study.world.solutions import before_lookups, checkable
 from megarlx.study.world.suites import suites_of
 from megarlx.study.world.tables import Lookup, Tables
@@ -323,6 +323,12 @@ def test_a_suite_reads_the_held_out_compositions_where_there_are_some() -> None:
         ({"wrong_share": 2}, "wrong_share is 2; allowed 0 to 1"),
         ({"partial_share": 0.7, "wrong_share": 0.4}, "partial_share is 0.7 and wrong_share 0.4"),
         ({"withheld": 121}, "withheld is 121; allowed 0 to 120, half of all facts"),
+        (
+            {"withheld": 31, "kept_ranks": 2},
+            "withheld is 31; allowed 0 to 30, half of the facts of",
+        ),
+        ({"kept_ranks": 5}, "kept_ranks is 5; allowed 0 to 4, operations of a slot; 0: all"),
+        ({"least_told": -1}, "least_told is -1; allowed 0 to"),
         ({"told_wrongly": -1}, "told_wrongly is -1; allowed 0 to 120, half of all facts"),
         ({"held_out_compositions": 0.6}, "held_out_compositions is 0.6; allowed 0 to 0.5"),
     ],
@@ -332,9 +338,7 @@ def test_tables_that_make_no_world_are_refused(changes: dict[str, Any], message:
         WorldSettings(**{**of_tables().__dict__, **changes})
 
 
-@pytest.mark.parametrize(
-    "name", ["partial_share", "wrong_share", "withheld", "told_wrongly", "held_out_compositions"]
-)
+@pytest.mark.parametrize("name", OF_TABLES)
 def test_what_only_tables_have_is_refused_of_other_worlds(name: str) -> None:
     said = f"{name} is 1; allowed is 0, but with operation_kind 'table'"
     with pytest.raises(WorldError, match=said):
@@ -344,6 +348,6 @@ def test_what_only_tables_have_is_refused_of_other_worlds(name: str) -> None:
 def test_a_refusal_says_where_in_the_file(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     text = (Path(__file__).parents[3] / "configs" / "demo_trunk.toml").read_text()
-    path.write_text(text.replace("quantities = 1\n", 'quantities = 1\noperation_kind = "magic"\n'))
+    path.write_text(text.replace('operation_kind = "table" ', 'operation_kind = "magic" '))
     with pytest.raises(ConfigError, match=r"data.options.settings.*operation_kind is 'magic'"):
         load_config(path)

@@ -1,0 +1,103 @@
+"""Distillation: what teaches, and on what texts."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megarlx.config.rollouts import RolloutFilter, run_and_step
+from megarlx.config.section import Named, Section
+
+Share = Annotated[float, Field(gt=0)]
+
+
+class DistillConfig(Section):
+    """The model's distributions are drawn to those of frozen teachers."""
+
+    teachers: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        description="RUN@N of each, with this model's shape and tokenizer"
+    )
+    teacher_weights: Annotated[tuple[Share, ...], Field(strict=False)] | None = Field(
+        default=None, description="How much each counts, relative to the others; absent: equally"
+    )
+    kl: Literal["reverse", "forward"] = Field(
+        default="reverse",
+        description="KL(model, teacher) on own rollouts, or KL(teacher, model) on those of a run",
+    )
+    rollouts: str | None = Field(
+        default=None, description="RUN or RUN@N, whose rollouts are read, for kl = 'forward'"
+    )
+    filter: RolloutFilter = Field(
+        default=RolloutFilter(), description="Which of the rollouts are read"
+    )
+    prompts: str = Field(
+        default="{made}/prompts.jsonl",
+        description="JSONL file, one prompt a line, for kl = 'reverse'",
+    )
+    question_key: str = Field(default="question", description="Key of the question in a line")
+    template: str | None = Field(
+        default=None, description="Name of one of [templates]; absent: [template]"
+    )
+    prompts_per_rollout: int = Field(default=16, ge=1, description="Prompts of a rollout")
+    samples_per_prompt: int = Field(default=4, ge=1, description="Samples of each prompt")
+    rollout_every_steps: int = Field(
+        default=10, ge=1, description="Steps that train on a rollout before the next is made"
+    )
+    temperature: float = Field(
+        default=1.0, gt=0, description="Of sampling, and of both distributions"
+    )
+    max_completion_tokens: int = Field(default=128, ge=1, description="Longest completion")
+    max_prompt_tokens: int | None = Field(
+        default=None, ge=1, description="Longest prompt; absent: what the model allows"
+    )
+    too_long: Literal["stop", "skip"] = Field(
+        default="stop", description="What happens with prompts, or rollouts, longer than that"
+    )
+    tokens_per_microbatch: int = Field(
+        default=4096, ge=1, description="Tokens a process takes through the model at once"
+    )
+    generator: Annotated[str, Named("generator")] = Field(
+        default="engine", description="What draws the samples"
+    )
+    slots: int = Field(
+        default=256, ge=1, description="Sequences that are generated at once by a process"
+    )
+    prefill_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Prompt tokens a process takes through the model at once; absent: 16,384 on a "
+        "GPU, 1,024 on a CPU",
+    )
+
+    @property
+    def samples(self) -> bool:
+        """Whether it generates text."""
+        return self.kl == "reverse"
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Of each teacher; they sum to 1."""
+        weights = self.teacher_weights or (1.0,) * len(self.teachers)
+        return tuple(weight / sum(weights) for weight in weights)
+
+    def problems(self) -> list[tuple[str, str]]:
+        found = []
+        if not self.teachers:
+            found.append(("teachers", "are none; at least one is needed, RUN@N"))
+        for one in self.teachers:
+            named = run_and_step(one)
+            if named is None or named[1] is None:
+                found.append(("teachers", f"name {one!r}; allowed is RUN@N, N its step"))
+        weights = self.teacher_weights
+        if weights is not None and len(weights) != len(self.teachers):
+            given = f"are {list(weights)} for {len(self.teachers)} teachers"
+            found.append(("teacher_weights", f"{given}; one each is needed"))
+        if (self.kl == "forward") != (self.rollouts is not None):
+            given = "is missing" if self.rollouts is None else f"is {self.rollouts!r}"
+            found.append(("rollouts", f"{given}; it is needed for kl = 'forward', and only there"))
+        elif self.rollouts is not None and run_and_step(self.rollouts) is None:
+            found.append(("rollouts", f"is {self.rollouts!r}; allowed is RUN or RUN@N"))
+        if self.rollouts is None and self.filter != RolloutFilter():
+            found.append(("filter", "is for kl = 'forward', which reads rollouts"))
+        return found

@@ -1,0 +1,237 @@
+"""A conversation as a model's own chat template writes it (Jinja, as Hugging Face has it).
+
+The template is rendered in Jinja's sandbox, once for each place up to which a conversation is
+known. Special tokens are those that the template writes; the same text in a turn stays text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from megarlx.data.conversations import Conversation, ConversationError, Turn
+from megarlx.data.tokenizer import RESERVED, Tokenizer
+
+if TYPE_CHECKING:
+    import jinja2
+
+LONGEST_TEXT = 1 << 27  # characters that a template may write
+# Put into what a turn says where that would write a special token; of the private use area.
+BREAKS = [chr(code) for code in range(0xE000, 0xE100)]
+SOMETHING = "."  # said by turns that only stand before others
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """`bos` is what the template calls bos_token; eos_token is the tokenizer's."""
+
+    chat: str
+    bos: str = ""
+
+    @property
+    def described(self) -> dict[str, str]:
+        return {"chat": self.chat, "bos": self.bos}
+
+    def prompt_ids(
+        self, turns: Iterable[Turn], tokenizer: Tokenizer, *, follows: bool = False
+    ) -> list[int]:
+        """What stands before the next answer. `follows`: behind an answer that has been given,
+        and its end of text."""
+        turns = list(turns)
+        written = self._written(tokenizer, turns)
+        if follows:
+            parts = written.parts_behind(turns, asks=True)
+        else:
+            parts = written.parts(turns, written.text(turns, asks=True))
+        return [i for part, _ in parts for i in written.ids(part)]
+
+    def encode(
+        self, conversation: Conversation, tokenizer: Tokenizer
+    ) -> tuple[list[int], list[bool]]:
+        """The ids, and for each whether the model is to learn to say it: of every answer what it
+        would be asked for there, with its end. A template that tells earlier answers differently
+        from the last has only the last learned."""
+        turns = list(conversation.turns)
+        written = self._written(tokenizer, turns, conversation.tools)
+        ids: list[int] = []
+        learned: list[bool] = []
+        for part, said in written.parts(turns, written.text(turns)):
+            these = written.ids(part)
+            ids += these
+            learned += [said] * len(these)
+        if True not in learned:
+            raise ConversationError("chat template: it does not write the answer that it asks for")
+        return ids, learned
+
+    def example_ids(
+        self, example: Conversation, tokenizer: Tokenizer, separator: str | None, first: bool
+    ) -> list[int]:
+        """Up to the end of the answer: what follows writes what stands between."""
+        turns = list(example.turns)
+        written = self._written(tokenizer, turns, example.tools)
+        parts = (
+            written.parts(turns, written.text(turns))
+            if first
+            else written.parts_behind(turns, asks=False)
+        )
+        *told, _ = parts
+        return [i for part, _ in told for i in written.ids(part)]
+
+    def _written(self, tokenizer: Tokenizer, turns: Sequence[Turn], tools: str = "") -> _Written:
+        return _Written(self._template, self.bos, tokenizer, turns, tools)
+
+    @cached_property
+    def _template(self) -> jinja2.Template:
+        import jinja2
+        from jinja2.ext import loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        def refuse(message: object) -> None:
+            raise ConversationError(f"chat template: {message}")
+
+        sandbox = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        )
+        sandbox.globals["raise_exception"] = refuse
+        sandbox.filters["tojson"] = _json
+        try:
+            return sandbox.from_string(self.chat)
+        except jinja2.TemplateError as error:
+            raise ConversationError(f"chat template: {error}") from error
+
+
+class _Written:
+    """A template with a tokenizer: texts in which special tokens of turns are broken, their ids."""
+
+    def __init__(
+        self,
+        template: jinja2.Template,
+        bos: str,
+        tokenizer: Tokenizer,
+        turns: Sequence[Turn],
+        tools: str,
+    ) -> None:
+        self.template, self.bos, self.tokenizer = template, bos, tokenizer
+        self.tools = tools
+        specials = sorted(tokenizer.special_texts, key=len, reverse=True)
+        self.specials = re.compile("|".join([*map(re.escape, specials), RESERVED.pattern]))
+        self.broken = _unused([tools, *(turn.content + turn.calls for turn in turns)])
+
+    def text(self, turns: Sequence[Turn], asks: bool = False) -> str:
+        import jinja2
+
+        given: dict[str, Any] = {
+            "messages": [self._message(turn) for turn in turns],
+            "add_generation_prompt": asks,
+            "bos_token": self.bos,
+            "eos_token": self.tokenizer.eos_text,
+            "tools": json.loads(self._safe(self.tools)) if self.tools else None,
+        }
+        try:
+            text = _limited(self.template.generate(given))
+        except ConversationError:
+            raise
+        except (jinja2.TemplateError, TypeError, ValueError, OverflowError) as error:
+            raise ConversationError(f"chat template: {error}") from error
+        return text
+
+    def _message(self, turn: Turn) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": turn.role, "content": self._safe(turn.content)}
+        if turn.calls:
+            message["tool_calls"] = [_call(one) for one in json.loads(self._safe(turn.calls))]
+        return message
+
+    def _safe(self, content: str) -> str:
+        return self.specials.sub(lambda m: f"{m[0][0]}{self.broken}{m[0][1:]}", content)
+
+    def parts(self, turns: Sequence[Turn], text: str, place: int = 0) -> Iterator[tuple[str, bool]]:
+        """The text from `place` on, cut before and behind each answer, and whether a part is one:
+        no token reaches over a cut, as none does where the answer was sampled."""
+        for begin, end in self.answers(turns, text):
+            if begin >= place:
+                yield text[place:begin], False
+                yield text[begin:end], True
+                place = end
+        yield text[place:], False
+
+    def parts_behind(self, turns: Sequence[Turn], asks: bool) -> Iterator[tuple[str, bool]]:
+        """Of what is written behind an answer that has been given, whatever it was."""
+        asked = self.text([Turn("user", SOMETHING)], asks=True)
+        turns = [Turn("user", SOMETHING), Turn("assistant", SOMETHING), *turns]
+        text = self.text(turns, asks)
+        if not text.startswith(asked):
+            raise ConversationError("chat template: what follows changes what stands before")
+        yield from self.parts(turns, text, self._end(text, len(asked)))
+
+    def answers(self, turns: Sequence[Turn], text: str) -> Iterator[tuple[int, int]]:
+        """Where each answer begins and where its end of text ends."""
+        for at, turn in enumerate(turns):
+            if turn.role == "assistant":
+                before = self.text(turns[:at], asks=True)
+                through = self.text(turns[: at + 1])
+                if text.startswith(before) and text.startswith(through):
+                    yield len(before), self._end(through, len(before))
+
+    def _end(self, text: str, begin: int) -> int:
+        """Behind the end of the answer that begins there."""
+        eos = self.tokenizer.eos_text
+        found = text.find(eos, begin)
+        if found < 0:
+            raise ConversationError(
+                f"chat template: an answer does not end in {eos!r}, the tokenizer's end of text; "
+                "convert the model with --eos TOKEN, the token that ends its answers"
+            )
+        return found + len(eos)
+
+    def ids(self, text: str) -> list[int]:
+        """Special tokens that the template wrote become their ids; all between them is text."""
+        found: list[int] = []
+        place = 0
+        for match in self.specials.finditer(text):
+            found += self._plain(text[place : match.start()])
+            found += self.tokenizer.encode_frame(match[0])
+            place = match.end()
+        return found + self._plain(text[place:])
+
+    def _plain(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text.replace(self.broken, ""))
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    """As Hugging Face has it: Jinja's own escapes for HTML."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _call(call: dict[str, Any]) -> dict[str, Any]:
+    """Arguments may be JSON in a text; templates want the object."""
+    function = call.get("function")
+    inner = function if isinstance(function, dict) else call
+    if isinstance(given := inner.get("arguments"), str):
+        try:
+            inner = {**inner, "arguments": json.loads(given)}
+        except ValueError:
+            return call
+    return {**call, "function": inner} if isinstance(function, dict) else inner
+
+
+def _limited(parts: Iterable[str]) -> str:
+    held, length = [], 0
+    for part in parts:
+        held.append(part)
+        length += len(part)
+        if length > LONGEST_TEXT:
+            raise ConversationError(f"chat template: writes more than {LONGEST_TEXT:,} characters")
+    return "".join(held)
+
+
+def _unused(texts: Iterable[str]) -> str:
+    """A character that none of them has."""
+    said = "".join(texts)
+    for one in BREAKS:
+        if one not in said:
+            return one
+    raise ConversationError(f"a conversation holds all {len(BREAKS)} characters from U+E000 on")

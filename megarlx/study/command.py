@@ -1,0 +1,171 @@
+"""`megarlx study WHAT DIR`: what decides how the study is run, read off finished runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megarlx.printable import complain
+
+if TYPE_CHECKING:
+    from megarlx.report.study import Study
+
+FAILED = 3  # exit code when a line of the gate does not hold
+OPEN = 75  # when something is still to be measured
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "what",
+        choices=["gate", "tuning", "hash", "kept", "kept-tuning", "kept-hash"],
+        help="gate: does competence grow smoothly in the world? tuning: which settings of the "
+        "recipes does the rule choose? hash: of the settings that claims are judged by. kept: the "
+        "table of what early RL leaves; kept-tuning and kept-hash: the same of that study",
+    )
+    parser.add_argument(
+        "directory", type=Path, nargs="?", metavar="DIR", help="holds runs, or their records"
+    )
+    parser.add_argument(
+        "--figure", type=Path, metavar="FILE", help="of kept: also draw it, as .png or .svg"
+    )
+    parser.add_argument(
+        "--records",
+        type=Path,
+        metavar="DIR",
+        help="records of a sweep: they tell of runs that are not in the first folder",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from megarlx.config import ConfigError
+    from megarlx.report.runs import ReportError
+    from megarlx.report.study import Study
+    from megarlx.study.expected import kept_hash, settings_hash
+
+    try:
+        if arguments.what in ("hash", "kept-hash"):
+            print(settings_hash() if arguments.what == "hash" else kept_hash())
+            return 0
+        if arguments.directory is None:
+            complain(
+                f"megarlx study {arguments.what}: needs DIR, which holds runs or their records"
+            )
+            return 2
+        study = Study.of(arguments.directory, arguments.records)
+    except (ConfigError, ReportError, OSError) as error:
+        complain(f"megarlx study: {error}")
+        return 1
+    if arguments.what == "kept":
+        return _kept(study, arguments.figure)
+    return {"gate": _gate, "tuning": _tuning, "kept-tuning": _kept_tuning}[arguments.what](study)
+
+
+def _gate(study: Study) -> int:
+    from megarlx.study.gate import gate, passed
+
+    lines = gate(study)
+    words = {True: "held", False: "not held", None: "not known"}
+    rows = [
+        [f"{line.checkpoint_tokens:,}", line.demand, line.found, words[line.held]] for line in lines
+    ]
+    _print(["tokens", "demand", "found", ""], rows)
+    _say(f"seeds {', '.join(map(str, study.seeds))}")
+    for line in study.missing():
+        _say(f"missing: {line}")
+    verdict = None if study.missing() else passed(lines)
+    if verdict is None:
+        _say("The gate is open: something is not measured yet.")
+        return OPEN
+    _say("The gate is passed." if verdict else "The gate is not passed.")
+    return 0 if verdict else FAILED
+
+
+def _tuning(study: Study) -> int:
+    from megarlx.report.study import KS
+    from megarlx.study.tuning import MOST_RUNS, candidates, chosen, dials
+
+    found = candidates(study)
+    best = chosen(found)
+    rows = []
+    for one in found:
+        shown = ["/".join(f"{v:.1f}" for v in one.by_seed(k)) for k in KS]
+        rows.append([one.label, *shown, f"{one.mean:.2f}", "chosen" if one in best else ""])
+    seeds = "/".join(map(str, study.seeds))
+    _print(["settings", *(f"pass@{k} of {seeds}" for k in KS), "mean", ""], rows)
+    rows = [
+        [
+            dial.value,
+            ", ".join(dial.in_direction),
+            f"{dial.weakest:+.1f}",
+            "; ".join(
+                f"{claim} {'/'.join(f'{v:+.1f}' for v in effects)}"
+                for claim, effects in dial.effects.items()
+            ),
+            "" if number else "chosen",
+        ]
+        for number, dial in enumerate(dials(study, found))
+    ]
+    _print(["dial", "as in the paper", "weakest, in errors", f"effects of {seeds}", ""], rows)
+    runs = len(study.excursions)
+    _say(f"{runs} runs of at most {MOST_RUNS}")
+    return 0 if found and runs <= MOST_RUNS else FAILED
+
+
+def _kept(study: Study, figure: Path | None) -> int:
+    from megarlx.study.kept.arms import arms_of
+    from megarlx.study.kept.chosen import frozen_rates
+    from megarlx.study.kept.shown import sections
+    from megarlx.study.kept.table import Table
+
+    trunks = arms_of(study)
+    table = Table(trunks, frozen_rates(study.root.resolve().name))
+    for title, head, rows in sections(table):
+        _say(f"\n{title}")
+        _print(head, rows)
+    if figure is not None:
+        from megarlx.study.kept.figure import draw
+
+        draw(table, figure)
+        _say(str(figure))
+    for line in study.missing():
+        _say(f"missing: {line}")
+    return 0 if trunks else FAILED
+
+
+def _kept_tuning(study: Study) -> int:
+    from megarlx.study.kept.arms import arms_of
+    from megarlx.study.kept.chosen import alphas, best, rates
+    from megarlx.study.kept.table import STARTS
+
+    trunks = arms_of(study)
+    found = {**alphas(trunks), **rates(trunks, STARTS)}
+    rows = [
+        [what, name, f"{value:.2f}", "chosen" if name == best(by) else ""]
+        for what, by in found.items()
+        for name, value in by.items()
+    ]
+    seeds = "/".join(str(arms.seed) for arms in trunks)
+    _print(["", "alpha or rate", f"pass@1, validation, mean of seeds {seeds}", ""], rows)
+    return 0 if found else FAILED
+
+
+def _print(head: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for name in head:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    console.print(table)
+
+
+def _say(text: str) -> None:
+    from megarlx.printable import printable
+
+    print(printable(text))

@@ -1,0 +1,313 @@
+"""The table of the kept study: each arm's measures over trunks, and what they add up to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from megarlx.evaluation.bootstrap import Interval, differences, interval_of_mean
+from megarlx.report.measures import (
+    Carry,
+    Form,
+    Ratio,
+    Steps,
+    answer_specific_carry,
+    form_and_skill,
+    half_life,
+    ratio_of_means,
+    steps_to_gain,
+)
+from megarlx.report.runs import Run
+from megarlx.report.student import TrunkInterval, interval_of_trunks
+from megarlx.study.kept.arms import (
+    AFTER,
+    LATE_STEPS,
+    Arms,
+    Point,
+    evaluation,
+    known,
+    last_step,
+    point,
+)
+from megarlx.study.kept.chosen import key
+
+STARTS = ("", "vector-rl", "vector-mark", "vector-partner")  # of late RL; "": the trunk's end
+EARLY = 80  # steps of early RL
+CORPUS = 600  # steps of pre-training in place of early RL's cost
+
+Place = tuple[Run, int]  # a run, and a step of it
+Find = Callable[[Arms], Place | None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """An arm over those trunks that have it, in their order."""
+
+    label: str
+    places: Mapping[int, Place]  # by seed
+    points: Mapping[int, Point]
+    early_flop: float  # a trunk's, of RL before the end; of all runs that the arm needs
+    late_flop: float
+    gain: TrunkInterval  # of pass@1 over the trunk's end
+    over_questions: Interval | None  # the same, of these trunks
+    form: Form | None
+    share: Ratio | None  # of late RL's gain
+
+    def mean(self, name: str) -> float | None:
+        values = [getattr(reached, name) for reached in self.points.values()]
+        known_ = [value for value in values if value is not None]
+        return fmean(known_) if len(known_) == len(values) else None
+
+
+class Table:
+    """`rates`: of key(start, k), as the tuning seeds chose; without one, the arm is not shown."""
+
+    def __init__(self, trunks: Sequence[Arms], rates: Mapping[str, str]) -> None:
+        self.trunks, self.rates = list(trunks), rates
+
+    def late(self, start: str, k: int) -> Find:
+        """Late RL at the rate that was chosen for it."""
+
+        def find(arms: Arms) -> Place | None:
+            run = arms.rates(start).get(self.rates.get(key(start, k), ""))
+            return None if run is None else (run, k)
+
+        return find
+
+    def arms(self) -> Iterator[tuple[str, Find]]:
+        yield "trunk's end", lambda arms: (arms.trunk, arms.end)
+        yield "RL in the middle", lambda arms: _last(arms, f"rl-at-{arms.middle}")
+        yield "through early RL", lambda arms: _last(arms, f"rl_early-at-{arms.middle}")
+        names = {name for arms in self.trunks for name in arms.runs if name.startswith("vector-")}
+        for name in sorted(names, key=lambda name: (name != "vector-rl", name)):
+            yield name, lambda arms, name=name: _last(arms, name)  # type: ignore[misc]
+        yield "late mark-only", lambda arms: _last(arms, f"rl-mark-at-{arms.end}")
+        for start in STARTS:
+            for k in LATE_STEPS:
+                yield f"{start or 'late-only'} + {k}", self.late(start, k)
+        for k in (0, *LATE_STEPS):
+            name = f"corpus of equal FLOP + {k}"
+            yield name, lambda arms, k=k: _at(arms, f"corpus_then_rl-at-{arms.end}", CORPUS + k)  # type: ignore[misc]
+
+    def rows(self) -> list[Row]:
+        return [row for label, find in self.arms() if (row := self.row(label, find)) is not None]
+
+    def row(self, label: str, find: Find) -> Row | None:
+        places: dict[int, Place] = {}
+        points: dict[int, Point] = {}
+        for arms in self.trunks:
+            place, base = find(arms), point(arms.trunk, arms.end)
+            if place is None or base is None or (reached := point(*place)) is None:
+                continue
+            places[arms.seed], points[arms.seed] = place, reached
+        if not points:
+            return None
+        own = [arms for arms in self.trunks if arms.seed in points]
+        bases = [b for arms in own if (b := point(arms.trunk, arms.end)) is not None]
+        gains = [points[arms.seed].y - b.y for arms, b in zip(own, bases, strict=True)]
+        return Row(
+            label,
+            places,
+            points,
+            fmean(arms.early_flop(_start_of(label)) for arms in own),
+            fmean(_late_flop(arms, *places[arms.seed]) for arms in own),
+            interval_of_trunks(gains),
+            interval_of_mean([_by_question(arms, *places[arms.seed]) for arms in own]),
+            _apart(bases, [points[arms.seed] for arms in own]),
+            self.share_of_late_gain({arms.seed: g for arms, g in zip(own, gains, strict=True)}),
+        )
+
+    def share_of_late_gain(self, gains: Mapping[int, float]) -> Ratio | None:
+        """Of trunks that have late RL of 80 steps at its best rate."""
+        pairs = []
+        for arms in self.trunks:
+            late, base = self.late("", LATE_STEPS[-1])(arms), point(arms.trunk, arms.end)
+            reached = None if late is None else point(*late)
+            if reached is not None and base is not None and arms.seed in gains:
+                pairs.append((gains[arms.seed], reached.y - base.y))
+        return ratio_of_means([a for a, _ in pairs], [b for _, b in pairs]) if pairs else None
+
+    # Courses over steps, of the means over trunks.
+
+    def over_trunks(self, start: str) -> dict[int, TrunkInterval]:
+        """y by late steps, of those steps that every trunk has; 0 is the start itself."""
+        found: dict[int, TrunkInterval] = {}
+        for k in (0, *LATE_STEPS):
+            find = self.late(start, k) if k else self.start(start)
+            places = [find(arms) for arms in self.trunks]
+            reached = [None if place is None else point(*place) for place in places]
+            ys = [one.y for one in reached if one is not None]
+            if ys and len(ys) == len(reached):
+                found[k] = interval_of_trunks(ys)
+        return found
+
+    def course(self, start: str) -> dict[int, float]:
+        return {k: interval.estimate for k, interval in self.over_trunks(start).items()}
+
+    @staticmethod
+    def start(start: str) -> Find:
+        return lambda arms: _last(arms, start) if start else (arms.trunk, arms.end)
+
+    def steps(self) -> dict[str, tuple[Steps, Steps, Steps | None]]:
+        """Of each start: steps to 90% of late's gain, all RL steps, steps saved."""
+        late = self.course("")
+        if 0 not in late or LATE_STEPS[-1] not in late:
+            return {}
+        found = {}
+        alone = steps_to_gain(late[0], late[LATE_STEPS[-1]], late)
+        for start in STARTS:
+            course = self.course(start)
+            if len(course) < 2:
+                continue
+            after = steps_to_gain(late[0], late[LATE_STEPS[-1]], course)
+            before = EARLY if start else 0
+            every = Steps(after.low + before, after.high + before)
+            found[start or "late-only"] = (after, every, alone.less(after) if start else None)
+        return found
+
+    def retention(self) -> tuple[dict[int, Ratio], Steps | None]:
+        """Of the arm that is trained through, by steps of pre-training after RL; its half-life."""
+        found: dict[int, Ratio] = {}
+        for after in AFTER:
+            pairs = []
+            for arms in self.trunks:
+                through = arms.runs.get(f"rl_early-at-{arms.middle}")
+                here = (point(through, EARLY + after), point(arms.trunk, arms.middle + after))
+                begin = (point(through, EARLY), point(arms.trunk, arms.middle))
+                if None not in (*here, *begin):
+                    pairs.append((_gain(*here), _gain(*begin)))
+            ratio = ratio_of_means([a for a, _ in pairs], [b for _, b in pairs]) if pairs else None
+            if ratio is not None:
+                found[after] = ratio
+        left = {after: ratio.estimate for after, ratio in found.items()}
+        return found, half_life(left) if len(left) == len(AFTER) else None
+
+    def carry(self) -> Carry:
+        """Answer-specific; trunks without an α that matches are left out, and counted."""
+        found: list[dict[str, tuple[float, float]]] = []
+        for name in ("vector-rl", "vector-mark-matched"):
+            reached = {str(arms.seed): point(arms.runs.get(name)) for arms in self.trunks}
+            found.append(
+                {s: (p.m, p.y) for s, p in reached.items() if p is not None and p.m is not None}
+            )
+        return answer_specific_carry(*found)
+
+    def dose(self) -> float | None:
+        """FLOP of early RL for each of pre-training."""
+        flop = [
+            (arms.early_flop("vector-rl"), arms.trunk.cost(arms.end).get("flop", 0.0))
+            for arms in self.trunks
+        ]
+        whole = sum(trunk for _, trunk in flop)
+        return sum(early for early, _ in flop) / whole if whole else None
+
+
+def _last(arms: Arms, name: str) -> Place | None:
+    run = arms.runs.get(name)
+    return None if run is None or not run.evaluations else (run, last_step(run))
+
+
+def _at(arms: Arms, name: str, step: int) -> Place | None:
+    run = arms.runs.get(name)
+    return None if run is None else (run, step)
+
+
+def _start_of(label: str) -> str:
+    return label.partition(" + ")[0]
+
+
+def _late_flop(arms: Arms, run: Run, step: int) -> float:
+    """Of what was trained behind the trunk's end."""
+    if run is arms.trunk or run.parts or run.parent is None or run.parent.iteration != arms.end:
+        return 0.0
+    return run.cost(step).get("flop", 0.0)
+
+
+def _by_question(arms: Arms, run: Run, step: int) -> dict[str, float]:
+    after, before = evaluation(run, step), evaluation(arms.trunk, arms.end)
+    if after is None or before is None or not after.asked_like(before):
+        return {}
+    return differences(after.percent("pass_at_1"), before.percent("pass_at_1"))
+
+
+def _apart(bases: Sequence[Point], points: Sequence[Point]) -> Form | None:
+    """Means over trunks, in points."""
+    parts = []
+    for before, after in zip(bases, points, strict=True):
+        if before.m is None or after.m is None:
+            return None
+        sides = [
+            (p.m / 100, None if p.a is None else p.a / 100)
+            for p in (before, after)
+            if p.m is not None
+        ]
+        parts.append(form_and_skill(sides[0], sides[1]))
+    return Form(100 * fmean(p.form for p in parts), 100 * fmean(p.skill for p in parts))
+
+
+def _gain(after: Point | None, before: Point | None) -> float:
+    assert after is not None
+    assert before is not None
+    return after.y - before.y
+
+
+# Facts that no text tells.
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """P_K in points by arm, its gain over the trunk's end, and that as a share of RL's."""
+
+    known: Mapping[str, TrunkInterval]
+    gains: Mapping[str, TrunkInterval]
+    shares: Mapping[str, Ratio | None]
+
+
+def transfer(trunks: Sequence[Arms]) -> Transfer | None:
+    """None where no trunk was asked for such facts."""
+    arms_ = {
+        "trunk, middle": lambda a: known(a.trunk, a.middle),
+        "RL in the middle": lambda a: known(a.runs.get(f"rl-withheld-at-{a.middle}")),
+        "trunk's end": lambda a: known(a.trunk, a.end),
+        "transplant": lambda a: known(a.runs.get("vector-rl")),
+        "through": lambda a: known(a.runs.get(f"rl_early-withheld-at-{a.middle}")),
+        "SFT's vector": lambda a: known(a.runs.get("vector-sft")),
+        "mark-only vector": lambda a: known(a.runs.get("vector-mark")),
+        "partner's vector": lambda a: known(a.runs.get("vector-partner")),
+    }
+    table = {name: [read(arms) for arms in trunks] for name, read in arms_.items()}
+    values = {
+        name: [value for value in row if value is not None]
+        for name, row in table.items()
+        if row and None not in row
+    }
+    if not {"trunk, middle", "RL in the middle", "trunk's end"} <= set(values):
+        return None
+    end, middle = values["trunk's end"], values["trunk, middle"]
+    learned = [a - b for a, b in zip(values["RL in the middle"], middle, strict=True)]
+    gains = {
+        name: [a - b for a, b in zip(row, end, strict=True)]
+        for name, row in values.items()
+        if name not in ("trunk, middle", "RL in the middle", "trunk's end")
+    }
+    return Transfer(
+        {name: interval_of_trunks(row) for name, row in values.items()},
+        {name: interval_of_trunks(row) for name, row in gains.items()},
+        {name: ratio_of_means(row, learned) for name, row in gains.items()},
+    )
+
+
+def matrix(arms: Arms) -> dict[tuple[int, int], float]:
+    """Share of the late gain by (the vector's step, the checkpoint that it is put onto)."""
+    found = {}
+    for name, run in arms.runs.items():
+        words = name.split("-")
+        if words[:1] != ["vector"] or words[2:3] != ["onto"]:
+            continue
+        step, onto = int(words[1]), int(words[3])
+        late, base = point(arms.runs.get(f"rl-at-{onto}")), point(arms.trunk, onto)
+        reached = point(run)
+        if late is not None and base is not None and reached is not None and late.y > base.y:
+            found[step, onto] = (reached.y - base.y) / (late.y - base.y)
+    return found
