@@ -171,8 +171,8 @@ def _draw_costs(ax: Axes, key: str, values: Mapping[str, float], labels: list[st
     ax.set_yticks(range(len(labels)), [fill(look_of(x, labels).name, 22) for x in labels])
     ax.set_ylim(len(labels) - 0.5, -0.5)
     ax.set_xlim(0, 1.35 * max(values.values()))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _amount(key, x)))
-    ax.locator_params(axis="x", nbins=4)
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _amount(key, x) if x else "0"))
+    ax.locator_params(axis="x", nbins=3)
     ax.grid(axis="y", visible=False)
 
 

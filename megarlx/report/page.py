@@ -48,7 +48,8 @@ def page(
     of samples beside this one has. `claims_asked`: whether these claims were asked for by name."""
     title = f"megarlx report: {study.root.resolve().name}"
     sections = _figure_sections(figures)
-    if claims_asked or is_of_the_paper(study, findings):
+    claims = claims_asked or is_of_the_paper(study, findings)
+    if claims:
         sections.insert(
             min(2, len(sections)), ("predicates", "The claims", _claims(study, findings))
         )
@@ -68,12 +69,12 @@ def page(
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f"<header><h1>{text(title)}</h1>{sentence}{_facts(study)}</header>\n"
+        f"<header><h1>{text(title)}</h1>{sentence}{_facts(study, claims)}</header>\n"
         f'<nav aria-label="sections">{links}</nav>\n<main>\n{body}</main>\n</body>\n</html>\n'
     )
 
 
-def _facts(study: Study) -> str:
+def _facts(study: Study, claims: bool) -> str:
     tokens = ", ".join(quantity(t) for t in study.checkpoints)
     seeds = ", ".join(map(str, study.seeds))
     suites = study.headline or ", ".join(study.agent_suites)
@@ -87,7 +88,7 @@ def _facts(study: Study) -> str:
         "in brackets 95% intervals over questions",
     ]
     found = [f'<p class="facts">{text("; ".join(filter(None, facts)))}.</p>']
-    if len(study.trunks) < TRUNKS_NEEDED:
+    if claims and len(study.trunks) < TRUNKS_NEEDED:
         found.append('<p class="note">One trunk: numbers are shown, no verdict is claimed.</p>')
     missing = study.missing()
     if missing:
@@ -238,7 +239,7 @@ def _lineage(study: Study) -> str:
     def tree(above: Run | None) -> str:
         below = [run for run in study.runs if study.parent_of(run) is above]
         items = "".join(
-            f"<li>{text('  '.join(filter(None, described(study, run))))}{tree(run)}</li>"
+            f"<li>{text(' · '.join(filter(None, described(study, run))))}{tree(run)}</li>"
             for run in below
         )
         return f"<ul>{items}</ul>" if items else ""

@@ -92,7 +92,8 @@ class MetricsWriter:
         if not trunk_tokens or trunk_tokens < hidden_from:
             return
         for key, value in values.items():
-            if key.startswith("eval/") or (grown and key.startswith("loss/")):
+            result = key.startswith("eval/") and not key.startswith("eval/perplexity/")
+            if result or (grown and key.startswith("loss/")):
                 self._board.add_scalar(f"{BY_TOKENS}/{key}", float(value), trunk_tokens)
 
     def _reopen_if_gone(self) -> None:

@@ -56,7 +56,7 @@ def test_tensorboard_shows_a_trunk_and_what_its_excursions_reached_over_tokens(
             writer.scalars(step, values, 100 * step)
     with MetricsWriter(tmp_path / "trunk", resume_at=3, trunk_tokens=200) as writer:
         writer.scalars(3, {"loss/pretraining": 0.5}, 300)
-        writer.scalars(3, {"eval/math/pass_at_1": 0.25}, 300)
+        writer.scalars(3, {"eval/math/pass_at_1": 0.25, "eval/perplexity/web": 3.0}, 300)
     assert over_tokens("trunk") == {
         "loss/pretraining": [(100, 3.0), (200, 2.0), (300, 0.5)],
         "eval/math/pass_at_1": [(300, 0.25)],
