@@ -283,8 +283,10 @@ class Reinforcement(Objective):
             "rl/trained_tokens": total["tokens"],
             **{f"rl/{name}": total[name] / tokens for name in self.spec.loss.metrics},
         }
-        if self.config.policy.kl != "reward":  # which knows it of the rollout
-            found["rl/kl"] = total["kl" if self.spec.kl != "none" else "old_kl"] / tokens
+        if self.spec.kl != "none":  # that of a reward is known of the rollout
+            found["rl/kl"] = total["kl"] / tokens
+        if self.config.steps_of_a_rollout > 1:  # until then both are one policy
+            found["rl/old_kl"] = total["old_kl"] / tokens
         gap_tokens = float(sums[-1])
         if gap_tokens:
             found |= {

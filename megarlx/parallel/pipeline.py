@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from megarlx.comm.groups import Group
+from megarlx.ops import weight_gradient
 from megarlx.parallel.microbatches import (
     Loss,
     Microbatch,
@@ -99,12 +100,13 @@ class Pipeline:
     def _adding_by_product(self) -> Iterator[None]:
         """Inside, every backward is one for all weights: their gradients may be added past
         autograd. It would add those that nobody asked for, too."""
-        for module in self._adders:
+        adders = self._adders if self.device.type in weight_gradient.DEVICES else []
+        for module in adders:
             module.add_by_product(True)
         try:
             yield
         finally:
-            for module in self._adders:
+            for module in adders:
                 module.add_by_product(False)
 
     def forward_only(self, parts: Sequence[Microbatch], loss: Loss | None) -> Results:

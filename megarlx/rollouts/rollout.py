@@ -31,6 +31,7 @@ from megarlx.rollouts.player import Player, Start
 from megarlx.rollouts.shown import advantages_of
 
 SEEDS = 1 << 31  # of environments: libraries of random numbers often take no larger ones
+SOURCE_SHOWN = 40  # characters of a source's name in a metric's
 COUNTED = ("rl/reward_failures", "rl/environment_failures")  # begin metrics that are sums
 
 
@@ -138,7 +139,7 @@ class Sums(dict[str, tuple[float, float]]):
         """Times (perf/…) are those of the slowest rank, counts of failures are sums."""
         every = gather_values({k: list(v) for k, v in self.items()}, group)
         found: dict[str, float] = {}
-        for key in self:
+        for key in dict.fromkeys(key for of_rank in every for key in of_rank):
             pairs = [of_rank.get(key, [0.0, 0.0]) for of_rank in every]
             if key.startswith("perf/"):
                 found[key] = max(total for total, _ in pairs)
@@ -214,6 +215,8 @@ class Sampler:
         sums.add("perf/reward_seconds", player.reward_seconds, 1)
         for key, (total, number) in player.game.metrics(episodes).items():
             sums.add(key, total, number)
+        for key, (total, number) in _by_source(starts, episodes, player).items():
+            sums.add(key, total, number)
         if self.config.policy.overlong == "penalty":
             episodes = self._shorter_is_better(episodes)
         examples += [
@@ -282,14 +285,38 @@ class Sampler:
         earlier = (written.cumsum(0) - written).repeat_interleave(made.lengths)
         alike = (made.written.cumsum(0) == earlier).sum().double()
         read = len(made.tokens) - written.sum() - alike + alike / n
-        return sums.means(self.group) | {
-            "rl/response_length": float(written.mean()),
-            "rl/informative_groups": 1 - float(uninformative(sampled.rewards).double().mean()),
-            "rl/sampling_rounds": float(rounds),
-            "rl/groups_used": float(len(used.numbers)),
-            "rl/generated_tokens": float(written.sum()),
-            "rl/prompt_tokens": float(read),
-        }
+        known = sampled.rewards[sampled.rewards.isfinite()]
+        spread = {"rl/reward_std": float(known.std(correction=0))} if len(known) else {}
+        return (
+            sums.means(self.group)
+            | spread
+            | {
+                "rl/response_length": float(written.mean()),
+                "rl/response_length_min": float(written.min()),
+                "rl/response_length_max": float(written.max()),
+                "rl/informative_groups": 1 - float(uninformative(sampled.rewards).double().mean()),
+                "rl/sampling_rounds": float(rounds),
+                "rl/groups_used": float(len(used.numbers)),
+                "rl/generated_tokens": float(written.sum()),
+                "rl/prompt_tokens": float(read),
+            }
+        )
+
+
+def _by_source(
+    starts: Sequence[Start], episodes: Sequence[Episode], player: Player
+) -> dict[str, tuple[float, float]]:
+    """(sum, count) of the known rewards of each source that prompts name."""
+    sources = {one.group: one.prompt.metadata.get("source") for one in starts}
+    found: dict[str, tuple[float, float]] = {}
+    for episode in episodes:
+        source = sources[episode.group]
+        reward = episode.known_reward(player.game.invalid_action_penalty)
+        if isinstance(source, str) and reward is not None:
+            key = f"rl/reward_of_{source.replace('/', '_')[:SOURCE_SHOWN]}"
+            total, number = found.get(key, (0.0, 0.0))
+            found[key] = (total + reward, number + 1)
+    return found
 
 
 def _kept(batch: EpisodeBatch) -> dict[tuple[int, int], int]:

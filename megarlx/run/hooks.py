@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megarlx.comm.collectives import gather_values
+from megarlx.comm.collectives import all_reduce_, gather_values
 from megarlx.config.evaluation import EvaluationConfig
-from megarlx.config.objectives import PRETRAINING
+from megarlx.config.objectives import PRETRAINING, RlConfig
 from megarlx.evaluation.interface import Subject
 from megarlx.evaluation.results import samples_path
 from megarlx.evaluation.suites import Parent as EvaluatedParent
@@ -29,6 +31,8 @@ from megarlx.run.messages import headline
 from megarlx.run.screen import SHOWN_SAMPLES, Screen
 from megarlx.run.tokenizer import template_of, templates_of
 from megarlx.run.watch import Watch
+
+LARGEST_LOSS = 700.0  # whose perplexity is a number
 
 
 class TrainingError(RuntimeError):
@@ -84,19 +88,27 @@ class Guard:
 
 @dataclass(frozen=True)
 class _Trained:
-    """An objective's last step, on the device until it is logged."""
+    """An objective's steps since the log before, on the device until they are logged."""
 
-    loss: Tensor
-    gradient_norm: Tensor
-    learning_rate: float
+    loss: Tensor  # the sum over the steps
+    gradient_norm: Tensor  # likewise
+    learning_rate: float  # of the last
+    steps: int = 1
+
+    def before(self, last: _Trained) -> _Trained:
+        loss, norm = self.loss + last.loss, self.gradient_norm + last.gradient_norm
+        return _Trained(loss, norm, last.learning_rate, self.steps + 1)
 
 
 class StepLog:
-    """Logs every objective's last step since the log before: objectives may take turns."""
+    """Logs what every objective did since the log before: objectives may take turns. Of policies
+    every step is logged, of others the mean of the steps in between."""
 
     def __init__(self, run: Run, costs: Costs, guard: Guard, screen: Screen) -> None:
         self.run, self.costs, self.guard, self.screen = run, costs, guard, screen
         self.watch = Watch(run.config)
+        objectives = run.config.named_objectives
+        self.policies = {name for name, one in objectives.items() if isinstance(one, RlConfig)}
         self._recent: dict[str, _Trained] = {}
         self._pace: float | None = None  # seconds of a step, a running mean
         self._since = (time.perf_counter(), run.trainer.steps_done)
@@ -105,7 +117,25 @@ class StepLog:
     def record(self, losses: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> None:
         rates = self.run.trainer.last_rates
         for name, loss in losses.items():
-            self._recent[name] = _Trained(loss, norms[name], rates[name])
+            last, before = _Trained(loss, norms[name], rates[name]), self._recent.get(name)
+            averaged = before is not None and name not in self.policies
+            self._recent[name] = before.before(last) if averaged and before else last
+
+    def write_policies(self, names: Iterable[str]) -> None:
+        """The last step of those that are policies, between two logs; called by all ranks."""
+        recent = {name: self._recent[name] for name in names if name in self.policies}
+        if recent:
+            values = self._trained(recent)
+            values |= self.run.trainer.replicas.metrics(recent)
+            if self.screen.writer is not None:
+                writer, done = self.screen.writer, self.run.trainer.steps_done
+                writer.scalars(done, values, self.costs.trunk_tokens)
+
+    def _trained(self, recent: Mapping[str, _Trained]) -> dict[str, float]:
+        losses = {name: one.loss / one.steps for name, one in recent.items()}
+        values = {f"loss/{n}": value for n, value in self.run.trainer.global_loss(losses).items()}
+        norms = {n: float(one.gradient_norm) / one.steps for n, one in recent.items()}
+        return values | {f"grad_norm/{n}": norm for n, norm in norms.items()}
 
     def leave_out(self, seconds: float) -> None:
         """Time that was not spent on training: neither speed nor cost counts it."""
@@ -114,16 +144,15 @@ class StepLog:
     def write(self) -> None:
         trainer, recent = self.run.trainer, self._recent
         self._recent = {}
-        losses = {name: one.loss for name, one in recent.items()}
-        values = {f"loss/{name}": value for name, value in trainer.global_loss(losses).items()}
-        values |= {f"grad_norm/{n}": float(one.gradient_norm) for n, one in recent.items()}
+        values = self._trained(recent)
         values |= {f"lr/{n}": one.learning_rate for n, one in recent.items()}
         values |= {f"share/{n}": share for n, share in (trainer.last_shares or {}).items()}
         values |= self._performance()
-        values |= trainer.replicas.metrics(losses)
-        for name, examples in trainer.replicas.new_examples(losses).items():
+        values |= trainer.replicas.metrics(recent)
+        values["weight_norm/model"] = trainer.optimizer.weight_norm()
+        for name, examples in trainer.replicas.new_examples(recent).items():
             self.screen.show(trainer.steps_done, f"samples/{name}", examples)
-        text = headline(self.run.config, losses, values, self._seconds_left(values))
+        text = headline(self.run.config, recent, values, self._seconds_left(values))
         self.screen.say(trainer.steps_done, text, values, self.costs.trunk_tokens)
         for warning in self.watch(trainer.stage_index, values):
             self.screen.warn(trainer.steps_done, warning)
@@ -144,9 +173,20 @@ class StepLog:
             "perf/step_seconds": seconds / steps,
             "perf/mfu": spent["flop"] / seconds / self._peak,
             "perf/skipped_updates": float(self.guard.skipped),
+            "perf/peak_memory_gib": _peak_memory(self.run),
             **self.costs.metrics(),
             **trainer.replicas.idle_share(seconds),
         }
+
+
+def _peak_memory(run: Run) -> float:
+    """GiB of the rank that has used most: of its GPU, or else of its process."""
+    if run.device.type == "cuda":
+        used = torch.cuda.max_memory_allocated(run.device)
+    else:
+        used = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    most = torch.tensor([used / 2**30], dtype=torch.float64)
+    return float(all_reduce_(most, run.mesh.world, "max"))
 
 
 def validate(run: Run, costs: Costs, screen: Screen) -> None:
@@ -157,6 +197,10 @@ def validate(run: Run, costs: Costs, screen: Screen) -> None:
     values = {f"eval/loss/{name}": loss_of(data) for name, data in run.validation.items()}
     if values:
         text = "  ".join(f"{key} {value:.4f}" for key, value in values.items())
+        values |= {
+            f"eval/perplexity/{name}": math.exp(min(values[f"eval/loss/{name}"], LARGEST_LOSS))
+            for name in run.validation
+        }
         screen.say(run.trainer.steps_done, text, values, costs.trunk_tokens)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import nullcontext
 
 from megarlx.checkpoint import check_run_state, latest, read_manifest, reading_state
 from megarlx.comm import launch
 from megarlx.comm.collectives import CollectiveError, gather_values
-from megarlx.printable import complain
+from megarlx.printable import complain, indented
 from megarlx.redact import from_environment, redacted, secrets_in
 from megarlx.run.assemble import Run, steps_at_tokens
 from megarlx.run.costs import Costs
@@ -76,12 +77,14 @@ def _metrics_writer(run: Run, trunk_tokens: int) -> MetricsWriter:
     logging, place = run.config.logging, run.directory.path
     config = redacted(run.config.model_dump(mode="json"))
     trackers = Trackers(logging.trackers, logging.tracker_project, place, config)
-    return MetricsWriter(
+    writer = MetricsWriter(
         place,
         resume_at=steps_done + 1 if steps_done else 0,
         trunk_tokens=trunk_tokens,
         trackers=trackers,
     )
+    writer.text(steps_done, "config", indented(json.dumps(config, indent=1)))
+    return writer
 
 
 def _start(run: Run) -> Costs:
@@ -163,6 +166,8 @@ class _Loop:
         self.log.record(losses, report.gradient_norms)
         if steps_done == steps or steps_done % self.run.config.logging.log_every_steps == 0:
             self.log.write()
+        else:
+            self.log.write_policies(losses)
 
     def _note_what_is_due(self, *, last: bool, stopping: bool) -> None:
         """Between two averages there is no one set of weights: what is due then waits."""

@@ -1,9 +1,10 @@
-"""What a run says about itself: the same numbers in TensorBoard and in metrics.jsonl.
+"""What a run says about itself: the same numbers in metrics.jsonl and in TensorBoard.
 
 Only the process with the files (rank 0) has a writer. A line of metrics.jsonl is one step:
-{"step": 12, "loss/pretraining": 3.4, …}; keys are those of TensorBoard. There, the run
-tensorboard/tokens shows them over the tokens of pre-training in place of steps: trunks beside the
-excursions that start from them.
+{"step": 12, "loss/pretraining": 3.4, …}, with "tokens", of pre-training, where these are known.
+TensorBoard sorts its groups by name: there some have another one, so that what is learned stands
+first. Losses and results are there over the tokens of pre-training too, as by_tokens/…: trunks
+beside the excursions that start from them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,23 @@ from typing import Any, Self
 
 from megarlx.naming import naming
 from megarlx.training.trackers import Trackers
+
+# The group of a key -> what it is called in TensorBoard.
+BOARD = {
+    "grad_norm": "optimizer/grad_norm",
+    "lr": "optimizer/lr",
+    "share": "optimizer/share",
+    "weight_norm": "optimizer/weight_norm",
+    "data": "sources",
+    "perf": "speed",
+    "cost": "spent",
+}
+BY_TOKENS = "by_tokens"
+
+
+def board_tag(key: str) -> str:
+    group, _, name = key.partition("/")
+    return f"{BOARD.get(group, group)}/{name}" if name else key
 
 
 class MetricsWriter:
@@ -40,29 +58,42 @@ class MetricsWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _drop_from(self.path, resume_at)
         self._file = self.path.open("a", encoding="utf-8")
-        board, over_tokens = run / "tensorboard", run / "tensorboard" / "tokens"
+        board = run / "tensorboard"
         _wait_for_a_second_of_its_own(board)
-        # purge_step hides events of steps that will be written again.
+        # purge_step hides events of steps that will be written again; and of as many tokens.
         self._board: Any = SummaryWriter(str(board), purge_step=resume_at)
-        self._over_tokens: Any = SummaryWriter(str(over_tokens), purge_step=trunk_tokens + 1)
-        self._trunk_tokens = trunk_tokens
+        self._trunk_tokens = 0
         self._trackers = trackers
+        for line in read_metrics(self.path):
+            self._add_by_tokens(line, line.get("tokens", 0), hidden_from=resume_at)
+        self._trunk_tokens = trunk_tokens
 
     def scalars(self, step: int, values: Mapping[str, float], trunk_tokens: int = 0) -> None:
         """After a step, at which so many tokens of pre-training have been read, ancestors' too."""
-        grown, self._trunk_tokens = trunk_tokens > self._trunk_tokens, trunk_tokens
         for key, value in values.items():
-            self._board.add_scalar(key, value, step)
-            # Where pre-training stands still a course would be a pile of points: results only.
-            if trunk_tokens and (grown or key.startswith("eval/")):
-                self._over_tokens.add_scalar(key, value, trunk_tokens)
-        line = {"step": step, **{key: _finite(value) for key, value in values.items()}}
+            self._board.add_scalar(board_tag(key), value, step)
+        self._add_by_tokens(values, trunk_tokens)
+        line: dict[str, Any] = {"step": step}
+        if trunk_tokens:
+            line["tokens"] = trunk_tokens
+        line |= {key: _finite(value) for key, value in values.items()}
         self._reopen_if_gone()
         with naming(self.path):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
         if self._trackers is not None:
             self._trackers.scalars(step, values)
+
+    def _add_by_tokens(
+        self, values: Mapping[str, Any], trunk_tokens: int, hidden_from: int = 0
+    ) -> None:
+        """Where pre-training stands still a course would be a pile of points: results only."""
+        grown, self._trunk_tokens = trunk_tokens > self._trunk_tokens, trunk_tokens
+        if not trunk_tokens or trunk_tokens < hidden_from:
+            return
+        for key, value in values.items():
+            if key.startswith("eval/") or (grown and key.startswith("loss/")):
+                self._board.add_scalar(f"{BY_TOKENS}/{key}", float(value), trunk_tokens)
 
     def _reopen_if_gone(self) -> None:
         if os.fstat(self._file.fileno()).st_nlink == 0:
@@ -80,7 +111,6 @@ class MetricsWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         self._board.close()
-        self._over_tokens.close()
         if self._trackers is not None:
             self._trackers.close()
 

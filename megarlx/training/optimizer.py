@@ -186,6 +186,10 @@ class Optimizer:
         self.masters.gather()
         return report
 
+    def weight_norm(self) -> float:
+        """Of all master weights, as they were averaged last; called by all ranks, and waits."""
+        return float(self.sums.norms([self.master]))
+
     def _report(
         self, active: Sequence[str], names: Sequence[str], norms: Tensor, found_inf: Tensor
     ) -> StepReport:

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from megarlx.config.model import ModelConfig, family_config
+from megarlx.generation import ahead
+from megarlx.generation.decoders.in_place import InPlaceDecoder
 from megarlx.generation.engine import Engine
 from megarlx.generation.requests import Completion, Request, SamplingSettings
 from megarlx.model.transformer import Stage
@@ -94,3 +96,19 @@ def test_graphs_read_the_live_weights() -> None:
     fresh = generated(stage, 64, SamplingSettings())
     assert any(not torch.equal(a.tokens, b.tokens) for a, b in zip(before, after, strict=True))
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(after, fresh, strict=True))
+
+
+@pytest.mark.parametrize("lag", [0, 1, 4])
+def test_a_host_that_reads_late_draws_what_one_that_waits_does(
+    lag: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = SamplingSettings(stop_tokens=(11, 60), top_p=0.95)
+    stage = Stage(small(), device="cuda").initialise_(3)
+    monkeypatch.setattr(ahead, "LAG", 0)
+    waited = generated(stage, 20, settings)
+    monkeypatch.setattr(ahead, "LAG", lag)
+    kept = Engine([stage], slots=20, longest=96)
+    assert type(kept.decoders[0]) is InPlaceDecoder
+    for _ in range(2):  # graphs are captured, then replayed
+        found = kept.generate(requests(), settings, seed=5)
+        assert [c.tokens.tolist() for c in found] == [c.tokens.tolist() for c in waited]

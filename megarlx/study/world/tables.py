@@ -8,6 +8,7 @@ occurs falls with its rank in its slot.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from functools import cached_property, lru_cache
 from itertools import islice
 from typing import NamedTuple
@@ -16,6 +17,8 @@ from megarlx.data.draw import Draw
 from megarlx.data.order import key_of, shuffled
 from megarlx.study.world.facts import invented
 from megarlx.study.world.settings import Operation, WorldSettings
+
+LEAD = 2  # told facts that lead to a kept one, where it is to be asked of often
 
 
 class Lookup(NamedTuple):
@@ -86,7 +89,34 @@ class Tables:
     def _kept(self) -> list[int]:
         count = self.settings.withheld + self.settings.told_wrongly
         order = map(int, shuffled(len(self), key_of(self.settings.seed, "kept facts")))
-        return list(islice((n for n in order if self._may_be_kept(n)), count))
+        among: Iterator[int] = filter(self._may_be_kept, order)
+        if self.settings.least_told:
+            among = self._asked_often(among)
+        return list(islice(among, count))
+
+    def _asked_often(self, among: Iterable[int]) -> Iterator[int]:
+        """Those to whose values enough frequent facts lead that are not kept: of a fact behind a
+        rare one, no question could be asked whose other facts are told often."""
+        before: dict[int, set[int]] = {}  # of each that was taken: what leads to it, and is told
+        for number in among:
+            at = self[number]
+            first = at.operation < self.settings.tables
+            own = set() if first else self._frequent_before(at.value) - before.keys()
+            needed = [held for held in before.values() if number in held]
+            if (not first and len(own) < LEAD) or any(len(held) <= LEAD for held in needed):
+                continue
+            for held in needed:
+                held.discard(number)
+            before[number] = own
+            yield number
+
+    def _frequent_before(self, value: int) -> set[int]:
+        """Facts that lead to a value, of the frequent ranges that kept facts are of."""
+        operation = self.leading_to(value)
+        ranks = self.settings.kept_ranks or self.settings.tables
+        inputs = range(ranks * self.settings.table_values)
+        lookups = (Lookup(operation, self._first_input(operation) + place) for place in inputs)
+        return {self.number(at) for at in lookups if self.result(at) == value}
 
     def _may_be_kept(self, number: int) -> bool:
         """By the ranks of its operation and of the range of its value."""

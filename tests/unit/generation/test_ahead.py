@@ -17,6 +17,7 @@ from megarlx.generation import ahead
 from megarlx.generation.ahead import AheadRun
 from megarlx.generation.decoders import choose, in_place
 from megarlx.generation.decoders.in_place import InPlaceDecoder
+from megarlx.generation.decoders.interface import WrongDecoder
 from megarlx.generation.decoders.stage import StageDecoder
 from megarlx.generation.engine import Engine
 from megarlx.generation.requests import Completion, Request, SamplingSettings
@@ -174,6 +175,17 @@ def test_logits_that_are_no_numbers_are_refused_though_late() -> None:
         stage.norm.weight.fill_(torch.nan)
     with pytest.raises(RuntimeError, match="no token can be drawn for sequence 1000"):
         kept.generate(mixed_requests(1, 1), SamplingSettings(), seed=1)
+
+
+@pytest.mark.usefixtures("in_place_on_a_cpu")
+def test_a_wrong_step_is_found_at_once_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        in_place, "decode_swiglu_", lambda gate_up, out: out.copy_(gate_up[:, : out.shape[1]])
+    )
+    kept = engine(small_stage())
+    for _ in range(2):
+        with pytest.raises(WrongDecoder, match="InPlaceDecoder is"):
+            kept.generate(mixed_requests(2, 2), SamplingSettings(), seed=1)
 
 
 class Launches(TorchDispatchMode):
