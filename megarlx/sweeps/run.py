@@ -25,6 +25,7 @@ from megarlx.sweeps.records import SweepRecords
 from megarlx.training.metrics import read_metrics
 
 POLL_SECONDS = 0.5
+TELL_SECONDS = 20.0  # between lines about what runs, where no table can be shown
 LEFT = 75  # exit code when the budget left some runs for later
 NONE = 3  # exit code of a transplant that no alpha makes: a finding, no failure
 UNMEASURED = ("train", "transplant")  # commands whose runs are measured by others
@@ -68,7 +69,7 @@ class SweepRunner:
         self.config, self.console = config, console
         self.logs = Path(config.out) / "logs"
         self.all = {job.name: Progress(job) for job in jobs}
-        self.begun = time.monotonic()
+        self.begun = self._told = time.monotonic()
         self.records: SweepRecords | None = None
         if config.records is not None:
             self.records = SweepRecords(Path(config.records), jobs)
@@ -86,6 +87,8 @@ class SweepRunner:
                 while self._advance():
                     if show:
                         live.update(self.table())
+                    else:
+                        self._tell()
                     time.sleep(POLL_SECONDS)
             finally:
                 self._stop_all()
@@ -95,6 +98,20 @@ class SweepRunner:
         if "failed" in states:
             return 1
         return LEFT if "left" in states else 0
+
+    def _tell(self) -> None:
+        """Now and then a line for each job under way."""
+        if time.monotonic() - self._told < TELL_SECONDS:
+            return
+        self._told = time.monotonic()
+        for progress in self._in("running"):
+            step, steps = progress.step(), progress.job.steps
+            where = f"step {step} of {steps}" if steps else "at work"
+            self.console.print(
+                f"{progress.job.name}: {where}, {progress.seconds:.0f} s",
+                highlight=False,
+                markup=False,
+            )
 
     def _find_done(self) -> None:
         """From behind, as what is gone is made again where something is still to start from it."""

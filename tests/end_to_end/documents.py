@@ -107,6 +107,7 @@ def calls_megarlx(words: list[str], i: int) -> bool:
         return True
     before = words[:i]
     begins = not before or before[-1] in ENDS or all("=" in word for word in before)
+    begins = begins or before[-1] == "N]"  # [mpirun -n N] megarlx prepare
     return begins and words[i] in ("megarlx", ".venv/bin/megarlx")
 
 

@@ -409,3 +409,15 @@ checkpoints = ["1000", "2000"]
     assert "megarlx branch" not in shown.out
     for iteration in ("1000", "2000"):
         assert f"run@{iteration}: the run {tmp_path}/run holds no checkpoints" in shown.err
+
+
+def test_where_no_table_can_be_shown_a_line_now_and_then_says_what_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megarlx.sweeps.run.TELL_SECONDS", 0.0)
+    one = runner(tmp_path, [job(tmp_path, "a")])
+    one.console = Console(force_terminal=False)
+    assert one.run() == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "a: at work, 0 s"
+    assert said[-1].startswith("a: done in ")
