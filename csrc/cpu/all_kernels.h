@@ -6,6 +6,7 @@
 #include "cpu/decode.h"
 #include "cpu/decode_step.h"
 #include "cpu/elementwise.h"
+#include "cpu/heads.h"
 #include "cpu/kernels.h"
 #include "cpu/normal.h"
 #include "cpu/sample.h"

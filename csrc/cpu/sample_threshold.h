@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/sample_tiles.h"
+#include "math/sample_filters.h"
 
 namespace megarlx::cpu {
 namespace {

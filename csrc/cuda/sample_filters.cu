@@ -1,6 +1,7 @@
 // The filters of sampling: top-k, top-p and min-p of a row as one threshold on its logits, found by
 // histograms of exact integer weights, and the draw among the ids at or above it.
 #include "cuda/sample_tiles.h"
+#include "math/sample_filters.h"
 
 namespace megarlx::cuda {
 namespace {
