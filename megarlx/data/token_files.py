@@ -69,11 +69,8 @@ class TokenFile:
         self.vocab_size = vocab_size
         path = idx_path(prefix)
         if not path.exists():
-            raise TokenFileError(
-                f"{prefix}: there is no {path}; a token file is PREFIX.bin with PREFIX.idx, told "
-                f"as PREFIX; of texts it is made by: megarlx prepare {prefix} --tokenizer "
-                "TOKENIZER --out PREFIX"
-            )
+            made = f"of texts it is made by: megarlx prepare {prefix} --tokenizer T --out PREFIX"
+            raise TokenFileError(f"{prefix}: there is no {path}; {made}")
         size = path.stat().st_size
         if size < HEADER.size:
             raise TokenFileError(
