@@ -91,7 +91,7 @@ class Tables:
     def _kept(self) -> list[int]:
         count = self.settings.withheld + self.settings.told_wrongly
         order = map(int, shuffled(len(self), key_of(self.settings.seed, "kept facts")))
-        among = (n for n in order if self._may_be_kept(n))
+        among: Iterator[int] = filter(self._may_be_kept, order)
         if self.settings.least_told:
             among = self._asked_often(among)
         return list(islice(among, count))
