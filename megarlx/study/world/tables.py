@@ -18,7 +18,9 @@ from megarlx.data.order import key_of, shuffled
 from megarlx.study.world.facts import invented
 from megarlx.study.world.settings import Operation, WorldSettings
 
-LEAD = 2  # told facts that lead to a kept one, where it is to be asked of often
+# Where kept facts are to be asked of beside others that are told often: so many of these, and how
+# often each is told, as a share of the problems that text tells.
+LEAD, OFTEN = 2, 1 / 700
 
 
 class Lookup(NamedTuple):
@@ -95,28 +97,49 @@ class Tables:
         return list(islice(among, count))
 
     def _asked_often(self, among: Iterable[int]) -> Iterator[int]:
-        """Those to whose values enough frequent facts lead that are not kept: of a fact behind a
-        rare one, no question could be asked whose other facts are told often."""
-        before: dict[int, set[int]] = {}  # of each that was taken: what leads to it, and is told
+        """Those beside which enough frequent facts stand that are not kept: beside rare ones, no
+        question could be asked whose other facts are told often."""
+        beside: dict[int, set[int]] = {}  # of each that was taken
         for number in among:
-            at = self[number]
-            first = at.operation < self.settings.tables
-            own = set() if first else self._frequent_before(at.value) - before.keys()
-            needed = [held for held in before.values() if number in held]
-            if (not first and len(own) < LEAD) or any(len(held) <= LEAD for held in needed):
+            own = self._frequent_beside(self[number]) - beside.keys()
+            needed = [held for held in beside.values() if number in held]
+            if len(own) < LEAD or any(len(held) <= LEAD for held in needed):
                 continue
             for held in needed:
                 held.discard(number)
-            before[number] = own
+            beside[number] = own
             yield number
 
-    def _frequent_before(self, value: int) -> set[int]:
-        """Facts that lead to a value, of the frequent ranges that kept facts are of."""
-        operation = self.leading_to(value)
-        ranks = self.settings.kept_ranks or self.settings.tables
-        inputs = range(ranks * self.settings.table_values)
-        lookups = (Lookup(operation, self._first_input(operation) + place) for place in inputs)
-        return {self.number(at) for at in lookups if self.result(at) == value}
+    def _frequent_beside(self, at: Lookup) -> set[int]:
+        """Facts that lead to its value; of the first slot, that its own value leads into."""
+        tables = self.settings.tables
+        if at.operation < tables:
+            after = (Lookup(tables + rank, self.result(at)) for rank in range(tables))
+            return {self.number(one) for one in after if self._share(one) >= OFTEN}
+        first = self.leading_to(at.value) * self.in_slot
+        before = (self[number] for number in range(first, first + self.in_slot))
+        leading = (one for one in before if self._share(one) >= OFTEN)
+        return {self.number(one) for one in leading if self.result(one) == at.value}
+
+    def _share(self, at: Lookup) -> float:
+        """How often text is expected to tell a fact, for each problem that it tells."""
+        slot, rank = divmod(at.operation, self.settings.tables)
+        steps = self.settings.steps
+        drawn = self.weights[rank] / sum(self.weights) * self._value_shares[at.value]
+        return sum(steps[slot:]) / sum(steps) * drawn
+
+    @cached_property
+    def _value_shares(self) -> list[float]:
+        """How often each value is expected behind its slot: some are led to by few facts."""
+        found = [0.0] * self.values
+        for value in range(self.in_slot):
+            rank = value // self.settings.table_values
+            found[value] = self.weights[rank] / sum(self.weights) / self.settings.table_values
+        for number in range(len(self)):  # slot by slot
+            at = self[number]
+            weight = self.weights[at.operation % self.settings.tables] / sum(self.weights)
+            found[self.result(at)] += weight * found[at.value]
+        return found
 
     def _may_be_kept(self, number: int) -> bool:
         """By the ranks of its operation and of the range of its value."""
