@@ -22,7 +22,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 EPOCHS = 4
 NEW_TOKENS = 96
@@ -40,7 +42,7 @@ def training(size: str) -> Callable[[], object]:
     return our_step(case, torch.randint(case.model.vocab_size, shape))
 
 
-def _generate(model: object, vocabulary: int, batch: int) -> Callable[[], object]:
+def _generate(model: Any, vocabulary: int, batch: int) -> Callable[[], object]:
     import torch
 
     from megarlx.generation.engine import Engine
@@ -80,7 +82,7 @@ def _sharded(size: str, batch: str) -> Callable[[], object]:
     return _generate(model, config.vocab_size, int(batch))
 
 
-def _second_rank(connection: object, store: str, size: str, batch: str) -> None:
+def _second_rank(connection: Connection, store: str, size: str, batch: str) -> None:
     import torch
     import torch.distributed as dist
 
@@ -126,9 +128,9 @@ def rl(size: str, preset: str) -> Callable[[], object]:
     case = rl_step.Case(SIZES[size].model, prompts=16, samples=8, new_tokens=NEW_TOKENS)
     if preset == "grpo":
         return rl_step.our_step(case)[0]
-    rl_step.RlConfig = functools.partial(
-        rl_step.RlConfig, epochs_per_rollout=EPOCHS, policy=PolicyConfig(preset=preset)
-    )
+    told = PolicyConfig.model_validate({"preset": preset})
+    changed = functools.partial(rl_step.RlConfig, epochs_per_rollout=EPOCHS, policy=told)
+    vars(rl_step)["RlConfig"] = changed  # what its `policy` makes its configuration with
     step = rl_step.our_step(case)[0]
 
     def epochs() -> None:
@@ -138,7 +140,7 @@ def rl(size: str, preset: str) -> Callable[[], object]:
     return epochs
 
 
-MAKERS = {
+MAKERS: dict[str, Callable[..., Callable[[], object]]] = {
     "training": training,
     "generation": generation,
     "generation tp 2": tensor_parallel,
@@ -185,7 +187,7 @@ def served(tree: Path, case: str) -> Iterator[subprocess.Popen[str]]:
 def answer(process: subprocess.Popen[str]) -> str:
     line = process.stdout.readline() if process.stdout else ""
     if not line:
-        sys.exit(f"{' '.join(map(str, process.args))} ended with {process.wait()}")  # type: ignore[call-overload]
+        sys.exit(f"{process.args!r} ended with {process.wait()}")
     return line.strip()
 
 
