@@ -160,7 +160,9 @@ def _converse(conversation: Conversation) -> int:
         if not line.strip():
             continue
         try:
-            if not _did(conversation, line, interrupt):
+            with interrupt.listening():
+                goes_on = _did(conversation, line, interrupt)
+            if not goes_on:
                 return 0
         except ValueError as error:  # what was typed cannot be asked: the conversation goes on
             complain(error)

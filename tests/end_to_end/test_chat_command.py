@@ -106,7 +106,8 @@ def test_ctrl_c_stops_an_answer_and_a_second_one_ends(trained: Path, samples: in
         terminal.until("> ")
         terminal.type(QUESTION + "\n")
         terminal.until("[3]" if samples == 3 else QUESTION)
-        time.sleep(0.3)
+        for _ in range(3):  # behind what the terminal echoes, the answer's first words
+            terminal.until(" ")
         terminal.interrupt()
         terminal.until("(stopped)")
         terminal.until("> ")
