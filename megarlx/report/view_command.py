@@ -25,6 +25,8 @@ def run(arguments: argparse.Namespace) -> int:
     out = arguments.out or arguments.directory / FOLDER
     try:
         runs, problems = find_runs(arguments.directory)
+        if not runs:
+            raise ReportError(f"{arguments.directory} holds no run: no lineage.json below it")
         count = write_viewer(runs, out, problems)
     except (ReportError, OSError) as error:
         complain(f"megarlx view: {error}")

@@ -28,7 +28,7 @@ def trapped(bad: str, allowed_failures: float) -> Reinforcement:
     limits: dict[str, Any] = {
         "function": TRAP,
         "max_turn_tokens": 4,
-        "options": {"trap": "w3", "bad": bad},
+        "options": {"trap": "w2", "bad": bad},
         "workers": 1,
         "episodes_per_call": 8,
         "time_limit_seconds": 0.3,

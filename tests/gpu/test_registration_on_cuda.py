@@ -155,7 +155,16 @@ def check_decode_parts(card: Any) -> None:
     check(card, ops.decode_advance_, *given, *rows, flags, *ring, torch.zeros(2, 2, 3))
 
 
-CHECKS = (check_sampling, check_losses, check_updates, check_elementwise, check_decode_parts)
+def check_weights(card: Any) -> None:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        rows = torch.zeros(3, 5, dtype=dtype)
+        check(card, torch.ops.megarlx.normal_slice_, rows, 7, 2, 9, 0.02)
+
+
+CHECKS = (
+    *(check_sampling, check_losses, check_updates, check_elementwise, check_decode_parts),
+    check_weights,
+)
 
 
 @pytest.mark.parametrize("of", CHECKS)
@@ -170,7 +179,7 @@ def test_opcheck_covers_every_op_with_a_cuda_kernel() -> None:
         if "TORCH_LIBRARY_IMPL(megarlx, CUDA, m)" in text:
             registered |= set(re.findall(r'm\.impl\("(\w+)"', text))
     assert len(registered) > 12
-    checked = re.findall(r"ops\.(\w+)", "".join(inspect.getsource(of) for of in CHECKS))
+    checked = re.findall(r"\bops\.(?:megarlx\.)?(\w+)", "".join(inspect.getsource(of) for of in CHECKS))
     assert registered - set(checked) <= {"philox", "gumbel"}  # CPU only, beside sample
 
 

@@ -27,9 +27,11 @@ DISPATCH = "torch.utils._python_dispatch"
 ALLOWED_NAMES = {
     ("megarlx/comm/launch.py", FAKE): "the only process group without processes",
     ("benchmarks/gpu/clock.py", "torch.cuda._sleep"): "the only call that makes a card wait",
+    ("tests/unit/generation/test_ahead.py", DISPATCH): "the only way to see operators",
     ("tests/unit/generation/test_fused_decode.py", DISPATCH): "the only way to see operators",
     ("tests/unit/host_waits/watch.py", DISPATCH): "the only way to see operators",
     ("tests/unit/model/test_attention_backends.py", DISPATCH): "the only way to see operators",
+    ("tests/unit/ops/test_distill_loss.py", DISPATCH): "the only way to see operators",
     ("tests/unit/host_waits/watch.py", "torch._subclasses.fake_tensor"): "tensors without a card",
     ("tests/unit/host_waits/watch.py", "torch._C"): "operators called while they are watched",
     ("tests/unit/host_waits/steps.py", "torch._subclasses.fake_tensor"): "its own exception",
@@ -41,9 +43,11 @@ ALLOWED_BASES = {
     ("megarlx/checkpoint/storage.py", f"{DCP}.storage.StorageReader"): "documented to be derived",
     ("megarlx/checkpoint/planner.py", f"{DCP}.default_planner.DefaultSavePlanner"): "likewise",
     ("megarlx/checkpoint/planner.py", f"{DCP}.default_planner.DefaultLoadPlanner"): "likewise",
+    ("tests/unit/generation/test_ahead.py", f"{DISPATCH}.TorchDispatchMode"): "as above",
     ("tests/unit/generation/test_fused_decode.py", f"{DISPATCH}.TorchDispatchMode"): "as above",
     ("tests/unit/host_waits/watch.py", f"{DISPATCH}.TorchDispatchMode"): "as above",
     ("tests/unit/model/test_attention_backends.py", f"{DISPATCH}.TorchDispatchMode"): "as above",
+    ("tests/unit/ops/test_distill_loss.py", f"{DISPATCH}.TorchDispatchMode"): "as above",
     ("tests/unit/model/test_attention_backends.py", "torch.Tensor"): "one that says it is on CUDA",
     ("tests/unit/ops/test_loss_seam.py", "torch.overrides.TorchFunctionMode"): "documented",
 }

@@ -29,15 +29,15 @@ ALLOWED: dict[str, dict[tuple[str, str], str]] = {
     "last_of_a_pipeline": {},
     "averaging": {
         (
-            "ops/linear_token_loss.py: linear_token_loss",
-            "megarlx.linear_token_loss.default that drops masked rows",
+            "ops/linear_token_loss.py: _LinearTokenLoss.forward",
+            "megarlx._linear_token_loss_.default that drops masked rows",
         ): "most of an SFT batch may be masked; how many rows are left the device alone knows"
     },
     "muon": {},
     "muon_in_a_layout": {},
     "projecting": {
         (
-            "training/optimizer.py: _without_skipped",
+            "training/combine.py: without_skipped",
             "copy to the host",
         ): "which updates are combined is known on the host"
     },
