@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from megarlx.run.conversation import Conversation, Drawing
     from megarlx.run.opened import OpenedRun
 
+ONCE_MORE = "Ctrl-C once more, Ctrl-D or /quit ends"
 HELP = """\
 /new          begin anew: what was said so far is forgotten
 /again        other answers to the last question
@@ -154,7 +155,7 @@ def _converse(conversation: Conversation) -> int:
             return 0
         except KeyboardInterrupt:
             interrupt.count()
-            complain("\nCtrl-C once more, Ctrl-D or /quit ends")
+            complain(f"\n{ONCE_MORE}")
             continue
         interrupt.asked = False
         if not line.strip():
@@ -164,6 +165,8 @@ def _converse(conversation: Conversation) -> int:
                 goes_on = _did(conversation, line, interrupt)
             if not goes_on:
                 return 0
+            if interrupt.asked:
+                complain(ONCE_MORE)
         except ValueError as error:  # what was typed cannot be asked: the conversation goes on
             complain(error)
             if not typed:

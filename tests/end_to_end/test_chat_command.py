@@ -93,6 +93,12 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.end, text.encode())
 
+    def interrupt_where_it_asks(self) -> None:
+        """Python's input, between its prompt and its waiting, would hear of it at the next key."""
+        self.until("> ")
+        time.sleep(0.5)
+        self.interrupt()
+
     def interrupt(self) -> None:
         self.process.send_signal(signal.SIGINT)
 
@@ -113,11 +119,9 @@ def test_ctrl_c_stops_an_answer_and_a_second_one_ends(trained: Path, samples: in
         terminal.until("> ")
         terminal.type("/help\n")  # whatever is typed, the next one is a first one again
         terminal.until("/take N")
-        terminal.until("> ")
-        terminal.interrupt()
+        terminal.interrupt_where_it_asks()
         terminal.until("Ctrl-C once more")
-        terminal.until("> ")
-        terminal.interrupt()
+        terminal.interrupt_where_it_asks()
         assert terminal.process.wait(60) == 130
     finally:
         terminal.process.kill()
