@@ -179,7 +179,9 @@ def test_opcheck_covers_every_op_with_a_cuda_kernel() -> None:
         if "TORCH_LIBRARY_IMPL(megarlx, CUDA, m)" in text:
             registered |= set(re.findall(r'm\.impl\("(\w+)"', text))
     assert len(registered) > 12
-    checked = re.findall(r"\bops\.(?:megarlx\.)?(\w+)", "".join(inspect.getsource(of) for of in CHECKS))
+    checked = re.findall(
+        r"\bops\.(?:megarlx\.)?(\w+)", "".join(inspect.getsource(of) for of in CHECKS)
+    )
     assert registered - set(checked) <= {"philox", "gumbel"}  # CPU only, beside sample
 
 
