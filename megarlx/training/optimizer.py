@@ -48,9 +48,8 @@ class StepReport:
 
 
 class Optimizer:
-    """`gradient_shard(objective)` is where that objective's reduced gradients go; `step` then
-    clips, makes all updates from one snapshot, applies their combination and gathers the weights.
-    """
+    """`gradient_shard(objective)` is where an objective's reduced gradients go; `step` then clips,
+    makes all updates from one snapshot, applies their combination and gathers the weights."""
 
     def __init__(
         self,
@@ -100,9 +99,9 @@ class Optimizer:
         self.owners, self.steps = self.kept.owners, self.kept.steps
         # One objective on one rank reduces in place; several must outlive the gradient buffer.
         alone = len(self.trained) == 1 and data_parallel.group.size == 1
+        made = data_parallel.gradients if alone else None
         self.gradients = {
-            n: data_parallel.gradients if alone else torch.zeros_like(self.master)
-            for n in self.trained
+            n: torch.zeros_like(self.master) if made is None else made for n in self.trained
         }
         self.combiner = Combiner(
             combination,
@@ -378,14 +377,12 @@ class Optimizer:
         self.masters.to_weights()
 
     def starting_shards(self, going_on: Sequence[str], weights: str = "") -> FlatShards:
-        """What a run takes over from the run it branches from: weights, those whose names begin
-        so, and some states."""
+        """What a run takes from the run it branches from: weights, by how names begin, states."""
         return self._shards({weights: self.master, **dict(self.kept.named(going_on))})
 
     @torch.no_grad()
     def take_over(self, before: Optimizer, owners: Sequence[str]) -> None:
-        """Goes on with the weights of another stage's optimizer, in its precision, and with the
-        states of these, on all ranks."""
+        """Goes on with another stage's weights, in its precision, and these states; all ranks."""
         self.master.copy_(before.master)
         for local in self.masters.locals.values():
             local.copy_(self.master)
