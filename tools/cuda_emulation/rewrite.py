@@ -156,10 +156,14 @@ def rewrite_binding(text: str) -> str:
     text = re.sub(r"\(megarlx, (\w*Autograd), m\)", rf"({NAMESPACE}, \1, m)", text)
     text = text.replace("TORCH_LIBRARY(megarlx, m)", f"TORCH_LIBRARY({NAMESPACE}, m)")
     text = text.replace('"megarlx::', f'"{NAMESPACE}::')
-    trade = {"is_cpu()": "is_cuda()", "is_cuda()": "is_cpu()"}
-    text = re.sub(r"\bis_(?:cpu|cuda)\(\)", lambda found: trade[found[0]], text)
+    text = trade_devices(text)
     # bf16 products with fp32 results, which torch has on CUDA only
     return re.sub(r"\bat::((?:add)?mm_out\()", r"::emulated::\1", text)
+
+
+def trade_devices(text: str) -> str:
+    trade = {"is_cpu()": "is_cuda()", "is_cuda()": "is_cpu()"}
+    return re.sub(r"\bis_(?:cpu|cuda)\(\)", lambda found: trade[found[0]], text)
 
 
 def bindings(csrc: Path) -> list[Path]:
@@ -199,4 +203,6 @@ def rewrite_tree(csrc: Path, out: Path) -> None:
         for path in sorted(csrc.glob(pattern)):
             inside = path.relative_to(csrc)
             target = out / (f"{inside}.cpp" if path.suffix == ".cu" else inside)
-            write_if_new(target, rewrite_kernels(f"csrc/{inside}", path.read_text()))
+            of_bindings = path.parent == csrc and path.suffix == ".h"
+            text = trade_devices(path.read_text()) if of_bindings else path.read_text()
+            write_if_new(target, rewrite_kernels(f"csrc/{inside}", text))
