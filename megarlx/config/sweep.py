@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -163,4 +162,4 @@ class SweepConfig(Section):
     @property
     def trunk_is_there(self) -> bool:
         """Whether the trunk is a run, converted ones too, and no configuration of one."""
-        return Path(self.trunk).is_dir()
+        return not self.trunk.endswith(".toml")

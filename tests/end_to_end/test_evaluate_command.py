@@ -141,8 +141,9 @@ def test_results_hold_counts_of_every_question_and_the_run_is_only_read(
     assert 3 < stories["metrics"]["nll"] < math.log(400) + 1
     lines = (trained / "samples" / "iter_00000008.problems.jsonl").read_text().splitlines()
     assert len(lines) == 6 * 2
-    keys = {"prompt", "completion", "reference", "reward", "finish_reason", "id"}
-    assert all(json.loads(line).keys() >= keys for line in lines)
+    keys = {"prompt", "completion", "reference", "reward", "finish_reason", "id", "group"}
+    keys |= {"tokens", "logprobs"}
+    assert all(json.loads(line).keys() == keys for line in lines)
 
 
 def test_a_finished_suite_is_not_computed_again_unless_its_settings_changed(

@@ -90,7 +90,11 @@ def test_ids_are_those_of_apply_chat_template(
         ids = template.prompt_ids(turns, tokenizer)
         whole = transformers_ids(tokenizer, chat, turns, True, folder)
         assert tokenizer.decode(ids) == tokenizer.decode(whole)
-        assert len(turns) > 1 or ids == whole
+        # The one difference: no token reaches into an earlier answer. Of this tokenizer's merges
+        # those of a line's end with an a or another line's end would.
+        reached = any(turn.content.lstrip()[:1] == "a" or turn.content[:1] == "\n"
+                      for turn in turns[1::2])  # fmt: skip
+        assert ids == whole or reached
     else:
         ids, _ = template.encode(Conversation(tuple(turns)), tokenizer)
         whole = transformers_ids(tokenizer, chat, turns, False, folder)

@@ -17,7 +17,7 @@ from megarlx.generation.turn_by_turn import TurnByTurn
 from megarlx.model.build import build_model
 
 MODEL = build_model(
-    small("olmo2", max_sequence_length=256), Mesh.alone(), seed=5, dtype=torch.float64
+    small("olmo2", max_sequence_length=256), Mesh.alone(), seed=3, dtype=torch.float64
 )
 
 
@@ -51,8 +51,7 @@ def test_turns_asked_one_by_one_are_the_episodes_of_the_engine(turns: int, max_t
         assert (one.request, one.reasons, one.full) == (other.request, other.reasons, other.full)
         for name in ("logprobs", "sampled_logprobs"):
             torch.testing.assert_close(getattr(one, name), getattr(other, name))
-    if turns == 1 or max_tokens == 70:
-        assert any(one.full for one in whole) == (turns > 1)
+    assert any(one.full for one in whole) == (turns > 4 or (turns > 1 and max_tokens == 70))
 
 
 def test_without_an_answer_and_streamed_it_gives_the_completions_of_the_engine() -> None:

@@ -55,7 +55,7 @@ def model() -> Stage:
         init_std=0.1,
         max_sequence_length=256,
     )
-    return Stage(config).initialise_(3)
+    return Stage(config).initialise_(17)
 
 
 @contextmanager
@@ -111,7 +111,7 @@ def test_tokens_are_those_that_supervised_learning_sees_of_the_same_conversation
         compared += 1
         assert trajectory.tokens.tolist() == ids
         assert trajectory.written.tolist() == learned
-    assert compared > 5
+    assert compared > 10
 
 
 def test_an_answer_that_was_cut_off_is_ended_for_the_policy_and_not_learned() -> None:
@@ -163,12 +163,11 @@ def test_lost_episodes_leave_the_others_as_they_were(misbehave: str) -> None:
     lost = [e.failure is not None for e in found]
     assert 0 < sum(lost) < 24
     for one, other, is_lost in zip(fine, found, lost, strict=True):
-        # what is seen after the last turn is shown to nobody, but its reward may differ
-        looked_at = 4 if misbehave == "raise" else 3
-        assert is_lost == any("lose" in turn.action for turn in other.turns[:looked_at])
+        # what is seen after the last turn is shown to nobody
+        looked_at = other.turns if misbehave == "raise" else other.turns[:3]
+        assert is_lost == any("lose" in turn.action for turn in looked_at)
         if not is_lost:
-            assert one.turns[:looked_at] == other.turns[:looked_at]
-            assert [t.action for t in one.turns] == [t.action for t in other.turns]
+            assert one.turns == other.turns
             assert torch.equal(one.trajectory.tokens, other.trajectory.tokens)  # type: ignore[union-attr]
     kinds = {e.failure.kind for e in found if e.failure is not None}
     assert kinds == {"error" if misbehave == "raise" else "not_encodable"}
