@@ -15,8 +15,14 @@ from megarlx.redact import redacted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config(parser, "the file to check")
+    add_overrides(parser)
+
+
+def add_config(parser: argparse.ArgumentParser, what_for: str) -> None:
+    """The file, or --help-config in its place."""
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("config", nargs="?", metavar="CONFIG.toml", help="the file to check")
+    what.add_argument("config", nargs="?", metavar="CONFIG.toml", help=what_for)
     what.add_argument(
         "--help-config",
         nargs="?",
@@ -25,7 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="print every key and its meaning; with a word those of a section, as rl, or that say "
         "it",
     )
-    add_overrides(parser)
 
 
 def help_config(word: str) -> int:

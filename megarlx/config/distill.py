@@ -6,14 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from megarlx.config.own_samples import OwnSamplesConfig
 from megarlx.config.rollouts import RolloutFilter, run_and_step
-from megarlx.config.section import Named, Section
 
 Share = Annotated[float, Field(gt=0)]
 
 
-class DistillConfig(Section):
-    """The model's distributions are drawn to those of frozen teachers."""
+class DistillConfig(OwnSamplesConfig):
+    """The model's distributions are drawn to those of frozen teachers, with kl = 'reverse' on its
+    own samples."""
 
     teachers: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         description="RUN@N of each, with this model's shape and tokenizer"
@@ -31,14 +32,6 @@ class DistillConfig(Section):
     filter: RolloutFilter = Field(
         default=RolloutFilter(), description="Which of the rollouts are read"
     )
-    prompts: str = Field(
-        default="{made}/prompts.jsonl",
-        description="JSONL file, one prompt a line, for kl = 'reverse'",
-    )
-    question_key: str = Field(default="question", description="Key of the question in a line")
-    template: str | None = Field(
-        default=None, description="Name of one of [templates]; absent: [template]"
-    )
     prompts_per_rollout: int = Field(default=16, ge=1, description="Prompts of a rollout")
     samples_per_prompt: int = Field(default=4, ge=1, description="Samples of each prompt")
     rollout_every_steps: int = Field(
@@ -46,28 +39,6 @@ class DistillConfig(Section):
     )
     temperature: float = Field(
         default=1.0, gt=0, description="Of sampling, and of both distributions"
-    )
-    max_completion_tokens: int = Field(default=128, ge=1, description="Longest completion")
-    max_prompt_tokens: int | None = Field(
-        default=None, ge=1, description="Longest prompt; absent: what the model allows"
-    )
-    too_long: Literal["stop", "skip"] = Field(
-        default="stop", description="What happens with prompts, or rollouts, longer than that"
-    )
-    tokens_per_microbatch: int = Field(
-        default=4096, ge=1, description="Tokens a process takes through the model at once"
-    )
-    generator: Annotated[str, Named("generator")] = Field(
-        default="engine", description="What draws the samples"
-    )
-    slots: int = Field(
-        default=256, ge=1, description="Sequences that are generated at once by a process"
-    )
-    prefill_tokens: int | None = Field(
-        default=None,
-        ge=1,
-        description="Prompt tokens a process takes through the model at once; absent: 16,384 on a "
-        "GPU, 1,024 on a CPU",
     )
 
     @property

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from megarlx.config.distill import DistillConfig
 from megarlx.config.environment import EnvironmentConfig
+from megarlx.config.own_samples import OwnSamplesConfig
 from megarlx.config.policy import PolicyConfig
 from megarlx.config.reward import RewardConfig
 from megarlx.config.rollouts import ROLLOUTS, BankConfig, RolloutFilter, run_and_step
@@ -116,17 +117,9 @@ class SftConfig(Section):
         return [("filter", f"is for conversations = 'rollouts:RUN'; they are {given!r}")]
 
 
-class RlConfig(Section):
+class RlConfig(OwnSamplesConfig):
     """Policy optimisation on the model's own samples."""
 
-    prompts: str = Field(
-        default="{made}/prompts.jsonl",
-        description="JSONL file, one prompt a line; {made}: data.maker's folder",
-    )
-    template: str | None = Field(
-        default=None, description="Name of one of [templates]; absent: [template]"
-    )
-    question_key: str = Field(default="question", description="Key of the question in a line")
     answer_key: str = Field(default="answer", description="Key of the reference answer in a line")
     examples: str | None = Field(
         default=None, description="JSONL of solved examples put before every question"
@@ -147,13 +140,6 @@ class RlConfig(Section):
         default=1, ge=1, description="Steps whose prompts are sampled from one policy at once"
     )
     epochs_per_rollout: int = Field(default=1, ge=1, description="Times each sample is trained on")
-    max_completion_tokens: int = Field(default=128, ge=1, description="Longest completion")
-    max_prompt_tokens: int | None = Field(
-        default=None, ge=1, description="Longest prompt; absent: what the model allows"
-    )
-    too_long: Literal["stop", "skip"] = Field(
-        default="stop", description="What happens with prompts longer than that"
-    )
     temperature: float = Field(
         default=1.0, gt=0, description="Of sampling, and of the policy that is trained"
     )
@@ -164,21 +150,6 @@ class RlConfig(Section):
     )
     stop_strings: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         default=(), description="Texts that end a completion, beside the end of text"
-    )
-    tokens_per_microbatch: int = Field(
-        default=4096, ge=1, description="Tokens a process takes through the model at once"
-    )
-    generator: Annotated[str, Named("generator")] = Field(
-        default="engine", description="What draws the samples"
-    )
-    slots: int = Field(
-        default=256, ge=1, description="Sequences that are generated at once by a process"
-    )
-    prefill_tokens: int | None = Field(
-        default=None,
-        ge=1,
-        description="Prompt tokens a process takes through the model at once; absent: 16,384 on a "
-        "GPU, 1,024 on a CPU",
     )
     environment: EnvironmentConfig | None = Field(
         default=None,

@@ -132,8 +132,23 @@ def _objective(config: Config, stage: StageConfig, name: str, common: Job) -> Jo
         return common  # what its batch is, only the objective knows
     if isinstance(given, DistillConfig):
         return _distillation(config, given, common)
+    # Of a rollout that feeds several steps in several passes, this is a step's part.
+    each_step = given.prompts_per_step * given.samples_per_prompt
+    return _on_samples(config, given, common, each_step, given.epochs_per_rollout)
+
+
+def _distillation(config: Config, given: DistillConfig, common: Job) -> Job:
+    """Each step trains on a whole rollout."""
+    samples = given.prompts_per_rollout * given.samples_per_prompt
+    made = _on_samples(config, given, common, samples, given.rollout_every_steps)
+    return made if given.samples else replace(made, rollouts=None)
+
+
+def _on_samples(
+    config: Config, given: RlConfig | DistillConfig, common: Job, samples: int, shared_by: int
+) -> Job:
+    """A step on so many samples, which are drawn once for `shared_by` such steps."""
     rollouts = _rollouts(config, given)
-    samples = given.prompts_per_step * given.samples_per_prompt
     each = rollouts.prompt_tokens + rollouts.completion_tokens
     return replace(
         common,
@@ -142,41 +157,16 @@ def _objective(config: Config, stage: StageConfig, name: str, common: Job) -> Jo
         packed_tokens=samples * each,
         document_length=each,
         rollouts=rollouts,
-        # Of a rollout that feeds several steps in several passes, this is a step's part.
-        samples_per_step=-(-samples // given.epochs_per_rollout),
+        samples_per_step=-(-samples // shared_by),
     )
 
 
-def _distillation(config: Config, given: DistillConfig, common: Job) -> Job:
-    """Each step trains on a whole rollout."""
-    most = config.model.max_sequence_length
-    completion = min(given.max_completion_tokens, most - 1)
-    longest = min(given.max_prompt_tokens or most - completion, most - completion)
-    prompt = given.max_prompt_tokens and longest
-    rollouts = Rollouts(
-        given.slots,
-        prompt_tokens=prompt or min(PROMPT_TOKENS, longest),
-        completion_tokens=completion,
-        most_tokens=longest + completion,
-    )
-    samples = given.prompts_per_rollout * given.samples_per_prompt
-    each = rollouts.prompt_tokens + rollouts.completion_tokens
-    return replace(
-        common,
-        sequences_per_microbatch=1,
-        sequence_length=given.tokens_per_microbatch,
-        packed_tokens=samples * each,
-        document_length=each,
-        rollouts=rollouts if given.samples else None,
-        samples_per_step=-(-samples // given.rollout_every_steps),
-    )
-
-
-def _rollouts(config: Config, given: RlConfig) -> Rollouts:
+def _rollouts(config: Config, given: RlConfig | DistillConfig) -> Rollouts:
     """Completions as long as they may become; prompts as long as is said, or a usual length."""
     most = config.model.max_sequence_length
-    if given.environment is not None:
-        most = given.environment.max_episode_tokens
+    played = given.environment if isinstance(given, RlConfig) else None
+    if played is not None:
+        most = played.max_episode_tokens
     completion = min(given.most_written_tokens, most - 1)
     room = most - completion
     longest = min(given.max_prompt_tokens or room, room)
@@ -185,5 +175,5 @@ def _rollouts(config: Config, given: RlConfig) -> Rollouts:
         given.slots,
         prompt_tokens=prompt or min(PROMPT_TOKENS, longest),
         completion_tokens=completion,
-        most_tokens=most if given.environment is not None else longest + completion,
+        most_tokens=longest + completion if played is None else most,
     )

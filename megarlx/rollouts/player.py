@@ -9,19 +9,22 @@ given the same text of the same tokens.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from megarlx.comm.collectives import barrier, gather_values
 from megarlx.comm.groups import Group
-from megarlx.data.prompts import Prompt
+from megarlx.data.order import key_of
+from megarlx.data.prompts import Drawn, Prompt
 from megarlx.data.tokenizer import Tokenizer
 from megarlx.generation.interface import Generator
 from megarlx.generation.requests import Request, SamplingSettings, Trajectory, TurnEnd
 from megarlx.generation.stop import text_of
 from megarlx.rollouts.episodes import Episode
 from megarlx.rollouts.shown import tokens_of
+
+SEEDS = 1 << 31  # of environments: libraries of random numbers often take no larger ones
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,20 @@ class Start:
     prompt: Prompt
     ids: Sequence[int] = ()  # how a question is asked; an environment says how a task begins
     seed: int = 0  # of the environment, the same for all of them
+
+
+def starts_of(drawn: Iterable[Drawn], samples: int, seed: int) -> list[Start]:
+    """So many episodes of each."""
+    return [
+        Start(
+            one.number,
+            tuple(range(one.number * samples, (one.number + 1) * samples)),
+            one.prompt,
+            one.ids,
+            key_of(seed, "environment", one.number) % SEEDS,
+        )
+        for one in drawn
+    ]
 
 
 class Game(Protocol):

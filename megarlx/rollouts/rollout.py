@@ -18,7 +18,6 @@ from torch import Tensor
 from megarlx.comm.collectives import gather_values
 from megarlx.comm.groups import Group
 from megarlx.config.objectives import RlConfig
-from megarlx.data.order import key_of
 from megarlx.data.prompts import Drawn, PromptData
 from megarlx.data.tokenizer import Tokenizer
 from megarlx.generation.requests import SamplingSettings
@@ -27,10 +26,9 @@ from megarlx.rollouts.bank import Bank, banked
 from megarlx.rollouts.completions import Completions, overlong_penalty
 from megarlx.rollouts.environments.process import BrokenEnvironment
 from megarlx.rollouts.episodes import Episode, EpisodeBatch
-from megarlx.rollouts.player import Player, Start
+from megarlx.rollouts.player import Player, Start, starts_of
 from megarlx.rollouts.shown import advantages_of
 
-SEEDS = 1 << 31  # of environments: libraries of random numbers often take no larger ones
 SOURCE_SHOWN = 40  # characters of a source's name in a metric's
 COUNTED = ("rl/reward_failures", "rl/environment_failures")  # begin metrics that are sums
 
@@ -197,16 +195,7 @@ class Sampler:
         """`count` new prompts on all ranks."""
         n, group, player = self.config.samples_per_prompt, self.group, self.player
         drawn = self.prompts.take(count)
-        starts = [
-            Start(
-                one.number,
-                tuple(range(one.number * n, (one.number + 1) * n)),
-                one.prompt,
-                one.ids,
-                key_of(self.seed, "environment", one.number) % SEEDS,
-            )
-            for one in drawn[group.rank :: group.size]
-        ]
+        starts = starts_of(drawn[group.rank :: group.size], n, self.seed)
         episodes = player.play(starts, self.sampling, self.seed, group)
         self._learn_difficulty(drawn, episodes)
         self._keep(episodes)

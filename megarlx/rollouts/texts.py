@@ -19,7 +19,7 @@ from megarlx.data.tokenizer import Tokenizer
 from megarlx.generation.requests import SamplingSettings
 from megarlx.rollouts.completions import Completions
 from megarlx.rollouts.episodes import EpisodeBatch
-from megarlx.rollouts.player import Player, Start
+from megarlx.rollouts.player import Player, starts_of
 
 Counts = Mapping[str, float]  # tokens generated and read
 
@@ -43,15 +43,7 @@ class OwnTexts:
     def next(self) -> tuple[Completions, Counts]:
         n = self.config.samples_per_prompt
         drawn = self.prompts.take(self.config.prompts_per_rollout)
-        starts = [
-            Start(
-                one.number,
-                tuple(range(one.number * n, (one.number + 1) * n)),
-                one.prompt,
-                one.ids,
-            )
-            for one in drawn[self.group.rank :: self.group.size]
-        ]
+        starts = starts_of(drawn[self.group.rank :: self.group.size], n, self.seed)
         episodes = self.player.play(starts, self.sampling, self.seed, self.group)
         self.waited_seconds += self.player.waited_seconds
         device = self.player.generator().device

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from megarlx.config import Config, ConfigError, load_config
 from megarlx.config.arguments import add_overrides
-from megarlx.config.command import help_config
+from megarlx.config.command import add_config, help_config
 from megarlx.printable import complain
 
 if TYPE_CHECKING:
@@ -18,16 +18,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("config", nargs="?", metavar="CONFIG.toml", help="what to train")
-    what.add_argument(
-        "--help-config",
-        nargs="?",
-        const="",
-        metavar="WORD",
-        help="print every key and its meaning; with a word those of a section, as rl, or that say "
-        "it",
-    )
+    add_config(parser, "what to train")
     add_overrides(parser)
     parser.add_argument(
         "--out",

@@ -6,14 +6,11 @@ from typing import TYPE_CHECKING
 
 from megarlx.config.distill import DistillConfig
 from megarlx.config.rollouts import run_and_step
-from megarlx.data.prompts import PromptData, PromptKeys, read_prompts
 from megarlx.objectives.distill import Distillation, Texts
 from megarlx.rollouts.bank import conversations_of
 from megarlx.rollouts.player import Player
 from megarlx.rollouts.question_game import Unscored
 from megarlx.rollouts.texts import KeptTexts, OwnTexts
-from megarlx.run.directory import RunError
-from megarlx.run.made import path_of
 from megarlx.run.teachers import frozen_teacher
 
 if TYPE_CHECKING:
@@ -47,30 +44,7 @@ def _kept(maker: ObjectiveMaker, name: str, config: DistillConfig) -> Texts:
 
 
 def _own(maker: ObjectiveMaker, name: str, config: DistillConfig) -> Texts:
-    length = maker.config.model.max_sequence_length
-    room = length - config.max_completion_tokens
-    if room < 1:
-        raise RunError(
-            f"{name}.max_completion_tokens is {config.max_completion_tokens}; "
-            f"model.max_sequence_length = {length} leaves no room for a prompt"
-        )
-    most = min(config.max_prompt_tokens or room, room)
-    longest = most + config.max_completion_tokens
-    if config.tokens_per_microbatch < longest:
-        raise RunError(
-            f"{name}.tokens_per_microbatch is {config.tokens_per_microbatch}; a prompt and its "
-            f"completion have up to {longest} tokens"
-        )
-    seed = maker.config.training.seed
-    prompts = PromptData(
-        read_prompts(path_of(config.prompts, maker.config), PromptKeys(config.question_key)),
-        maker.template(config.template),
-        maker.tokenizer,
-        seed,
-        max_prompt_tokens=most,
-        too_long=config.too_long,
-        name=name,
-    )
+    prompts, longest = maker.questions(name, config)
     game = Unscored(config.max_completion_tokens, maker.mesh)
     player = Player(maker.generator(config, longest), game, maker.tokenizer)
-    return OwnTexts(config, player, prompts, maker.mesh.dp, seed)
+    return OwnTexts(config, player, prompts, maker.mesh.dp, maker.config.training.seed)

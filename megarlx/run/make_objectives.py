@@ -256,6 +256,13 @@ class ObjectiveMaker:
         return Player(self.generator(config, most), game, self.tokenizer), tasks
 
     def _questions(self, name: str, config: RlConfig) -> tuple[Player, PromptData]:
+        prompts, longest = self.questions(name, config)
+        rewards = Rewards(config.rewards, config.reward_failures_allowed)
+        game = QuestionGame(rewards, config.max_completion_tokens, self.mesh)
+        return Player(self.generator(config, longest), game, self.tokenizer), prompts
+
+    def questions(self, name: str, config: RlConfig | DistillConfig) -> tuple[PromptData, int]:
+        """Prompts that leave room for a completion; the most tokens that both become."""
         length = self.config.model.max_sequence_length
         room = length - config.max_completion_tokens
         if room < 1:
@@ -263,35 +270,33 @@ class ObjectiveMaker:
                 f"{name}.max_completion_tokens is {config.max_completion_tokens}; "
                 f"model.max_sequence_length = {length} leaves no room for a prompt"
             )
-        most = min(config.max_prompt_tokens or room, room)
-        prompts = self._prompts(name, config, most)
+        prompts = self._prompts(name, config, min(config.max_prompt_tokens or room, room))
         longest = prompts.longest + config.max_completion_tokens
         if config.tokens_per_microbatch < longest:
             raise RunError(
                 f"{name}.tokens_per_microbatch is {config.tokens_per_microbatch}; a prompt and its "
                 f"completion have up to {longest} tokens"
             )
-        rewards = Rewards(config.rewards, config.reward_failures_allowed)
-        game = QuestionGame(rewards, config.max_completion_tokens, self.mesh)
-        return Player(self.generator(config, longest), game, self.tokenizer), prompts
+        return prompts, longest
 
-    def _prompts(self, name: str, config: RlConfig, most: int) -> PromptData:
-        asks = config.environment is None
-        keys = PromptKeys(config.question_key, config.answer_key, needs_question=asks)
-        examples: tuple[Any, ...] = ()
-        if config.examples is not None:
-            examples = tuple(
-                read_conversations(file_of(config.examples, self.config, f"{name}.examples"))
-            )
+    def _prompts(self, name: str, config: RlConfig | DistillConfig, most: int) -> PromptData:
+        keys, few_shot, by_difficulty = PromptKeys(config.question_key), FewShot(), None
+        if isinstance(config, RlConfig):
+            asks = config.environment is None
+            keys = PromptKeys(config.question_key, config.answer_key, needs_question=asks)
+            by_difficulty = config.by_difficulty
+            if config.examples is not None:
+                file = file_of(config.examples, self.config, f"{name}.examples")
+                few_shot = FewShot(tuple(read_conversations(file)))
         return PromptData(
             read_prompts(file_of(config.prompts, self.config, f"{name}.prompts"), keys),
             self.template(config.template),
             self.tokenizer,
             self.config.training.seed,
-            few_shot=FewShot(examples),
+            few_shot=few_shot,
             max_prompt_tokens=most,
             too_long=config.too_long,
-            by_difficulty=config.by_difficulty,
+            by_difficulty=by_difficulty,
             name=name,
         )
 

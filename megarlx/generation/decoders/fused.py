@@ -20,47 +20,18 @@ from torch import Tensor
 
 from megarlx.comm.collectives import all_reduce_
 from megarlx.config.families import PLAIN_LAYERS, listed
+from megarlx.generation.decoders.weights import LayerWeights, weights_of
 from megarlx.generation.rows import Rows
 from megarlx.model import rope
 from megarlx.model.kv_cache import KVCache
 from megarlx.model.transformer import Stage
-from megarlx.model.transformer_layer import Layer
 from megarlx.ops.decode import decode_attention_, decode_norm_, decode_swiglu_
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """Views of one layer's weights; matrices as [in, out]."""
-
-    qkv: Tensor
-    qkv_bias: Tensor | None
-    o: Tensor
-    gate_up: Tensor
-    down: Tensor
-    attention_norm: Tensor
-    mlp_norm: Tensor
-    q_norm: Tensor | None
-    k_norm: Tensor | None
+class _Layer(LayerWeights):
     keys: Tensor
     values: Tensor
-
-    @staticmethod
-    def of(layer: Layer, cache: KVCache, index: int) -> _Layer:
-        attention, mlp = layer.attention, layer.mlp
-        normed = attention.qk_norm != "none"
-        return _Layer(
-            attention.qkv.weight.detach().t(),
-            attention.qkv.bias.detach() if attention.qkv.bias is not None else None,
-            attention.o.weight.detach().t(),
-            mlp.gate_up.weight.detach().t(),
-            mlp.down.weight.detach().t(),
-            layer.attention_norm.weight.detach(),
-            layer.mlp_norm.weight.detach(),
-            attention.q_norm.weight.detach() if normed else None,
-            attention.k_norm.weight.detach() if normed else None,
-            cache.keys[index],
-            cache.values[index],
-        )
 
 
 class FusedDecoder:
@@ -105,9 +76,10 @@ class FusedDecoder:
 
     def begin(self) -> None:
         """Before a generation: weights may have been given other memory since the last one."""
+        caches = zip(self.cache.keys, self.cache.values, strict=True)
         self.layers = [
-            _Layer.of(layer, self.cache, index)  # type: ignore[arg-type]
-            for index, layer in enumerate(self.stage.layers.values())
+            _Layer(**weights_of(layer), keys=keys, values=values)
+            for layer, (keys, values) in zip(self.stage.layers.values(), caches, strict=True)
         ]
 
     def hidden(self, width: int) -> Tensor:

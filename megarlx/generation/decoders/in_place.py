@@ -14,13 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from megarlx.config.families import PLAIN_LAYERS, TE_LAYERS, listed
 from megarlx.generation.decoders.stage import captured
+from megarlx.generation.decoders.weights import LayerWeights, weights_of
 from megarlx.generation.rows import Rows
 from megarlx.model import rope
 from megarlx.model.attention import Kernel, decode_attention
@@ -34,39 +35,9 @@ from megarlx.ops.decode_parts import decode_heads_
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """Views of one layer's weights; matrices as [in, out]."""
-
-    qkv: Tensor
-    qkv_bias: Tensor | None
-    o: Tensor
-    gate_up: Tensor
-    down: Tensor
-    attention_norm: Tensor
-    mlp_norm: Tensor
-    q_norm: Tensor | None
-    k_norm: Tensor | None
+class _Layer(LayerWeights):
     form: AttentionForm
     kernel: Kernel
-
-    @staticmethod
-    def of(layer: Layer) -> _Layer:
-        attention, mlp = layer.attention, layer.mlp
-        normed = attention.qk_norm != "none"
-        bias = getattr(attention.qkv, "bias", None)  # Transformer Engine: empty where there is none
-        return _Layer(
-            attention.qkv.weight.detach().t(),
-            bias.detach() if bias is not None and bias.numel() else None,
-            attention.o.weight.detach().t(),
-            mlp.gate_up.weight.detach().t(),
-            mlp.down.weight.detach().t(),
-            layer.attention_norm.weight.detach(),
-            layer.mlp_norm.weight.detach(),
-            attention.q_norm.weight.detach() if normed else None,
-            attention.k_norm.weight.detach() if normed else None,
-            attention.core.form,
-            attention.core.kernel,
-        )
 
 
 class InPlaceDecoder:
@@ -109,7 +80,11 @@ class InPlaceDecoder:
 
     def begin(self) -> None:
         """Before a generation: a graph reads the weights where they were when it was captured."""
-        layers = [_Layer.of(layer) for layer in self.stage.layers.values()]  # type: ignore[arg-type]
+        cores: list[Any] = [cast(Layer, one).attention.core for one in self.stage.layers.values()]
+        layers = [
+            _Layer(**weights_of(layer), form=core.form, kernel=core.kernel)
+            for layer, core in zip(self.stage.layers.values(), cores, strict=True)
+        ]
         held = [p.data_ptr() for p in self.stage.parameters()]
         if held != getattr(self, "_held", None):
             self._graphs.clear()

@@ -1,0 +1,49 @@
+"""How an objective has the model write texts for it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megarlx.config.section import Named, Section
+
+
+class OwnSamplesConfig(Section):
+    """Prompts, and what a process does at once."""
+
+    prompts: str = Field(
+        default="{made}/prompts.jsonl",
+        description="JSONL file, one prompt a line; {made}: data.maker's folder",
+    )
+    question_key: str = Field(default="question", description="Key of the question in a line")
+    template: str | None = Field(
+        default=None, description="Name of one of [templates]; absent: [template]"
+    )
+    max_completion_tokens: int = Field(default=128, ge=1, description="Longest completion")
+    max_prompt_tokens: int | None = Field(
+        default=None, ge=1, description="Longest prompt; absent: what the model allows"
+    )
+    too_long: Literal["stop", "skip"] = Field(
+        default="stop", description="What happens with prompts, or rollouts, longer than that"
+    )
+    tokens_per_microbatch: int = Field(
+        default=4096, ge=1, description="Tokens a process takes through the model at once"
+    )
+    generator: Annotated[str, Named("generator")] = Field(
+        default="engine", description="What draws the samples"
+    )
+    slots: int = Field(
+        default=256, ge=1, description="Sequences that are generated at once by a process"
+    )
+    prefill_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Prompt tokens a process takes through the model at once; absent: 16,384 on a "
+        "GPU, 1,024 on a CPU",
+    )
+
+    @property
+    def most_written_tokens(self) -> int:
+        """Of one sample, by the model."""
+        return self.max_completion_tokens
