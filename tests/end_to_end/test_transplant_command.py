@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_branch_command import TRUNK as BRANCHED
 from torch import Tensor
 from training_runs import ROOT, tool, train
 
@@ -18,35 +19,9 @@ from megarlx.hf.trunk import find_checkpoint
 from megarlx.run import transplant as transplants
 from megarlx.training.metrics import read_metrics
 
-TRUNK = """
-[model]
-family = "olmo2"
-vocab_size = 400
-hidden_size = 24
-layers = 2
-heads = 2
-intermediate_size = 40
-max_sequence_length = 128
-[training]
-steps = 8
-sequences_per_step = 4
-sequences_per_microbatch = 4
-sequence_length = 128
-[optimizer]
-lr = 2e-3
-warmup_steps = 2
-[data]
-maker = "world"
-folder = "{world}"
-[data.options]
-documents = 300
-held_out_documents = 20
-prompts = 24
-settings = {{ quantities = 1, steps = [1.0, 1.0], demonstrations_per_question = 2 }}
-[checkpoints]
-save_every_steps = 4
-[logging]
-log_every_steps = 1
+TRUNK = (
+    BRANCHED
+    + """
 validation_sequences = 4
 [[evaluation.suites]]
 name = "math"
@@ -67,6 +42,7 @@ ks = [1]
 max_new_tokens = 8
 form = "answer_format"
 """
+)
 SFT = ROOT / "configs" / "recipes" / "sft.toml"
 SHORT = (
     "stages.0.steps=3",
