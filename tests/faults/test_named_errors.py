@@ -6,6 +6,7 @@ import os
 import resource
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import count, islice
 from pathlib import Path
 
 import pytest
@@ -47,9 +48,11 @@ def test_a_full_disk_names_the_metrics_and_the_log(tmp_path: Path) -> None:
 
 @pytest.fixture
 def few_files() -> Iterator[None]:
+    """The limit is of the largest number of a file, not of how many there are: two are left."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    used = len(os.listdir("/proc/self/fd"))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 2, before[1]))
+    used = set(map(int, os.listdir("/proc/self/fd")))
+    free = (number for number in count() if number not in used)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next(islice(free, 2, None)), before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
