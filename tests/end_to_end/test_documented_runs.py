@@ -187,6 +187,7 @@ PROGRAMS = ("make", "git", "pip", "python", "python3", "docker", "tensorboard", 
 INSTALLS = "installs: run by people, and by CI"
 OTHERS = {
     "make ": "run by CI and by people; that the targets exist is tested",
+    "python benchmarks/": "measures, alone on the machine; tests/unit/ops has what it measures",
     "git clone ": INSTALLS,
     "python3 -m venv ": INSTALLS,
     "pip install ": INSTALLS,
