@@ -77,7 +77,7 @@ def check_losses(card: Any) -> None:
     check(card, ops.token_loss_sums, logits, targets, mask, *place)
     partials = ops.token_loss_sums(*card.moved([logits, targets, mask, *place]))
     slopes = (partials, targets, mask, *torch.rand(3, 9), *place)
-    for gradient in (None, torch.empty(9, 32), torch.empty(9, 32, dtype=torch.bfloat16)):
+    for gradient in (None, torch.zeros(9, 32), torch.zeros(9, 32, dtype=torch.bfloat16)):
         check(card, ops.token_loss_gradient_, logits, *slopes, gradient)
     for factor in (1.0, 0.5):
         check(card, ops._scale_gradient_, torch.rand(9, 32), number(factor))
@@ -94,13 +94,13 @@ def check_updates(card: Any) -> None:
             card, ops.average_adamw_, master, *buffers,
             lrs=two, beta1s=[0.9, 0.9], beta2s=[0.95, 0.95], eps=[1e-8, 1e-8], weight_decays=two,
             steps=torch.zeros(2, dtype=torch.int64), clips=two, weights=two, found_inf=None,
-            param_out=torch.empty(37, dtype=torch.bfloat16),
+            param_out=torch.zeros(37, dtype=torch.bfloat16),
         )  # fmt: skip
         check(
             card, ops.adamw_update_, master, *(buffer[0] for buffer in buffers),
             lr=one, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=one,
             steps=torch.zeros(1, dtype=torch.int64), clip=one, found_inf=None,
-            delta=torch.empty(37, dtype=dtype),
+            delta=torch.zeros(37, dtype=dtype),
         )  # fmt: skip
         wire = torch.zeros(37, dtype=torch.bfloat16)
         check(card, ops.replica_average_pack, master, one, None, wire)
@@ -139,12 +139,12 @@ def check_decode_parts(card: Any) -> None:
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         x, y, weight, turn = (torch.rand(*s).to(dtype) for s in ((3, 8), (3, 8), (8,), (8, 2)))
         check(card, ops.decode_norm_, x, y, weight, 1e-5, None)
-        check(card, ops.decode_norm_, x, y, weight, 1e-5, torch.empty_like(x))
-        check(card, ops.decode_swiglu_, x, torch.empty(3, 4, dtype=dtype))
+        check(card, ops.decode_norm_, x, y, weight, 1e-5, torch.zeros_like(x))
+        check(card, ops.decode_swiglu_, x, torch.zeros(3, 4, dtype=dtype))
         qkv, cache = torch.rand(3, 16).to(dtype), torch.zeros(2, 4, 1, 4, dtype=dtype)
         table, places = torch.tensor([[0, 1]], dtype=torch.int32), torch.arange(3)
         given = (qkv, cache, cache.clone(), table, 0 * places, places, turn, turn)
-        q = torch.empty(3, 2, 4, dtype=dtype)
+        q = torch.rand(3, 2, 4).to(dtype)
         check(card, ops.decode_heads_, *given, weight[:4], weight[:4], None, 1, 1e-5, q)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         check(card, ops.merge_attention, *(q, torch.rand(3, 2, dtype=wide)) * 2)
