@@ -39,7 +39,7 @@ from megarlx.generation.stop import Detokenize
 from megarlx.generation.widths import NARROW, ladder, rows_agree
 from megarlx.model.build import ParallelModel
 from megarlx.model.documents import padded_length
-from megarlx.model.kv_cache import PageTable
+from megarlx.model.kv_cache import PageTable, shares_prompts
 from megarlx.model.transformer import Stage
 
 
@@ -96,7 +96,7 @@ class Engine:
             self.idle_slot + 1,
             longest,
             size=PAGE_TOKENS["cpu" if on_cpu else "cuda"],
-            shares=slots > 1,  # alone, a sequence has nobody to read its prompt with
+            shares=shares_prompts(slots, on_cpu),
             tokens=cache_tokens,
             device=self.device,
         )

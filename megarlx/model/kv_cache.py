@@ -74,6 +74,12 @@ class PageTable:
         return self.rows[slots, column].long() * self.size + inside % self.size
 
 
+def shares_prompts(slots: int, on_cpu: bool) -> bool:
+    """A CPU reads a prompt where it lies, whoever shares it. On a card a shared part is two launches
+    a layer, which a slot alone has no use for."""
+    return on_cpu or slots > 1
+
+
 def pages_of_slots(slots: int, longest: int, *, size: int, shares: bool) -> int:
     """As many as so many sequences of the longest length fill. A prompt's last page is half full in
     the mean: small pages have one more a slot, so that nobody waits; large ones cost too much."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from megarlx.choices import PAGE_TOKENS
-from megarlx.model.kv_cache import pages_of_slots
+from megarlx.model.kv_cache import pages_of_slots, shares_prompts
 from megarlx.parallel.pipeline_actions import computations, most_held
 from megarlx.planning.activations import (
     Widths,
@@ -130,7 +130,7 @@ def kv_cache_bytes(job: Job, pp_rank: int, rollouts: Rollouts) -> int:
     slots = -(-rollouts.slots // job.pp) * job.pp
     size = PAGE_TOKENS["cuda" if job.on_gpu else "cpu"]
     if rollouts.cache_tokens is None:
-        shares = rollouts.slots > 1
+        shares = shares_prompts(rollouts.slots, not job.on_gpu)
         pages = pages_of_slots(slots, rollouts.longest, size=size, shares=shares)
     else:
         pages = -(-rollouts.cache_tokens // size)

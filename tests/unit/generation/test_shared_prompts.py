@@ -14,13 +14,14 @@ from flash_stand_ins import Stand
 from generation_cases import engine, mixed_requests, prompt, same_bits, small_stage
 from test_ahead import NATIVE, in_place_on_a_cpu
 
+from megarlx.generation import engine as engines
 from megarlx.generation.decoders import in_place
 from megarlx.generation.engine import Engine
 from megarlx.generation.requests import Completion, Request, SamplingSettings
 from megarlx.model.attention_form import AttentionForm
 from megarlx.model.attention_sdpa import SDPA
 from megarlx.model.documents import Documents
-from megarlx.model.kv_cache import CacheStep, KVCache, PageTable
+from megarlx.model.kv_cache import CacheStep, KVCache, PageTable, shares_prompts
 
 __all__ = ["in_place_on_a_cpu"]
 
@@ -147,9 +148,10 @@ def test_a_prompt_is_read_once_for_its_group(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("slots", [1, 3])
-def test_an_engine_of_one_slot_has_one_part(
+def test_on_a_card_an_engine_of_one_slot_has_one_part(
     slots: int, in_place_on_a_cpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(engines, "shares_prompts", lambda slots, _: shares_prompts(slots, False))
     stand = two_parts(monkeypatch)
     stage, requests = small_stage("qwen3", torch.float64), mixed_requests(3, 2)
     expected = engine(stage).generate(requests, SamplingSettings(), seed=1)
