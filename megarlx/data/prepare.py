@@ -267,7 +267,7 @@ def make_piece(
                 else:
                     empty += 1
             for ids in _encode(tokenizer, texts, piece):
-                writer.add([*ids, tokenizer.eos_id])
+                writer.add([*tokenizer.begun(ids), tokenizer.eos_id])
             del examples[EXAMPLES_KEPT:]
     marker = {
         "documents": writer.documents,
@@ -343,6 +343,7 @@ def _join(
             "name": tokenizer.name,
             "fingerprint": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
+            "bos_id": tokenizer.bos_id,
             "eos_id": tokenizer.eos_id,
         },
         "inputs": [{"path": path, "bytes": size} for path, (size, _) in plan["inputs"].items()],

@@ -169,7 +169,7 @@ class Converter:
             return 0
         run = run_of(source.path)
         kept = kept_files(run)
-        tokenizer = None if kept else tokenizer_of_run(run)
+        tokenizer = tokenizer_of_run(run)
         template = export.learned_template(run, source.manifest.state)
         export.write_beside_tensors(job, model, kept, tokenizer, template)
         export.give_name(job, asked.target)

@@ -62,7 +62,7 @@ def hugging_face_tokenizer(tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[s
     return definition, config
 
 
-def chat_template(template: TemplateConfig) -> str:
+def chat_template(template: TemplateConfig, tokenizer: Tokenizer) -> str:
     """A run's [template] in Jinja, for `apply_chat_template`: the text whose ids it was trained on,
     `add_generation_prompt` for what stands before an answer."""
     if template.chat is not None:
@@ -82,15 +82,17 @@ def chat_template(template: TemplateConfig) -> str:
         before, after = frame.split(PLACE)
         return literal(before) + "{{ message['content'] }}" + literal(after)
 
-    opening = literal(template.opening)
+    opening, end = literal(template.opening), literal(tokenizer.eos_text) + "{% endif %}"
     roles = (
         "{% if message['role'] == 'user' %}" + turn(template.user),
         "{% elif message['role'] == 'system' %}" + turn(template.system),
         "{% elif message['role'] == 'tool' %}" + turn(template.tool),
-        "{% else %}" + opening + turn(template.assistant) + "{{ eos_token }}{% endif %}",
+        "{% else %}" + opening + turn(template.assistant) + end,
     )
     prompt = "{% if add_generation_prompt %}" + opening + "{% endif %}" if opening else ""
-    return "{% for message in messages %}" + "".join(roles) + "{% endfor %}" + prompt
+    bos = tokenizer.bos_text
+    begin = "" if template.user.startswith(bos) else literal(bos)
+    return begin + "{% for message in messages %}" + "".join(roles) + "{% endfor %}" + prompt
 
 
 def chat_of(folder: Path, tokenizer: Tokenizer | None) -> TemplateConfig | None:

@@ -127,9 +127,11 @@ def test_the_exported_chat_template_writes_what_the_model_was_trained_on(
     tmp_path: Path, template: dict[str, str]
 ) -> None:
     settings, tokenizer = TemplateConfig(**template), ByteTokenizer()
-    (written(tokenizer, tmp_path) / "chat_template.jinja").write_text(chat_template(settings))
+    (written(tokenizer, tmp_path) / "chat_template.jinja").write_text(
+        chat_template(settings, tokenizer)
+    )
     found = chat_of(tmp_path, tokenizer)
-    assert found == TemplateConfig(chat=chat_template(settings))
+    assert found == TemplateConfig(chat=chat_template(settings, tokenizer))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     turns = [Turn("system", "be short"), Turn("user", ODD), Turn("assistant", ODD)]
     ours = Frames(**settings.model_dump(exclude={"chat", "bos"}))
