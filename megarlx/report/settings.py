@@ -12,7 +12,6 @@ from megarlx.config.model import resolved_model
 from megarlx.config.objectives import MADE
 from megarlx.report.runs import Run
 
-
 TEMPLATES = ("template.", "templates.")
 LONGEST_VALUE = 32  # characters of a setting's value, as JSON, in a label
 

@@ -131,7 +131,15 @@ class OpenedRun:
 
         Another seed gives other samples.
         """
+        if isinstance(prompts, str) or samples < 1:
+            raise RunError(
+                f"prompts is {prompts!r:.60}; give a list of them"
+                if isinstance(prompts, str)
+                else f"samples is {samples}; allowed are 1 and more"
+            )
         sampling = self._sampling(temperature, top_p)
+        if not prompts:
+            return Samples([], (), sampling.temperature)
         every = [self.prompt_ids(prompt, raw=raw, template=template) for prompt in prompts]
         requests = [
             Request(
