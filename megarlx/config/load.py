@@ -86,6 +86,14 @@ def load_config(
     return config
 
 
+def checked(kind: type[S], values: Mapping[str, Any], where: str) -> S:
+    """A table that a program gives, refused in the words of a file's."""
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError(_explain(error, kind, {}, where)) from None
+
+
 def over(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """`values`, and what they leave out; tables are put together, anything else is replaced. So is
     what a table with a preset of its own would leave out: the preset says it."""

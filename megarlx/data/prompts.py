@@ -110,7 +110,10 @@ def prompt_of(value: dict[str, Any], keys: PromptKeys) -> Prompt | str:
         return Prompt("", None, value)
     question, answer = value.pop(keys.question, None), value.pop(keys.answer, None)
     if not isinstance(question, str) or not question.strip():
-        return f"'{keys.question}' is {question!r}; expected text (its keys: {', '.join(value)})"
+        return (
+            f"'{keys.question}' is {question!r}; expected text (its keys: {', '.join(value)}); "
+            "question_key and answer_key name others"
+        )
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         answer = str(answer)
     if answer is not None and not isinstance(answer, str):

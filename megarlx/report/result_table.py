@@ -24,7 +24,7 @@ def results(study: Study) -> Table:
     table = Table(box=None, pad_edge=False)
     several = len(study.variants) > 1
     if several:
-        table.add_column("trunk")
+        table.add_column("trunk", overflow="fold")
     table.add_column("tokens")
     table.add_column("recipe")
     ks = KS if study.headline or not study.agent_suites else ()
