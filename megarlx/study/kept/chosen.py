@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from megarlx.study.kept.arms import LATE_STEPS, Arms, evaluation, last_step
+from megarlx.study.kept.arms import Arms, evaluation, last_step, late_steps
 
 PATH = Path("configs/kept_chosen.toml")
 CHOOSING = "validation"
@@ -38,7 +38,7 @@ def rates(trunks: Sequence[Arms], starts: Sequence[str]) -> Choices:
     for arms in trunks:
         for start in starts:
             for rate, run in arms.rates(start).items():
-                for k in LATE_STEPS:
+                for k in late_steps(trunks):
                     measured = evaluation(run, k, CHOOSING)
                     if measured is not None:
                         values = found.setdefault(key(start, k), {}).setdefault(rate, [])

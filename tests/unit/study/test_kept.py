@@ -17,15 +17,16 @@ from megarlx.report.study import Study
 from megarlx.study.claims import kept as claims
 from megarlx.study.expected import KEPT_PAGE, kept_hash, stated_hash
 from megarlx.study.kept import arms as arms_module
-from megarlx.study.kept.arms import arms_of
+from megarlx.study.kept.arms import Arms, worlds_of
 from megarlx.study.kept.chosen import alphas, best, key, rates
+from megarlx.study.kept.facts import transfer
 from megarlx.study.kept.figure import draw
 from megarlx.study.kept.shown import sections
-from megarlx.study.kept.table import STARTS, Table, transfer
+from megarlx.study.kept.table import STARTS, Table
 
 ROOT = Path(__file__).resolve().parents[3]
 MIDDLE, END, SEEDS = 1750, 2500, (130, 131, 132, 133)
-RATES = {key(start, k): "0.0002" for start in STARTS for k in arms_module.LATE_STEPS}
+RATES = {key(start, k): "0.0002" for start in STARTS for k in (10, 20, 40, 80)}
 KEPT_RATES = {**RATES, key("", 10): "0.0004"}
 
 
@@ -63,7 +64,10 @@ def made_run(
         None if parent is None else Parent(f"kept/{parent[0]}-seed-{seed}", parent[1], 1000, True)
     )
     steps = max((e.iteration for e in evaluations), default=0)
-    settings = {"stages": [{"steps": steps, "objectives": {"rl": {}}}]}
+    settings: dict[str, object] = {"stages": [{"steps": steps, "objectives": {"rl": {}}}]}
+    if name.startswith("rl_early"):
+        after = {"steps": steps - 80, "objectives": {"pretraining": {}}}
+        settings = {"stages": [{"steps": 80, "objectives": {"rl": {}}}, after]}
     settings = {"training": {"steps": END}} if name == "trunk" else settings
     lines = tuple({"step": float(e.iteration), "cost/flop": flop} for e in evaluations)
     recipe = None if parent is None else "transplant" if parts else "rl"
@@ -115,6 +119,12 @@ def of_seed(seed: int, jitter: float) -> list[Run]:
         name = f"rl-late-from-vector-rl-lr-{rate}"
         runs.append(made_run(name, seed, more, ("vector-rl", END), flop=2e11))
     return runs
+
+
+def arms_of(study: Study) -> list[Arms]:
+    """Of the one world that is there."""
+    (found,) = worlds_of(study).values()
+    return found
 
 
 @pytest.fixture
@@ -218,7 +228,7 @@ def test_every_section_is_printed_and_the_figure_drawn(table: Table, tmp_path: P
     for title in (*said, "Dose", "Facts that only"):
         assert any(one.startswith(title) for one in titles), title
     assert all(len(row) == len(head) for _, head, rows in sections(table) for row in rows)
-    draw(table, tmp_path / "kept.png")
+    draw({"kept": table}, tmp_path / "kept.png")
     assert (tmp_path / "kept.png").stat().st_size > 10_000
 
 
@@ -302,7 +312,7 @@ def test_the_kept_page_states_the_hash_of_its_sweeps_and_of_the_rates(
         "kept.toml": ("alpha = [0.25]", "alpha = [0.5]"),
         "kept_arithmetic.toml": ("permuted:0", "permuted:1"),
         "kept_facts.toml": ('"stages.0.steps" = 320', '"stages.0.steps" = 640'),
-        "recipes/kept/corpus_then_rl.toml": ("steps = 600", "steps = 500"),
+        "recipes/kept/corpus.toml": ("steps = 600", "steps = 500"),
     }
     for name, (before, after) in changes.items():
         path = tmp_path / "configs" / name
