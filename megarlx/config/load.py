@@ -46,7 +46,13 @@ def load_config(
 
 
 @overload
-def load_config(path: str | Path, overrides: Sequence[str], kind: type[S]) -> S: ...
+def load_config(
+    path: str | Path,
+    overrides: Sequence[str],
+    kind: type[S],
+    *,
+    prepare: Prepare | None = None,
+) -> S: ...
 
 
 def load_config(

@@ -149,8 +149,10 @@ class PromptData:
         self.too_long = 0
         self._ids: list[tuple[int, ...]] = []
         for prompt in prompts:
-            asked = (Turn("user", prompt.question),) if prompt.question else ()
-            ids = shots + template.prompt_ids(asked, tokenizer, follows=bool(shots))
+            ids = list(shots)
+            if prompt.question:  # an environment says by itself how its task begins
+                asked = (Turn("user", prompt.question),)
+                ids += template.prompt_ids(asked, tokenizer, follows=bool(shots))
             if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
                 if too_long == "stop":
                     raise PromptError(

@@ -138,6 +138,12 @@ def test_a_text_and_a_conversation_are_read_as_transformers_reads_them(
     assert sampled.made[0].tokens.tolist() == greedy[0, len(raw) :].tolist()
 
 
+def test_a_model_is_measured_by_the_suites_of_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "models/own", "--config", "data/suites.toml"]) == 0
+    assert main(["evaluate", "models/own", "--config", "data/sft.toml"]) == 0
+    assert "text: there already\nsums: there already" in capsys.readouterr().out
+
+
 def test_what_a_run_names_next_can_be_typed(capsys: pytest.CaptureFixture[str]) -> None:
     """Its suites are scored by a reward of the user's, which another run may not name unasked."""
     assert main(["branch", "models/own", "data/sft.toml", "--out", "runs/sft"]) == 0
