@@ -141,7 +141,7 @@ def _kept(study: Study, figure: Path | None) -> int:
 
 def _kept_tuning(study: Study) -> int:
     from megarlx.study.kept.arms import worlds_of
-    from megarlx.study.kept.chosen import PATH, alphas, best, rates
+    from megarlx.study.kept.chosen import PATH, alphas, best, corpus_steps, rates
     from megarlx.study.kept.facts import checks
     from megarlx.study.kept.table import STARTS
 
@@ -169,6 +169,8 @@ def _kept_tuning(study: Study) -> int:
         ]
         if rows:
             _print(["check", "points", f"of seeds {seeds}", ""], rows)
+        if (steps := corpus_steps(trunks)) is not None:
+            _say(f"{steps} steps of pre-training cost what early RL does: of the control corpus")
         if chosen := {what: best(by) for what, by in found.items() if what in rates_}:
             _say(f"For {PATH}:\n\n[{world}.rates]")
             _say("\n".join(f'"{what}" = {rate}' for what, rate in chosen.items()))

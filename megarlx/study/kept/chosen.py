@@ -46,6 +46,17 @@ def rates(trunks: Sequence[Arms], starts: Sequence[str]) -> Choices:
     return _means(found, len(trunks))
 
 
+def corpus_steps(trunks: Sequence[Arms]) -> int | None:
+    """Steps of pre-training that cost what early RL does, to the nearest ten."""
+    found = []
+    for arms in trunks:
+        rl, done = arms.of("rl", arms.middle), arms.trunk.steps_done
+        spent = arms.trunk.cost().get("flop", 0.0)
+        if rl is not None and done and spent:
+            found.append(arms.flop(rl)[0] / (spent / done))
+    return round(fmean(found) / 10) * 10 if found else None
+
+
 def key(start: str, k: int) -> str:
     return f"{start or 'late-only'} at {k}"
 

@@ -106,11 +106,13 @@ class Table:
         own = [arms for arms in self.trunks if arms.seed in points]
         bases = [b for arms in own if (b := point(arms.trunk, arms.end)) is not None]
         gains = [points[arms.seed].y - b.y for arms, b in zip(own, bases, strict=True)]
+        flop = [arms.flop(*places[arms.seed]) for arms in own]
         return Row(
             label,
             places,
             points,
-            *map(fmean, zip(*(a.flop(*places[a.seed]) for a in own), strict=True)),
+            fmean(early for early, _ in flop),
+            fmean(late for _, late in flop),
             interval_of_trunks(gains),
             interval_of_mean([_by_question(arms, *places[arms.seed]) for arms in own]),
             _apart(bases, [points[arms.seed] for arms in own]),

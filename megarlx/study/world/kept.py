@@ -44,7 +44,7 @@ class KeptFacts:
     def _training(self, number: int) -> list[Problem]:
         """Of one fact: different questions."""
         found: dict[str, Problem] = {}
-        for index in range(TRIES):
+        for index in range(10 * A_FACT):
             for problem in self._problem("train", number, index):
                 found.setdefault(self.world.writer.question(problem), problem)
             if len(found) == A_FACT or not found:
