@@ -6,6 +6,7 @@
 #include "math/adamw.h"
 #include "math/decode.h"
 #include "math/elementwise.h"
+#include "math/narrow_product.h"
 #include "math/normal.h"
 #include "math/replica_average.h"
 #include "math/sample.h"
@@ -49,6 +50,7 @@ void sum_blocks(Dtype precision, const void* sums, std::int64_t blocks, std::int
 void normal_slice(const normal::Args& args, cudaStream_t stream);
 
 // decode
+void narrow_product(const NarrowProductArgs& args, cudaStream_t stream);
 void merge_attention(const MergeArgs& args, cudaStream_t stream);
 void decode_advance(const AdvanceArgs& args, cudaStream_t stream);
 

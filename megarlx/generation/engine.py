@@ -21,6 +21,7 @@ from megarlx.comm.collectives import all_reduce_
 from megarlx.comm.groups import Mesh
 from megarlx.generation.ahead import AheadRun, DeviceRows
 from megarlx.generation.decoders.choose import decoder_of
+from megarlx.generation.decoders.fp8 import Fp8Products
 from megarlx.generation.decoders.in_place import InPlaceDecoder
 from megarlx.generation.decoders.interface import Decoder
 from megarlx.generation.decoders.stage import StageDecoder
@@ -40,6 +41,7 @@ from megarlx.generation.widths import NARROW, ladder, rows_agree
 from megarlx.model.build import ParallelModel
 from megarlx.model.documents import padded_length
 from megarlx.model.transformer import Stage
+from megarlx.ops.narrow_product import MOST_ROWS
 
 
 class Engine:
@@ -55,12 +57,14 @@ class Engine:
         detokenize: Detokenize | None = None,
         prefill_tokens: int | None = None,
         one_width: bool | None = None,
+        fp8: bool = False,
     ) -> None:
         """`stages` are those of this rank; `detokenize` is needed for stop strings only.
 
         one_width     decode every step at the width of all slots; by default only where the rows
                       of products of different widths differ, and never on CUDA
         prefill_tokens  most tokens of several prompts in one product; None: by the device
+        fp8             decode with weights in fp8, where fp8.without_fp8 has nothing against it
         """
         self.stages, self.mesh = list(stages), Mesh.alone() if mesh is None else mesh
         self.config = self.stages[0].config
@@ -74,7 +78,7 @@ class Engine:
         self.longest, self.detokenize = longest, detokenize
         self.device = next(self.stages[0].parameters()).device
         each = -(-slots // self.ranks) if slots > 0 else 0
-        self.widths = ladder(each)
+        self.widths = self._widths(each)
         self.slots = [range(g * each, (g + 1) * each) for g in range(self.ranks)]
         self.idle_slot = self.ranks * each  # where rows of padding write
         on_cpu = self.device.type == "cpu"
@@ -90,7 +94,9 @@ class Engine:
         most, places = self.widths[-1], padded_length(longest)
         self.caches = [stage.kv_cache(self.idle_slot + 1, places) for stage in self.stages]
         self.decoders: list[Decoder] = [
-            decoder_of(stage)(stage, cache, most)
+            InPlaceDecoder(stage, cache, most, Fp8Products(most))
+            if fp8
+            else decoder_of(stage)(stage, cache, most)
             for stage, cache in zip(self.stages, self.caches, strict=True)
         ]
         self.pads = any(decoder.pads for decoder in self.decoders)
@@ -99,6 +105,11 @@ class Engine:
             index: StageDecoder(self.stages[index], self.caches[index], most)
             for index, decoder in enumerate(self.decoders)
             if not isinstance(decoder, StageDecoder)
+        }
+        # what is compared in place of a decoder that rounds the weights
+        self.exact: dict[int, Decoder] = {
+            index: InPlaceDecoder(self.stages[index], self.caches[index], most)
+            for index in (self.unchecked if fp8 else ())
         }
         self.rows = [Rows(most, self.idle_slot, self.device) for _ in self.slots]
         # Where one rank decodes in graphs that feed themselves, the host need not see each token.
@@ -145,6 +156,13 @@ class Engine:
         """
         run = Run(self, requests, sampling, seed, on_turns_end, max_tokens, feed_up_to)
         return run.to_the_end().trajectories()
+
+    def _widths(self, slots: int) -> tuple[int, ...]:
+        """Few slots on CUDA have one width: it costs what their matrices cost to read."""
+        in_place = all(decoder_of(stage) is InPlaceDecoder for stage in self.stages)
+        if self.device.type == "cuda" and in_place and 0 < slots <= MOST_ROWS:
+            return (slots,)
+        return ladder(slots)
 
     def _rows_agree(self, widths: Sequence[int]) -> bool:
         weights = [p.detach() for stage in self.stages for p in stage.parameters()]
