@@ -78,12 +78,15 @@ class Engine:
         self.longest, self.detokenize = longest, detokenize
         self.device = next(self.stages[0].parameters()).device
         each = -(-slots // self.ranks) if slots > 0 else 0
-        self.widths = self._widths(each)
+        in_place = all(decoder_of(stage) is InPlaceDecoder for stage in self.stages)
+        # few rows cost what their matrices cost to read, so they need no second width
+        few = in_place and 0 < each <= MOST_ROWS
+        self.widths = (each,) if few else ladder(each)
         self.slots = [range(g * each, (g + 1) * each) for g in range(self.ranks)]
         self.idle_slot = self.ranks * each  # where rows of padding write
         on_cpu = self.device.type == "cpu"
         self.prefill_tokens = prefill_tokens or PREFILL_TOKENS["cpu" if on_cpu else "cuda"]
-        if one_width is None and self.device.type == "cpu":
+        if one_width is None and on_cpu and not few:
             one_width = not self._rows_agree(self.widths)
             # sequence parallelism splits the rows of the model's own layers
             if not one_width and not self.stages[0].sequence_parallel:
@@ -156,13 +159,6 @@ class Engine:
         """
         run = Run(self, requests, sampling, seed, on_turns_end, max_tokens, feed_up_to)
         return run.to_the_end().trajectories()
-
-    def _widths(self, slots: int) -> tuple[int, ...]:
-        """Few slots on CUDA have one width: it costs what their matrices cost to read."""
-        in_place = all(decoder_of(stage) is InPlaceDecoder for stage in self.stages)
-        if self.device.type == "cuda" and in_place and 0 < slots <= MOST_ROWS:
-            return (slots,)
-        return ladder(slots)
 
     def _rows_agree(self, widths: Sequence[int]) -> bool:
         weights = [p.detach() for stage in self.stages for p in stage.parameters()]
