@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megarlx.choices import PREFILL_TOKENS
+from megarlx.choices import PAGE_TOKENS, PREFILL_TOKENS
 from megarlx.comm.collectives import all_reduce_
 from megarlx.comm.groups import Mesh
 from megarlx.generation.ahead import AheadRun, DeviceRows
@@ -40,6 +40,7 @@ from megarlx.generation.stop import Detokenize
 from megarlx.generation.widths import NARROW, ladder, rows_agree
 from megarlx.model.build import ParallelModel
 from megarlx.model.documents import padded_length
+from megarlx.model.kv_cache import PageTable, shares_prompts
 from megarlx.model.transformer import Stage
 from megarlx.ops.narrow_product import MOST_ROWS
 
@@ -57,6 +58,7 @@ class Engine:
         detokenize: Detokenize | None = None,
         prefill_tokens: int | None = None,
         one_width: bool | None = None,
+        cache_tokens: int | None = None,
         fp8: bool = False,
     ) -> None:
         """`stages` are those of this rank; `detokenize` is needed for stop strings only.
@@ -64,6 +66,8 @@ class Engine:
         one_width     decode every step at the width of all slots; by default only where the rows
                       of products of different widths differ, and never on CUDA
         prefill_tokens  most tokens of several prompts in one product; None: by the device
+        cache_tokens  that the caches hold, in whole pages; None: what `slots` sequences of the
+                      longest length fill
         fp8             decode with weights in fp8, where fp8.without_fp8 has nothing against it
         """
         self.stages, self.mesh = list(stages), Mesh.alone() if mesh is None else mesh
@@ -95,7 +99,15 @@ class Engine:
         if one_width:
             self.widths, self.prefill_tokens = self.widths[-1:], 0
         most, places = self.widths[-1], padded_length(longest)
-        self.caches = [stage.kv_cache(self.idle_slot + 1, places) for stage in self.stages]
+        self.table = PageTable.empty(
+            self.idle_slot + 1,
+            longest,
+            size=PAGE_TOKENS["cpu" if on_cpu else "cuda"],
+            shares=shares_prompts(slots, on_cpu),
+            tokens=cache_tokens,
+            device=self.device,
+        )
+        self.caches = [stage.kv_cache(self.table) for stage in self.stages]
         self.decoders: list[Decoder] = [
             InPlaceDecoder(stage, cache, most, Fp8Products(most))
             if fp8

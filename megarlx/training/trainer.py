@@ -117,7 +117,7 @@ class Trainer:
         results = self.model.pipeline.forward_backward(
             batch.microbatches,
             partial(objective.loss, normalizer=normalizer),
-            on_gradient_ready=data_parallel.ready,
+            on_gradient_ready=data_parallel.ready if data_parallel.reduces_early else None,
         )
         data_parallel.finish()
         if not self.stage.in_replicas:

@@ -64,7 +64,7 @@ class InPlaceDecoder:
         self.stage, self.cache, config = stage, cache, stage.config
         self.products = products or Products(most_rows)
         some = next(stage.parameters())
-        self.device, self.places = some.device, cache.keys.shape[2]
+        self.device, self.places = some.device, cache.table.longest
         places = torch.arange(self.places, device=self.device)
         radians = next(iter(stage.radians.values())).to(self.device)
         cosines, sines = rope.rotation(places, radians, some.dtype)
@@ -171,11 +171,12 @@ class InPlaceDecoder:
             b.qkv,
             held.keys,
             held.values,
-            held.step.slot_index,
+            held.step.slots,
             held.step.starts,
             self.cosines,
             self.sines,
             b.q,
+            table=self.cache.table.rows,
             q_weight=layer.weights.q_norm,
             k_weight=layer.weights.k_norm,
             eps=self.stage.config.norm_eps,
