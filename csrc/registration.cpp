@@ -85,6 +85,7 @@ TORCH_LIBRARY(megarlx, m) {
   m.def(
       "narrow_product_(Tensor x, Tensor weight, Tensor? bias, Tensor? scales, bool dependent, "
       "Tensor(a!) out) -> ()");
+  m.def("e4m3_rows_(Tensor x, Tensor(a!) values, Tensor(b!) scales) -> ()");
   // on both: heads into q and the cache, whose pages a table may name; the halves of attention over
   // a shared and an own part; the end of a step
   m.def(

@@ -21,6 +21,7 @@ from megarlx.comm.groups import Group
 from megarlx.ops import sample
 from megarlx.ops.averaging import adamw_update_, average_adamw_, replica_average_
 from megarlx.ops.decode_parts import StepState, decode_advance_
+from megarlx.ops.e4m3 import e4m3_rows_
 from megarlx.ops.linear_token_loss import linear_token_loss
 from megarlx.ops.loss_spec import LossSpec
 from megarlx.ops.narrow_product import narrow_product_
@@ -171,7 +172,9 @@ def once_narrow_product(device: torch.device) -> None:
             narrow_product_(x, weight, out, bias=weight[:, 0].contiguous(), dependent=True)
             assert bool(out.isfinite().all())
             if dtype == half:
-                scales, narrow = torch.ones(9, device=device), weight.to(torch.float8_e4m3fn)
+                scales = torch.empty(9, device=device)
+                narrow = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
+                e4m3_rows_(weight, narrow, scales)
                 narrow_product_(x, narrow, out, scales=scales)
                 assert bool(out.isfinite().all())
 

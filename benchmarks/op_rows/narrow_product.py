@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from timing import Row, interleaved_seconds, row
 
-from megarlx.generation.decoders.fp8 import Fp8Weight
+from megarlx.generation.decoders.fp8 import Fp8Rows
 from megarlx.ops.narrow_product import narrow_product_
 
 BEYOND_CACHES = 256 << 20  # bytes
@@ -35,7 +35,7 @@ class Problem:
         self.weights = torch.randn(shape, device=self.device).to(self.dtype)
         self.x = torch.randn(self.rows, self.columns, **made)
         self.out = torch.empty(self.rows, self.outputs, **made)
-        self.narrow: list[Fp8Weight] = []
+        self.narrow: list[Fp8Rows] = []
 
     def weight(self, number: int) -> torch.Tensor:
         return self.weights[number % len(self.weights)]
@@ -45,9 +45,7 @@ class Problem:
 
     def fp8(self, number: int) -> None:
         if not self.narrow:
-            self.narrow = [Fp8Weight.like(weight) for weight in self.weights]
-            for target, weight in zip(self.narrow, self.weights, strict=True):
-                target.take_(weight)
+            self.narrow = [Fp8Rows.like(weight).take_(weight) for weight in self.weights]
         held = self.narrow[number % len(self.narrow)]
         narrow_product_(self.x, held.values, self.out, scales=held.scales)
 

@@ -5,6 +5,7 @@
 
 #include "math/adamw.h"
 #include "math/decode.h"
+#include "math/e4m3.h"
 #include "math/elementwise.h"
 #include "math/narrow_product.h"
 #include "math/normal.h"
@@ -51,6 +52,7 @@ void normal_slice(const normal::Args& args, cudaStream_t stream);
 
 // decode
 void narrow_product(const NarrowProductArgs& args, cudaStream_t stream);
+void e4m3_rows(const E4m3Args& args, cudaStream_t stream);
 void merge_attention(const MergeArgs& args, cudaStream_t stream);
 void decode_advance(const AdvanceArgs& args, cudaStream_t stream);
 

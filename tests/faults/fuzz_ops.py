@@ -182,6 +182,10 @@ OWN: dict[str, dict[str, Callable[[], Any]]] = {
         "dependent": lambda: False,
         "out": lambda: floats(T, F),
     },
+    "e4m3_rows_": {
+        "values": lambda: floats(T, D).to(torch.float8_e4m3fn),
+        "scales": lambda: floats(T),
+    },
     "_heads_backward_sums": {
         "grad_q": lambda: floats(T, H, E),
         "grad_k": lambda: floats(T, K, E),

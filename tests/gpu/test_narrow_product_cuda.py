@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megarlx.ops.e4m3 import e4m3_rows_, e4m3_rows_reference
 from megarlx.ops.narrow_product import MOST_ROWS, narrow_product_
 
 E4M3, BF16 = torch.float8_e4m3fn, torch.bfloat16
@@ -94,6 +95,23 @@ def test_what_is_no_number_stays_where_it_is(on_card: Any) -> None:
     assert found[:, 4].isfinite().sum() == 0
     kept = [[r for r in range(MOST_ROWS) if r != 3], [n for n in range(9) if n != 4]]
     assert torch.equal(found[kept[0]][:, kept[1]], clean[kept[0]][:, kept[1]])
+
+
+@pytest.mark.parametrize("columns", [2048, 131, 16])
+@pytest.mark.parametrize("dtype", [BF16, torch.float32, torch.float64])
+def test_rows_are_rounded_to_the_same_bits_as_torch_rounds(
+    on_card: Any, dtype: torch.dtype, columns: int
+) -> None:
+    x = on_card.moved((normal(9, columns) * torch.logspace(-9, 9, 9)[:, None]).to(dtype))
+    x[4, 7], x[5] = torch.nan, 0
+    values = torch.zeros_like(x, dtype=E4M3)
+    scales = torch.full((9,), torch.nan, device=x.device)
+    e4m3_rows_(x, values, scales)
+    expected = e4m3_rows_reference(x)
+    kept = [i for i in range(9) if i != 4]
+    assert torch.equal(values.view(torch.uint8)[kept], expected[0].view(torch.uint8)[kept])
+    assert torch.equal(scales[kept], expected[1][kept])
+    assert scales[4].isnan()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

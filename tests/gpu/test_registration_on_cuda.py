@@ -160,6 +160,8 @@ def check_products(card: Any) -> None:
         x, weight, bias = (torch.rand(*s).to(dtype) for s in ((3, 16), (5, 16), (5,)))
         given = (x, weight, bias, None, True, torch.zeros(3, 5, dtype=dtype))
         check(card, torch.ops.megarlx.narrow_product_, *given)
+        values = torch.zeros(3, 16, dtype=torch.float8_e4m3fn)
+        check(card, torch.ops.megarlx.e4m3_rows_, x, values, torch.zeros(3))
 
 
 def check_weights(card: Any) -> None:

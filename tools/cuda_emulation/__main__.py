@@ -21,7 +21,7 @@ TESTS = [
     *(f"tests/unit/ops/test_{name}.py" for name in ("averaging", "replica_average_halves")),
     *(
         f"tests/unit/ops/test_{name}.py"
-        for name in ("elementwise", "decode_parts", "narrow_product")
+        for name in ("elementwise", "decode_parts", "narrow_product", "e4m3")
     ),
     *(
         f"tests/unit/ops/test_{name}.py"

@@ -345,7 +345,19 @@ def narrow_products(library: Library) -> None:
                 in_place(library, "narrow_product_", x, narrow, *given)
 
 
+def e4m3_rows(library: Library) -> None:
+    for dtype in (BFLOAT16, torch.float32, DOUBLE):
+        for columns in (24, 130, 2060):
+            x, found = normal(5, columns, dtype=dtype, scale=7), []
+            for ops, given in ((library.ops, x), (CPU, x.float())):
+                values = torch.zeros(5, columns, dtype=torch.float8_e4m3fn)
+                found.append((values.view(torch.uint8), torch.zeros(5)))
+                ops.e4m3_rows_(given, values, found[-1][1])
+            assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)), f"{dtype} {columns}"
+
+
 CASES: dict[str, Check] = {
+    "e4m3_kernel": e4m3_rows,
     "narrow_mma_kernel": narrow_products,
     "narrow_fma_kernel": narrow_products,
     "normal_kernel": normals,

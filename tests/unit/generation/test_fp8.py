@@ -23,14 +23,7 @@ from megarlx.config.evaluation import SuiteConfig
 from megarlx.config.families import listed
 from megarlx.generation import fp8
 from megarlx.generation.decoders import choose, in_place
-from megarlx.generation.decoders.fp8 import (
-    E4M3,
-    LARGEST,
-    Fp8Products,
-    Fp8Weight,
-    rounded,
-    scaled_product_,
-)
+from megarlx.generation.decoders.fp8 import Fp8Products, Fp8Rows, scaled_product_
 from megarlx.generation.decoders.in_place import InPlaceDecoder
 from megarlx.generation.decoders.interface import WrongDecoder
 from megarlx.generation.decoders.stage import StageDecoder
@@ -39,6 +32,7 @@ from megarlx.generation.interface import generator_of
 from megarlx.generation.requests import Completion, Request, SamplingSettings
 from megarlx.model.build import build_model
 from megarlx.model.transformer import Stage
+from megarlx.ops.e4m3 import e4m3_rows_reference
 from megarlx.run import make_objectives
 from megarlx.run.directory import RunError
 from megarlx.run.make_objectives import ObjectiveMaker
@@ -60,26 +54,11 @@ def in_place_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(InPlaceDecoder, "implements", implements | listed(Stage="device=cpu"))
 
 
-@pytest.mark.parametrize("size", [(7, 48), (1, 16), (40, 130)], ids=str)
-def test_a_rounded_weight_is_within_a_sixteenth_and_its_channel_s_largest_is_exact(
-    size: tuple[int, int],
-) -> None:
-    weight = normal(*size) * torch.logspace(-6, 6, size[0])[:, None]
-    values, scales = rounded(weight)
-    found = values.double() * scales.double()[:, None]
-    largest = weight.abs().amax(1)
-    # half a step of three bits of fraction; below 2^-6 of the scale, half of the smallest step
-    bound = torch.maximum(weight.abs() / 16, largest[:, None] / LARGEST * 2**-10)
-    assert ((found - weight).abs() <= bound * 1.0001).all()
-    torch.testing.assert_close(found.abs().amax(1), largest, rtol=1e-6, atol=0)
-
-
 def test_channels_that_are_zero_stay_so_and_such_without_numbers_are_seen() -> None:
     weight = normal(4, 16)
     weight[1] = 0
     weight[2, 5], weight[3, 6] = torch.nan, torch.inf
-    kept = Fp8Weight.like(weight)
-    kept.take_(weight)
+    kept = Fp8Rows.like(weight).take_(weight)
     out = torch.empty(2, 4, dtype=torch.float64)
     for x in (normal(2, 16, seed=1), normal(2, 16, seed=2)):
         scaled_product_(x, kept, out)
@@ -91,17 +70,17 @@ def test_channels_that_are_zero_stay_so_and_such_without_numbers_are_seen() -> N
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("most_rows", [16, 64])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_a_product_is_that_of_what_was_rounded(
+def test_a_product_is_that_of_what_was_e4m3_rows_reference(
     dtype: torch.dtype, most_rows: int, with_bias: bool
 ) -> None:
     """Few rows by rounded weights; more rows are rounded too."""
     x, weight = normal(9, 64, dtype=dtype), normal(24, 64, dtype=dtype, seed=1)
     bias = normal(24, dtype=dtype, seed=2) if with_bias else None
-    values, scales = rounded(weight)
+    values, scales = e4m3_rows_reference(weight)
     wide = values.double() * scales.double()[:, None]
     rows = x.double()
     if most_rows == 64:
-        of_rows, scales_of_rows = rounded(x)
+        of_rows, scales_of_rows = e4m3_rows_reference(x)
         rows = of_rows.double() * scales_of_rows.double()[:, None]
     expected = rows @ wide.t() + (0 if bias is None else bias.double())
     out = torch.empty(9, 24, dtype=dtype)
@@ -114,10 +93,9 @@ def test_a_product_is_that_of_what_was_rounded(
 
 def test_the_twin_is_torch_s_scaled_product() -> None:
     """Which has a kernel for CPUs as well, in bf16."""
-    x, weight = normal(32, 64, dtype=torch.bfloat16), normal(48, 64, dtype=torch.bfloat16, seed=1)
-    kept = Fp8Weight.like(weight)
-    kept.take_(weight)
-    values, scales = rounded(x)
+    x, weight = (normal(n, 64).bfloat16().float() for n in (32, 48))
+    kept = Fp8Rows.like(weight).take_(weight)
+    values, scales = e4m3_rows_reference(x)
     by_row = torch.nn.functional.ScalingType.RowWise
     theirs = torch.nn.functional.scaled_mm(
         *(values, kept.values.t(), scales[:, None], by_row, kept.scales[None], by_row)
@@ -154,7 +132,7 @@ def of_rounded_weights(stage: Stage) -> Stage:
         for (name, target), source in zip(twin.named_parameters(), stage.parameters(), strict=True):
             target.copy_(source)
             if target.dim() == 2 and name.startswith("layers."):
-                values, scales = rounded(source)
+                values, scales = e4m3_rows_reference(source)
                 target.copy_(values.double() * scales.double()[:, None])
     return twin
 
@@ -250,10 +228,6 @@ def test_cards_before_sm_90_and_other_types_are_refused(
     some: Any = OnCard()
     some.dtype = dtype
     assert fp8._unfit_card(some) == message
-
-
-def test_e4m3_reaches_what_scales_are_made_for() -> None:
-    assert torch.finfo(E4M3).max == LARGEST
 
 
 RL = """
