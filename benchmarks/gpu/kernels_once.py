@@ -144,7 +144,9 @@ def once_decode_parts(device: torch.device) -> None:
     ops.decode_norm_(x, drawn(5, 192), drawn(192), 1e-5, out)
     ops.decode_norm_(x, out, drawn(192), 1e-5, None)
     ops.decode_swiglu_(x, inner)
-    table = torch.arange(6, device=device, dtype=torch.int32).view(2, 3)
+    table = torch.tensor(
+        [[1, 0, 0, 0, 1, 2, 3], [0, 0, 0, 0, 3, 4, 5]], device=device, dtype=torch.int32
+    )
     slots, positions = (torch.tensor(v, device=device) for v in ([0, 1, -1], [0, 23, 0]))
     cache, turn, q = drawn(6, 8, 2, 32), drawn(24, 16), drawn(3, 4, 32)
     given = (drawn(3, 256), cache, cache.clone(), table, slots, positions, turn, turn)

@@ -46,7 +46,13 @@ def load_config(
 
 
 @overload
-def load_config(path: str | Path, overrides: Sequence[str], kind: type[S]) -> S: ...
+def load_config(
+    path: str | Path,
+    overrides: Sequence[str],
+    kind: type[S],
+    *,
+    prepare: Prepare | None = None,
+) -> S: ...
 
 
 def load_config(
@@ -84,6 +90,14 @@ def load_config(
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def checked(kind: type[S], values: Mapping[str, Any], where: str) -> S:
+    """A table that a program gives, refused in the words of a file's."""
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError(_explain(error, kind, {}, where)) from None
 
 
 def over(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -76,13 +76,18 @@ def used(config: Config) -> Config:
     return config.model_copy(update=changes)
 
 
+def untold(names: Iterable[tuple[str, str, str]]) -> list[str]:
+    """Of what `names_in` finds, each name once that needs trust where another run says it."""
+    return list(dict.fromkeys(name for _, kind, name in names if needs_trust(kind, name)))
+
+
 def check_trust(
     names: Iterable[tuple[str, str, str]], run: str, trusted: Collection[str] = ()
 ) -> None:
     """Refuses names out of the configuration of `run` that are neither ours nor trusted."""
     problems = [
         f"{run}: {where} is {name!r}: code that another configuration names is not run unasked; "
-        f"if you know what it does, allow it with --trust {name}"
+        f"if you know what it does, allow it with --trust {name}, in Python trusted=[{name!r}]"
         for where, kind, name in names
         if name not in trusted and needs_trust(kind, name)
     ]

@@ -11,7 +11,7 @@ A file holds one conversation a line:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -36,6 +36,10 @@ class Turn:
     role: Role
     content: str
     calls: str = ""
+
+
+# Turns, or as Hugging Face has them: {"role": …, "content": …}.
+Messages = Sequence[Turn | Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,8 @@ class Frames:
         for turn in turns:
             given, said = self._turn_ids(turn, tokenizer)
             ids += given + said
-        return ids + tokenizer.encode_frame(self.opening)
+        ids += tokenizer.encode_frame(self.opening)
+        return ids if follows else tokenizer.begun(ids)
 
     def encode(
         self, conversation: Conversation, tokenizer: Tokenizer
@@ -147,12 +152,15 @@ class Frames:
             given, said = self._turn_ids(turn, tokenizer)
             ids += given + said
             learned += [False] * len(given) + [True] * len(said)
-        return ids, learned
+        whole = tokenizer.begun(ids)
+        return whole, [False] * (len(whole) - len(ids)) + learned
 
     def example_ids(
         self, example: Conversation, tokenizer: Tokenizer, separator: str | None, first: bool
     ) -> list[int]:
         ids, _ = self.encode(example, tokenizer)
+        if not first and ids[0] == tokenizer.bos_id:
+            ids = ids[1:]
         return ids if separator is None else ids[:-1] + tokenizer.encode(separator)
 
     def _turn_ids(self, turn: Turn, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
@@ -245,6 +253,17 @@ def _json_list(value: Any, what: str) -> str:
     if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
         raise _Reason(f"'{what}' must be a list of objects")
     return _string(json.dumps(value, ensure_ascii=False), f"'{what}'")
+
+
+def turns_of(messages: Messages) -> list[Turn]:
+    """Of turns, or of messages with role and content."""
+    try:
+        return [
+            message if isinstance(message, Turn) else _turn_of(message, at)
+            for at, message in enumerate(messages)
+        ]
+    except _Reason as error:
+        raise ConversationError(str(error)) from None
 
 
 def _turn_of(message: Any, at: int) -> Turn:

@@ -177,13 +177,13 @@ def _document(line: bytes, piece: Piece, number: int, key: str) -> str | BadLine
         return bad(f"holds a {type(value).__name__}; expected an object with the key '{key}'")
     if key not in value:
         keys = ", ".join(list(value)[:10]) or "none"
-        return bad(f"has no key '{key}' (its keys: {keys})")
+        return bad(f"has no key '{key}' (its keys: {keys}); --key names the one to take")
     return _checked(value[key], f"'{key}'", piece.path, number)
 
 
 def _text(raw: bytes, path: str, number: int) -> str | BadLineError:
     try:
-        return raw.decode()
+        return raw.decode("utf-8-sig")  # editors of Windows put a mark before a file's text
     except UnicodeDecodeError as error:
         return BadLineError(path, number, f"not UTF-8: byte {error.start} is {raw[error.start]:#x}")
 

@@ -207,5 +207,5 @@ def _encoded(
     first = conversation.turns[0]
     if first.role != "text":
         return template.encode(conversation, tokenizer)
-    ids = [*tokenizer.encode(first.content), tokenizer.eos_id]
+    ids = [*tokenizer.begun(tokenizer.encode(first.content)), tokenizer.eos_id]
     return ids, [True] * len(ids)

@@ -146,10 +146,13 @@ def _take_over(settings: Settings, plan: dict[str, Any]) -> dict[str, Any] | Non
     if plan_path.exists():
         before = json.loads(plan_path.read_text())
         changed = [k for k in sorted({*plan, *before}) if plan.get(k) != before.get(k)]
-        if changed:
-            what = "; ".join(f"{k} was {before.get(k)}, is {plan.get(k)}" for k in changed)
+        if changed and not any(folder.glob("[0-9]*.json")):
+            shutil.rmtree(folder)  # nothing was finished that could be kept
+        elif changed:
+            what = "; ".join(_told(k, before.get(k), plan.get(k)) for k in changed)
             raise PrepareError(
-                f"{folder} holds pieces of another job: {what}. Repeat that one, or --fresh."
+                f"{folder} holds pieces of another job: {what}. Repeat that one, or --fresh, which "
+                "throws them away."
             )
     elif idx_path(settings.out).exists():
         raise PrepareError(
@@ -165,6 +168,13 @@ def _take_over(settings: Settings, plan: dict[str, Any]) -> dict[str, Any] | Non
         left.unlink()
     write_atomically(plan_path, json.dumps(plan, indent=1))
     return None
+
+
+def _told(key: str, before: Any, now: Any) -> str:
+    if key != "inputs":
+        return f"{key} was {before}, is {now}"
+    changed = [path for path in sorted({*before, *now}) if before.get(path) != now.get(path)]
+    return f"{', '.join(changed)}: not as they were"
 
 
 def marker_path(folder: Path, number: int) -> Path:
@@ -267,7 +277,7 @@ def make_piece(
                 else:
                     empty += 1
             for ids in _encode(tokenizer, texts, piece):
-                writer.add([*ids, tokenizer.eos_id])
+                writer.add([*tokenizer.begun(ids), tokenizer.eos_id])
             del examples[EXAMPLES_KEPT:]
     marker = {
         "documents": writer.documents,
@@ -343,6 +353,7 @@ def _join(
             "name": tokenizer.name,
             "fingerprint": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
+            "bos_id": tokenizer.bos_id,
             "eos_id": tokenizer.eos_id,
         },
         "inputs": [{"path": path, "bytes": size} for path, (size, _) in plan["inputs"].items()],

@@ -110,7 +110,10 @@ def prompt_of(value: dict[str, Any], keys: PromptKeys) -> Prompt | str:
         return Prompt("", None, value)
     question, answer = value.pop(keys.question, None), value.pop(keys.answer, None)
     if not isinstance(question, str) or not question.strip():
-        return f"'{keys.question}' is {question!r}; expected text (its keys: {', '.join(value)})"
+        return (
+            f"'{keys.question}' is {question!r}; expected text (its keys: {', '.join(value)}); "
+            "question_key and answer_key name others"
+        )
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         answer = str(answer)
     if answer is not None and not isinstance(answer, str):
@@ -146,8 +149,10 @@ class PromptData:
         self.too_long = 0
         self._ids: list[tuple[int, ...]] = []
         for prompt in prompts:
-            asked = (Turn("user", prompt.question),) if prompt.question else ()
-            ids = shots + template.prompt_ids(asked, tokenizer, follows=bool(shots))
+            ids = list(shots)
+            if prompt.question:  # an environment says by itself how its task begins
+                asked = (Turn("user", prompt.question),)
+                ids += template.prompt_ids(asked, tokenizer, follows=bool(shots))
             if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
                 if too_long == "stop":
                     raise PromptError(

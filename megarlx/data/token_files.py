@@ -250,7 +250,8 @@ def check_tokenizer(prefix: str | Path, fingerprint: str) -> None:
     if made_with.get("fingerprint") != fingerprint:
         raise TokenFileError(
             f"{bin_path(prefix)}: made with tokenizer '{made_with.get('name')}' "
-            f"({made_with.get('fingerprint')}); the run uses {fingerprint}"
+            f"({made_with.get('fingerprint')}); the run uses {fingerprint}: prepare the texts "
+            "again, with the folder of the run that is started from as --tokenizer"
         )
 
 

@@ -37,6 +37,7 @@ class Tokenizer(ABC):
     name: str
     vocab_size: int
     eos_id: int
+    bos_id: int | None = None  # begins a document, where the tokenizer itself writes one there
     reserved = 0  # ids from vocab_size on that only templates can write; the model has them
 
     @abstractmethod
@@ -79,6 +80,16 @@ class Tokenizer(ABC):
         text = json.dumps(self.to_json(), ensure_ascii=False, indent=1)
         Path(path).write_text(text + "\n", encoding="utf-8")
 
+    def begun(self, ids: list[int]) -> list[int]:
+        """As they stand at the beginning of a document, whose first token is written once."""
+        begins = self.bos_id is not None and ids[:1] != [self.bos_id]
+        return [self.bos_id, *ids] if begins else ids  # type: ignore[list-item]
+
+    @property
+    def start_id(self) -> int:
+        """Stands before the first token of a document: what begins it, or ended the one before."""
+        return self.eos_id if self.bos_id is None else self.bos_id
+
     def encode_frame(self, text: str) -> list[int]:
         """Of a template's own text: special and reserved tokens written out become their ids."""
         ids: list[int] = []
@@ -106,6 +117,11 @@ class Tokenizer(ABC):
     def eos_text(self) -> str:
         """How the end of a document is written out."""
         return EOS
+
+    @property
+    def bos_text(self) -> str:
+        """How the beginning of a document is written out; "" where nothing stands there."""
+        return "" if self.bos_id is None else self.decode([self.bos_id])
 
     @property
     def special_texts(self) -> tuple[str, ...]:
@@ -227,6 +243,12 @@ class FileTokenizer(Tokenizer):
         if self.eos not in vocabulary:
             raise TokenizerError(f"tokenizer {name}: its eos {self.eos!r} is not in its vocabulary")
         self.eos_id = vocabulary[self.eos]
+        self.bos_id = self._own_bos()
+
+    def _own_bos(self) -> int | None:
+        """What its post-processor puts before a text: Llama 3 and Gemma are nothing without it."""
+        text, whole = (self._plain.encode("a", add_special_tokens=told) for told in (False, True))
+        return whole.ids[0] if text.ids and whole.ids[0] != text.ids[0] else None
 
     def _usual_eos(self, vocabulary: dict[str, int]) -> str:
         for token in USUAL_EOS:

@@ -75,9 +75,10 @@ def continuation(tokenizer: Tokenizer, context: str, text: str, longest: int) ->
     """
     kept = context.rstrip()
     whole = tokenizer.encode(kept + context[len(kept) :] + text)
-    # An empty context is the beginning of a document: behind the token that ends the one before.
     before = tokenizer.encode(kept) if kept else []
-    ids, first = ([tokenizer.eos_id, *whole], 1) if not before else (whole, len(before))
+    # An empty context is the beginning of a document.
+    start = [] if before and tokenizer.bos_id is None else [tokenizer.start_id]
+    ids, first = [*start, *whole], len(start) + len(before)
     if first >= len(ids):
         raise ValueError(f"continuation: {text!r} behind {context!r} adds no token")
     cut = max(0, len(ids) - longest - 1)
@@ -147,10 +148,10 @@ def perplexity(
 ) -> tuple[Metrics, Metrics, list[dict[str, Any]]]:
     """Nats a token over all documents, (id, text) each; an item's `nll` is its own mean.
 
-    A document begins behind the token that ends the one before; its own end is not scored.
+    A document begins behind what begins it, or ended the one before; its own end is not scored.
     """
     longest = model.config.max_sequence_length
-    parts = [windows([tokenizer.eos_id, *tokenizer.encode(t)], longest) for _, t in documents]
+    parts = [windows([tokenizer.start_id, *tokenizer.encode(t)], longest) for _, t in documents]
     scores = iter(
         score_texts(model, [p for held in parts for p in held], tokens_per_pass=tokens_per_pass)
     )

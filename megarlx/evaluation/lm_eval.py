@@ -45,6 +45,10 @@ class MegarlxLM(TemplateLM):
         return self.words.eos_id
 
     @property
+    def prefix_token_id(self) -> int:
+        return self.words.start_id
+
+    @property
     def max_length(self) -> int:
         return self.model.config.max_sequence_length
 
@@ -56,7 +60,8 @@ class MegarlxLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        return self.words.encode(string)
+        ids = self.words.encode(string)
+        return ids if add_special_tokens is False else self.words.begun(ids)
 
     def _loglikelihood_tokens(
         self,
@@ -79,7 +84,7 @@ class MegarlxLM(TemplateLM):
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
         parts = [
-            windows([self.prefix_token_id, *self.tok_encode(request.args[0])], self.max_length)
+            windows([self.prefix_token_id, *self.words.encode(request.args[0])], self.max_length)
             for request in requests
         ]
         scores = iter(

@@ -38,7 +38,8 @@ class Question:
         if self.templated:
             turns = (Turn("user", self.text),)
             return template.prompt_ids(turns, tokenizer, follows=follows)
-        return tokenizer.encode(self.text)
+        ids = tokenizer.encode(self.text)
+        return ids if follows else tokenizer.begun(ids)
 
 
 def questions_of(suite: SuiteConfig, made: Made | None) -> list[Question]:

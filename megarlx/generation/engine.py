@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megarlx.choices import PREFILL_TOKENS
+from megarlx.choices import PAGE_TOKENS, PREFILL_TOKENS
 from megarlx.comm.collectives import all_reduce_
 from megarlx.comm.groups import Mesh
 from megarlx.generation.ahead import AheadRun, DeviceRows
@@ -39,6 +39,7 @@ from megarlx.generation.stop import Detokenize
 from megarlx.generation.widths import NARROW, ladder, rows_agree
 from megarlx.model.build import ParallelModel
 from megarlx.model.documents import padded_length
+from megarlx.model.kv_cache import PageTable, shares_prompts
 from megarlx.model.transformer import Stage
 
 
@@ -55,12 +56,15 @@ class Engine:
         detokenize: Detokenize | None = None,
         prefill_tokens: int | None = None,
         one_width: bool | None = None,
+        cache_tokens: int | None = None,
     ) -> None:
         """`stages` are those of this rank; `detokenize` is needed for stop strings only.
 
         one_width     decode every step at the width of all slots; by default only where the rows
                       of products of different widths differ, and never on CUDA
         prefill_tokens  most tokens of several prompts in one product; None: by the device
+        cache_tokens  that the caches hold, in whole pages; None: what `slots` sequences of the
+                      longest length fill
         """
         self.stages, self.mesh = list(stages), Mesh.alone() if mesh is None else mesh
         self.config = self.stages[0].config
@@ -88,7 +92,15 @@ class Engine:
         if one_width:
             self.widths, self.prefill_tokens = self.widths[-1:], 0
         most, places = self.widths[-1], padded_length(longest)
-        self.caches = [stage.kv_cache(self.idle_slot + 1, places) for stage in self.stages]
+        self.table = PageTable.empty(
+            self.idle_slot + 1,
+            longest,
+            size=PAGE_TOKENS["cpu" if on_cpu else "cuda"],
+            shares=shares_prompts(slots, on_cpu),
+            tokens=cache_tokens,
+            device=self.device,
+        )
+        self.caches = [stage.kv_cache(self.table) for stage in self.stages]
         self.decoders: list[Decoder] = [
             decoder_of(stage)(stage, cache, most)
             for stage, cache in zip(self.stages, self.caches, strict=True)

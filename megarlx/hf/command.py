@@ -34,7 +34,7 @@ from megarlx.hf.plan import (
     saved_tensors,
 )
 from megarlx.hf.sources import AveragedSource, CheckpointSource, HuggingFaceFolder, TensorSource
-from megarlx.hf.tokenizer_files import chat_of, kept_files, tokenizer_of_run
+from megarlx.hf.tokenizer_files import chat_of, kept_files, tokenizer_of_model, tokenizer_of_run
 from megarlx.hf.trunk import (
     CONVERTING,
     Trunk,
@@ -132,6 +132,8 @@ class Converter:
                 },
             }
             template = self._template_beside(source, tokenizer)
+            if tokenizer is not None and asked.eos is None:
+                _say_end(source.folder, tokenizer)
             trunk.describe(source.config, tokenizer, source.folder, template)
             tensors = saved_tensors(job.files, source.shapes, saved)
             manifest = Manifest(asked.iteration, tuple(saved), tensors, state)
@@ -169,7 +171,7 @@ class Converter:
             return 0
         run = run_of(source.path)
         kept = kept_files(run)
-        tokenizer = None if kept else tokenizer_of_run(run)
+        tokenizer = tokenizer_of_run(run)
         template = export.learned_template(run, source.manifest.state)
         export.write_beside_tensors(job, model, kept, tokenizer, template)
         export.give_name(job, asked.target)
@@ -274,7 +276,18 @@ def parse_layout(text: str) -> Layout:
 
 def _tokenizer_beside(source: HuggingFaceFolder, eos: str | None) -> Tokenizer | None:
     path = source.folder / "tokenizer.json"
-    return load_tokenizer(path, eos) if path.is_file() else None
+    if eos is None or not path.is_file():
+        return tokenizer_of_model(source.folder)
+    return load_tokenizer(path, eos)
+
+
+def _say_end(folder: Path, tokenizer: Tokenizer) -> None:
+    usual = load_tokenizer(folder)
+    if usual.eos_text != tokenizer.eos_text:
+        complain(
+            f"{folder}: answers of its chat template end in {tokenizer.eos_text!r}, not in "
+            f"{usual.eos_text!r}; so do texts of this run"
+        )
 
 
 def _bytes_of(source: HuggingFaceFolder) -> dict[str, Any]:

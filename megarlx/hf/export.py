@@ -65,6 +65,13 @@ def learned_template(run: Path, state: Mapping[str, Any]) -> TemplateConfig | No
     return None if given is None else TemplateConfig.model_validate(given)
 
 
+def _ends_as_learned(generation: dict[str, Any], eos: int) -> dict[str, Any]:
+    """With the token that ends the answers learned here among those that end one."""
+    known = generation.get("eos_token_id")
+    ends = known if isinstance(known, list) else [] if known is None else [known]
+    return generation if eos in ends else {**generation, "eos_token_id": [*ends, eos]}
+
+
 def write_beside_tensors(
     job: Conversion,
     model: ModelConfig,
@@ -88,10 +95,13 @@ def write_beside_tensors(
                 shutil.copyfile(kept / name, job.made / name)
         config = kept / TOKENIZER_CONFIG
         if template is not None and config.is_file():
-            held = read_json(config)
-            files[TOKENIZER_CONFIG] = {k: v for k, v in held.items() if k != "chat_template"}
+            about = read_json(config)
+            files[TOKENIZER_CONFIG] = {k: v for k, v in about.items() if k != "chat_template"}
         generation = kept / "generation_config.json"
-        files["generation_config.json"] = read_json(generation) if generation.is_file() else ids
+        held = read_json(generation) if generation.is_file() else ids
+        files["generation_config.json"] = held
+        if template is not None and tokenizer is not None:
+            files["generation_config.json"] = _ends_as_learned(held, tokenizer.eos_id)
     else:
         if tokenizer is not None:
             ids = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
@@ -101,7 +111,8 @@ def write_beside_tensors(
         files["generation_config.json"] = ids
     (job.made / CHAT_TEMPLATE).unlink(missing_ok=True)  # of a job that was killed right here
     if template is not None:
-        write_new(job.made / CHAT_TEMPLATE, chat_template(template))
+        assert tokenizer is not None  # who learned in a template had one
+        write_new(job.made / CHAT_TEMPLATE, chat_template(template, tokenizer))
     elif kept is not None and (kept / CHAT_TEMPLATE).is_file():
         shutil.copyfile(kept / CHAT_TEMPLATE, job.made / CHAT_TEMPLATE)
     files["config.json"] = hugging_face_config(model, NAMES[usual], ids)

@@ -12,7 +12,7 @@ from megarlx import plug
 from megarlx.config.objectives import PLACE, TemplateConfig
 from megarlx.config.run_sections import DataConfig
 from megarlx.data.chat_template import ChatTemplate
-from megarlx.data.conversations import Conversation, Turn
+from megarlx.data.conversations import Conversation, ConversationError, Turn
 from megarlx.data.making import made
 from megarlx.data.tokenizer import (
     EOS,
@@ -62,7 +62,7 @@ def hugging_face_tokenizer(tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[s
     return definition, config
 
 
-def chat_template(template: TemplateConfig) -> str:
+def chat_template(template: TemplateConfig, tokenizer: Tokenizer) -> str:
     """A run's [template] in Jinja, for `apply_chat_template`: the text whose ids it was trained on,
     `add_generation_prompt` for what stands before an answer."""
     if template.chat is not None:
@@ -82,15 +82,17 @@ def chat_template(template: TemplateConfig) -> str:
         before, after = frame.split(PLACE)
         return literal(before) + "{{ message['content'] }}" + literal(after)
 
-    opening = literal(template.opening)
+    opening, end = literal(template.opening), literal(tokenizer.eos_text) + "{% endif %}"
     roles = (
         "{% if message['role'] == 'user' %}" + turn(template.user),
         "{% elif message['role'] == 'system' %}" + turn(template.system),
         "{% elif message['role'] == 'tool' %}" + turn(template.tool),
-        "{% else %}" + opening + turn(template.assistant) + "{{ eos_token }}{% endif %}",
+        "{% else %}" + opening + turn(template.assistant) + end,
     )
     prompt = "{% if add_generation_prompt %}" + opening + "{% endif %}" if opening else ""
-    return "{% for message in messages %}" + "".join(roles) + "{% endfor %}" + prompt
+    bos = tokenizer.bos_text
+    begin = "" if template.user.startswith(bos) else literal(bos)
+    return begin + "{% for message in messages %}" + "".join(roles) + "{% endfor %}" + prompt
 
 
 def chat_of(folder: Path, tokenizer: Tokenizer | None) -> TemplateConfig | None:
@@ -110,6 +112,35 @@ def chat_of(folder: Path, tokenizer: Tokenizer | None) -> TemplateConfig | None:
     bos = bos.get("content") if isinstance(bos, dict) else bos
     found = TemplateConfig(chat=chat, bos=bos if isinstance(bos, str) else "")
     ChatTemplate(chat, found.bos).encode(TRIED, tokenizer)
+    return found
+
+
+def tokenizer_of_model(folder: Path) -> Tokenizer | None:
+    """The one beside a model. Where answers of its chat template do not end in the tokenizer's own
+    end of text, but in another token that ends its generation, texts end in that one here: Gemma's
+    texts end in <eos>, its answers in <end_of_turn>."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    usual = load_tokenizer(path)
+    names = (usual.decode([i]) for i in _ends(folder) if 0 <= i < usual.vocab_size)
+    for eos in (usual.eos_text, *names):
+        ended = load_tokenizer(path, eos)
+        try:
+            chat_of(folder, ended)
+        except ConversationError:
+            continue
+        return ended
+    return usual
+
+
+def _ends(folder: Path) -> list[int]:
+    """Ids that end a generation, as the model's files say."""
+    found: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        held = read_json(folder / name) if (folder / name).is_file() else {}
+        said = held.get("eos_token_id")
+        found += [i for i in (said if isinstance(said, list) else [said]) if isinstance(i, int)]
     return found
 
 

@@ -34,12 +34,13 @@ from megarlx.config import load_config
 from megarlx.config.families import PLAIN
 from megarlx.config.model import ModelConfig, resolved_model
 from megarlx.config.objectives import TemplateConfig
+from megarlx.data.conversations import ConversationError
 from megarlx.data.token_files import write_atomically
 from megarlx.data.tokenizer import Tokenizer, load_tokenizer
 from megarlx.hf.config_map import model_config, read_json
 from megarlx.hf.conversion import Conversion
 from megarlx.hf.errors import ConversionError
-from megarlx.hf.tokenizer_files import chat_of, keep
+from megarlx.hf.tokenizer_files import chat_of, keep, tokenizer_of_model
 
 CONVERTING = ".converting-"
 COPIED = ("config.toml", "resolved.json", "lineage.json", "tokenizer.json")
@@ -253,8 +254,10 @@ def _new_lineage() -> dict[str, Any]:
 def plain_config(folder: Path) -> dict[str, Any]:
     """Of the run that a folder of Hugging Face would become; its weights are not looked at."""
     model = model_config(read_json(folder / "config.json"), str(folder))
-    there = (folder / "tokenizer.json").is_file()
-    template = chat_of(folder, load_tokenizer(folder) if there else None)
+    try:
+        template = chat_of(folder, tokenizer_of_model(folder))
+    except ConversationError:  # converting says why it has none
+        template = None
     return tomllib.loads(_toml(model, template))
 
 

@@ -41,11 +41,13 @@ class Comparison:
 def load_published(folder: Path, dtype: torch.dtype) -> Any:
     try:
         from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
     except ImportError as error:
         raise ConversionError(
             f"--verify compares with transformers, which does not import ({error}). Install it: "
             "pip install 'megarlx[hf]'"
         ) from error
+    disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
     return model.eval()
 

@@ -46,6 +46,7 @@ class Figure:
     alt: str
     table: Table
     draw: Callable[[bool], Canvas] | None  # wide or not; None: the table says it all
+    note: str = ""  # of this one, where there is one for each kind of trunk
 
     @cached_property
     def wide(self) -> Canvas:

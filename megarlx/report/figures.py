@@ -180,11 +180,10 @@ def _figure(
         legend(canvas, [] if one else labels, extra)
         return canvas
 
-    if one:
-        caption += f" All start from one checkpoint, at {quantity(ticks[0])} tokens."
+    note = f"All start from one checkpoint, at {quantity(ticks[0])} tokens." if one else ""
     names = ", ".join(look_of(label, labels).name for label in labels)
     alt = f"{title}: {'; '.join(data)}; for {names}. The numbers are in the table."
-    return Figure(name, title, caption, alt, _table(data, labels, ticks, digits), draw)
+    return Figure(name, title, caption, alt, _table(data, labels, ticks, digits), draw, note)
 
 
 def _table(data: Panels, labels: list[str], ticks: list[float], digits: int) -> Table:

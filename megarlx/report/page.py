@@ -191,7 +191,9 @@ def _figure_sections(
             parts = found.setdefault(kind, (figure.title, []))[1]
             if not parts:
                 parts.append(f"<p>{text(figure.caption)}</p>")
-            parts.append((f"<h3>{text(variant)}</h3>" if variant else "") + _drawn(figure))
+            head = f"<h3>{text(variant)}</h3>" if variant else ""
+            note = f"<p>{text(figure.note)}</p>" if figure.note else ""
+            parts.append(head + note + _drawn(figure))
     return [(kind, title, "".join(parts)) for kind, (title, parts) in found.items()]
 
 

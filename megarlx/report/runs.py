@@ -113,6 +113,7 @@ class Run:
     metrics: tuple[Mapping[str, float], ...] = field(repr=False)
     evaluations: tuple[Evaluation, ...] = field(repr=False)  # by iteration
     parts: tuple[Part, ...] = ()  # of which it is a sum, beside its parent's weights
+    converted: bool = False  # from a model that was trained elsewhere
 
     @property
     def is_trunk(self) -> bool:
@@ -134,8 +135,9 @@ class Run:
 
     @property
     def planned_steps(self) -> int | None:
-        """As its settings say; None where they do not. A sum of weights has no steps to take."""
-        if self.parts:
+        """As its settings say; None where they do not. A sum of weights and a converted
+        model have no steps to take."""
+        if self.parts or self.converted:
             return None
         stages = self.settings.get("stages") or ()
         counts = [stage.get("steps", stage.get("iterations")) for stage in stages]
@@ -259,6 +261,7 @@ def lineage_of(values: Any) -> dict[str, Any]:
     recipe = values.get("recipe")
     return {
         "parts": _parts(values.get("sum")),
+        "converted": bool(values.get("converted")),
         "recipe": None if recipe is None else str(recipe),
         "seed": int(values.get("seed", 0)),
         "trunk_tokens": int(values.get("trunk_tokens", 0)),

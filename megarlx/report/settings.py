@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 from megarlx.config.model import resolved_model
 from megarlx.config.objectives import MADE
 from megarlx.report.runs import Run
+
+TEMPLATES = ("template.", "templates.")
+LONGEST_VALUE = 32  # characters of a setting's value, as JSON, in a label
 
 
 def settings_hash(runs: Sequence[Run]) -> str:
@@ -73,7 +76,8 @@ def told_apart(runs: Sequence[tuple[Run, Hashable]]) -> dict[str, str]:
     """Run's name -> the settings in which runs that share a key differ; "" where none do.
 
     A setting that tells two runs of one key apart is told of all runs, so that a sweep's axis has
-    a value everywhere. Runs of one key with the same settings are told apart by their names.
+    a value everywhere. Runs of one key with the same settings, or with others that are too long
+    for a label, are told apart by their names.
     """
     by_key: defaultdict[Hashable, list[Run]] = defaultdict(list)
     for run, key in runs:
@@ -83,7 +87,8 @@ def told_apart(runs: Sequence[tuple[Run, Hashable]]) -> dict[str, str]:
     for group in by_key.values():
         names = [run.name for run in group]
         for setting in dict.fromkeys(s for name in names for s in settings[name]):
-            if len({json.dumps(settings[name].get(setting)) for name in names}) > 1:
+            values = {json.dumps(settings[name].get(setting)) for name in names}
+            if len(values) > 1 and _tells(setting, values):
                 axes[setting] = None
     told = {
         name: ", ".join(f"{axis.split('.')[-1]} {_short(found.get(axis))}" for axis in axes)
@@ -93,8 +98,13 @@ def told_apart(runs: Sequence[tuple[Run, Hashable]]) -> dict[str, str]:
         labels = [told[run.name] for run in group]
         for run in group:
             if labels.count(told[run.name]) > 1:
-                told[run.name] = ", ".join(filter(None, (told[run.name], run.name)))
+                told[run.name] = ", ".join(filter(None, (run.name, told[run.name])))
     return told
+
+
+def _tells(setting: str, values: Collection[str]) -> bool:
+    """Whether the values of a setting make a label. A template is a text of several lines."""
+    return not setting.startswith(TEMPLATES) and max(map(len, values)) <= LONGEST_VALUE
 
 
 def _described(run: Run) -> dict[str, Any]:

@@ -56,7 +56,8 @@ def _add(study: Study, above: Tree, run: Run) -> None:
 
 
 def described(study: Study, run: Run) -> list[str]:
-    recipe = run.recipe or ("pre-training" if run.parent is None else "continued")
+    begun = "converted" if run.converted else "pre-training"
+    recipe = run.recipe or (begun if run.parent is None else "continued")
     recipe += f" of {', '.join(part.run for part in run.parts)}" if run.parts else ""
     start = f"from {quantity(run.parent.trunk_tokens)} tokens" if run.parent else ""
     evaluation = run.last(f"{study.headline}_few_shot") if run.is_trunk else None

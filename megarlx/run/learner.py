@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megarlx.config import RlConfig
+from megarlx.config.load import checked
 from megarlx.config.policy import PolicyConfig
 from megarlx.data.prompts import PromptData
 from megarlx.generation.requests import Completion
@@ -53,7 +54,7 @@ class Learner:
         """policy   keys of [rl.policy], as {"preset": "dr_grpo"}"""
         model: ParallelModel = run.model
         self.config = RlConfig(
-            policy=PolicyConfig.model_validate(dict(policy or {})),
+            policy=checked(PolicyConfig, policy or {}, "policy"),
             temperature=temperature,
             tokens_per_microbatch=tokens_per_microbatch,
             max_completion_tokens=run.config.model.max_sequence_length,
@@ -70,10 +71,11 @@ class Learner:
         What comes back are the metrics of RL, "loss" among them.
         """
         wanted = [len(texts) for texts in samples.texts]
-        if [len(values) for values in rewards] != wanted:
+        given = [len(of) if isinstance(of, Sequence) else 0 for of in rewards]
+        if given != wanted:
             raise ValueError(
-                f"rewards are for {[len(values) for values in rewards]} samples; drawn were "
-                f"{wanted}: one number a sample, by prompt"
+                f"rewards are for {given} samples; drawn were {wanted}: a list for each prompt, "
+                "with one number a sample"
             )
         if samples.temperature != self.config.temperature:
             raise ValueError(

@@ -309,6 +309,7 @@ class ObjectiveMaker:
                 longest=longest,
                 detokenize=self.tokenizer.decode_sampled,
                 prefill_tokens=config.prefill_tokens,
+                cache_tokens=config.cache_tokens,
             )
         )
 

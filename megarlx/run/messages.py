@@ -10,6 +10,7 @@ import torch
 from megarlx.config import Config, StageConfig
 from megarlx.config.distill import DistillConfig
 from megarlx.config.objectives import PRETRAINING, RL, OwnConfig, RlConfig
+from megarlx.config.trust import names_in, untold
 from megarlx.run.assemble import Run
 from megarlx.run.made import path_of
 from megarlx.units import duration
@@ -130,9 +131,10 @@ def done(run: Run, seconds: float, trained: int) -> str:
         steps += f" before this start, which had nothing to train ({_longer(config)})"
     asks = bool(config.evaluation.suites) or (config.data is not None and config.data.maker)
     evaluate = ["evaluate", folder, *([] if asks else ["--config", "SUITES.toml"])]
+    trust = [w for name in untold(names_in(config, {"evaluation"})) for w in ("--trust", name)]
     commands = (
-        evaluate,
-        ["branch", folder, "RECIPE.toml", "--out", "RUN2"],
+        [*evaluate, *(trust if asks else [])],
+        ["branch", folder, "RECIPE.toml", "--out", "RUN2", *trust],
         ["report", str(run.directory.path.parent)],
     )
     typed = ", ".join(shlex.join(["megarlx", *words]) for words in commands)

@@ -16,7 +16,7 @@ from megarlx.comm.groups import Mesh
 from megarlx.config import Config
 from megarlx.config.objectives import PRETRAINING, WRITE_TEMPLATE, unknown_template
 from megarlx.config.trust import check_trust, names_in
-from megarlx.data.conversations import Template, Turn
+from megarlx.data.conversations import Messages, Template, Turn, turns_of
 from megarlx.data.tokenizer import Tokenizer
 from megarlx.generation.interface import generator_of
 from megarlx.generation.requests import Request, SamplingSettings
@@ -78,7 +78,7 @@ class OpenedRun:
 
     def generate(
         self,
-        prompts: Sequence[str | Sequence[Turn]],
+        prompts: Sequence[str | Messages],
         *,
         samples: int = 1,
         temperature: float = 1.0,
@@ -90,7 +90,8 @@ class OpenedRun:
         template: str | None = None,
         generator: str = "engine",
     ) -> list[list[str]]:
-        """Samples of each prompt, a question or the turns of a conversation, in the run's template.
+        """Samples of each prompt, in the run's template: a question, or the messages of a
+        conversation, as [{"role": "user", "content": "…"}].
 
         All ranks call this together, and all get the same.
 
@@ -114,7 +115,7 @@ class OpenedRun:
 
     def sample(
         self,
-        prompts: Sequence[str | Sequence[Turn]],
+        prompts: Sequence[str | Messages],
         *,
         samples: int = 1,
         temperature: float = 1.0,
@@ -130,7 +131,15 @@ class OpenedRun:
 
         Another seed gives other samples.
         """
+        if isinstance(prompts, str) or samples < 1:
+            raise RunError(
+                f"prompts is {prompts!r:.60}; give a list of them"
+                if isinstance(prompts, str)
+                else f"samples is {samples}; allowed are 1 and more"
+            )
         sampling = self._sampling(temperature, top_p)
+        if not prompts:
+            return Samples([], (), sampling.temperature)
         every = [self.prompt_ids(prompt, raw=raw, template=template) for prompt in prompts]
         requests = [
             Request(
@@ -177,7 +186,7 @@ class OpenedRun:
 
     def stream(
         self,
-        prompt: str | Sequence[Turn],
+        prompt: str | Messages,
         *,
         temperature: float = 1.0,
         top_p: float = 1.0,
@@ -213,7 +222,7 @@ class OpenedRun:
 
     def stream_samples(
         self,
-        prompt: str | Sequence[Turn],
+        prompt: str | Messages,
         numbers: Sequence[int],
         *,
         temperature: float = 1.0,
@@ -238,20 +247,20 @@ class OpenedRun:
             yield number, replace(piece, text="") if piece.finish_reason == "stop" else piece
 
     def prompt_ids(
-        self, prompt: str | Sequence[Turn], *, raw: bool = False, template: str | None = None
+        self, prompt: str | Messages, *, raw: bool = False, template: str | None = None
     ) -> list[int]:
         """Of a question, or of the turns before an answer, in the run's template or the one of
         [templates] by that name; of a text as it stands where it has none, or with `raw`."""
         written = self.template if template is None else self._named(template)
         if written is not None and not raw:
-            turns = (Turn("user", prompt),) if isinstance(prompt, str) else prompt
+            turns = [Turn("user", prompt)] if isinstance(prompt, str) else turns_of(prompt)
             return written.prompt_ids(turns, self.tokenizer)
         if not isinstance(prompt, str):
             raise RunError(
                 f"{self.reference.run} has no [template] to write turns in; give a text, or "
                 + WRITE_TEMPLATE
             )
-        return self.tokenizer.encode(prompt)
+        return self.tokenizer.begun(self.tokenizer.encode(prompt))
 
     def evaluate(
         self,

@@ -66,13 +66,21 @@ def suites_of(config: Config, file: str | Path | None = None) -> tuple[Evaluatio
     """Those of the file, else the run's own, else what its data maker has to be measured with."""
     own, named = config.template, config.templates
     if file is not None:
-        given = load_config(file, (), SuitesConfig)
+        given = load_config(file, (), SuitesConfig, prepare=_without_training)
         return given, Templates(given.template or own, {**named, **given.templates})
     evaluation = config.evaluation
     if not evaluation.suites and config.data is not None and config.data.maker is not None:
         suites = plug.resolve("data maker", config.data.maker).evaluated
         evaluation = EvaluationConfig(suites=suites)
     return evaluation, Templates(own, named)
+
+
+def _without_training(values: dict[str, Any]) -> dict[str, Any]:
+    """Of a recipe or a run's configuration: what it is measured by, and its templates."""
+    if "evaluation" not in values or "suites" in values:
+        return values
+    templates = {key: values[key] for key in ("template", "templates") if key in values}
+    return {**values["evaluation"], **templates}
 
 
 def _no_template(asking: list[str], run: str, file: str | Path | None) -> str:

@@ -15,6 +15,8 @@ from training_runs import ROOT, train
 
 import megarlx
 from megarlx.cli import main
+from megarlx.config.load import ConfigError
+from megarlx.run.directory import RunError
 from megarlx.run.loop import _Loop
 
 
@@ -56,6 +58,18 @@ def test_a_stream_fills_the_model_and_says_what_has_no_room(trained: Path) -> No
             next(run.stream("books " * 200, raw=True))
 
 
+def test_prompts_are_a_list_of_texts_or_of_messages(trained: Path) -> None:
+    with megarlx.open(str(trained)) as run:
+        asked = [[{"role": "user", "content": "ann has"}], "ann has"]
+        said = run.generate(asked, temperature=0, max_new_tokens=8)
+        assert said[0] == said[1]
+        assert run.generate([]) == []
+        with pytest.raises(RunError, match="prompts is 'ann has'; give a list of them"):
+            run.generate("ann has")
+        with pytest.raises(RunError, match="samples is 0; allowed are 1 and more"):
+            run.generate(["ann has"], samples=0)
+
+
 def test_results_are_those_of_the_command_and_are_kept_only_where_asked(trained: Path) -> None:
     suites = trained.parent / "suites.toml"
     before = digests(trained)
@@ -90,6 +104,10 @@ def test_a_loop_of_ones_own_learns_what_it_is_paid_for_and_writes_nothing(traine
         assert metrics["rl/logprob_gap"] < 1e-4  # what is drawn is what is trained
         with pytest.raises(ValueError, match=r"rewards are for .*1.* samples; drawn were .*16, 16"):
             learner.step(samples, [[1.0]])
+        with pytest.raises(ValueError, match="a list for each prompt, with one number a sample"):
+            learner.step(samples, [1.0] * 32)  # type: ignore[list-item]
+        with pytest.raises(ConfigError, match="presett: unknown key; did you mean 'preset'"):
+            run.learner(lr=3e-3, policy={"presett": "dr_grpo"})
         cold = run.sample(["ann has"], samples=2, temperature=0.5, max_new_tokens=2)
         with pytest.raises(ValueError, match=r"drawn at temperature 0\.5, and the learner's is 1"):
             learner.step(cold, [[1.0, 0.0]])

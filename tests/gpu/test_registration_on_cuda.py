@@ -142,7 +142,7 @@ def check_decode_parts(card: Any) -> None:
         check(card, ops.decode_norm_, x, y, weight, 1e-5, torch.zeros_like(x))
         check(card, ops.decode_swiglu_, x, torch.zeros(3, 4, dtype=dtype))
         qkv, cache = torch.rand(3, 16).to(dtype), torch.zeros(2, 4, 1, 4, dtype=dtype)
-        table, places = torch.tensor([[0, 1]], dtype=torch.int32), torch.arange(3)
+        table, places = torch.tensor([[1, 1, 0, 0, 1]], dtype=torch.int32), torch.arange(3)
         given = (qkv, cache, cache.clone(), table, 0 * places, places, turn, turn)
         q = torch.rand(3, 2, 4).to(dtype)
         check(card, ops.decode_heads_, *given, weight[:4], weight[:4], None, 1, 1e-5, q)

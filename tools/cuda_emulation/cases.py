@@ -285,7 +285,8 @@ def decode_parts(library: Library) -> None:
         h, k, dim = 4, 2, 32
         turn = normal(12, dim // 2, dtype=DOUBLE)
         qkv, caches = normal(4, 8 * dim, dtype=dtype), normal(2, 6, 4, k, dim, dtype=dtype)
-        table = torch.tensor([[5, 0, 2], [1, 4, 9]], dtype=torch.int32)  # there is no page 9
+        # three tokens in shared pages, and none; there is no page 9
+        table = torch.tensor([[3, 3, 0, 0, 5, 0, 2], [0, 0, 0, 0, 1, 9, 4]], dtype=torch.int32)
         places = (torch.tensor([1, 0, -1, 0]), torch.tensor([5, 11, 0, 0]))
         for sizes in ((), (h * dim, k * dim), (dim, dim)):
             weights: list[Any] = [normal(size, dtype=dtype) for size in sizes] or [None, None]
@@ -302,7 +303,8 @@ def merges(library: Library) -> None:
             a, b = (normal(7, 3, width, dtype=dtype, scale=s) for s in (1, 2))
             wide = DOUBLE if dtype == DOUBLE else torch.float32
             lse = [normal(7, 3, dtype=wide, scale=s) for s in (3, 1)]
-            lse[0][2] = -math.inf
+            lse[0][2], lse[1][3] = -math.inf, math.inf
+            lse[1] = lse[1].t().contiguous().t()
             elementwise(library, "merge_attention", a, lse[0], b, lse[1])
 
 

@@ -54,7 +54,7 @@ class InPlaceDecoder:
     def __init__(self, stage: Stage, cache: KVCache, most_rows: int) -> None:
         self.stage, self.cache, config = stage, cache, stage.config
         some = next(stage.parameters())
-        self.device, self.places = some.device, cache.keys.shape[2]
+        self.device, self.places = some.device, cache.table.longest
         places = torch.arange(self.places, device=self.device)
         radians = next(iter(stage.radians.values())).to(self.device)
         cosines, sines = rope.rotation(places, radians, some.dtype)
@@ -153,11 +153,12 @@ class InPlaceDecoder:
             b.qkv,
             held.keys,
             held.values,
-            held.step.slot_index,
+            held.step.slots,
             held.step.starts,
             self.cosines,
             self.sines,
             b.q,
+            table=self.cache.table.rows,
             q_weight=layer.q_norm,
             k_weight=layer.k_norm,
             eps=self.stage.config.norm_eps,

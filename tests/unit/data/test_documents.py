@@ -45,6 +45,12 @@ def test_text_is_a_document_a_line_or_a_file(tmp_path: Path, suffix: str) -> Non
     assert read(path, reading=Reading("text", "file")) == ["\n".join(TEXTS)]
 
 
+def test_a_mark_before_the_text_of_a_file_is_no_text(tmp_path: Path) -> None:
+    raw = b"\xef\xbb\xbf" + b'{"text": "good"}\r\n' * 2
+    assert read(write(tmp_path / "a.jsonl", raw)) == ["good"] * 2
+    assert read(write(tmp_path / "a.txt", b"\xef\xbb\xbfgood\r\ngood\r\n")) == ["good"] * 2
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.text("ab é", max_size=9), max_size=12), st.integers(1, 40))
 def test_every_line_belongs_to_exactly_one_piece(

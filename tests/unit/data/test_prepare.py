@@ -79,6 +79,23 @@ def test_the_bytes_do_not_depend_on_ranks_or_processes(tmp_path: Path) -> None:
     assert result(ranks) == result(alone)
 
 
+def test_an_input_that_was_mended_is_prepared_by_the_same_command(tmp_path: Path) -> None:
+    """Unless pieces of what it was were finished: then the file that changed is named."""
+    text = tmp_path / "a.jsonl"
+    settings = settings_for(tmp_path, "out", inputs=(str(text),))
+    good = '{"text": "whole"}\n' * 400
+    for begun in ("", good):  # pieces that are finished: none, all but the last
+        text.write_text(begun + '{"text": "half')
+        with pytest.raises(BadLineError):
+            prepare(settings, show=False)
+    text.write_text(good)
+    with pytest.raises(PrepareError, match=r"another job: .*a\.jsonl: not as they were\. Repeat"):
+        prepare(settings, show=False)
+    report = prepare(replace(settings, fresh=True), show=False)
+    assert report is not None
+    assert report["documents"] == 400
+
+
 def _interrupt() -> None:
     raise KeyboardInterrupt
 
@@ -260,6 +277,7 @@ def test_pieces_of_another_job_are_refused_with_the_difference(tmp_path: Path) -
     settings = settings_for(tmp_path, "out")
     with pytest.raises(KeyboardInterrupt):
         prepare(settings, Share(0, 2, _interrupt), show=False)
+    prepare(settings, Share(1, 2), show=False)
     with pytest.raises(PrepareError, match="piece_bytes was 3000, is 999"):
         prepare(replace(settings, piece_bytes=999), show=False)
     prepare(replace(settings, piece_bytes=999, fresh=True), show=False)

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megarlx.data.chat_template import ChatTemplate
 from megarlx.data.conversations import Conversation, Frames, Turn
 from megarlx.data.difficulty import Difficulty
 from megarlx.data.documents import BadLineError
@@ -194,3 +195,10 @@ def test_a_prompts_share_is_a_running_mean_that_begins_at_one_half() -> None:
     one.learn([(1, 1.0), (1, 1.0), (2, 0.0)])
     p = [0.5, 0.9 * (0.9 * 0.5 + 0.1) + 0.1, 0.45]
     assert one.weights().tolist() == pytest.approx([x * (1 - x) + 0.05 for x in p], abs=1e-15)
+
+
+def test_a_task_without_a_question_is_not_put_into_the_template() -> None:
+    """Chat templates look at their first message; an environment has not said it yet."""
+    chat = ChatTemplate("{% if messages[0].role == 'user' %}{{ messages[0].content }}{% endif %}")
+    (drawn,) = PromptData([Prompt("", None, {"goal": 1})], chat, BYTES, seed=0).take(1)
+    assert drawn.ids == ()

@@ -19,6 +19,7 @@ from megarlx.hf.tokenizer_files import (
     chat_of,
     chat_template,
     hugging_face_tokenizer,
+    tokenizer_of_model,
 )
 
 TEXTS = ["tom has 3 apples", "apples", "3 3 3 has tom"]
@@ -127,9 +128,11 @@ def test_the_exported_chat_template_writes_what_the_model_was_trained_on(
     tmp_path: Path, template: dict[str, str]
 ) -> None:
     settings, tokenizer = TemplateConfig(**template), ByteTokenizer()
-    (written(tokenizer, tmp_path) / "chat_template.jinja").write_text(chat_template(settings))
+    (written(tokenizer, tmp_path) / "chat_template.jinja").write_text(
+        chat_template(settings, tokenizer)
+    )
     found = chat_of(tmp_path, tokenizer)
-    assert found == TemplateConfig(chat=chat_template(settings))
+    assert found == TemplateConfig(chat=chat_template(settings, tokenizer))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     turns = [Turn("system", "be short"), Turn("user", ODD), Turn("assistant", ODD)]
     ours = Frames(**settings.model_dump(exclude={"chat", "bos"}))
@@ -145,6 +148,27 @@ def test_the_exported_chat_template_writes_what_the_model_was_trained_on(
     conversation = Conversation(tuple(turns))
     assert theirs(text)["input_ids"] == ours.encode(conversation, tokenizer)[0]
     assert read.encode(conversation, tokenizer) == ours.encode(conversation, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("ends", "eos"), [([0, 1], "<turn>"), (1, "<turn>"), (0, "<fin>"), (None, "<fin>")]
+)
+def test_texts_end_as_the_answers_of_a_models_chat_template_do(
+    tmp_path: Path, ends: list[int] | int | None, eos: str
+) -> None:
+    """Where generation_config.json names their end; a template of the tokenizer's own end wins."""
+    engine = Engine(models.WordLevel({"<fin>": 0, "<turn>": 1, "2": 2}, unk_token="<fin>"))
+    engine.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    engine.add_special_tokens(["<fin>", "<turn>"])
+    engine.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<fin>"}')
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    for end, found in (("<turn>", eos), ("<turn> <fin>", "<fin>")):
+        chat = f"{{% for m in messages %}}{{{{ m.content }}}} {end} {{% endfor %}}"
+        (tmp_path / "chat_template.jinja").write_text(chat)
+        tokenizer = tokenizer_of_model(tmp_path)
+        assert tokenizer is not None
+        assert tokenizer.eos_text == found
 
 
 def test_a_model_that_saw_pre_training_only_has_no_chat_template(tmp_path: Path) -> None:

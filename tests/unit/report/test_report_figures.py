@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
-from fake_sweep import AS_IN_THE_PAPER, Outcome, Sweep
+from fake_sweep import AS_IN_THE_PAPER, SMALL_MODEL, Outcome, Sweep
 
 from megarlx.cli import main
 from megarlx.evaluation.readiness import PROBE
@@ -63,6 +63,18 @@ def test_one_checkpoint_gives_rows_on_one_axis(tmp_path: Path) -> None:
     names = [[label.get_text() for label in ax.get_yticklabels()] for ax in figure.wide.axes]
     assert names == [["base", "RL", "SFT"], [""] * 3, [""] * 3]
     assert [label.get_text() for label in figure.narrow.axes[2].get_yticklabels()] == names[0]
+
+
+def test_where_all_start_is_said_of_each_kind_of_trunk(tmp_path: Path) -> None:
+    for name, size, checkpoints in (("small", 32, (1_000_000,)), ("large", 128, (2_000_000,))):
+        made = sweep(tmp_path, prefix=f"{name}-", model=SMALL_MODEL | {"hidden_size": size})
+        made.checkpoints = checkpoints
+        made.write(["rl"])
+    study = Study.of(tmp_path)
+    found = [drawn(figures.pass_at_k(study, variant)) for variant in study.variants]
+    assert len({figure.caption for figure in found}) == 1
+    notes = {f"All start from one checkpoint, at {tokens} tokens." for tokens in ("1M", "2M")}
+    assert {figure.note for figure in found} == notes
 
 
 def test_every_recipe_is_compared_with_where_it_starts(study: Study) -> None:

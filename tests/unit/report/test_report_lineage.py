@@ -132,3 +132,15 @@ def test_what_learned_more_than_pre_training_is_no_trunk(
     continued(small(tmp_path, seeds=(0,)), tokens, *objectives)
     study = Study.of(tmp_path)
     assert [run.name for run in study.excursions] == ["runs/cpt"]
+
+
+def test_a_converted_model_has_no_steps_to_take(tmp_path: Path) -> None:
+    trunk = small(tmp_path, seeds=(0,)).trunk(0)
+    for log in trunk.glob("metrics.jsonl"):
+        log.unlink()
+    change(trunk / "lineage.json", converted={"0": {"source": "models/theirs", "tokens": 0}})
+    screen = Console(file=io.StringIO(), width=120)
+    screen.print(lineage(Study.of(tmp_path)))
+    told = screen.file.getvalue()
+    assert "trunks/seed0  converted  seed 0" in told
+    assert "step 0 of" not in told

@@ -217,6 +217,21 @@ def test_trunks_of_one_seed_are_told_apart_by_size_and_data(tmp_path: Path) -> N
     assert {row["trunk"] for row in summary(study, {})["results"]} == set(study.variants)
 
 
+def test_a_template_is_no_label(tmp_path: Path) -> None:
+    """Two converted models differ in their chat templates: their names tell them apart."""
+    for name in ("one", "two"):
+        sweep = small(tmp_path, seeds=(0,), prefix=f"{name}-")
+        sweep.write(["rl"])
+        paths = [*tmp_path.glob(f"**/{name}-*/resolved.json")]
+        assert len(paths) == 2
+        for path in paths:
+            settings = json.loads(path.read_text())
+            chat = f"{name} {{{{ messages }}}}\n" * 20
+            path.write_text(json.dumps({**settings, "template": {"chat": chat, "bos": name}}))
+    variants = Study.of(tmp_path).variants
+    assert [variant.split("/")[-1] for variant in variants] == ["one-seed0", "two-seed0"]
+
+
 def test_questions_kept_learned_and_forgotten_are_counted(tmp_path: Path) -> None:
     sweep = small(tmp_path, seeds=(0,), questions=100)
     sweep.outcomes = {"base": Outcome(0.50, 0.50), "rl": Outcome(0.30, 0.30)}
