@@ -55,7 +55,6 @@ void launch(const char* op, const Tensor& like, const Args& args,
   launcher(args, device.stream());
   device.check(op);
 }
-#endif
 
 // x += norm(y), or with `out` x += y and out = norm(x), as a norm with a residual or an addend.
 RmsNormArgs as_norm(const DecodeNormArgs& args, std::int64_t rows) {
@@ -73,6 +72,7 @@ RmsNormArgs as_norm(const DecodeNormArgs& args, std::int64_t rows) {
   norm.y = behind ? args.x : args.out;
   return norm;
 }
+#endif
 
 void decode_norm_(Tensor x, const OptionalTensor& y, const Tensor& weight, double eps,
                   const OptionalTensor& out) {
