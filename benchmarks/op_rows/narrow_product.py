@@ -31,10 +31,9 @@ class Problem:
     def __post_init__(self) -> None:
         each = self.columns * self.outputs * self.dtype.itemsize
         shape = (1 + self.beyond // each, self.outputs, self.columns)
-        made = {"dtype": self.dtype, "device": self.device}
         self.weights = torch.randn(shape, device=self.device).to(self.dtype)
-        self.x = torch.randn(self.rows, self.columns, **made)
-        self.out = torch.empty(self.rows, self.outputs, **made)
+        self.x = torch.randn(self.rows, self.columns, device=self.device).to(self.dtype)
+        self.out = self.x.new_empty(self.rows, self.outputs)
         self.narrow: list[Fp8Rows] = []
 
     def weight(self, number: int) -> torch.Tensor:
