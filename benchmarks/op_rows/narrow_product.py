@@ -32,8 +32,8 @@ class Problem:
         each = self.columns * self.outputs * self.dtype.itemsize
         shape = (1 + self.beyond // each, self.outputs, self.columns)
         self.weights = torch.randn(shape, device=self.device).to(self.dtype)
-        self.x = torch.randn(self.rows, self.columns, dtype=self.dtype, device=self.device)
-        self.out = torch.empty(self.rows, self.outputs, dtype=self.dtype, device=self.device)
+        self.x = torch.randn(self.rows, self.columns, device=self.device).to(self.dtype)
+        self.out = self.x.new_empty(self.rows, self.outputs)
         self.narrow: list[Fp8Rows] = []
 
     def weight(self, number: int) -> torch.Tensor:

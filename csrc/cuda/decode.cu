@@ -1,5 +1,6 @@
 // What a step of cached generation needs besides its products, its attention and the kernels that
 // it shares with training (rms_norm.cu, swiglu.cu, heads.cu).
+#include "cuda/dependent.h"
 #include "cuda/rows.h"
 
 namespace megarlx::cuda {
@@ -8,6 +9,7 @@ namespace {
 template <typename Stored, bool whole>
 __global__ void __launch_bounds__(kThreads)
     merge_attention_kernel(const __grid_constant__ MergeArgs args) {
+  let_dependents_begin();  // a product that reads its weights meanwhile
   using T = Precision<Stored>;
   const int width = static_cast<int>(args.width), packs = packs_of<Stored>(width);
   const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;

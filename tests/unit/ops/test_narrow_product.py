@@ -66,7 +66,10 @@ def test_scales_stand_for_what_e4m3_left_out(dtype: torch.dtype) -> None:
         ({"weight": (4, 15)}, r"weight is of shape \[4, 15\]; allowed: \[4, 16\]"),
         ({"out": (2, 5)}, r"out is of shape \[2, 5\]; allowed: \[2, 4\]"),
         ({"bias": (3,)}, r"bias is of shape \[3\]; allowed: \[4\]"),
-        ({"scales": (4,)}, r"weight is Float; allowed: Float8_e4m3fn"),
+        pytest.param(
+            *({"scales": (4,)}, r"weight is Float; allowed: Float8_e4m3fn"),
+            marks=pytest.mark.not_emulated("on CUDA x is named first, see tests/gpu"),
+        ),
     ],
     ids=str,
 )
