@@ -101,7 +101,7 @@ def run(
     """As the sweep's runner does, in this process; the names of what was made."""
     jobs = list(with_needs(jobs_of(sweep), wanted))
     assert sweep.records is not None
-    records = SweepRecords(Path(sweep.records), jobs)
+    records = SweepRecords(Path(sweep.records), jobs, sweep.record_suites)
     for job in jobs:
         if not (job.out is not None and (job.out / "lineage.json").exists()):
             assert main(list(job.arguments)) == 0, f"{job.name}: {capsys.readouterr().err}"
@@ -138,7 +138,8 @@ def test_tuning_chooses_the_rates_by_which_its_world_is_told(
 ) -> None:
     for name in ("tuning/kept_arithmetic_1_alpha", "tuning/kept_arithmetic_2_rates"):
         shorten(name, ARITHMETIC)
-        run(short(name), capsys, "vector-(rl|mark)-alpha|rl-late-(at|from-vector-rl)")
+        arms = "trunk-seed-7-evaluate|vector-(rl|mark)-alpha|rl-late-(at|from-vector-rl)"
+        run(short(name), capsys, arms)
     said = told(capsys, "kept-tuning", "benchmarks/results/kept_tuning")
     assert re.search(r"^vector-rl +(0\.5|1) .*chosen *$", said, re.MULTILINE), said
     assert re.search(r"^\d+ steps of pre-training cost what early RL does", said, re.MULTILINE)
