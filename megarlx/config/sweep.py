@@ -123,6 +123,11 @@ class SweepConfig(Section):
         description="Folder of files, one a seed, in which finished runs leave their counts by "
         "question; what stands there of the same settings is not run again",
     )
+    record_suites: Texts = Field(
+        default=(),
+        description="Suites that records keep, of every step; absent: all of a run's last step, "
+        "and of earlier ones those that sample",
+    )
     jobs: int = Field(default=1, ge=1, description="Runs at the same time")
     threads_per_job: int | None = Field(
         default=None, ge=1, description="CPU threads of a run; absent: its share of the machine"

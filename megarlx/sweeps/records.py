@@ -98,8 +98,8 @@ class JobSettings:
 
 
 class SweepRecords:
-    def __init__(self, folder: Path, jobs: Sequence[Job]) -> None:
-        self.settings = JobSettings(jobs)
+    def __init__(self, folder: Path, jobs: Sequence[Job], suites: Sequence[str] = ()) -> None:
+        self.settings, self.suites = JobSettings(jobs), suites
         self.seeds = {seed: SeedRecords.at(folder, seed) for seed in {job.seed for job in jobs}}
 
     def has(self, job: Job) -> bool:
@@ -110,7 +110,7 @@ class SweepRecords:
         """What a finished job has left in the folder of its run; a trunk is kept when measured."""
         if job.arguments[0] != "train" and not self.has(job):
             records = self.seeds[job.seed]
-            records.add(job.run)
+            records.add(job.run, self.suites)
             records.done[job.name] = self.settings(job)
             records.write()
 

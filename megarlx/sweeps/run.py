@@ -72,7 +72,7 @@ class SweepRunner:
         self.begun = self._told = time.monotonic()
         self.records: SweepRecords | None = None
         if config.records is not None:
-            self.records = SweepRecords(Path(config.records), jobs)
+            self.records = SweepRecords(Path(config.records), jobs, config.record_suites)
 
     def run(self) -> int:
         """0 when all jobs are done, 1 when one failed, 75 when the budget left some."""

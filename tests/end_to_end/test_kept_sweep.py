@@ -101,7 +101,7 @@ def run(
     """As the sweep's runner does, in this process; the names of what was made."""
     jobs = list(with_needs(jobs_of(sweep), wanted))
     assert sweep.records is not None
-    records = SweepRecords(Path(sweep.records), jobs)
+    records = SweepRecords(Path(sweep.records), jobs, sweep.record_suites)
     for job in jobs:
         if not (job.out is not None and (job.out / "lineage.json").exists()):
             assert main(list(job.arguments)) == 0, f"{job.name}: {capsys.readouterr().err}"
@@ -119,55 +119,73 @@ def told(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return capsys.readouterr().out
 
 
-def test_tuning_chooses_what_the_worlds_are_told_by_from_their_records_alone(
+def of_records(capsys: pytest.CaptureFixture[str], world: str) -> str:
+    """What is told without any run, which is what was told of the runs; and a figure."""
+    plain = [re.sub(" +", " ", told(capsys, "kept", f"runs/{world}"))]
+    shutil.rmtree("runs")
+    words = ("kept", f"benchmarks/results/kept/{world}", "--figure", "kept.png")
+    said = told(capsys, *words)
+    assert Path("kept.png").stat().st_size > 10_000
+    plain.append(re.sub(" +", " ", said))
+    arms = [{line for line in text.splitlines() if re.search(r" 1 [+\d–]", line)} for text in plain]
+    assert arms[0] == arms[1] != set()
+    assert sum(path.stat().st_size for path in Path("benchmarks").rglob("*.json")) < 1 << 18
+    return said
+
+
+def test_tuning_chooses_the_rates_by_which_its_world_is_told(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("tuning/kept_arithmetic_1_alpha", "tuning/kept_arithmetic_2_rates"):
         shorten(name, ARITHMETIC)
-        wanted = "vector-(rl|mark)-alpha|rl-late-(at|from-vector-rl)"
-        run(short(name), capsys, wanted)
+        arms = "trunk-seed-7-evaluate|vector-(rl|mark)-alpha|rl-late-(at|from-vector-rl)"
+        run(short(name), capsys, arms)
     said = told(capsys, "kept-tuning", "benchmarks/results/kept_tuning")
-    assert re.search(r"^vector-rl\s+(0\.5|1)\s.*chosen$", said, re.MULTILINE), said
+    assert re.search(r"^vector-rl +(0\.5|1) .*chosen *$", said, re.MULTILINE), said
+    assert re.search(r"^\d+ steps of pre-training cost what early RL does", said, re.MULTILINE)
     chosen = said[said.index("[kept_arithmetic.rates]") :].split("\n\n")[0]
     assert '"late-only at 1" = ' in chosen
-    rates = '[kept.rates]\n"late-only at 1" = 1e-4\n"corpus at 2" = 1e-4\n'
-    Path("configs/kept_chosen.toml").write_text(f"{chosen}\n{rates}")
 
     shorten("kept_arithmetic", ARITHMETIC)
     arms = "vector-rl-seed|rl-late-(at|from-vector-rl)|trunk-seed-7-evaluate"
     run(short("kept_arithmetic"), capsys, arms)
+    assert "no [kept_arithmetic.rates]" in told(capsys, "kept", "runs/kept_arithmetic")
+    Path("configs/kept_chosen.toml").write_text(chosen)
+    said = of_records(capsys, "kept_arithmetic")
+    for arm in ("late-only", "vector-rl"):
+        assert re.search(rf"^{arm} \+ 2 +1 ", said, re.MULTILINE), said
 
+
+def test_every_arm_of_the_kept_study_runs_and_is_told_in_its_table(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shorten("kept", TABLES)
+    rates = (f'"{start} at {k}" = 1e-4' for start in ("late-only", "corpus") for k in (1, 2))
+    Path("configs/kept_chosen.toml").write_text("\n".join(("[kept.rates]", *rates)))
     jobs = jobs_of(short("kept"))
     made = run(short("kept"), capsys)
     assert made == {job.out.name for job in jobs if job.out is not None}
-
-    shorten("kept_facts", {**TABLES, 320: 2})
-    run(short("kept_facts", **WITHHELD), capsys)
-
     for name, change in {"vector-permuted": "permuted:0", "vector-mark": None}.items():
         lineage = json.loads(Path(f"runs/kept/{name}-seed-7/lineage.json").read_text())
         assert lineage["sum"]["terms"][0]["change"] == change
     partner = json.loads(Path("runs/kept/partner-seed-7/resolved.json").read_text())
     assert (partner["training"]["seed"], partner["data"]["options"]["seed"]) == (1007, 7)
     assert (partner["training"]["steps"], partner["optimizer"]["schedule_steps"]) == (4, 8)
-
-    of_runs = told(capsys, "kept", "runs/kept")
-    shutil.rmtree("runs")
-    said = told(capsys, "kept", "benchmarks/results/kept", "--figure", "kept.png")
-    assert Path("kept.png").stat().st_size > 10_000
-    tables = said[said.index("\nkept\n") : said.index("\nkept_arithmetic\n")]
+    said = of_records(capsys, "kept")
     for arm in (
         *("vector-rl", "vector-mark-matched", "vector-random-2", "through early RL"),
-        *("late-only \\+ 1", "corpus \\+ 2", "corpus of equal FLOP", "late mark-only \\+ 1"),
+        *("late-only + 1", "corpus + 2", "corpus of equal FLOP", "late mark-only + 1"),
     ):
-        (row,) = re.findall(rf"^{arm} +1 .*$", tables, re.MULTILINE)
-        assert re.sub(" +", " ", row) in re.sub(" +", " ", of_runs)
-    for arm in ("late-only", "vector-rl"):
-        assert re.search(rf"^{arm} \+ 2 +1 ", said[said.index("\nkept_arithmetic\n") :], re.M)
-    facts = said[said.index("\nkept_facts\n") :]
+        assert re.search(rf"^{re.escape(arm)} +1 ", said, re.MULTILINE), (arm, said)
+
+
+def test_facts_that_text_keeps_silent_on_and_tells_wrongly_are_told_of(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shorten("kept_facts", {**TABLES, 320: 2})
+    run(short("kept_facts", **WITHHELD), capsys)
+    said = of_records(capsys, "kept_facts")
     for title in ("Facts that only early RL saw", "Facts that text tells wrongly"):
-        section = facts[facts.index(title) :].split("\n\n")[0]
+        section = said[said.index(title) :].split("\n\n")[0]
         for arm in ("trunk, middle", "RL in the middle", "trunk's end", "through"):
             assert re.search(rf"^{arm} +1 +\+\d", section, re.MULTILINE), (arm, section)
-    assert sum(path.stat().st_size for path in Path("benchmarks").rglob("*.json")) < 1 << 20
