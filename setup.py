@@ -22,6 +22,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 # Beside an NVIDIA driver, the torch that the pins of the "cuda" extra go with.
@@ -214,6 +215,15 @@ class Packages(build_py):
             shutil.copyfile(path, target)
 
 
+class Sources(sdist):
+    """What setup.py reads and setuptools does not list by itself: headers, configurations."""
+
+    def make_distribution(self) -> None:
+        files = (p for folder in ("configs", "csrc") for p in (ROOT / folder).rglob("*"))
+        self.filelist.extend(sorted(str(p.relative_to(ROOT)) for p in files if p.is_file()))
+        super().make_distribution()
+
+
 def requirements(torch_requirement: str) -> tuple[list[str], dict[str, list[str]]]:
     runtime = [
         torch_requirement,
@@ -254,7 +264,7 @@ if find_torch():
     runtime, extras = requirements(f"torch=={torch.__version__.split('+')[0]}")
     setup(
         ext_modules=modules,
-        cmdclass={"build_ext": build_command(info), "build_py": Packages},
+        cmdclass={"build_ext": build_command(info), "build_py": Packages, "sdist": Sources},
         install_requires=runtime,
         extras_require=extras,
     )

@@ -40,8 +40,46 @@ void check_indices(const char* op, const char* name, const Tensor& t, std::int64
                   c10::str("0 to ", limit - 1));
 }
 
+// The pages of every slot that a row is in, as far as it is filled; returns how many a slot has.
+std::int64_t check_pages(const char* op, const std::optional<Tensor>& table, const Tensor& slots,
+                         const Tensor& positions, std::int64_t rows, std::int64_t pages,
+                         std::int64_t size) {
+  MEGARLX_CHECK(op, size > 0, "keys", c10::str("pages of ", size, " places"), "1 or more");
+  std::int64_t count = 1, held = pages;
+  if (table) {
+    MEGARLX_CHECK(op, table->scalar_type() == at::kInt, "table", table->scalar_type(), "Int");
+    MEGARLX_CHECK(op, table->dim() == 2 && table->size(1) % 2 == 1 && table->size(1) > 1, "table",
+                  c10::str("of shape ", table->sizes()), "[slots, 1 + 2 pages of a slot]");
+    MEGARLX_CHECK(op, table->is_contiguous(), "table", c10::str("strided ", table->strides()),
+                  "contiguous");
+    held = table->size(0);
+    count = table->size(1) / 2;
+  }
+  check_indices(op, "slots", slots, rows, held);
+  check_indices(op, "positions", positions, rows, count * size);
+  if (!table) return count;
+  for (std::int64_t i = 0; i < rows; ++i) {
+    const auto position = positions.const_data_ptr<std::int64_t>()[i];
+    const auto slot = SlotPages::of(table->const_data_ptr<std::int32_t>(),
+                                    slots.const_data_ptr<std::int64_t>()[i], count, size);
+    const auto shared = slot.shared();
+    MEGARLX_CHECK(op, shared >= 0 && shared <= position, "table", c10::str(shared, " shared"),
+                  c10::str("0 to ", position, ", the position"));
+    const auto check_page = [&](std::int64_t column) {
+      const auto page = slot.page(column);
+      MEGARLX_CHECK(op, page >= 0 && page < pages, "table", c10::str("page ", page),
+                    c10::str("0 to ", pages - 1));
+    };
+    for (std::int64_t at = 0; at < shared; at += size) check_page(at / size);
+    for (std::int64_t at = shared; at <= position; at += size)
+      check_page(count + (at - shared) / size);
+  }
+  return count;
+}
+
 // Only the first `rows` rows are worked on; those behind them are padding of the products.
-void decode_attention_(const Tensor& qkv, Tensor keys, Tensor values, const Tensor& slots,
+void decode_attention_(const Tensor& qkv, Tensor keys, Tensor values,
+                       const std::optional<Tensor>& table, const Tensor& slots,
                        const Tensor& positions, const Tensor& cosines, const Tensor& sines,
                        const std::optional<Tensor>& q_weight, const std::optional<Tensor>& k_weight,
                        const std::optional<Tensor>& inverse, double eps, double scale,
@@ -50,7 +88,7 @@ void decode_attention_(const Tensor& qkv, Tensor keys, Tensor values, const Tens
   DecodeAttentionArgs args = {};
   args.dtype = checked_dtype(op, qkv);
   MEGARLX_CHECK(op, keys.dim() == 4, "keys", c10::str("of shape ", keys.sizes()),
-                "[slots, places, kv_heads, head_dim]");
+                "[pages, page_size, kv_heads, head_dim]");
   const auto kv_heads = keys.size(2), dim = keys.size(3);
   MEGARLX_CHECK(op, kv_heads > 0 && dim > 0, "keys", c10::str("of shape ", keys.sizes()),
                 "at least one head of at least one element");
@@ -63,13 +101,14 @@ void decode_attention_(const Tensor& qkv, Tensor keys, Tensor values, const Tens
   check(op, "out", out, qkv, {batch, heads * dim});
   check(op, "keys", keys, qkv, keys.sizes());
   check(op, "values", values, qkv, keys.sizes());
-  MEGARLX_CHECK(op, cosines.dim() == 2 && cosines.size(0) >= keys.size(1), "cosines",
+  args.page_size = keys.size(1);
+  args.pages_of_slot = check_pages(op, table, slots, positions, rows, keys.size(0), args.page_size);
+  const auto places = args.pages_of_slot * args.page_size;
+  MEGARLX_CHECK(op, cosines.dim() == 2 && cosines.size(0) >= places, "cosines",
                 c10::str("of shape ", cosines.sizes()),
-                c10::str("[", keys.size(1), " or more, ", dim / 2, "]"));
+                c10::str("[", places, " or more, ", dim / 2, "]"));
   check(op, "cosines", cosines, qkv, {cosines.size(0), dim / 2});
   check(op, "sines", sines, qkv, cosines.sizes());
-  check_indices(op, "slots", slots, rows, keys.size(0));
-  check_indices(op, "positions", positions, rows, keys.size(1));
   MEGARLX_CHECK(op, q_weight.has_value() == k_weight.has_value(), "k_weight",
                 k_weight.has_value() ? "given" : "missing", "both norm weights or neither");
   if (q_weight) {
@@ -86,6 +125,7 @@ void decode_attention_(const Tensor& qkv, Tensor keys, Tensor values, const Tens
   args.qkv = qkv.const_data_ptr();
   args.keys = keys.mutable_data_ptr();
   args.values = values.mutable_data_ptr();
+  args.table = table ? table->const_data_ptr<std::int32_t>() : nullptr;
   args.slots = slots.const_data_ptr<std::int64_t>();
   args.positions = positions.const_data_ptr<std::int64_t>();
   args.cosines = cosines.const_data_ptr();
@@ -96,7 +136,6 @@ void decode_attention_(const Tensor& qkv, Tensor keys, Tensor values, const Tens
   args.heads = heads;
   args.kv_heads = kv_heads;
   args.head_dim = dim;
-  args.places = keys.size(1);
   std::int64_t seen = 0;
   for (std::int64_t i = 0; i < rows; ++i) seen += args.positions[i] + 1;
   const auto cost = 2 * heads * dim * seen / std::max<std::int64_t>(rows, 1);
@@ -128,7 +167,7 @@ std::vector<PartOfStep> parts_of_step(const DecodeStepArgs& a) {
   for (std::int64_t layer = 0; layer < a.layers; ++layer) {
     if (!a.post) parts.push_back({DecodePart::kEnter, layer, 0, 4 * d});
     parts.push_back({DecodePart::kQkv, layer, panels(fused), panel * d});
-    parts.push_back({DecodePart::kAttention, layer, 0, attended * a.places});
+    parts.push_back({DecodePart::kAttention, layer, 0, attended * a.pages_of_slot * a.page_size});
     parts.push_back({DecodePart::kOut, layer, panels(d), panel * attended});
     parts.push_back({DecodePart::kMiddle, layer, 0, 4 * d});
     parts.push_back({DecodePart::kGateUp, layer, panels(2 * a.intermediate), panel * d});
@@ -176,18 +215,17 @@ void decode_step_(Tensor x, const std::optional<Tensor>& tokens,
                   const Tensor& down, const Tensor& attention_norm, const Tensor& mlp_norm,
                   const std::optional<Tensor>& q_norm, const std::optional<Tensor>& k_norm,
                   const std::optional<Tensor>& norm, const std::optional<Tensor>& head, Tensor keys,
-                  Tensor values, const Tensor& slots, const Tensor& positions,
-                  const Tensor& shared_slots, const Tensor& shared_lengths, const Tensor& cosines,
-                  const Tensor& sines, double eps, double scale, std::int64_t heads,
-                  std::int64_t intermediate, bool post, std::int64_t rows, Tensor scratch,
-                  const std::optional<Tensor>& logits) {
+                  Tensor values, const std::optional<Tensor>& table, const Tensor& slots,
+                  const Tensor& positions, const Tensor& cosines, const Tensor& sines, double eps,
+                  double scale, std::int64_t heads, std::int64_t intermediate, bool post,
+                  std::int64_t rows, Tensor scratch, const std::optional<Tensor>& logits) {
   const char* op = "decode_step_";
   DecodeStepArgs args = {};
   args.dtype = checked_dtype(op, x);
   MEGARLX_CHECK(op, x.dim() == 2, "x", c10::str("of shape ", x.sizes()), "[rows, hidden]");
   MEGARLX_CHECK(op, keys.dim() == 5, "keys", c10::str("of shape ", keys.sizes()),
-                "[layers, slots, places, kv_heads, head_dim]");
-  const auto batch = x.size(0), d = x.size(1), layers = keys.size(0), places = keys.size(2);
+                "[layers, pages, page_size, kv_heads, head_dim]");
+  const auto batch = x.size(0), d = x.size(1), layers = keys.size(0);
   const auto kv_heads = keys.size(3), dim = keys.size(4), attended = heads * dim;
   MEGARLX_CHECK(op, kv_heads > 0 && dim > 0 && d > 0, "keys", c10::str("of shape ", keys.sizes()),
                 "at least one head of at least one element, and a hidden size above 0");
@@ -209,19 +247,15 @@ void decode_step_(Tensor x, const std::optional<Tensor>& tokens,
   if (qkv_bias) check(op, "qkv_bias", *qkv_bias, x, {layers, fused});
   check(op, "keys", keys, x, keys.sizes());
   check(op, "values", values, x, keys.sizes());
+  args.pages = keys.size(1);
+  args.page_size = keys.size(2);
+  args.pages_of_slot = check_pages(op, table, slots, positions, rows, args.pages, args.page_size);
+  const auto places = args.pages_of_slot * args.page_size;
   check(op, "cosines", cosines, x, {places, dim / 2});
   check(op, "sines", sines, x, {places, dim / 2});
-  check_indices(op, "slots", slots, rows, keys.size(1));
-  check_indices(op, "positions", positions, rows, places);
-  check_indices(op, "shared_slots", shared_slots, rows, keys.size(1));
-  check_indices(op, "shared_lengths", shared_lengths, rows, places);
+  args.table = table ? table->const_data_ptr<std::int32_t>() : nullptr;
   args.slots = slots.const_data_ptr<std::int64_t>();
   args.positions = positions.const_data_ptr<std::int64_t>();
-  args.shared_slots = shared_slots.const_data_ptr<std::int64_t>();
-  args.shared_lengths = shared_lengths.const_data_ptr<std::int64_t>();
-  for (std::int64_t i = 0; i < rows; ++i)
-    MEGARLX_CHECK(op, args.shared_lengths[i] <= args.positions[i], "shared_lengths",
-                  args.shared_lengths[i], c10::str("0 to ", args.positions[i], ", the position"));
   MEGARLX_CHECK(op, tokens.has_value() == embedding.has_value(), "embedding",
                 embedding ? "given" : "missing", "both tokens and embedding or neither");
   if (tokens) {
@@ -287,8 +321,6 @@ void decode_step_(Tensor x, const std::optional<Tensor>& tokens,
   args.kv_heads = kv_heads;
   args.head_dim = dim;
   args.intermediate = intermediate;
-  args.cache_slots = keys.size(1);
-  args.places = places;
   args.post = post;
   run_step(args, rows);
 }

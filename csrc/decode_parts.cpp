@@ -29,11 +29,16 @@ at::ScalarType precision_of(const Tensor& like) {
   return like.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-void check(const char* op, const char* name, const Tensor& t, at::ScalarType type,
-           at::IntArrayRef shape, const Tensor& like) {
+void check_apart(const char* op, const char* name, const Tensor& t, at::ScalarType type,
+                 at::IntArrayRef shape, const Tensor& like) {
   MEGARLX_CHECK(op, t.scalar_type() == type, name, t.scalar_type(), type);
   MEGARLX_CHECK(op, t.device() == like.device(), name, t.device(), like.device());
   MEGARLX_CHECK(op, t.sizes() == shape, name, c10::str("of shape ", t.sizes()), shape);
+}
+
+void check(const char* op, const char* name, const Tensor& t, at::ScalarType type,
+           at::IntArrayRef shape, const Tensor& like) {
+  check_apart(op, name, t, type, shape, like);
   MEGARLX_CHECK(op, t.is_contiguous(), name, c10::str("strided ", t.strides()), "contiguous");
 }
 
@@ -137,11 +142,11 @@ void read_cache(const char* op, const Tensor& keys, const Tensor& values,
   args.keys = keys.mutable_data_ptr();
   args.values = values.mutable_data_ptr();
   if (!table) return;
-  MEGARLX_CHECK(op, table->dim() == 2, "table", c10::str("of shape ", table->sizes()),
-                "[slots, pages of a slot]");
+  MEGARLX_CHECK(op, table->dim() == 2 && table->size(1) % 2 == 1 && table->size(1) > 1, "table",
+                c10::str("of shape ", table->sizes()), "[slots, 1 + 2 pages of a slot]");
   check(op, "table", *table, at::kInt, table->sizes(), qkv);
   args.table = table->const_data_ptr<std::int32_t>();
-  args.pages_of_slot = table->size(1);
+  args.pages_of_slot = table->size(1) / 2;
 }
 
 void read_norm(const char* op, const OptionalTensor& q_weight, const OptionalTensor& k_weight,
@@ -224,13 +229,18 @@ void decode_heads_(const Tensor& qkv, Tensor keys, Tensor values, const Optional
 template <typename T>
 void merge_rows(const MergeArgs& args, std::int64_t begin, std::int64_t end) {
   for (std::int64_t row = begin; row < end; ++row) {
-    const auto weights = MergeWeights<T>::of(static_cast<const T*>(args.a_lse)[row],
-                                             static_cast<const T*>(args.b_lse)[row]);
+    const auto weights = MergeWeights<T>::of_row(args, row);
     static_cast<T*>(args.lse)[row] = weights.lse;
     for (std::int64_t e = row * args.width; e < (row + 1) * args.width; ++e)
       static_cast<T*>(args.out)[e] =
           weights.merged(static_cast<const T*>(args.a)[e], static_cast<const T*>(args.b)[e]);
   }
+}
+
+// Of any strides: flash-attn has it [heads, tokens] in memory for packed documents.
+LseStrides checked_lse(const char* op, const char* name, const Tensor& lse, const Tensor& a) {
+  check_apart(op, name, lse, precision_of(a), {a.size(0), a.size(1)}, a);
+  return {lse.stride(0), lse.stride(1)};
 }
 
 std::tuple<Tensor, Tensor> merge_attention(const Tensor& a, const Tensor& a_lse, const Tensor& b,
@@ -239,12 +249,12 @@ std::tuple<Tensor, Tensor> merge_attention(const Tensor& a, const Tensor& a_lse,
   MEGARLX_CHECK(op, a.dim() == 3, "a", c10::str("of shape ", a.sizes()),
                 "[tokens, heads, head_dim]");
   const auto tokens = a.size(0), heads = a.size(1);
-  MergeArgs args{checked_dtype(op, a), tokens * heads, a.size(2)};
+  MergeArgs args{checked_dtype(op, a), tokens * heads, a.size(2), heads};
   check(op, "a", a, a, a.sizes());
   check(op, "b", b, a, a.sizes());
-  check(op, "a_lse", a_lse, precision_of(a), {tokens, heads}, a);
-  check(op, "b_lse", b_lse, precision_of(a), {tokens, heads}, a);
-  Tensor out = at::empty_like(a), lse = at::empty_like(a_lse);
+  args.a_stride = checked_lse(op, "a_lse", a_lse, a);
+  args.b_stride = checked_lse(op, "b_lse", b_lse, a);
+  Tensor out = at::empty_like(a), lse = at::empty({tokens, heads}, a_lse.options());
   args.a = a.const_data_ptr();
   args.b = b.const_data_ptr();
   args.a_lse = a_lse.const_data_ptr();

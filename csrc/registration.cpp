@@ -76,11 +76,16 @@ TORCH_LIBRARY(megarlx, m) {
 
   // decode: one step of cached generation between its matrix products; its attention on CPUs only
   m.def(
-      "decode_attention_(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor slots, "
-      "Tensor positions, Tensor cosines, Tensor sines, Tensor? q_weight, Tensor? k_weight, "
-      "Tensor? inverse, float eps, float scale, int rows, Tensor(c!) out) -> ()");
+      "decode_attention_(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor? table, "
+      "Tensor slots, Tensor positions, Tensor cosines, Tensor sines, Tensor? q_weight, "
+      "Tensor? k_weight, Tensor? inverse, float eps, float scale, int rows, Tensor(c!) out) -> ()");
   m.def("decode_norm_(Tensor(a!) x, Tensor? y, Tensor weight, float eps, Tensor(b!)? out) -> ()");
   m.def("decode_swiglu_(Tensor gate_up, Tensor(a!) out) -> ()");
+  // a product of at most 16 rows; with scales the weight is e4m3
+  m.def(
+      "narrow_product_(Tensor x, Tensor weight, Tensor? bias, Tensor? scales, bool dependent, "
+      "Tensor(a!) out) -> ()");
+  m.def("e4m3_rows_(Tensor x, Tensor(a!) values, Tensor(b!) scales) -> ()");
   // on both: heads into q and the cache, whose pages a table may name; the halves of attention over
   // a shared and an own part; the end of a step
   m.def(
@@ -100,9 +105,9 @@ TORCH_LIBRARY(megarlx, m) {
       "decode_step_(Tensor(a!) x, Tensor? tokens, Tensor? embedding, Tensor qkv, Tensor? qkv_bias, "
       "Tensor o, Tensor gate_up, Tensor down, Tensor attention_norm, Tensor mlp_norm, "
       "Tensor? q_norm, Tensor? k_norm, Tensor? norm, Tensor? head, Tensor(b!) keys, "
-      "Tensor(c!) values, Tensor slots, Tensor positions, Tensor shared_slots, "
-      "Tensor shared_lengths, Tensor cosines, Tensor sines, float eps, float scale, int heads, "
-      "int intermediate, bool post, int rows, Tensor(d!) scratch, Tensor(e!)? logits) -> ()");
+      "Tensor(c!) values, Tensor? table, Tensor slots, Tensor positions, Tensor cosines, "
+      "Tensor sines, float eps, float scale, int heads, int intermediate, bool post, int rows, "
+      "Tensor(d!) scratch, Tensor(e!)? logits) -> ()");
 
   // elementwise. "inverse" is 1 / rms of each norm, for backward; gradients of weights are empty
   // where none was asked for. Both are in fp32 for bfloat16.

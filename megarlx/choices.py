@@ -22,6 +22,9 @@ SERVES: dict[Attention, tuple[Served, ...]] = {
 # Prompt tokens of one prefill: on a CPU two short prompts fill the caches; on a GPU so few are over
 # before the next kernel is launched.
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 16_384}
+# Tokens of a page of the caches: flash-attn 2 takes multiples of 256, and the CPU's kernels compute
+# 16 scores at once.
+PAGE_TOKENS = {"cpu": 16, "cuda": 256}
 
 # Head dims that the kernels are built for: multiples of HEAD_GRAIN up to these.
 WIDEST_HEAD = {"cudnn": 128, "flash": 256}

@@ -162,38 +162,63 @@ inline void add_weighted(const T* p, const T* values, std::int64_t stride, std::
   }
 }
 
-// Slots are short streams in memory of their own, too short for the hardware to foresee: while one
+// Pages are short streams in memory of their own, too short for the hardware to foresee: while one
 // thing is computed, what comes next is asked for.
 inline void fetch_ahead(const void* at, std::int64_t bytes) {
   const char* next = static_cast<const char*>(at);
   for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
 }
 
-// out [H, D] += the values of the places [begin, end) of a slot, weighted; scores [H, stride].
-// Every output is one chain from place to place, however many of them are added at once.
+// The positions [begin, end) of a slot, which lie side by side in a page, the first at `place`.
+struct PageRun {
+  SlotPages pages;
+  std::int64_t last, column, begin, end, place;
+
+  // The first run of a slot whose newest token stands at `last`.
+  static PageRun first_of(const DecodeAttentionArgs& args, std::int64_t row) {
+    const auto slot = args.slots[row];
+    const auto pages = SlotPages::of(args.table, slot, args.pages_of_slot, args.page_size);
+    PageRun run{pages, args.positions[row], 0, 0, 0, 0};
+    run.enter(pages.shared() > 0 ? 0 : pages.first_own(), 0);
+    return run;
+  }
+  void enter(std::int64_t in_column, std::int64_t from) {
+    column = in_column;
+    begin = from;
+    end = std::min(from + pages.size, own() ? last + 1 : pages.shared());
+    place = pages.page(column) * pages.size;
+  }
+  void next() { enter(end == pages.shared() ? pages.first_own() : column + 1, end); }
+  bool own() const { return column >= pages.first_own(); }
+};
+
+// out [H, D] += the values of a run of a slot, weighted; scores [H, stride]. Every output is one
+// chain from place to place, however many of them are added at once.
 template <class T>
 inline void add_values(const DecodeAttentionArgs& args, const T* scores, std::int64_t stride,
-                       const T* values, std::int64_t begin, std::int64_t end, T* out,
-                       const T* next_keys) {
+                       const T* all_values, const PageRun& run, T* out, const T* next_keys) {
   const std::int64_t dim = args.head_dim, kv_width = args.kv_heads * dim;
   const std::int64_t queries_per_key = args.heads / args.kv_heads;
-  const auto add = [&](auto count, std::int64_t t) {
-    if (next_keys != nullptr) fetch_ahead(next_keys + t * kv_width, count * kv_width * sizeof(T));
+  const T* values = all_values + run.place * kv_width;
+  const auto add = [&](auto count, std::int64_t i) {
+    if (next_keys != nullptr) fetch_ahead(next_keys + i * kv_width, count * kv_width * sizeof(T));
     for (std::int64_t h = 0; h < args.heads; ++h)
-      add_weighted<count>(scores + h * stride + t,
-                          values + t * kv_width + h / queries_per_key * dim, kv_width, dim,
+      add_weighted<count>(scores + h * stride + run.begin + i,
+                          values + i * kv_width + h / queries_per_key * dim, kv_width, dim,
                           out + h * dim);
   };
-  std::int64_t t = begin;
-  for (; t + 8 <= end; t += 8) add(std::integral_constant<int, 8>(), t);
-  for (; t < end; ++t) add(std::integral_constant<int, 1>(), t);
+  std::int64_t i = 0;
+  const std::int64_t count = run.end - run.begin;
+  for (; i + 8 <= count; i += 8) add(std::integral_constant<int, 8>(), i);
+  for (; i < count; ++i) add(std::integral_constant<int, 1>(), i);
 }
 
-// Place by place, all heads of it at once: so the slot is read from memory in one stream.
+// Place by place, all heads of it at once: so a page is read from memory in one stream.
 template <class T>
 void decode_attention_rows(const DecodeAttentionArgs& args, std::int64_t begin, std::int64_t end) {
   const std::int64_t dim = args.head_dim, heads = args.heads, kv_heads = args.kv_heads;
-  const std::int64_t q_width = heads * dim, kv_width = kv_heads * dim, places = args.places;
+  const std::int64_t q_width = heads * dim, kv_width = kv_heads * dim;
+  const std::int64_t places = args.pages_of_slot * args.page_size;
   const std::int64_t queries_per_key = heads / kv_heads;
   const std::int64_t stride = (places + kDots - 1) / kDots * kDots;
   std::vector<T> scratch(q_width + heads * stride);
@@ -202,16 +227,14 @@ void decode_attention_rows(const DecodeAttentionArgs& args, std::int64_t begin, 
   for (std::int64_t row = begin; row < end; ++row) {
     const T* qkv = static_cast<const T*>(args.qkv) + row * (q_width + 2 * kv_width);
     const std::int64_t position = args.positions[row], n = position + 1;
-    const std::int64_t slot = args.slots[row] * places * kv_width;
-    const std::int64_t shared = args.shared_lengths == nullptr ? 0 : args.shared_lengths[row];
-    const std::int64_t elsewhere =
-        args.shared_slots == nullptr ? slot : args.shared_slots[row] * places * kv_width;
-    T* keys = static_cast<T*>(args.keys) + slot;
-    T* values = static_cast<T*>(args.values) + slot;
-    T* key = keys + position * kv_width;
+    const PageRun first = PageRun::first_of(args, row);
+    T* keys = static_cast<T*>(args.keys);
+    T* values = static_cast<T*>(args.values);
+    const std::int64_t newest = first.pages.place(position) * kv_width;
+    T* key = keys + newest;
     std::memcpy(q, qkv, q_width * sizeof(T));
     std::memcpy(key, qkv + q_width, kv_width * sizeof(T));
-    std::memcpy(values + position * kv_width, qkv + q_width + kv_width, kv_width * sizeof(T));
+    std::memcpy(values + newest, qkv + q_width + kv_width, kv_width * sizeof(T));
     const T* cosine = static_cast<const T*>(args.cosines) + position * (dim / 2);
     const T* sine = static_cast<const T*>(args.sines) + position * (dim / 2);
     const T* inverse = static_cast<const T*>(args.inverse);
@@ -220,27 +243,33 @@ void decode_attention_rows(const DecodeAttentionArgs& args, std::int64_t begin, 
     norm_and_rotate(args, key, kv_heads, static_cast<const T*>(args.k_weight),
                     inverse ? inverse + 1 : nullptr, cosine, sine);
     for (std::int64_t i = 0; i < q_width; ++i) q[i] *= T(args.scale);
-    const T* first_keys = static_cast<const T*>(args.keys) + elsewhere;
     const T* seen[kDots];
+    PageRun run = first;
     for (std::int64_t t = 0; t < n; t += kDots) {
-      for (std::int64_t i = 0; i < kDots; ++i) {
-        const std::int64_t place = std::min(t + i, position);  // behind the end: read and dropped
-        seen[i] = (place < shared ? first_keys : keys) + place * kv_width;
+      std::int64_t i = 0;
+      while (i < kDots && t + i < n) {
+        if (t + i == run.end) run.next();
+        const std::int64_t some = std::min(kDots - i, run.end - t - i);
+        const std::int64_t at = (run.place + t + i - run.begin) * kv_width;
+        if (run.own()) fetch_ahead(values + at, some * kv_width * sizeof(T));
+        for (std::int64_t j = 0; j < some; ++j) seen[i + j] = keys + at + j * kv_width;
+        i += some;
       }
-      if (t >= shared)
-        fetch_ahead(values + t * kv_width, std::min(kDots, n - t) * kv_width * sizeof(T));
+      for (; i < kDots; ++i) seen[i] = key;  // behind the end: read and dropped
       for (std::int64_t h = 0; h < heads; ++h)
         dots(q + h * dim, seen, h / queries_per_key * dim, dim, scores + h * stride + t);
     }
     for (std::int64_t h = 0; h < heads; ++h) softmax(scores + h * stride, n);
     T* out = static_cast<T*>(args.out) + row * q_width;
     std::fill(out, out + q_width, T(0));
-    const T* next_keys =
-        row + 1 < end ? static_cast<const T*>(args.keys) + args.slots[row + 1] * places * kv_width
-                      : nullptr;
-    add_values<T>(args, scores, stride, static_cast<const T*>(args.values) + elsewhere, 0, shared,
-                  out, nullptr);
-    add_values<T>(args, scores, stride, values, shared, n, out, next_keys);
+    const auto next = SlotPages::of(args.table, args.slots[std::min(row + 1, end - 1)],
+                                    args.pages_of_slot, args.page_size);
+    for (run = first;; run.next()) {
+      const bool ahead = row + 1 < end && run.own();  // the next row's own pages, page by page
+      add_values<T>(args, scores, stride, values, run, out,
+                    ahead ? keys + next.page(run.column) * next.size * kv_width : nullptr);
+      if (run.end == n) break;
+    }
   }
 }
 

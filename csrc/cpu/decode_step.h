@@ -64,7 +64,7 @@ void swiglu_product(const T* x, std::int64_t rows, std::int64_t depth, const T* 
 
 template <class T>
 void attend(const DecodeStepArgs& a, std::int64_t layer, std::int64_t begin, std::int64_t end) {
-  const std::int64_t cache = a.cache_slots * a.places * a.kv_heads * a.head_dim;
+  const std::int64_t cache = a.pages * a.page_size * a.kv_heads * a.head_dim;
   const std::int64_t q = a.full_norm ? a.heads * a.head_dim : a.head_dim;
   const std::int64_t k = a.full_norm ? a.kv_heads * a.head_dim : a.head_dim;
   DecodeAttentionArgs args = {};
@@ -72,10 +72,9 @@ void attend(const DecodeStepArgs& a, std::int64_t layer, std::int64_t begin, std
   args.qkv = a.fused;
   args.keys = static_cast<T*>(a.keys) + layer * cache;
   args.values = static_cast<T*>(a.values) + layer * cache;
+  args.table = a.table;
   args.slots = a.slots;
   args.positions = a.positions;
-  args.shared_slots = a.shared_slots;
-  args.shared_lengths = a.shared_lengths;
   args.cosines = a.cosines;
   args.sines = a.sines;
   args.q_weight = of_layer<T>(a.q_norm, layer, q);
@@ -86,7 +85,8 @@ void attend(const DecodeStepArgs& a, std::int64_t layer, std::int64_t begin, std
   args.heads = a.heads;
   args.kv_heads = a.kv_heads;
   args.head_dim = a.head_dim;
-  args.places = a.places;
+  args.pages_of_slot = a.pages_of_slot;
+  args.page_size = a.page_size;
   args.full_norm = a.full_norm;
   decode_attention_rows<T>(args, begin, end);
 }

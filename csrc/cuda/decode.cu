@@ -18,8 +18,7 @@ __global__ void __launch_bounds__(kThreads)
   const std::int64_t first = row * width + at.column;
   const auto a = read<whole>(static_cast<const Stored*>(args.a) + first, at.count);
   const auto b = read<whole>(static_cast<const Stored*>(args.b) + first, at.count);
-  const auto weights = MergeWeights<T>::of(static_cast<const T*>(args.a_lse)[row],
-                                           static_cast<const T*>(args.b_lse)[row]);
+  const auto weights = MergeWeights<T>::of_row(args, row);
   if (pack == 0) static_cast<T*>(args.lse)[row] = weights.lse;
   WidePack<Stored> out;
 #pragma unroll

@@ -1,9 +1,11 @@
 // What one step of cached decoding needs besides its matrix products: the arguments of its kernels.
-// B rows (one new token each), H query heads, K key/value heads, D head size, S slots, M places.
+// B rows (one new token each), H query heads, K key/value heads, D head size, S slots, P pages of G
+// places, n pages of a slot (math/pages.h).
 #pragma once
 #include <cmath>
 
 #include "math/common.h"
+#include "math/pages.h"
 
 namespace megarlx {
 
@@ -11,22 +13,20 @@ namespace megarlx {
 struct DecodeAttentionArgs {
   Dtype dtype;      // fp32 or fp64
   const void* qkv;  // [B, (H + 2K) D], as the fused projection leaves them
-  void* keys;       // [S, M, K, D] of one layer; the new key is written at its position
+  void* keys;       // [P, G, K, D] of one layer; the new key is written at its place
   void* values;
+  // [S, 1 + 2n]; null: a slot is a page. Only where is read depends on it, not what is computed.
+  const std::int32_t* table;
   const std::int64_t* slots;      // [B]
   const std::int64_t* positions;  // [B] of the new token: it sees 0 … position
-  // [B], both or null: where another slot holds the same first places, so that rows of one prompt
-  // read them from one memory. Only where they are read changes, not what is computed.
-  const std::int64_t* shared_slots;
-  const std::int64_t* shared_lengths;
-  const void* cosines;  // [at least M, D / 2]
+  const void* cosines;            // [at least n G, D / 2]
   const void* sines;
   const void* q_weight;  // of the QK-norm: [H D] (full), [D] (per head) or null (none)
   const void* k_weight;
   const void* inverse;  // [B, 2] 1 / rms of the queries and keys where other ranks hold heads too
   void* out;            // [B, H D]
   double eps, scale;
-  std::int64_t heads, kv_heads, head_dim, places;
+  std::int64_t heads, kv_heads, head_dim, pages_of_slot, page_size;
   bool full_norm;
 };
 
@@ -67,12 +67,11 @@ struct DecodeStepArgs {
   const void* k_norm;
   const void* norm;  // [d] and head [panels of V, d]; null: the stage has no head
   const void* head;
-  void* keys;  // [L, S, M, K, D]
+  void* keys;  // [L, P, G, K, D]
   void* values;
-  const std::int64_t* slots;  // these four as for attention
+  const std::int32_t* table;  // these three as for attention
+  const std::int64_t* slots;
   const std::int64_t* positions;
-  const std::int64_t* shared_slots;
-  const std::int64_t* shared_lengths;
   const void* cosines;
   const void* sines;
   void* x;         // [B, d]
@@ -83,7 +82,8 @@ struct DecodeStepArgs {
   void* inner;     // [B, F]
   void* logits;    // [B, V]
   double eps, scale;
-  std::int64_t layers, hidden, heads, kv_heads, head_dim, intermediate, vocab, cache_slots, places;
+  std::int64_t layers, hidden, heads, kv_heads, head_dim, intermediate, vocab;
+  std::int64_t pages, pages_of_slot, page_size;
   bool full_norm, post;
 };
 
@@ -104,13 +104,19 @@ enum class DecodePart {
 };
 
 // Attention over two parts of what a row sees, each with the log-sum-exp of its scores, made one.
-// A part that held nothing has -inf there and counts for nothing, whatever its output.
+// A part that held nothing has an infinity there (flash-attn has +inf) and counts for nothing,
+// whatever its output.
+struct LseStrides {
+  std::int64_t token, head;
+};
 struct MergeArgs {
   Dtype dtype;
-  std::int64_t rows, width;   // tokens × heads, head_dim
+  std::int64_t rows, width;  // tokens × heads, head_dim
+  std::int64_t heads;
+  LseStrides a_stride, b_stride;
   const void *a, *b;          // [rows, width]
-  const void *a_lse, *b_lse;  // [rows] in fp32, fp64 for fp64
-  void *out, *lse;
+  const void *a_lse, *b_lse;  // [tokens, heads] in fp32, fp64 for fp64
+  void *out, *lse;            // contiguous both
 };
 
 MEGARLX_HD float exp_of(float x) { return ::expf(x); }
@@ -122,9 +128,19 @@ template <typename T>
 struct MergeWeights {
   T a, b, lse;
 
+  MEGARLX_HD static MergeWeights of_row(const MergeArgs& args, std::int64_t row) {
+    const std::int64_t token = row / args.heads, head = row - token * args.heads;
+    const auto a = static_cast<const T*>(args.a_lse), b = static_cast<const T*>(args.b_lse);
+    return of(a[token * args.a_stride.token + head * args.a_stride.head],
+              b[token * args.b_stride.token + head * args.b_stride.head]);
+  }
+
   MEGARLX_HD static MergeWeights of(T a, T b) {
+    constexpr T kInfinity = static_cast<T>(INFINITY);
+    if (a == kInfinity) a = -kInfinity;
+    if (b == kInfinity) b = -kInfinity;
     const T top = a > b ? a : b;
-    if (top == -static_cast<T>(INFINITY)) return {T(0), T(0), top};
+    if (top == -kInfinity) return {T(0), T(0), top};
     const T by_a = exp_of(a - top), by_b = exp_of(b - top), sum = by_a + by_b;
     return {by_a / sum, by_b / sum, top + log_of(sum)};
   }

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "common.h"
+#include "pages.h"
 
 namespace megarlx {
 
@@ -145,7 +146,7 @@ struct HeadsArgs {
   // every position, keys and values [pages, page_size, kv_heads, head_dim] are written in place of
   // k, and nothing is kept for backward.
   const std::int64_t *positions, *slots;  // [tokens]; a slot below 0: its token is not written
-  const std::int32_t* table;              // [·, pages_of_slot] pages of a slot; null: a slot is one
+  const std::int32_t* table;              // of the slots' pages (math/pages.h); null: a slot is one
   std::int64_t pages, pages_of_slot, page_size;
   void *keys, *values;
   // backward
@@ -176,10 +177,9 @@ MEGARLX_HD constexpr std::int64_t norm_width(const HeadsArgs& args, std::int64_t
 MEGARLX_HD std::int64_t place_in_cache(const HeadsArgs& args, std::int64_t token) {
   const std::int64_t slot = args.slots[token], position = args.positions[token];
   if (slot < 0 || position < 0 || position >= args.pages_of_slot * args.page_size) return -1;
-  const std::int64_t page = args.table == nullptr
-                                ? slot
-                                : args.table[slot * args.pages_of_slot + position / args.page_size];
-  return page < 0 || page >= args.pages ? -1 : page * args.page_size + position % args.page_size;
+  const std::int64_t place =
+      SlotPages::of(args.table, slot, args.pages_of_slot, args.page_size).place(position);
+  return place < args.pages * args.page_size ? place : -1;
 }
 
 // The query heads of a token, or its key heads: how many, and where their things are.

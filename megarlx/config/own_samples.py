@@ -8,6 +8,8 @@ from pydantic import Field
 
 from megarlx.config.section import Named, Section
 
+FP8_GENERATOR = "engine_fp8"  # it samples from rounded weights, and only rl corrects for them
+
 
 class OwnSamplesConfig(Section):
     """Prompts, and what a process does at once."""
@@ -41,6 +43,13 @@ class OwnSamplesConfig(Section):
         ge=1,
         description="Prompt tokens a process takes through the model at once; absent: 16,384 on a "
         "GPU, 1,024 on a CPU",
+    )
+    cache_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tokens whose keys and values a process holds, in pages of 256 on a GPU and 16 "
+        "on a CPU; samples share their prompt's, and wait where no page is free; absent: those of "
+        "all slots at their longest",
     )
 
     @property

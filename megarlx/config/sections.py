@@ -84,6 +84,11 @@ class TrainingConfig(Section):
     fp8: Literal["none", "delayed", "current", "block", "mxfp8"] = Field(
         default="none", description="Scaling of fp8 matrix products; needs layers = 'te'"
     )
+    capture_below_parameters: int = Field(
+        default=150_000_000,
+        ge=0,
+        description="Models with fewer pre-train and fine-tune on a GPU as CUDA graphs; 0: none",
+    )
 
     def problems(self) -> list[tuple[str, str]]:
         found = []

@@ -72,11 +72,13 @@ def generator_of(
     longest: int,
     detokenize: Detokenize | None = None,
     prefill_tokens: int | None = None,
+    cache_tokens: int | None = None,
 ) -> Generator:
     """slots           sequences at once
     longest         tokens of a sequence
     detokenize      for stop strings
     prefill_tokens  of prompts at once; None: as the generator thinks best
+    cache_tokens    whose keys and values are kept; None: those of all slots at their longest
     """
     made: Generator = plug.resolve("generator", name)(
         model,
@@ -84,5 +86,6 @@ def generator_of(
         longest=longest,
         detokenize=detokenize,
         prefill_tokens=prefill_tokens,
+        cache_tokens=cache_tokens,
     )
     return made

@@ -24,6 +24,7 @@ class Counts:
     tokens_decoded: int = 0
     rows_padded: int = 0  # of decode steps
     tokens_observed: int = 0  # of observations, prefilled or fed in decode steps
+    places_held: int = 0  # of the caches, at most: what pages held there was room for
 
 
 @dataclass(frozen=True)

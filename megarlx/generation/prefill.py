@@ -83,12 +83,6 @@ def prefill(stage: Stage, cache: KVCache, chunk: Chunk, hidden: Tensor | None) -
     return out
 
 
-def copy_prompts_(cache: KVCache, copies: dict[int, list[int]], lengths: dict[int, int]) -> None:
-    """A prompt's keys and values to the slots of its other samples."""
-    for source, targets in copies.items():
-        cache.copy_slot_(source, _sent(targets, cache.keys.device), lengths[source])
-
-
 def _sent(values: Sequence[Any], device: torch.device) -> Tensor:
     """Without a wait for what the device is busy with."""
     return torch.tensor(values).to(device, non_blocking=True)

@@ -38,10 +38,6 @@ class Rows:
         )
         # of the last token allowed; the scheduler says where that is
         self.last_positions = np.zeros(most, dtype=np.int64)
-        self._requests = np.zeros(most, dtype=np.int64)
-        self._before_last = np.zeros(most, dtype=np.int64)  # tokens of the prompt
-        self._shared = torch.zeros(2, most, dtype=torch.int64)
-        self._shared_is_old = True
         self.sequences: list[Sequence] = []
         self.most, self.idle_slot, self.apart = most, idle_slot, pinned
         self.clear()
@@ -50,7 +46,6 @@ class Rows:
         self.sequences.clear()
         self._host.zero_()
         self.host_slots[:] = self.idle_slot
-        self._shared_is_old = True
 
     @property
     def live(self) -> int:
@@ -67,9 +62,6 @@ class Rows:
         self.host_positions[row] = len(prompt) - 1
         self.host_slots[row] = slot
         self.host_keys[row] = sequence.sequence_id, len(prompt)
-        self._requests[row] = sequence.request_index
-        self._before_last[row] = len(prompt) - 1
-        self._shared_is_old = True
 
     def remove(self, row: int) -> None:
         """The last live row takes the place."""
@@ -77,28 +69,10 @@ class Rows:
         for table in (self.host_tokens, self.host_positions, self.host_slots, self.host_keys):
             table[row] = table[last]
         self.last_positions[row] = self.last_positions[last]
-        self._requests[row] = self._requests[last]
-        self._before_last[row] = self._before_last[last]
-        self._shared_is_old = True
         self.sequences[row] = self.sequences[last]
         self.sequences.pop()
         self.host_tokens[last] = self.host_positions[last] = 0
         self.host_slots[last], self.host_keys[last] = self.idle_slot, 0
-
-    def shared_prompts(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(slots, lengths): where every live row may read how many first places of its own.
-
-        All samples of a request hold its prompt, whose last token is no part of it yet. Any of
-        them will do, so it is that of the first live row, whichever that is by now.
-        """
-        slots, lengths = self._shared
-        if self._shared_is_old:
-            n = self.live
-            _, first, of_row = np.unique(self._requests[:n], return_index=True, return_inverse=True)
-            slots.numpy()[:n] = self.host_slots[first[of_row]]
-            lengths.numpy()[:n] = self._before_last[:n]
-            self._shared_is_old = False
-        return slots, lengths
 
     def advance(self, tokens: np.ndarray, drew: np.ndarray | None = None) -> None:
         """Every live row by the token drawn for it; `drew` bool [live]: only these rows."""

@@ -17,7 +17,8 @@ from torch import Tensor
 from megarlx.comm.collectives import broadcast_
 from megarlx.generation.decoders.interface import checked_forward
 from megarlx.generation.kept import Counts, Kept
-from megarlx.generation.prefill import Chunk, chunks_of, copy_prompts_, prefill
+from megarlx.generation.pages import Pages
+from megarlx.generation.prefill import Chunk, chunks_of, prefill
 from megarlx.generation.requests import (
     Completion,
     NewToken,
@@ -60,12 +61,15 @@ class Run:
         device = engine.device
         if feed_up_to is None:
             feed_up_to = 32 if device.type == "cpu" else 4
+        engine.counts = Counts()
+        self.pages = Pages(engine.table, requests, most, turns=on_turns_end is not None)
         self.scheduler = Scheduler(
             requests,
             sampling,
             StopStrings(sampling.stop_strings, engine.detokenize),
             rows=engine.rows,
             slots=engine.slots,
+            pages=self.pages,
             tokens=engine.drawn_tokens,
             observe=None if on_turns_end is None else self._observe,
             max_tokens=most,
@@ -82,14 +86,12 @@ class Run:
         self.rank, self.ranks = engine.mesh.pp.rank, engine.ranks
         groups = len(engine.rows)
         self.drawn: list[np.ndarray | None] = [None] * groups
-        self.admissions = [Admission()] * groups
         self.chunks: list[list[Chunk]] = [[] for _ in range(groups)]
         self.over = [False] * groups
         self.prefilled: list[Tensor] = []
         self.kept: dict[int, Kept] = {}
         self.drawn_logprobs = engine.drawn_logprobs
         self.ended: list[Finished] = []
-        engine.counts = Counts()
         for decoder in engine.decoders:
             decoder.begin()
 
@@ -204,7 +206,6 @@ class Run:
     def _admitted(self, group: int, admission: Admission) -> None:
         """What the cache needs before the next step, cut into products and counted."""
         engine, counts = self.engine, self.engine.counts
-        self.admissions[group] = admission
         self.chunks[group] = chunks_of(admission, engine.prefill_tokens, engine.device)
         counts.prompts_prefilled += len(admission.prefills)
         prompt_tokens = sum(map(len, admission.prefills.values()))
@@ -213,6 +214,7 @@ class Run:
         computed = sum(chunk.tokens.numel() for chunk in self.chunks[group])
         counts.tokens_padded += computed - prompt_tokens
         counts.tokens_observed = self.scheduler.tokens_observed
+        counts.places_held = self.pages.most_held * self.pages.table.size
 
     def _tokens_of_last_step(self, group: int) -> np.ndarray:
         """Drawn here, or sent by the neighbour; they travel up to the rank that drew them."""
@@ -234,8 +236,10 @@ class Run:
         rows, width = engine.rows[group], self._width(group)
         self._prefill(item)
         if item.chunk in engine.unchecked:
-            checked_forward(decoder, engine.unchecked[item.chunk], rows, width)
+            exact = engine.exact.get(item.chunk)
+            checked_forward(decoder, engine.unchecked[item.chunk], rows, width, exact)
             del engine.unchecked[item.chunk]
+            engine.exact.pop(item.chunk, None)
         else:
             decoder.forward(rows, width)
         if not stage.has_head:
@@ -264,15 +268,13 @@ class Run:
         return True
 
     def _prefill(self, item: Item) -> None:
-        admission, engine = self.admissions[item.group], self.engine
+        engine = self.engine
         stage, cache = engine.stages[item.chunk], engine.caches[item.chunk]
-        copy_prompts_(cache, admission.early_copies, admission.lengths)
         for number, chunk in enumerate(self.chunks[item.group]):
             given = None if stage.has_embedding else self.prefilled[number]
             out = prefill(stage, cache, chunk, given)
             if not stage.has_head:
                 self.ring.outgoing.append(out)
-        copy_prompts_(cache, admission.copies, admission.lengths)
 
     def _keep(self, finished: list[Finished]) -> None:
         """What the slots of finished sequences hold, before they are used again."""

@@ -3,9 +3,9 @@
 Its decisions follow from the requests, the tokens and the observations alone, so every rank of a
 pipeline keeps one and all agree without a word about it.
 
-Samples start in the order of the requests. So while samples of a group are waiting, nothing later
-has started, and a slot that once held the group's prompt holds it still: a prompt is computed once
-for all its samples, however few slots there are.
+Samples start in the order of the requests, each as soon as a slot and pages for it are free
+(pages.py). A prompt's pages are held until the last of its samples is over, so it is computed once
+for all of them, however few slots there are.
 
 What ends a turn does not end its sequence. The turns that ended are told to `observe`, which
 answers with an observation or with the end. The sequence keeps its slot and its cache: the
@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megarlx.generation import rows as decoding
+from megarlx.generation.pages import Pages
 from megarlx.generation.requests import FinishReason, Request, SamplingSettings, TurnEnd
 from megarlx.generation.stop import StopStrings
 from megarlx.model.documents import padded_length
@@ -36,14 +37,9 @@ Observe = Callable[[list[TurnEnd]], ListLike[ListLike[int] | None]]
 
 @dataclass
 class Admission:
-    """What the cache needs before the next step, in this order: copies of prompts computed before
-    (prefills may overwrite their slots), prefills, copies of those.
-    """
+    """What has to be put into the cache before the next step."""
 
-    early_copies: dict[int, list[int]] = field(default_factory=dict)  # slot -> slots
     prefills: dict[int, ListLike[int]] = field(default_factory=dict)  # slot -> tokens
-    copies: dict[int, list[int]] = field(default_factory=dict)
-    lengths: dict[int, int] = field(default_factory=dict)  # tokens of each copied slot
     # slot -> (tokens it holds, tokens behind them): a sequence that goes on after an observation
     continued: dict[int, tuple[int, ListLike[int]]] = field(default_factory=dict)
 
@@ -79,6 +75,7 @@ class Scheduler:
         *,
         rows: ListLike[decoding.Rows],
         slots: ListLike[range],  # of each group
+        pages: Pages,
         tokens: np.ndarray,  # [slots, places], what each slot holds behind its prompt
         observe: Observe | None,
         max_tokens: int,  # of a sequence
@@ -91,11 +88,11 @@ class Scheduler:
         )
         self.stop_tokens = np.array(sampling.stop_tokens, dtype=np.int64)
         self.stop_strings = stop_strings
-        self.rows, self._slots, self.tokens = rows, slots, tokens
+        self.rows, self.pages, self.tokens = rows, pages, tokens
+        self._free = [list(of_group)[::-1] for of_group in slots]
         self.observe, self.max_tokens, self.feed_up_to = observe, max_tokens, feed_up_to
         for table in rows:
             table.clear()
-        self._prefix: tuple[int, int] | None = None  # (request, slot that holds its prompt)
         # By the sequence's index:
         self.turns: dict[int, Turns] = {}
         self._text: dict[int, list[int]] = {}  # of the turn under way, for stop strings
@@ -104,11 +101,9 @@ class Scheduler:
 
     def fill(self, group: int) -> Admission:
         """The first samples of each group, in the order of the groups: even shares of them."""
-        rows, admission = self.rows[group], Admission()
+        admission = Admission()
         share = -(-len(self.queue) // (len(self.rows) - group))
-        for slot in self._slots[group][:share]:
-            self._start(rows, rows.live, slot, admission)
-        rows.upload()
+        self._start_waiting(group, share, admission)
         return admission
 
     def advance(
@@ -130,8 +125,8 @@ class Scheduler:
             if answer is not None and self._go_on(rows, row, done, answer, admission):
                 continue
             finished.append(done)
-            self._replace(rows, row, done.slot, admission)
-        rows.upload()
+            self._replace(group, row, done.slot, admission)
+        self._start_waiting(group, len(self.queue), admission)
         return finished, admission
 
     def _answers(self, ended: list[Finished]) -> ListLike[ListLike[int] | None]:
@@ -245,12 +240,26 @@ class Scheduler:
         end = self.turns[sequence.index].begin + sequence.request.max_new_tokens
         rows.last_positions[row] = min(end, self.max_tokens) - 1
 
-    def _replace(self, rows: decoding.Rows, row: int, slot: int, admission: Admission) -> None:
+    def _replace(self, group: int, row: int, slot: int, admission: Admission) -> None:
         """A finished row goes to the next sample, or disappears."""
-        if self.queue:
-            self._start(rows, row, slot, admission)
+        self.pages.give_back(slot)
+        if self._next_fits():
+            self._start(self.rows[group], row, slot, admission)
         else:
-            rows.remove(row)
+            self.rows[group].remove(row)
+            self._free[group].append(slot)
+
+    def _next_fits(self) -> bool:
+        return bool(self.queue) and self.pages.fits(self.queue[0].request_index)
+
+    def _start_waiting(self, group: int, most: int, admission: Admission) -> None:
+        """What waited for pages, in slots that nobody has."""
+        rows, free = self.rows[group], self._free[group]
+        while most and free and self._next_fits():
+            self._start(rows, rows.live, free.pop(), admission)
+            most -= 1
+        rows.upload()
+        self.pages.upload()
 
     def _start(self, rows: decoding.Rows, row: int, slot: int, admission: Admission) -> None:
         sequence = self.queue.popleft()
@@ -258,19 +267,8 @@ class Scheduler:
         prompt = sequence.request.prompt
         self.turns[sequence.index] = Turns(len(prompt))
         self._limit(rows, row)
-        before_last = prompt[:-1]  # the last one is the first step's input
-        if not before_last:
-            return
-        if self._prefix is not None and self._prefix[0] == sequence.request_index:
-            source = self._prefix[1]
-            if source != slot:
-                new = source in admission.prefills
-                copies = admission.copies if new else admission.early_copies
-                copies.setdefault(source, []).append(slot)
-                admission.lengths[source] = len(before_last)
-            return
-        self._prefix = (sequence.request_index, slot)
-        admission.prefills[slot] = before_last
+        if self.pages.take(slot, sequence.request_index):
+            admission.prefills[slot] = prompt[:-1]  # the last one is the first step's input
 
     def _in_text(self, sequence: decoding.Sequence, token: int, stopped: bool) -> bool:
         text = self._text.setdefault(sequence.index, [])

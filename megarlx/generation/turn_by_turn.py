@@ -39,10 +39,13 @@ class TurnByTurn(ABC):
         longest: int,
         detokenize: Detokenize | None = None,
         prefill_tokens: int | None = None,
+        cache_tokens: int | None = None,
     ) -> None:
-        """`slots` and `prefill_tokens` are what may be computed at once, for who wants to know."""
+        """`slots` and `prefill_tokens` are what may be computed at once, `cache_tokens` what may be
+        kept of it, for who wants to know."""
         self.model, self.longest, self.detokenize = model, longest, detokenize
         self.slots, self.prefill_tokens = slots, prefill_tokens
+        self.cache_tokens = cache_tokens
         self.device = model.pipeline.device
 
     @abstractmethod

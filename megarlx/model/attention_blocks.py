@@ -37,8 +37,7 @@ class _Blocks:
 
     def decode(self, q: Tensor, cache: LayerCache, form: AttentionForm) -> Tensor:
         step = cache.step
-        keys, values = (t[step.slots, : step.span] for t in (cache.keys, cache.values))
-        return block_attention(q[:, None], keys, values, step.starts, form)[:, 0]
+        return block_attention(q[:, None], *cache.at(step.seen), step.starts, form)[:, 0]
 
     def continued(self, q: Tensor, cache: LayerCache, form: AttentionForm) -> Tensor:
         out = torch.empty_like(q)

@@ -1,6 +1,10 @@
 """flash-attn 2, 3 or 4 behind one interface: CUDA in half precision.
 
 Its causal mask is aligned to the bottom right corner, SDPA's to the top left one.
+
+A new token sees two parts: what slots share, read once for all neighbours that share it, and its
+own. Each part's sums depend on the slot alone: the border lies where the prompt ends, and the own
+part is cut into as many splits in every batch (flash-attn left alone chooses them by the batch).
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,15 +24,109 @@ from megarlx.model.attention_form import AttentionForm
 from megarlx.model.attention_sdpa import SDPA
 from megarlx.model.documents import Documents
 from megarlx.model.kv_cache import LayerCache
+from megarlx.ops.decode_parts import merge_attention
+
+SPLIT = 1024  # tokens for which a split more pays
+
+
+class Cached(Protocol):
+    """Attention of one new token a slot over one part of what it sees, with the log-sum-exp of its
+    scores: [N, H, D] and [N, H]."""
+
+    def shared(
+        self, q: Tensor, cache: LayerCache, form: AttentionForm
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def own(self, q: Tensor, cache: LayerCache, form: AttentionForm) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class CachedTwo:
+    """flash-attn 2: its packed function reads pages, of 256 places or a multiple."""
+
+    varlen: Callable[..., tuple[Tensor, ...]]
+    with_cache: Callable[..., tuple[Tensor, ...]]
+
+    def shared(self, q: Tensor, cache: LayerCache, form: AttentionForm) -> tuple[Tensor, Tensor]:
+        parts = cache.step.parts
+        out, lse, *_ = self.varlen(
+            q,
+            cache.keys,
+            cache.values,
+            cu_seqlens_q=parts.offsets,
+            cu_seqlens_k=parts.key_offsets,
+            max_seqlen_q=len(q),
+            max_seqlen_k=cache.step.cache.table.longest,
+            block_table=parts.pages,
+            softmax_scale=form.scale,
+            return_attn_probs=True,
+        )
+        return out, lse.t()
+
+    def own(self, q: Tensor, cache: LayerCache, form: AttentionForm) -> tuple[Tensor, Tensor]:
+        parts = cache.step.parts
+        out, lse, *_ = self.with_cache(
+            q.unsqueeze(1),
+            cache.keys,
+            cache.values,
+            cache_seqlens=parts.own_lengths,
+            block_table=parts.own_pages,
+            softmax_scale=form.scale,
+            num_splits=_splits(cache),
+            return_softmax_lse=True,
+        )
+        return out.squeeze(1), lse.squeeze(2)
+
+
+@dataclass(frozen=True)
+class CachedThree:
+    """flash-attn 3: one function for both."""
+
+    with_cache: Callable[..., tuple[Tensor, ...]]
+
+    def shared(self, q: Tensor, cache: LayerCache, form: AttentionForm) -> tuple[Tensor, Tensor]:
+        parts = cache.step.parts
+        out, lse, *_ = self.with_cache(
+            q,
+            cache.keys,
+            cache.values,
+            cu_seqlens_q=parts.offsets,
+            max_seqlen_q=len(q),
+            cache_seqlens=parts.lengths,
+            page_table=parts.pages,
+            softmax_scale=form.scale,
+            num_splits=1,
+            return_softmax_lse=True,
+        )
+        return out, lse.t()
+
+    def own(self, q: Tensor, cache: LayerCache, form: AttentionForm) -> tuple[Tensor, Tensor]:
+        parts = cache.step.parts
+        out, lse, *_ = self.with_cache(
+            q.unsqueeze(1),
+            cache.keys,
+            cache.values,
+            cache_seqlens=parts.own_lengths,
+            page_table=parts.own_pages,
+            softmax_scale=form.scale,
+            num_splits=_splits(cache),
+            return_softmax_lse=True,
+        )
+        return out.squeeze(1), lse.squeeze(2)
+
+
+def _splits(cache: LayerCache) -> int:
+    """Of an own part: by what a slot may hold, never by the batch."""
+    return -(-cache.step.cache.table.longest // SPLIT)
 
 
 @dataclass(frozen=True)
 class Flash:
-    """An installed flash-attn: its packed function, and the one that reads a cache if it has it."""
+    """An installed flash-attn: its packed function, and what reads a cache if it has it."""
 
     version: int
     varlen: Callable[..., Tensor | tuple[Tensor, ...]]
-    with_cache: Callable[..., Tensor | tuple[Tensor, ...]] | None
+    cached: Cached | None
     serves = SERVES["flash"]
 
     def packed(
@@ -48,33 +147,22 @@ class Flash:
         )
 
     def decode(self, q: Tensor, cache: LayerCache, form: AttentionForm) -> Tensor:
-        step = cache.step
-        if self.with_cache is None:
+        if self.cached is None:
             return SDPA.decode(q, cache, form)
-        slots, lengths = step.as_int32
-        tables, index = (cache.keys, cache.values), None
-        if isinstance(step.slots, slice):
-            tables = (cache.keys[step.slots], cache.values[step.slots])
-        else:
-            index = slots
-        out = self.with_cache(
-            q.unsqueeze(1),
-            *tables,
-            cache_seqlens=lengths,
-            cache_batch_idx=index,
-            softmax_scale=form.scale,
-            causal=True,
-        )
-        return _first(out).squeeze(1)
+        own, lse = self.cached.own(q, cache, form)
+        if not cache.step.cache.table.shares:
+            return own
+        return merge_attention(*self.cached.shared(q, cache, form), own, lse)[0]
 
     def continued(self, q: Tensor, cache: LayerCache, form: AttentionForm) -> Tensor:
-        documents = cache.step.documents
-        slots, starts = cache.step.slot_index.tolist(), cache.step.starts.tolist()
-        seen = [s + n for s, n in zip(starts, documents.lengths, strict=True)]
-        held = [
-            torch.cat([table[slot, :n] for slot, n in zip(slots, seen, strict=True)])
-            for table in (cache.keys, cache.values)
+        step, documents = cache.step, cache.step.documents
+        seen = [s + n for s, n in zip(step.starts.tolist(), documents.lengths, strict=True)]
+        slots = step.slots.tolist()
+        places = [
+            step.places_of(torch.tensor([slot], device=q.device), n)[0]
+            for slot, n in zip(slots, seen, strict=True)
         ]
+        held = cache.at(torch.cat(places))
         return _first(
             self.varlen(
                 q,
@@ -116,10 +204,12 @@ def flash() -> Flash | None:
         if installed("flash_attn.flash_attn_interface")
         else None
     )
-    cached = getattr(two, "flash_attn_with_kvcache", None)
+    cached: Cached | None = None
+    if two is not None and hasattr(two, "flash_attn_with_kvcache"):
+        cached = CachedTwo(two.flash_attn_varlen_func, two.flash_attn_with_kvcache)
     if major == 9 and installed("flash_attn_interface"):
         three = importlib.import_module("flash_attn_interface")
-        return Flash(3, three.flash_attn_varlen_func, three.flash_attn_with_kvcache)
+        return Flash(3, three.flash_attn_varlen_func, CachedThree(three.flash_attn_with_kvcache))
     # flash-attn 2 ships an older `cute` folder too; without cutlass neither runs
     if major >= 9 and installed("flash_attn.cute") and installed("cutlass"):
         four = importlib.import_module("flash_attn.cute")

@@ -70,15 +70,14 @@ class Continued(NamedTuple):
 
 def continued_blocks(q: Tensor, cache: LayerCache) -> Iterator[Continued]:
     step, device = cache.step, q.device
-    slots, starts = step.slot_index.tolist(), step.starts.tolist()
+    slots, starts = step.slots.tolist(), step.starts.tolist()
     for (rows, span), alike in _alike(starts, step.documents.lengths, cache).items():
         first = torch.tensor([place for _, place, _ in alike], device=device)
         held = torch.tensor([slots[document] for document, _, _ in alike], device=device)
         yield Continued(
             (first[:, None] + torch.arange(rows, device=device)).flatten(),
             rows,
-            cache.keys[held, :span],
-            cache.values[held, :span],
+            *cache.at(step.places_of(held, span)),
             torch.tensor([start for _, _, start in alike], device=device),
         )
 
@@ -89,7 +88,7 @@ def _alike(
     """(rows, span) -> blocks of (document, its first row in q, tokens before it). A block's span
     follows from its own document alone, so its neighbours in a call change none of its sums."""
     alike: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
-    begin, most = 0, cache.keys.shape[1]
+    begin, most = 0, cache.step.cache.table.longest
     for document, (start, length) in enumerate(zip(starts, lengths, strict=True)):
         for row in range(0, length, QUERY_BLOCK):
             rows = min(QUERY_BLOCK, length - row)

@@ -33,12 +33,9 @@ class _Sdpa:
         return from_buckets([_causal(q, k, v, form.scale) for q, k, v in parts], buckets)
 
     def decode(self, q: Tensor, cache: LayerCache, form: AttentionForm) -> Tensor:
-        """The query heads that share a key head are its rows, so no key is repeated and none is
-        copied where the slots are a slice."""
+        """The query heads that share a key head are its rows, so no key is repeated."""
         step, (n, heads, dim) = cache.step, q.shape
-        keys, values = (
-            t[step.slots, : step.span].transpose(1, 2) for t in (cache.keys, cache.values)
-        )
+        keys, values = (t.transpose(1, 2) for t in cache.at(step.seen))
         rows = q.view(n, keys.shape[1], heads // keys.shape[1], dim)
         mask = step.visible.expand(n, 1, rows.shape[2], step.span)
         return F.scaled_dot_product_attention(

@@ -65,7 +65,11 @@ class Documents:
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
-        """On a CUDA device this waits for it; only the path without flash-attn needs it there."""
+        """On a CUDA device this waits for it, unless all are as long as the longest; only the path
+        without flash-attn needs it there."""
+        count = len(self.offsets) - 1
+        if not self.offsets.is_cpu and count * self.longest == self.tokens:
+            return (self.longest,) * count  # none is longer, so none is shorter
         lengths = tuple(self.offsets.diff().tolist())
         if sum(lengths) != self.tokens or min(lengths) < 0 or max(lengths) > self.longest:
             raise ValueError(

@@ -16,7 +16,7 @@ from megarlx.model import rope
 from megarlx.model.core_attention import AttentionKind
 from megarlx.model.documents import Documents
 from megarlx.model.initialise import initialise_
-from megarlx.model.kv_cache import CacheStep, KVCache
+from megarlx.model.kv_cache import CacheStep, KVCache, PageTable
 from megarlx.model.layers import layers
 from megarlx.model.metadata import TensorParallel, parameter_layouts
 from megarlx.model.transformer_layer import Layer, Recompute
@@ -135,17 +135,14 @@ class Stage(nn.Module):
         )
         return self
 
-    def kv_cache(self, slots: int, longest: int) -> KVCache:
+    def kv_cache(self, table: PageTable) -> KVCache:
         """An empty cache for the layers of this stage."""
-        some = next(self.parameters())
         return KVCache.empty(
             self.last - self.first,
-            slots,
-            longest,
+            table,
             self.config.local_kv_heads(self.group.size),
             self.config.head_dim,
-            dtype=some.dtype,
-            device=some.device,
+            dtype=next(self.parameters()).dtype,
         )
 
     def forward(

@@ -41,6 +41,9 @@ class Objective(ABC):
     """`pretraining`, `sft`, `rl`: all of them are this, and the trainer names none."""
 
     name: str
+    # Whether its micro-batches, and what `fixed_shape_loss` makes of them, have shapes that depend
+    # on no data: then a small model's can be captured as CUDA graphs.
+    fixed_shapes: bool = False
 
     @cached_property
     def work(self) -> Work:
@@ -63,6 +66,10 @@ class Objective(ABC):
     @abstractmethod
     def loss(self, head: Head, inputs: LossInputs, normalizer: Tensor) -> TokenLoss:
         """Runs inside the last stage's forward; usually head.token_loss(…) with a LossSpec."""
+
+    def fixed_shape_loss(self, head: Head, inputs: LossInputs, normalizer: Tensor) -> TokenLoss:
+        """The same loss to rounding, whatever it costs, where `fixed_shapes` is set."""
+        return self.loss(head, inputs, normalizer)
 
     @abstractmethod
     def state(self) -> dict[str, Any]:

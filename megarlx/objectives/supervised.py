@@ -33,6 +33,11 @@ class Supervised(Objective):
         self.name, self.loader, self.device = name, loader, torch.device(device)
         self.spec = LossSpec("nll", z_loss=z_loss)
 
+    @property
+    def fixed_shapes(self) -> bool:  # type: ignore[override]
+        """Who derives from this class may have another loss."""
+        return type(self).loss is Supervised.loss
+
     def set_groups(self, training_group: Group, generation_group: Group) -> None:
         self.loader.deal_to(training_group.rank, training_group.size)
 
@@ -62,8 +67,21 @@ class Supervised(Objective):
         return field.to(self.device, non_blocking=True)
 
     def loss(self, head: Head, inputs: LossInputs, normalizer: Tensor) -> TokenLoss:
-        alone = type(self).loss is Supervised.loss
-        return head.token_loss(inputs, self.spec, normalizer=normalizer, as_it_is=alone)
+        return self._loss(head, inputs, normalizer, drop_masked=True)
+
+    def fixed_shape_loss(self, head: Head, inputs: LossInputs, normalizer: Tensor) -> TokenLoss:
+        return self._loss(head, inputs, normalizer, drop_masked=False)
+
+    def _loss(
+        self, head: Head, inputs: LossInputs, normalizer: Tensor, *, drop_masked: bool
+    ) -> TokenLoss:
+        return head.token_loss(
+            inputs,
+            self.spec,
+            normalizer=normalizer,
+            as_it_is=self.fixed_shapes,
+            drop_masked=drop_masked,
+        )
 
     def metrics(self) -> dict[str, float]:
         consumed = self.loader.consumed_sequences

@@ -1,8 +1,9 @@
 """The steps of cached decoding between its matrix products, on a CPU, into buffers of the caller.
 
 B rows (one new token each, of which the first `rows` are real), H query heads, K key/value heads,
-D head_dim, S slots, M places a slot. Every row is worked on alone and reads its slot only as far as
-it is filled: its bits depend on no other row. fp32 and fp64.
+D head_dim, S slots, P pages of G places, n pages of a slot (model/kv_cache.py says how a table is
+read; without one a slot is a page). Every row is worked on alone and reads its slot only as far as
+it is filled: its bits depend on no other row, nor on where its pages lie. fp32 and fp64.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ def decode_attention_(
     qkv: Tensor,
     keys: Tensor,
     values: Tensor,
+    table: Tensor | None,
     slots: Tensor,
     positions: Tensor,
     cosines: Tensor,
@@ -37,8 +39,9 @@ def decode_attention_(
 ) -> None:
     """QK-norm, rotation, the new key and value into the cache, and attention over the slot.
 
-    qkv [B, (H + 2K) D] is the fused projection; keys and values [S, M, K, D] one layer's cache;
-    slots and positions int64 [B]; cosines and sines [≥ M, D/2]; out [B, H D]. The norm's weights
+    qkv [B, (H + 2K) D] is the fused projection; keys and values [P, G, K, D] one layer's cache;
+    table int32 [S, 1 + 2n]; slots and positions int64 [B]; cosines and sines [≥ n G, D/2]; out
+    [B, H D]. The norm's weights
     are [H D] and [K D] (over the projection), [D] both (each head), or none. inverse [B, 2] gives
     1/rms of queries and keys where heads of other ranks count as well.
     """
@@ -46,6 +49,7 @@ def decode_attention_(
         qkv,
         keys,
         values,
+        table,
         slots,
         positions,
         cosines,
@@ -120,9 +124,9 @@ def decode_step_(
     layers: PackedLayers,
     keys: Tensor,
     values: Tensor,
+    table: Tensor | None,
     slots: Tensor,
     positions: Tensor,
-    shared: tuple[Tensor, Tensor],
     cosines: Tensor,
     sines: Tensor,
     scratch: Tensor,
@@ -140,9 +144,7 @@ def decode_step_(
 ) -> None:
     """One token a row through all layers: x [B, hidden] in place, and logits [B, V].
 
-    keys and values [L, S, M, K, D]. `shared` is (slots, lengths), int64 [B] each: row i may read
-    its first lengths[i] places from slots[i], which holds the same there, so that the samples of a
-    prompt read it from one memory. With tokens, x begins as their rows of `embedding`. `post` says
+    keys and values [L, P, G, K, D]. With tokens, x begins as their rows of `embedding`. `post` says
     that norms stand behind attention and MLP. scratch has rows · (2 hidden + (H + 2K) D + H D + F)
     elements. A row's result depends on nothing but the row, to the bit: not on how many there are.
     """
@@ -163,9 +165,9 @@ def decode_step_(
         None if head is None else head.weight,
         keys,
         values,
+        table,
         slots,
         positions,
-        *shared,
         cosines,
         sines,
         eps,

@@ -3,7 +3,8 @@
 They write into buffers of the caller and wait for nothing, so a CUDA graph can hold them. fp32 and
 fp64, and on CUDA bf16. Norms and SwiGLU are in ops/decode.py.
 
-B rows of one new token each, H query heads, K key/value heads, D head_dim, P pages of G places.
+B rows of one new token each, H query heads, K key/value heads, D head_dim, P pages of G places, n
+pages of a slot.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def decode_heads_(
 
     keys and values are [P, G, K, D]. slots and positions int64 [B] say where the new token of a row
     stands; a slot below 0 leaves the cache alone. Without a table a slot is a page; a table int32
-    [slots, n] names the pages of each. cosines and sines are those of every position, [≥ n G, D/2].
+    [slots, 1 + 2n] names the pages of each (model/kv_cache.py). cosines and sines are those of
+    every position, [≥ n G, D/2].
     sums [B, 2] and ranks: as in ops/elementwise.py, where a norm spans the heads of several ranks.
     On CUDA a place or page that does not exist is not written, and nothing is raised.
     """
@@ -66,8 +68,9 @@ def decode_heads_(
 def merge_attention(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over two parts of what a row sees, [B, H, D] each, as over both together.
 
-    The second of each pair is the log-sum-exp of its scores [B, H], in fp32 or better; so is the
-    second result. A part with -inf there held nothing. A row depends on no other row.
+    The second of each pair is the log-sum-exp of its scores [B, H] of any strides, in fp32 or
+    better; so is the second result. A part with an infinity there held nothing. A row depends on no
+    other row.
     """
     out: tuple[Tensor, Tensor] = torch.ops.megarlx.merge_attention(a, a_lse, b, b_lse)
     return out

@@ -165,6 +165,7 @@ class Head:
         temperature: Tensor | float = 1.0,
         rows_per_chunk: int | None = None,
         as_it_is: bool = False,
+        drop_masked: bool = True,
     ) -> TokenLoss:
         """`as_it_is`: this loss is all that the objective returns, this very tensor, so that the
         weight's gradient may be added now."""
@@ -194,6 +195,7 @@ class Head:
             rows_per_chunk=rows_per_chunk,
             final_cap=self.final_cap,
             weight_grad_=into,
+            drop_masked=drop_masked,
         )
         if into is not None:
             self.added.append(found.loss)

@@ -128,8 +128,9 @@ class FlatLayout:
 class DataParallel:
     """Owns the flat buffers of one rank and moves gradients and weights over `group`.
 
-    One objective's step: `begin(into)`, forward and backward with `ready` called for each
-    parameter whose gradient is complete, `finish()`. Buckets are reduced as they fill.
+    One objective's step: `begin(into)`, forward and backward, `finish()`. Where it `reduces_early`,
+    `ready` is called in between for each parameter whose gradient is complete: buckets are reduced
+    as they fill.
 
     `complete_gradients`, where a gradient on this rank is only a part of a sum over other axes
     (norms under sequence parallelism, copied key heads, tied embeddings), makes them whole before
@@ -191,11 +192,18 @@ class DataParallel:
         self._into, self._pending = into, {}
         self._waiting = Counter(self._bucket_of.values())
 
+    @property
+    def reduces_early(self) -> bool:
+        """Whether anything is gained by `ready`: on one rank there is nothing to wait for, and
+        watching every gradient costs a small model a tenth of what its step costs beside products.
+        """
+        return self.group.size > 1 and self.complete_gradients is None
+
     def ready(self, parameter: nn.Parameter) -> None:
         """No more will be added to this parameter's gradient in this step."""
         bucket = self._bucket_of[parameter]
         self._waiting[bucket] -= 1
-        if self._waiting[bucket] == 0 and self.complete_gradients is None:
+        if self._waiting[bucket] == 0 and self.reduces_early:
             self._reduce(bucket)
 
     def _reduce(self, bucket: int) -> None:

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from megarlx.model.documents import padded_length
+from megarlx.choices import PAGE_TOKENS
+from megarlx.model.kv_cache import pages_of_slots, shares_prompts
 from megarlx.parallel.pipeline_actions import computations, most_held
 from megarlx.planning.activations import (
     Widths,
@@ -125,11 +126,17 @@ def optimizer_bytes(job: Job, numbers: int) -> int:
 
 
 def kv_cache_bytes(job: Job, pp_rank: int, rollouts: Rollouts) -> int:
-    """`Engine`'s caches: its slots and an idle one, at a padded length."""
-    slots = -(-rollouts.slots // job.pp) * job.pp + 1
+    """`Engine`'s caches: pages for its slots, and an idle one."""
+    slots = -(-rollouts.slots // job.pp) * job.pp
+    size = PAGE_TOKENS["cuda" if job.on_gpu else "cpu"]
+    if rollouts.cache_tokens is None:
+        shares = shares_prompts(rollouts.slots, not job.on_gpu)
+        pages = pages_of_slots(slots, rollouts.longest, size=size, shares=shares)
+    else:
+        pages = -(-rollouts.cache_tokens // size)
     layers = sum(stage.layers for stage in job.stages(pp_rank))
     kv = job.model.local_kv_heads(job.tp) * job.model.head_dim
-    return 2 * layers * slots * padded_length(rollouts.longest) * kv * job.element_bytes
+    return 2 * layers * (1 + pages) * size * kv * job.element_bytes
 
 
 def worst_rank(job: Job, rollouts: Rollouts | None = None) -> tuple[int, Memory]:

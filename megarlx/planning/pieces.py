@@ -46,6 +46,7 @@ class Rollouts:
     prompt_tokens: int
     completion_tokens: int
     most_tokens: int | None = None  # what a slot has room for; absent: just these
+    cache_tokens: int | None = None  # that the caches hold; absent: what all slots fill
 
     @property
     def longest(self) -> int:

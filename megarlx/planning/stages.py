@@ -176,4 +176,5 @@ def _rollouts(config: Config, given: RlConfig | DistillConfig) -> Rollouts:
         prompt_tokens=prompt or min(PROMPT_TOKENS, longest),
         completion_tokens=completion,
         most_tokens=longest + completion if played is None else most,
+        cache_tokens=given.cache_tokens,
     )

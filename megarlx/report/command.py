@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from megarlx import plug
@@ -20,11 +19,9 @@ from megarlx.printable import complain, printable
 from megarlx.report.claims import TRUNKS_NEEDED, Finding
 from megarlx.report.folded import has_data, is_of_the_paper
 from megarlx.report.headline import said
-from megarlx.report.runs import Evaluation, ReportError
-from megarlx.report.settings import quantity
-from megarlx.report.study import BASE, KS, Cell, Study
-from megarlx.report.style import name_of
-from megarlx.units import duration
+from megarlx.report.result_table import results
+from megarlx.report.runs import ReportError
+from megarlx.report.study import Study
 
 if TYPE_CHECKING:
     from megarlx.report.drawing import Figure
@@ -140,7 +137,7 @@ def _print(study: Study, findings: dict[str, Finding], out: Path, *, asked: bool
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     if sentence := said(study):
         console.print(printable(sentence), markup=False)
-    console.print(_results(study))
+    console.print(results(study))
     if asked or is_of_the_paper(study, findings):
         _print_claims(study, findings, console)
     missing = study.missing()
@@ -162,58 +159,3 @@ def _print_claims(study: Study, findings: dict[str, Finding], console: Console) 
         if has_data(finding):
             table.add_row(name, finding.evidence.get("claim", ""), finding.verdict)
     console.print(table)
-
-
-def _results(study: Study) -> Table:
-    """A row for each checkpoint and recipe: means over seeds in percent, guessing beside them;
-    of agents the tasks solved."""
-    table = Table(box=None, pad_edge=False)
-    several = len(study.variants) > 1
-    if several:
-        table.add_column("trunk", overflow="fold")
-    table.add_column("tokens")
-    table.add_column("recipe")
-    ks = KS if study.headline or not study.agent_suites else ()
-    answers = [f"pass@{k}, % (guessing)" for k in ks]
-    solved = [f"{_shown(suite)}, % (at random)" for suite in study.agent_suites]
-    for name in (*answers, *solved, "capability, %", "time"):
-        table.add_column(name, justify="right")
-    rows: dict[tuple[str, int, str], list[Cell]] = {}
-    for cell in study.cells:
-        if cell.recipe != BASE or cell.checkpoint_tokens in study.checkpoints:
-            rows.setdefault((cell.variant, cell.checkpoint_tokens, cell.label), []).append(cell)
-    for (variant, tokens, label), cells in rows.items():
-        headlines = [cell.headline for cell in cells]
-        shown = [_with_guessing(headlines, f"pass_at_{k}") for k in ks]
-        shown += [
-            _with_guessing([cell.evaluations.get(suite) for cell in cells], "success")
-            for suite in study.agent_suites
-        ]
-        capability = _mean([c.capability for c in cells])
-        seconds = _mean([c.cost.get("seconds") for c in cells])
-        table.add_row(
-            *([_shown(variant)] if several else []),
-            quantity(tokens),
-            _shown(name_of(label)),
-            *shown,
-            "–" if capability is None else f"{100 * capability:.1f}",
-            "–" if seconds is None else duration(seconds),
-        )
-    return table
-
-
-def _shown(text: str) -> str:
-    return escape(printable(text))
-
-
-def _with_guessing(evaluations: Sequence[Evaluation | None], metric: str) -> str:
-    found = [evaluation for evaluation in evaluations if evaluation]
-    value = _mean([e.metrics.get(metric) for e in found])
-    guessing = _mean([e.guessing.get(metric) for e in found])
-    text = "–" if value is None else f"{100 * value:.1f}"
-    return text if guessing is None else f"{text} ({100 * guessing:.1f})"
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None

@@ -1,7 +1,7 @@
 """What is left of finished runs when their folders are gone: one JSON file a seed.
 
 Of each evaluation its metrics and, of suites that count, the counts of every question; of an
-excursion's steps before its last, only of suites that sample. A report
+excursion's steps before its last, only of suites that sample or ask for chosen facts. A report
 reads a folder of these files as it reads runs. settings.json beside them holds what the runs were
 told, once for all seeds: a run names its settings by their hash. Counts up to 35 are written as one
 character each or packed further, so that a study fits into a repository.
@@ -91,7 +91,7 @@ class SeedRecords:
         evaluations = [
             self._compact(e)
             for e in found
-            if parent is None or e["iteration"] == last or e["kind"] in ON_THE_WAY
+            if parent is None or e["iteration"] == last or _is_kept_on_the_way(e)
         ]
         before = self.runs.get(name, {}).get("evaluations", [])
         there = {(e["iteration"], e["suite"]) for e in evaluations}
@@ -159,6 +159,13 @@ class SeedRecords:
                 item["group"] = names[at]
         how = {"settings": {"template": asked.get("template")}, "guessing": asked.get("guessing")}
         return {"format": 1, **kept, **how, "items": items}
+
+
+def _is_kept_on_the_way(evaluation: Mapping[str, Any]) -> bool:
+    """Also lookups of chosen facts, which are few numbers."""
+    suite = (evaluation.get("settings") or {}).get("suite") or {}
+    chosen = evaluation["kind"] == "lookups" and "facts" in (suite.get("options") or {})
+    return chosen or evaluation["kind"] in ON_THE_WAY
 
 
 def _term(term: Mapping[str, Any]) -> dict[str, Any]:

@@ -169,6 +169,7 @@ def assemble(
             model,
             [training_stage(stage, objectives) for stage in config.all_stages],
             keep.average_decay,
+            capture_below_parameters=training.capture_below_parameters,
         ),
         tokenizer,
         objectives.validation(),

@@ -34,6 +34,7 @@ MAY_CHANGE = (
     "training.recompute",
     # code for the same formulas, which each machine chooses
     *("training.layers", "training.attention", "training.tf32"),
+    "training.capture_below_parameters",
     *("rl.prefill_tokens", "objectives.*.rl.prefill_tokens", "evaluation.prefill_tokens"),
     "data.validation",
     "stages.*.placement",

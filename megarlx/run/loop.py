@@ -162,6 +162,8 @@ class _Loop:
     def _step(self, steps: int) -> None:
         losses, report = self.run.trainer.step()
         steps_done = self.run.trainer.steps_done
+        while self.run.trainer.notices:
+            self.screen.say(steps_done, self.run.trainer.notices.pop(0))
         self.guard.after_step(steps_done - 1, report.found_inf, last=steps_done == steps)
         self.log.record(losses, report.gradient_norms)
         if steps_done == steps or steps_done % self.run.config.logging.log_every_steps == 0:

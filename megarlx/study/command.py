@@ -114,41 +114,67 @@ def _tuning(study: Study) -> int:
 
 
 def _kept(study: Study, figure: Path | None) -> int:
-    from megarlx.study.kept.arms import arms_of
-    from megarlx.study.kept.chosen import frozen_rates
+    from megarlx.study.kept.arms import worlds_of
+    from megarlx.study.kept.chosen import PATH, frozen_rates
     from megarlx.study.kept.shown import sections
     from megarlx.study.kept.table import Table
 
-    trunks = arms_of(study)
-    table = Table(trunks, frozen_rates(study.root.resolve().name))
-    for title, head, rows in sections(table):
-        _say(f"\n{title}")
-        _print(head, rows)
-    if figure is not None:
+    tables = {
+        world: Table(trunks, frozen_rates(world)) for world, trunks in worlds_of(study).items()
+    }
+    for world, table in tables.items():
+        _say(f"\n{world}")
+        if table.late_steps and not table.rates:
+            _say(f"{PATH} has no [{world}.rates]: no late run is shown")
+        for title, head, rows in sections(table):
+            _say(f"\n{title}")
+            _print(head, rows)
+    if figure is not None and tables:
         from megarlx.study.kept.figure import draw
 
-        draw(table, figure)
+        draw(tables, figure)
         _say(str(figure))
     for line in study.missing():
         _say(f"missing: {line}")
-    return 0 if trunks else FAILED
+    return 0 if tables else FAILED
 
 
 def _kept_tuning(study: Study) -> int:
-    from megarlx.study.kept.arms import arms_of
-    from megarlx.study.kept.chosen import alphas, best, rates
+    from megarlx.study.kept.arms import worlds_of
+    from megarlx.study.kept.chosen import PATH, alphas, best, corpus_steps, rates
+    from megarlx.study.kept.facts import checks
     from megarlx.study.kept.table import STARTS
 
-    trunks = arms_of(study)
-    found = {**alphas(trunks), **rates(trunks, STARTS)}
-    rows = [
-        [what, name, f"{value:.2f}", "chosen" if name == best(by) else ""]
-        for what, by in found.items()
-        for name, value in by.items()
-    ]
-    seeds = "/".join(str(arms.seed) for arms in trunks)
-    _print(["", "alpha or rate", f"pass@1, validation, mean of seeds {seeds}", ""], rows)
-    return 0 if found else FAILED
+    some = False
+    for world, trunks in worlds_of(study).items():
+        rates_ = rates(trunks, STARTS)
+        found = {**alphas(trunks), **rates_}
+        some = some or bool(found)
+        rows = [
+            [what, name, f"{value:.2f}", "chosen" if name == best(by) else ""]
+            for what, by in found.items()
+            for name, value in by.items()
+        ]
+        seeds = "/".join(str(arms.seed) for arms in trunks)
+        _say(f"\n{world}")
+        _print(["", "alpha or rate", f"pass@1, validation, mean of seeds {seeds}", ""], rows)
+        rows = [
+            [
+                check.what,
+                f"≥ {check.least:g}",
+                "/".join(f"{value:.1f}" for value in check.found),
+                "held" if check.held else "not held",
+            ]
+            for check in checks(trunks)
+        ]
+        if rows:
+            _print(["check", "points", f"of seeds {seeds}", ""], rows)
+        if (steps := corpus_steps(trunks)) is not None:
+            _say(f"{steps} steps of pre-training cost what early RL does: of the control corpus")
+        if chosen := {what: best(by) for what, by in found.items() if what in rates_}:
+            _say(f"For {PATH}:\n\n[{world}.rates]")
+            _say("\n".join(f'"{what}" = {rate}' for what, rate in chosen.items()))
+    return 0 if some else FAILED
 
 
 def _print(head: list[str], rows: list[list[str]]) -> None:

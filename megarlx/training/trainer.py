@@ -16,6 +16,7 @@ from megarlx.config.timeline import Timeline
 from megarlx.model.build import ParallelModel
 from megarlx.objectives.interface import Objective
 from megarlx.training import run_state
+from megarlx.training.captured import CapturedMicrobatches, is_small, why_eager
 from megarlx.training.moving_average import MovingAverage
 from megarlx.training.optimizer import SHARED, Optimizer, StepReport
 from megarlx.training.parts import first_non_finite
@@ -39,8 +40,12 @@ class Trainer:
         model: ParallelModel,
         stages: Sequence[TrainingStage],
         average_decay: float | None = None,
+        *,
+        capture_below_parameters: int = 0,
     ) -> None:
-        """`average_decay` of the moving average of weights; None: there is none."""
+        """`average_decay` of the moving average of weights; None: there is none. A model on a GPU
+        with fewer than `capture_below_parameters` trains its micro-batches as CUDA graphs, where an
+        objective allows it."""
         self.model, self.mesh = model, model.mesh
         self.stages = list(stages)
         self.timeline = Timeline([stage.times for stage in stages])
@@ -55,6 +60,8 @@ class Trainer:
         for stage in stages:  # what cannot be dealt out is found before the first step
             self.replicas.deal(stage)
         self.average = None if average_decay is None else MovingAverage(model, average_decay)
+        self.notices: list[str] = []  # what there is to say; who reads it empties it
+        self.captured = self._capture(capture_below_parameters)
         self._untouched = {name: one.state() for name, one in self.objectives.items()}
         self.enter(0)
 
@@ -113,16 +120,34 @@ class Trainer:
         normalizer, tokens = all_reduce_(both, training_group).unbind()
         self.tokens[objective.name] += tokens
         shard = self.optimizer.gradient_shard(objective.name)
+        graphs = self.captured.get(objective.name)
+        if graphs is not None and (said := graphs.prepare(batch.microbatches, normalizer)):
+            self.notices.append(said)
         data_parallel.begin(shard)
-        results = self.model.pipeline.forward_backward(
-            batch.microbatches,
-            partial(objective.loss, normalizer=normalizer),
-            on_gradient_ready=data_parallel.ready,
-        )
+        if graphs is None or not graphs.are_there:
+            results = self.model.pipeline.forward_backward(
+                batch.microbatches,
+                partial(objective.loss, normalizer=normalizer),
+                on_gradient_ready=data_parallel.ready if data_parallel.reduces_early else None,
+            )
+        else:
+            results = graphs.forward_backward(batch.microbatches, normalizer)
         data_parallel.finish()
         if not self.stage.in_replicas:
             all_reduce_(shard, self.mesh.replica)  # where replicas have nothing else to be
         return _total(results.losses, normalizer)
+
+    def _capture(self, below: int) -> dict[str, CapturedMicrobatches]:
+        """By objective, of those that can be captured; the others are named."""
+        found: dict[str, CapturedMicrobatches] = {}
+        if not is_small(self.model, below):
+            return found
+        for name, objective in self.objectives.items():
+            if why := why_eager(self.model, objective):
+                self.notices.append(f"{name}: no CUDA graphs, since {why}")
+            else:
+                found[name] = CapturedMicrobatches(self.model.pipeline, objective)
+        return found
 
     # From stage to stage.
 

@@ -15,7 +15,7 @@ from megarlx.comm import collectives, differentiable
 from megarlx.comm.groups import Mesh
 from megarlx.config.model import ModelConfig, RopeScaling, family_config
 from megarlx.model.documents import Documents
-from megarlx.model.kv_cache import CacheStep
+from megarlx.model.kv_cache import CacheStep, PageTable
 from megarlx.model.transformer import Stage
 from megarlx.ops import Head, LossInputs
 from megarlx.parallel.metadata import sum_partial_gradients_
@@ -175,20 +175,18 @@ def generated(tp: int) -> Tensor:
     group = Mesh.build(tp=tp, timeout_seconds=20.0).tp
     config = small("qwen3", 2)
     stage = Stage(config, group=group, dtype=torch.float64).initialise_(3)
-    cache = stage.kv_cache(slots=3, longest=24)
+    cache = stage.kv_cache(PageTable.of_slots(3, 24))
     tokens = torch.arange(sum(LENGTHS))
     found = []
     with torch.no_grad():
         documents = Documents.of(LENGTHS)
-        step = CacheStep(cache, documents, slice(0, 3), torch.zeros(3).long(), 15, fresh=True)
+        slots, held = torch.arange(3), torch.zeros(3).long()
+        step = CacheStep(cache, documents, slots, held, 15, fresh=True)
         found.append(stage.logits(stage(tokens, cache=step)))
-        cache.lengths.add_(torch.tensor(LENGTHS))
+        held = held + torch.tensor(LENGTHS)
         for number in range(3):
-            step = CacheStep(
-                cache, Documents.of([1, 1, 1]), slice(0, 3), cache.lengths.clone(), 16 + number
-            )
+            step = CacheStep(cache, Documents.of([1, 1, 1]), slots, held + number, 16 + number)
             found.append(stage.logits(stage(torch.tensor([7, 8, 9]) + number, cache=step)))
-            cache.lengths.add_(1)
     gathered = collectives.all_gather(torch.cat(found), group, dim=1)
     return gathered[:, : config.vocab_size]
 

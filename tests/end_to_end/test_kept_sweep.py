@@ -1,9 +1,12 @@
-"""configs/kept.toml, short: every job of one seed, and the table of what they made."""
+"""The kept study, short: tuning, what it chose, the sweeps of its three worlds, their records, and
+from these alone the table and the figure."""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +17,44 @@ from training_runs import ROOT
 from megarlx.cli import main
 from megarlx.config import load_config
 from megarlx.config.sweep import SweepConfig
-from megarlx.sweeps.plan import jobs_of
+from megarlx.sweeps.plan import Job, jobs_of
+from megarlx.sweeps.records import SweepRecords
 
-STEPS = {1250: 2, 1750: 4, 2125: 6, 2500: 8, 750: 4, 125: 2}  # of the trunk
-LATE = {10: 1, 20: 1, 40: 1}
+# Steps of the trunks and of pre-training behind them, by file; the short middle is 4, the end 8.
+TABLES = {1250: 2, 1750: 4, 2125: 6, 2500: 8, 750: 4, 125: 2}
+ARITHMETIC = {500: 2, 1000: 4, 1500: 6, 2000: 8, 250: 2}
 SUITES = {"math": {"questions": 4, "samples": 2}, "validation": {"questions": 4, "samples": 2}}
+WITHHELD = {
+    "data.options.settings.withheld": 12,
+    "data.options.settings.told_wrongly": 12,
+    "data.options.settings.least_told": 0,  # so few documents tell nothing often
+}
 
 
-def short_file(folder: Path) -> Path:
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """With configurations of its own, so that what tuning chose can be put there."""
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def shorten(name: str, steps: dict[int, int]) -> None:
     """The same arms with fewer steps: numbers are replaced where they stand alone."""
-    text = (ROOT / "configs" / "kept.toml").read_text()
-    text = re.sub(r"\[1755.*?\]", "[5]", text)
+    path = Path(f"configs/{name}.toml")
+    text = path.read_text().replace('"training.seed" = 1000', '"training.seed" = 1e3')
+    text = re.sub(r"\[1[70][50]5.*?\]", "[5]", text)
     text = re.sub(r"\[80, 85.*?\]", "[2, 3]", text)
-    text = re.sub(r"\[600, .*?\]", "[2]", text).replace("[10, 20, 40]", "[1]")
-    text = text.replace("[1e-4, 2e-4, 4e-4]", "[1e-4]")
-    for before, after in STEPS.items():
+    text = text.replace("[320]", "[2]").replace("[10, 20, 40]", "[1]")
+    text = text.replace("[0.25, 0.5, 1.0, 1.5]", "[0.5, 1.0]")
+    text = text.replace("[1e-4, 2e-4, 4e-4]", "[1e-4, 2e-4]" if "arith" in name else "[1e-4]")
+    for before, after in steps.items():
         text = re.sub(rf"(?<![\d.]){before}(?![\d.])", str(after), text)
-    path = folder / "kept.toml"
-    path.write_text(text)
-    return path
+    path.write_text(text.replace("1e3", "1000"))
 
 
-def short(folder: Path) -> SweepConfig:
-    given = {"out": f"{folder}/kept", "records": f"{folder}/records"}
-    overrides = [f"{key}={json.dumps(value)}" for key, value in given.items()]
-    sweep = load_config(short_file(folder), [*overrides, "seeds=[7]"], SweepConfig)
+def short(name: str, **own: Any) -> SweepConfig:
+    sweep = load_config(f"configs/{name}.toml", ["seeds=[7]"], SweepConfig)
     trunk = {key: json.loads(value) for key, value in TRUNK.items()}
     suites = [
         {**suite, **SUITES.get(suite["name"], {"questions": 4})}
@@ -47,48 +63,111 @@ def short(folder: Path) -> SweepConfig:
     for suite in suites:
         if suite["kind"] == "pass_at_k":
             suite |= {"max_new_tokens": 8, "ks": [1]}
-    own = {
+    held = {
         **trunk,
         **sweep.set,
-        "data.folder": f"{folder}/world",
         "checkpoints.save_every_steps": 2,
         "evaluation.suites": suites,
+        **own,
     }
     excursions = []
     for one in sweep.excursions:
         recipe = Path(one.recipes[0]).stem
-        steps: dict[str, Any] = {"stages.0.steps": 2}
-        if recipe == "corpus_then_rl":
-            steps["stages.1.steps"] = 2
-        if recipe != "sft":
+        steps: dict[str, Any] = {"stages.0.steps": 2, "logging.validation_sequences": 4}
+        if recipe.startswith("rl"):
             steps |= {k: json.loads(v) for k, v in RL.items() if k.startswith("rl.")}
-        warm = "sft" if recipe == "sft" else "rl"
-        stage = 1 if recipe == "corpus_then_rl" else 0
-        steps[f"stages.{stage}.objectives.{warm}.warmup_steps"] = 1
-        steps |= {"logging.validation_sequences": 4}
+        if recipe == "rl_early":
+            steps["stages.1.steps"] = 4
+        if recipe != "corpus":
+            steps[f"stages.0.objectives.{recipe[: 2 + (recipe == 'sft')]}.warmup_steps"] = 1
         if one.name in ("marked", "verified"):  # so small a model marks nothing
             steps["sft.filter"] = {"min_reward": 0.0}
         excursions.append(one.model_copy(update={"set": {**one.set, **steps}}))
-    return sweep.model_copy(update={"set": own, "excursions": tuple(excursions)})
+    return sweep.model_copy(update={"set": held, "excursions": tuple(excursions)})
 
 
-def test_every_arm_of_the_kept_study_runs_and_is_told_in_its_table(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(ROOT)
-    jobs = jobs_of(short(tmp_path))
+def with_needs(jobs: list[Job], wanted: str) -> Iterator[Job]:
+    """Those whose names match, and what they need."""
+    names: set[str] = set()
+    for job in reversed(jobs):
+        if job.name in names or re.match(wanted, job.name):
+            names |= {job.name, *job.needs}
+    return (job for job in jobs if job.name in names)
+
+
+def run(
+    sweep: SweepConfig, capsys: pytest.CaptureFixture[str], wanted: str = ""
+) -> Collection[str]:
+    """As the sweep's runner does, in this process; the names of what was made."""
+    jobs = list(with_needs(jobs_of(sweep), wanted))
+    assert sweep.records is not None
+    records = SweepRecords(Path(sweep.records), jobs)
     for job in jobs:
-        assert main(list(job.arguments)) == 0, f"{job.name}: {capsys.readouterr().err}"
-    made = {path.parent.name for path in (tmp_path / "kept").glob("*/lineage.json")}
-    assert made == {job.out.name for job in jobs if job.out is not None}
+        if not (job.out is not None and (job.out / "lineage.json").exists()):
+            assert main(list(job.arguments)) == 0, f"{job.name}: {capsys.readouterr().err}"
+        records.add(job)
+    again = SweepRecords(Path(sweep.records), jobs)
+    assert all(again.has(job) for job in jobs if job.arguments[0] != "train")
+    made = {path.parent.name for path in Path(sweep.out).glob("*/lineage.json")}
+    assert made >= {job.out.name for job in jobs if job.out is not None}
     capsys.readouterr()
-    assert main(["study", "kept", str(tmp_path / "kept")]) == 0
-    said = capsys.readouterr().out
-    for arm in ("vector-rl", "vector-mark-matched", "vector-random-2", "through early RL"):
-        assert re.search(rf"^{arm}\s+1\s", said, re.MULTILINE), (arm, said)
-    for name, parts in {"vector-permuted": "permuted:0", "vector-mark": None}.items():
-        lineage = json.loads((tmp_path / "kept" / f"{name}-seed-7" / "lineage.json").read_text())
-        assert lineage["sum"]["terms"][0]["change"] == parts
-    partner = json.loads((tmp_path / "kept" / "partner-seed-7" / "resolved.json").read_text())
+    return made
+
+
+def told(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(["study", *words]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def test_tuning_chooses_what_the_worlds_are_told_by_from_their_records_alone(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("tuning/kept_arithmetic_1_alpha", "tuning/kept_arithmetic_2_rates"):
+        shorten(name, ARITHMETIC)
+        wanted = "vector-(rl|mark)-alpha|rl-late-(at|from-vector-rl)"
+        run(short(name), capsys, wanted)
+    said = told(capsys, "kept-tuning", "benchmarks/results/kept_tuning")
+    assert re.search(r"^vector-rl\s+(0\.5|1)\s.*chosen$", said, re.MULTILINE), said
+    chosen = said[said.index("[kept_arithmetic.rates]") :].split("\n\n")[0]
+    assert '"late-only at 1" = ' in chosen
+    rates = '[kept.rates]\n"late-only at 1" = 1e-4\n"corpus at 2" = 1e-4\n'
+    Path("configs/kept_chosen.toml").write_text(f"{chosen}\n{rates}")
+
+    shorten("kept_arithmetic", ARITHMETIC)
+    arms = "vector-rl-seed|rl-late-(at|from-vector-rl)|trunk-seed-7-evaluate"
+    run(short("kept_arithmetic"), capsys, arms)
+
+    shorten("kept", TABLES)
+    jobs = jobs_of(short("kept"))
+    made = run(short("kept"), capsys)
+    assert made == {job.out.name for job in jobs if job.out is not None}
+
+    shorten("kept_facts", {**TABLES, 320: 2})
+    run(short("kept_facts", **WITHHELD), capsys)
+
+    for name, change in {"vector-permuted": "permuted:0", "vector-mark": None}.items():
+        lineage = json.loads(Path(f"runs/kept/{name}-seed-7/lineage.json").read_text())
+        assert lineage["sum"]["terms"][0]["change"] == change
+    partner = json.loads(Path("runs/kept/partner-seed-7/resolved.json").read_text())
     assert (partner["training"]["seed"], partner["data"]["options"]["seed"]) == (1007, 7)
     assert (partner["training"]["steps"], partner["optimizer"]["schedule_steps"]) == (4, 8)
+
+    of_runs = told(capsys, "kept", "runs/kept")
+    shutil.rmtree("runs")
+    said = told(capsys, "kept", "benchmarks/results/kept", "--figure", "kept.png")
+    assert Path("kept.png").stat().st_size > 10_000
+    tables = said[said.index("\nkept\n") : said.index("\nkept_arithmetic\n")]
+    for arm in (
+        *("vector-rl", "vector-mark-matched", "vector-random-2", "through early RL"),
+        *("late-only \\+ 1", "corpus \\+ 2", "corpus of equal FLOP", "late mark-only \\+ 1"),
+    ):
+        (row,) = re.findall(rf"^{arm} +1 .*$", tables, re.MULTILINE)
+        assert re.sub(" +", " ", row) in re.sub(" +", " ", of_runs)
+    for arm in ("late-only", "vector-rl"):
+        assert re.search(rf"^{arm} \+ 2 +1 ", said[said.index("\nkept_arithmetic\n") :], re.M)
+    facts = said[said.index("\nkept_facts\n") :]
+    for title in ("Facts that only early RL saw", "Facts that text tells wrongly"):
+        section = facts[facts.index(title) :].split("\n\n")[0]
+        for arm in ("trunk, middle", "RL in the middle", "trunk's end", "through"):
+            assert re.search(rf"^{arm} +1 +\+\d", section, re.MULTILINE), (arm, section)
+    assert sum(path.stat().st_size for path in Path("benchmarks").rglob("*.json")) < 1 << 20

@@ -56,6 +56,12 @@ def below(limit: int, *shape: int) -> Tensor:
     return torch.randint(0, limit, shape)
 
 
+def table(pages: int) -> Tensor:
+    """Of S slots, which have half of their places in each of two pages of their own."""
+    own = below(pages, S, 2)
+    return torch.cat((torch.zeros(S, 1), below(pages, 1, 2).expand(S, 2), own), 1).int()
+
+
 # What fits, by the argument's name; some ops use a name in their own way.
 FITTING: dict[str, Callable[[], Any]] = {
     **dict.fromkeys(("logits", "x_of_logits"), lambda: floats(T, V)),
@@ -109,10 +115,10 @@ FITTING: dict[str, Callable[[], Any]] = {
     **dict.fromkeys(("input", "packed", "target", "summed"), lambda: floats(N)),
     "add": lambda: True,
     "qkv": lambda: floats(T, FUSED),
-    "values": lambda: floats(S, M, K, E),
-    **dict.fromkeys(("slots", "shared_slots"), lambda: below(S, T)),
+    "values": lambda: floats(S, M // 2, K, E),
+    "slots": lambda: below(S, T),
+    "table": lambda: table(S),
     "positions": lambda: below(M, T),
-    "shared_lengths": lambda: torch.zeros(T, dtype=torch.int64),
     **dict.fromkeys(("cosines", "sines"), lambda: floats(M, E // 2)),
     **dict.fromkeys(("cos", "sin"), lambda: floats(T, 1, E // 2)),
     **dict.fromkeys(("q_weight", "k_weight"), lambda: floats(E)),
@@ -146,13 +152,13 @@ OWN: dict[str, dict[str, Callable[[], Any]]] = {
     "rms_norm_backward": {**NORM, "grad": lambda: floats(T, D), "inverse": lambda: floats(T)},
     "decode_norm_": {**NORM, "out": lambda: floats(T, D)},
     "decode_swiglu_": {"out": lambda: floats(T, F)},
-    "decode_attention_": {"keys": lambda: floats(S, M, K, E), "eps": lambda: 1e-6},
+    "decode_attention_": {"keys": lambda: floats(S, M // 2, K, E), "eps": lambda: 1e-6},
     "swiglu_backward": {"grad": lambda: floats(T, F)},
     "_heads": {"eps": lambda: 1e-6},
     "decode_heads_": {
         "eps": lambda: 1e-6,
         **dict.fromkeys(("keys", "values"), lambda: floats(S * 2, M // 2, K, E)),
-        "table": lambda: torch.randperm(S * 2).view(S, 2).to(torch.int32),
+        "table": lambda: table(S * 2),
         "q": lambda: floats(T, H, E),
     },
     "merge_attention": {
@@ -169,6 +175,16 @@ OWN: dict[str, dict[str, Callable[[], Any]]] = {
         "step": lambda: below(4, 1),
         "history": lambda: below(V, 4, T),
         "logprobs": lambda: floats(2, 4, T),
+    },
+    "narrow_product_": {
+        "weight": lambda: floats(F, D),
+        **dict.fromkeys(("bias", "scales"), lambda: None),
+        "dependent": lambda: False,
+        "out": lambda: floats(T, F),
+    },
+    "e4m3_rows_": {
+        "values": lambda: floats(T, D).to(torch.float8_e4m3fn),
+        "scales": lambda: floats(T),
     },
     "_heads_backward_sums": {
         "grad_q": lambda: floats(T, H, E),
@@ -195,7 +211,7 @@ OWN: dict[str, dict[str, Callable[[], Any]]] = {
         **dict.fromkeys(("q_norm", "k_norm"), lambda: floats(L, E)),
         "norm": lambda: floats(D),
         "head": lambda: floats(panels(V), D, PANEL),
-        **dict.fromkeys(("keys", "values"), lambda: floats(L, S, M, K, E)),
+        **dict.fromkeys(("keys", "values"), lambda: floats(L, S, M // 2, K, E)),
         "scratch": lambda: floats(T * (2 * D + FUSED + H * E + F)),
         "logits": lambda: floats(T, V),
     },

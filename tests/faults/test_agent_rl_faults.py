@@ -11,6 +11,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit" / "objectives"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit" / "rollouts"))
 from agent_cases import agent_config, agents, model
 from rl_cases import trainer_of
 

@@ -31,7 +31,7 @@ from fault_runs import (
 )
 from training_runs import train
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit" / "objectives"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit" / "rollouts"))
 from test_reward_http import serving
 
 from megarlx.data.token_files import TokenFileWriter

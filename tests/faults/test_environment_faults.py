@@ -19,7 +19,7 @@ from megarlx.rollouts.environments.process import (
     Failure,
 )
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit" / "objectives"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit" / "rollouts"))
 HERE = "misbehaving_environments"
 
 

@@ -15,7 +15,7 @@ from megarlx.config.model import family_config
 from megarlx.model.attention import attention
 from megarlx.model.attention_form import AttentionForm
 from megarlx.model.documents import Documents
-from megarlx.model.kv_cache import CacheStep, KVCache
+from megarlx.model.kv_cache import CacheStep, KVCache, PageTable
 from megarlx.model.transformer import Stage
 from megarlx.ops import Head, LossInputs
 
@@ -63,7 +63,7 @@ def test_cached_flash_attention_equals_sdpa(lengths: list[int], slots: list[int]
     starts, results = [40, 3, 129], {}
     for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float64)):
         torch.manual_seed(0)
-        cache = KVCache.empty(1, 4, 256, 2, 64, dtype=dtype, device=device)
+        cache = KVCache.empty(1, PageTable.of_slots(4, 256, device), 2, 64, dtype=dtype)
         cache.keys.copy_(torch.randn(cache.keys.shape).bfloat16())
         cache.values.copy_(torch.randn(cache.values.shape).bfloat16())
         q, k, v = (x.detach().to(dtype) for x in random_qkv(sum(lengths), 2, device))

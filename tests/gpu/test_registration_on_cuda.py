@@ -142,7 +142,7 @@ def check_decode_parts(card: Any) -> None:
         check(card, ops.decode_norm_, x, y, weight, 1e-5, torch.zeros_like(x))
         check(card, ops.decode_swiglu_, x, torch.zeros(3, 4, dtype=dtype))
         qkv, cache = torch.rand(3, 16).to(dtype), torch.zeros(2, 4, 1, 4, dtype=dtype)
-        table, places = torch.tensor([[0, 1]], dtype=torch.int32), torch.arange(3)
+        table, places = torch.tensor([[1, 1, 0, 0, 1]], dtype=torch.int32), torch.arange(3)
         given = (qkv, cache, cache.clone(), table, 0 * places, places, turn, turn)
         q = torch.rand(3, 2, 4).to(dtype)
         check(card, ops.decode_heads_, *given, weight[:4], weight[:4], None, 1, 1e-5, q)
@@ -155,6 +155,15 @@ def check_decode_parts(card: Any) -> None:
     check(card, ops.decode_advance_, *given, *rows, flags, *ring, torch.zeros(2, 2, 3))
 
 
+def check_products(card: Any) -> None:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        x, weight, bias = (torch.rand(*s).to(dtype) for s in ((3, 16), (5, 16), (5,)))
+        given = (x, weight, bias, None, True, torch.zeros(3, 5, dtype=dtype))
+        check(card, torch.ops.megarlx.narrow_product_, *given)
+        values = torch.zeros(3, 16, dtype=torch.float8_e4m3fn)
+        check(card, torch.ops.megarlx.e4m3_rows_, x, values, torch.zeros(3))
+
+
 def check_weights(card: Any) -> None:
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         rows = torch.zeros(3, 5, dtype=dtype)
@@ -163,7 +172,7 @@ def check_weights(card: Any) -> None:
 
 CHECKS = (
     *(check_sampling, check_losses, check_updates, check_elementwise, check_decode_parts),
-    check_weights,
+    *(check_weights, check_products),
 )
 
 

@@ -51,7 +51,7 @@ class FusedDecoder:
         self.stage, self.config, self.group = stage, stage.config, stage.group
         some = next(stage.parameters())
         self.dtype = some.dtype
-        places = torch.arange(cache.keys.shape[2])
+        places = torch.arange(cache.table.longest)
         cosines, sines = rope.rotation(places, next(iter(stage.radians.values())), some.dtype)
         self.cosines, self.sines = cosines[:, 0].contiguous(), sines[:, 0].contiguous()
         self.cache = cache
@@ -106,6 +106,7 @@ class FusedDecoder:
                 b.qkv,
                 layer.keys,
                 layer.values,
+                self.cache.table.rows,
                 rows.slots,
                 rows.positions,
                 self.cosines,

@@ -4,7 +4,7 @@ Before a generation the live weights are laid out once in panels (megarlx/ops/de
 one pass over them; after that a thread takes its rows through all layers and meets no other thread
 and no Python on the way. A row's bits are the same whatever rows there are, so no width is padded.
 
-Samples of one prompt all hold its keys and values in their slots, and read them from one.
+Samples of one prompt read its keys and values from one memory (model/kv_cache.py).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class PackedDecoder:
     def __init__(self, stage: Stage, cache: KVCache, most_rows: int) -> None:
         self.stage, self.cache, config = stage, cache, stage.config
         dtype = next(stage.parameters()).dtype
-        places = torch.arange(cache.keys.shape[2])
+        places = torch.arange(cache.table.longest)
         cosines, sines = rope.rotation(places, next(iter(stage.radians.values())), dtype)
         self.cosines, self.sines = cosines[:, 0].contiguous(), sines[:, 0].contiguous()
         attended = config.heads * config.head_dim
@@ -67,9 +67,9 @@ class PackedDecoder:
             self.layers,
             self.cache.keys,
             self.cache.values,
+            self.cache.table.rows,
             rows.slots,
             rows.positions,
-            rows.shared_prompts(),
             self.cosines,
             self.sines,
             self.scratch,

@@ -32,7 +32,7 @@ class StageDecoder:
         some = next(stage.parameters())
         split = stage.group.size if stage.sequence_parallel else 1
         self.split, self.device = split, some.device
-        self.places = cache.keys.shape[2]
+        self.places = cache.table.longest
         self._hidden = torch.zeros(
             most_rows // split, stage.config.hidden_size, dtype=some.dtype, device=some.device
         )

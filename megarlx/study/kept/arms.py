@@ -1,4 +1,4 @@
-"""The runs of the kept study, by seed and by their names without it; and what each has reached.
+"""The runs of the kept study, by world, seed and their names without it; and what each has reached.
 
 Every number is in percentage points. A trunk's runs are paired: the same questions, one trunk.
 """
@@ -6,18 +6,24 @@ Every number is in percentage points. A trunk's runs are paired: the same questi
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megarlx.report.runs import Evaluation, Run
 from megarlx.report.study import Cell, Study
 
-SUITE, KNOWN = "math", "withheld"  # of answers; of facts that no text tells
-RATE = re.compile(r"(.+)-lr-([\d.e-]+)")
-LATE_ONLY, LATE_FROM = "rl-late-at-", "rl-late-from-"
-LATE_STEPS = (10, 20, 40, 80)
+SUITE = "math"  # of answers
+# Of facts that no text tells, of those that text tells wrongly, of what stands beside the former.
+WITHHELD, TOLD_WRONGLY, BESIDE = "withheld", "told_wrongly", "beside"
+SEED = re.compile(r"(.+)-seed-(\d+)")
+RATE = re.compile(r"rl-late-(?:at-(?P<at>.+)|from-(?P<start>.+))-lr-(?P<rate>[\d.e-]+)")
+AT = "-at-"
+RL_VECTOR = "vector-rl"
 AFTER = (5, 10, 20, 40, 80, 160)  # steps of pre-training behind early RL
+OWN_SAMPLES = ("sft-marked", "sft-verified")  # recipes that read what rl-own has sampled
 
 
 @dataclass(frozen=True)
@@ -36,63 +42,135 @@ class Point:
 class Arms:
     """Of one trunk. `middle` and `end` are its steps."""
 
+    world: str
     seed: int
     trunk: Run
     runs: Mapping[str, Run]
 
     @property
     def end(self) -> int:
+        """Where vectors are put."""
+        put = self.runs.get(RL_VECTOR)
+        if put is not None and put.parent is not None:
+            return put.parent.iteration
         return self.trunk.planned_steps or self.trunk.steps_done
 
     @property
     def middle(self) -> int:
-        """Where the vectors' RL begins."""
-        return next(
-            (
-                r.parent.iteration
-                for n, r in self.runs.items()
-                if n.startswith("rl_early") and r.parent
-            ),
-            0,
-        )
+        """Where the RL begins of which RL's vector is made."""
+        made = (r for n, r in self.runs.items() if n.startswith(RL_VECTOR) and r.parts)
+        sources = [self.named(part.run) for run in made for part in run.parts]
+        through = [run for name, run in self.runs.items() if name.startswith("rl_early")]
+        begun = (run.parent for run in (*sources, *through) if run is not None)
+        return next((parent.iteration for parent in begun if parent is not None), 0)
+
+    def named(self, path: str) -> Run | None:
+        return self.runs.get(stem_of(path, self.seed))
+
+    def of(self, recipe: str, at: int) -> Run | None:
+        """That starts from a checkpoint of the trunk, however its name writes this."""
+        for name, run in self.runs.items():
+            if name.rpartition(AT)[0] == recipe and run.parent and run.parent.iteration == at:
+                return run
+        return None
+
+    def start(self, name: str) -> Run | None:
+        """What late RL starts from: a transplant, or a run from the trunk's end."""
+        return self.runs.get(name) or self.of(name, self.end)
 
     def rates(self, start: str) -> dict[str, Run]:
         """The late runs from a start ("" is the trunk's end), by their learning rate as written."""
-        prefix = f"{LATE_FROM}{start}" if start else f"{LATE_ONLY}{self.end}"
         found = {}
         for name, run in self.runs.items():
             match = RATE.fullmatch(name)
-            if match is not None and match[1] == prefix:
-                found[match[2]] = run
+            if match is None or (match["start"] or "").partition(AT)[0] != start:
+                continue
+            if start or (run.parent is not None and run.parent.iteration == self.end):
+                found[match["rate"]] = run
         return found
 
-    def early_flop(self, name: str) -> float:
-        """Of the RL, or what stands for it, that the arm's vector is made of."""
-        run = self.runs.get(name)
-        parts = () if run is None else run.parts
-        sources = (self.runs.get(stem_of(part.run, self.seed)) for part in parts)
-        return sum(source.cost().get("flop", 0.0) for source in sources if source is not None)
+    @property
+    def late(self) -> list[Run]:
+        return [run for name, run in self.runs.items() if RATE.fullmatch(name)]
+
+    # What an arm has cost beside its trunk.
+
+    def flop(self, run: Run, step: int | None = None) -> tuple[float, float]:
+        """Early and late: of all runs that it needs, by whether they start before the trunk's end.
+
+        Where RL is followed by the rest of pre-training, which the trunk has too, RL alone counts.
+        """
+        early = late = 0.0
+        for one, until in self._needed(run, step):
+            if (through := rl_steps(one)) is not None:
+                until = through
+            spent = one.cost(until).get("flop", 0.0)
+            if self._begun(one) >= self.end:
+                late += spent
+            else:
+                early += spent
+        return early, late
+
+    def _needed(self, run: Run, step: int | None) -> Iterator[tuple[Run, int | None]]:
+        if run is self.trunk:
+            return
+        yield run, step
+        above = None if run.parent is None else self.named(run.parent.run)
+        if above is not None and run.parent is not None:
+            yield from self._needed(above, run.parent.iteration)
+        sources = [self.named(part.run) for part in run.parts]
+        if run.parent and stem_of(run.name, self.seed).rpartition(AT)[0] in OWN_SAMPLES:
+            sources.append(self.of("rl-own", run.parent.iteration))
+        for source in sources:
+            if source is not None:
+                yield from self._needed(source, None)
+
+    def _begun(self, run: Run) -> int:
+        """At which of the trunk's steps."""
+        if run.parent is None:
+            return 0
+        above = self.named(run.parent.run)
+        if above is None or above is self.trunk:
+            return run.parent.iteration
+        return self._begun(above)
+
+
+def rl_steps(run: Run | None) -> int | None:
+    """Of a run that is RL first and then something else."""
+    stages: Sequence[Mapping[str, Any]] = (run and run.settings.get("stages")) or ()
+    if len(stages) < 2 or "rl" not in stages[0].get("objectives", {}):
+        return None
+    return int(stages[0]["steps"])
+
+
+def late_steps(trunks: Sequence[Arms]) -> list[int]:
+    """Numbers of late steps at which something was measured."""
+    late = (run for arms in trunks for run in arms.late)
+    return sorted({e.iteration for run in late for e in run.evaluations if e.iteration})
 
 
 def stem_of(name: str, seed: int) -> str:
     return Path(name).name.removesuffix(f"-seed-{seed}")
 
 
-def arms_of(study: Study) -> list[Arms]:
-    """Of every trunk that has any, by seed."""
-    found = []
-    for trunk in study.trunks:
-        match = re.fullmatch(r"trunk-seed-(\d+)", Path(trunk.name).name)
-        if match is None:
+def worlds_of(study: Study) -> dict[str, list[Arms]]:
+    """Of every trunk that has any, by seed: a world is a folder of excursions."""
+    groups: defaultdict[tuple[str, int], dict[str, Run]] = defaultdict(dict)
+    for run in study.runs:
+        match = SEED.fullmatch(Path(run.name).name)
+        if match is not None:
+            groups[Path(run.name).parent.as_posix(), int(match[2])][match[1]] = run
+    found: dict[str, list[Arms]] = {}
+    for (folder, seed), runs in sorted(groups.items()):
+        # A partner is a trunk too, of which few runs are.
+        above = Counter(study.line_of(run)[-1].name for run in runs.values() if not run.is_trunk)
+        if not above:
             continue
-        seed = int(match[1])
-        runs = {
-            stem_of(run.name, seed): run
-            for run in study.runs
-            if run is not trunk and run.name.endswith(f"-seed-{seed}")
-        }
-        found.append(Arms(seed, trunk, runs))
-    return sorted(found, key=lambda arms: arms.seed)
+        trunk = max(above, key=lambda name: (above[name], "trunk" in name))
+        world = (study.root.resolve() / folder).name
+        own = next(run for run in study.runs if run.name == trunk)
+        found.setdefault(world, []).append(Arms(world, seed, own, runs))
+    return found
 
 
 def evaluation(run: Run | None, iteration: int, suite: str = SUITE) -> Evaluation | None:
@@ -131,14 +209,8 @@ def point(run: Run | None, iteration: int | None = None) -> Point | None:
     )
 
 
-def course(run: Run) -> dict[int, float]:
-    """pass@1 by late steps, where it was measured at these."""
-    found = {k: point(run, k) for k in LATE_STEPS}
-    return {k: reached.y for k, reached in found.items() if reached is not None}
-
-
-def known(run: Run | None, iteration: int | None = None, suite: str = KNOWN) -> float | None:
-    """P_K: the mean probability of the right value of kept facts."""
+def known(run: Run | None, suite: str, iteration: int | None = None) -> float | None:
+    """The mean probability of the right value of facts: P_K, of those that are withheld."""
     if run is None:
         return None
     found = evaluation(run, last_step(run) if iteration is None else iteration, suite)

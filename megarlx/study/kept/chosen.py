@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from megarlx.study.kept.arms import LATE_STEPS, Arms, evaluation, last_step
+from megarlx.study.kept.arms import Arms, evaluation, last_step, late_steps
 
 PATH = Path("configs/kept_chosen.toml")
 CHOOSING = "validation"
@@ -38,12 +38,23 @@ def rates(trunks: Sequence[Arms], starts: Sequence[str]) -> Choices:
     for arms in trunks:
         for start in starts:
             for rate, run in arms.rates(start).items():
-                for k in LATE_STEPS:
+                for k in late_steps(trunks):
                     measured = evaluation(run, k, CHOOSING)
                     if measured is not None:
                         values = found.setdefault(key(start, k), {}).setdefault(rate, [])
                         values.append(100 * measured.metrics["pass_at_1"])
     return _means(found, len(trunks))
+
+
+def corpus_steps(trunks: Sequence[Arms]) -> int | None:
+    """Steps of pre-training that cost what early RL does, to the nearest ten."""
+    found = []
+    for arms in trunks:
+        rl, done = arms.of("rl", arms.middle), arms.trunk.steps_done
+        spent = arms.trunk.cost().get("flop", 0.0)
+        if rl is not None and done and spent:
+            found.append(arms.flop(rl)[0] / (spent / done))
+    return round(fmean(found) / 10) * 10 if found else None
 
 
 def key(start: str, k: int) -> str:

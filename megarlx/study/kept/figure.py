@@ -1,13 +1,14 @@
-"""pass@1 over late steps with t-bands; and what is known of facts that only early RL saw."""
+"""pass@1 over late steps with t-bands, in each world; and what is known of withheld facts."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megarlx.report.style import PARAMETERS
-from megarlx.study.kept.arms import LATE_STEPS
-from megarlx.study.kept.table import Table, transfer
+from megarlx.study.kept.facts import END, MIDDLE, RL_MIDDLE, Transfer, transfer
+from megarlx.study.kept.table import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,44 +19,51 @@ LINES = {
     "vector-mark": "mark-only vector",
     "vector-partner": "partner's vector",
 }
-SHOWN = ("trunk, middle", "RL in the middle", "transplant", "through", "mark-only vector")
+SHOWN = (MIDDLE, RL_MIDDLE, END, "transplant", "through", "mark-only vector")
 CHANCE = 100 / 12
+TITLES = {"kept": "tables", "kept_arithmetic": "arithmetic"}
 
 
-def draw(table: Table, path: Path) -> None:
+def draw(tables: Mapping[str, Table], path: Path) -> None:
+    """A panel for each world that has late RL, and one for facts."""
     import matplotlib
     from matplotlib.figure import Figure
 
+    late = {world: table for world, table in tables.items() if table.over_trunks("")}
+    facts = [found for table in tables.values() if (found := transfer(table.trunks)) is not None]
+    panels = len(late) + len(facts)
     with matplotlib.rc_context(PARAMETERS):
-        canvas = Figure(figsize=(9.6, 3.6), layout="constrained")
-        left, right = canvas.subplots(1, 2)
-        for start, name in LINES.items():
-            found = table.over_trunks(start)
-            steps = [*found]
-            if not steps:
-                continue
-            places = range(len(steps))
-            (line,) = left.plot(
-                places, [i.estimate for i in found.values()], marker="o", label=name
-            )
-            lows, highs = ([getattr(i, side) for i in found.values()] for side in ("low", "high"))
-            if min(i.trunks for i in found.values()) > 1:
-                left.fill_between(places, lows, highs, color=line.get_color(), alpha=0.15, lw=0)
-        every = (0, *LATE_STEPS)
-        left.set_xticks(range(len(every)), [str(k) for k in every])
-        left.set_xlabel("late steps of RL")
-        left.set_ylabel("pass@1, %")
-        left.legend(frameon=False)
-        _known(right, table)
+        canvas = Figure(figsize=(1.2 + 4.2 * max(1, panels), 3.6), layout="constrained")
+        axes = list(canvas.subplots(1, max(1, panels), squeeze=False)[0])
+        for world, table in late.items():
+            _courses(axes.pop(0), table, TITLES.get(world, world))
+        for found in facts:
+            _known(axes.pop(0), found)
         path.parent.mkdir(parents=True, exist_ok=True)
         canvas.savefig(path, dpi=150)
 
 
-def _known(ax: Axes, table: Table) -> None:
-    found = transfer(table.trunks)
-    shown = [name for name in SHOWN if found is not None and name in found.known]
+def _courses(ax: Axes, table: Table, title: str) -> None:
+    every = [0, *table.late_steps]
+    for start, name in LINES.items():
+        found = table.over_trunks(start)
+        if not found:
+            continue
+        places = [every.index(k) for k in found]
+        (line,) = ax.plot(places, [i.estimate for i in found.values()], marker="o", label=name)
+        lows, highs = ([getattr(i, side) for i in found.values()] for side in ("low", "high"))
+        if min(i.trunks for i in found.values()) > 1:
+            ax.fill_between(places, lows, highs, color=line.get_color(), alpha=0.15, lw=0)
+    ax.set_xticks(range(len(every)), [str(k) for k in every])
+    ax.set_title(title)
+    ax.set_xlabel("late steps of RL")
+    ax.set_ylabel("pass@1, %")
+    ax.legend(frameon=False)
+
+
+def _known(ax: Axes, found: Transfer) -> None:
+    shown = [name for name in SHOWN if name in found.known]
     for place, name in enumerate(shown):
-        assert found is not None
         over = found.known[name]
         error = (
             None if over.trunks < 2 else [[over.estimate - over.low], [over.high - over.estimate]]

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from megarlx.report.measures import Ratio
 from megarlx.report.student import TrunkInterval, interval_of_trunks
-from megarlx.study.kept.table import Row, Table, matrix, transfer
+from megarlx.study.kept.facts import Transfer, contradicted, transfer
+from megarlx.study.kept.table import Row, Table, matrix
 
 Section = tuple[str, list[str], list[list[str]]]  # title, head, rows
 NONE = "–"
@@ -38,7 +39,10 @@ def sections(table: Table) -> Iterator[Section]:
         yield "Answer-specific carry, at an equal m", ["points", "trunks", ""], rows_
     if (dose := table.dose()) is not None:
         yield "Dose", ["FLOP of early RL / of pre-training"], [[f"{dose:.3f}"]]
-    yield from _transfer(table)
+    silent = "Facts that only early RL saw, in points; chance is 8.3"
+    yield from _transfer(silent, transfer(table.trunks))
+    wrong = "Facts that text tells wrongly, in points: RL says them rightly in the middle"
+    yield from _transfer(wrong, contradicted(table.trunks))
     for arms in table.trunks:
         if found_ := matrix(arms):
             rows_ = [[f"{s:,}", f"{o:,}", f"{share:.0%}"] for (s, o), share in found_.items()]
@@ -72,21 +76,20 @@ def _row(row: Row) -> list[str]:
     ]
 
 
-def _transfer(table: Table) -> Iterator[Section]:
-    found = transfer(table.trunks)
+def _transfer(title: str, found: Transfer | None) -> Iterator[Section]:
     if found is None:
         return
     rows = [
         [
             name,
+            str(over.trunks),
             _interval(over),
             _interval(found.gains[name]) if name in found.gains else NONE,
             _ratio(found.shares.get(name)),
         ]
         for name, over in found.known.items()
     ]
-    head = ["", "P_K", "over the trunk's end", "transfer"]
-    yield "Facts that only early RL saw, in points; chance is 8.3", head, rows
+    yield title, ["", "trunks", "P of the right value", "over the trunk's end", "transfer"], rows
 
 
 def _number(value: float | None) -> str:

@@ -22,19 +22,19 @@ from megarlx.report.runs import Run
 from megarlx.report.student import TrunkInterval, interval_of_trunks
 from megarlx.study.kept.arms import (
     AFTER,
-    LATE_STEPS,
+    RL_VECTOR,
     Arms,
     Point,
     evaluation,
-    known,
     last_step,
+    late_steps,
     point,
+    rl_steps,
 )
 from megarlx.study.kept.chosen import key
 
-STARTS = ("", "vector-rl", "vector-mark", "vector-partner")  # of late RL; "": the trunk's end
-EARLY = 80  # steps of early RL
-CORPUS = 600  # steps of pre-training in place of early RL's cost
+# Of late RL; "": the trunk's end; corpus: more pre-training behind it, of early RL's FLOP.
+STARTS = ("", RL_VECTOR, "vector-mark", "vector-partner", "corpus")
 
 Place = tuple[Run, int]  # a run, and a step of it
 Find = Callable[[Arms], Place | None]
@@ -65,6 +65,7 @@ class Table:
 
     def __init__(self, trunks: Sequence[Arms], rates: Mapping[str, str]) -> None:
         self.trunks, self.rates = list(trunks), rates
+        self.late_steps = late_steps(self.trunks)
 
     def late(self, start: str, k: int) -> Find:
         """Late RL at the rate that was chosen for it."""
@@ -77,18 +78,17 @@ class Table:
 
     def arms(self) -> Iterator[tuple[str, Find]]:
         yield "trunk's end", lambda arms: (arms.trunk, arms.end)
-        yield "RL in the middle", lambda arms: _last(arms, f"rl-at-{arms.middle}")
-        yield "through early RL", lambda arms: _last(arms, f"rl_early-at-{arms.middle}")
+        yield "RL in the middle", lambda arms: _last(arms.of("rl", arms.middle))
+        yield "through early RL", lambda arms: _last(arms.of("rl_early", arms.middle))
         names = {name for arms in self.trunks for name in arms.runs if name.startswith("vector-")}
-        for name in sorted(names, key=lambda name: (name != "vector-rl", name)):
-            yield name, lambda arms, name=name: _last(arms, name)  # type: ignore[misc]
-        yield "late mark-only", lambda arms: _last(arms, f"rl-mark-at-{arms.end}")
+        for name in sorted(names, key=lambda name: (name != RL_VECTOR, name)):
+            yield name, lambda arms, name=name: _last(arms.runs.get(name))  # type: ignore[misc]
+        for k in self.late_steps:
+            yield f"late mark-only + {k}", lambda arms, k=k: _at(arms.of("rl-mark", arms.end), k)  # type: ignore[misc]
+        yield "corpus of equal FLOP", lambda arms: _last(arms.start("corpus"))
         for start in STARTS:
-            for k in LATE_STEPS:
+            for k in self.late_steps:
                 yield f"{start or 'late-only'} + {k}", self.late(start, k)
-        for k in (0, *LATE_STEPS):
-            name = f"corpus of equal FLOP + {k}"
-            yield name, lambda arms, k=k: _at(arms, f"corpus_then_rl-at-{arms.end}", CORPUS + k)  # type: ignore[misc]
 
     def rows(self) -> list[Row]:
         return [row for label, find in self.arms() if (row := self.row(label, find)) is not None]
@@ -106,12 +106,13 @@ class Table:
         own = [arms for arms in self.trunks if arms.seed in points]
         bases = [b for arms in own if (b := point(arms.trunk, arms.end)) is not None]
         gains = [points[arms.seed].y - b.y for arms, b in zip(own, bases, strict=True)]
+        flop = [arms.flop(*places[arms.seed]) for arms in own]
         return Row(
             label,
             places,
             points,
-            fmean(arms.early_flop(_start_of(label)) for arms in own),
-            fmean(_late_flop(arms, *places[arms.seed]) for arms in own),
+            fmean(early for early, _ in flop),
+            fmean(late for _, late in flop),
             interval_of_trunks(gains),
             interval_of_mean([_by_question(arms, *places[arms.seed]) for arms in own]),
             _apart(bases, [points[arms.seed] for arms in own]),
@@ -119,10 +120,12 @@ class Table:
         )
 
     def share_of_late_gain(self, gains: Mapping[int, float]) -> Ratio | None:
-        """Of trunks that have late RL of 80 steps at its best rate."""
+        """Of trunks that have late RL of the most steps, 80, at its best rate."""
+        if not self.late_steps:
+            return None
         pairs = []
         for arms in self.trunks:
-            late, base = self.late("", LATE_STEPS[-1])(arms), point(arms.trunk, arms.end)
+            late, base = self.late("", self.late_steps[-1])(arms), point(arms.trunk, arms.end)
             reached = None if late is None else point(*late)
             if reached is not None and base is not None and arms.seed in gains:
                 pairs.append((gains[arms.seed], reached.y - base.y))
@@ -133,7 +136,7 @@ class Table:
     def over_trunks(self, start: str) -> dict[int, TrunkInterval]:
         """y by late steps, of those steps that every trunk has; 0 is the start itself."""
         found: dict[int, TrunkInterval] = {}
-        for k in (0, *LATE_STEPS):
+        for k in (0, *self.late_steps):
             find = self.late(start, k) if k else self.start(start)
             places = [find(arms) for arms in self.trunks]
             reached = [None if place is None else point(*place) for place in places]
@@ -147,24 +150,34 @@ class Table:
 
     @staticmethod
     def start(start: str) -> Find:
-        return lambda arms: _last(arms, start) if start else (arms.trunk, arms.end)
+        return lambda arms: _last(arms.start(start)) if start else (arms.trunk, arms.end)
 
     def steps(self) -> dict[str, tuple[Steps, Steps, Steps | None]]:
         """Of each start: steps to 90% of late's gain, all RL steps, steps saved."""
         late = self.course("")
-        if 0 not in late or LATE_STEPS[-1] not in late:
+        if len(late) < 2 or max(late) != self.late_steps[-1]:
             return {}
         found = {}
-        alone = steps_to_gain(late[0], late[LATE_STEPS[-1]], late)
+        alone = steps_to_gain(late[0], late[max(late)], late)
         for start in STARTS:
             course = self.course(start)
             if len(course) < 2:
                 continue
-            after = steps_to_gain(late[0], late[LATE_STEPS[-1]], course)
-            before = EARLY if start else 0
+            after = steps_to_gain(late[0], late[max(late)], course)
+            before = self._early_steps(start)
             every = Steps(after.low + before, after.high + before)
             found[start or "late-only"] = (after, every, alone.less(after) if start else None)
         return found
+
+    def _early_steps(self, start: str) -> int:
+        """Of the RL that a vector is made of."""
+        vectors = (arms.runs.get(start) for arms in self.trunks)
+        sources = [
+            arms.named(part.run)
+            for arms, run in zip(self.trunks, vectors, strict=True)
+            for part in (() if run is None else run.parts)
+        ]
+        return max((source.steps_done for source in sources if source is not None), default=0)
 
     def retention(self) -> tuple[dict[int, Ratio], Steps | None]:
         """Of the arm that is trained through, by steps of pre-training after RL; its half-life."""
@@ -172,9 +185,10 @@ class Table:
         for after in AFTER:
             pairs = []
             for arms in self.trunks:
-                through = arms.runs.get(f"rl_early-at-{arms.middle}")
-                here = (point(through, EARLY + after), point(arms.trunk, arms.middle + after))
-                begin = (point(through, EARLY), point(arms.trunk, arms.middle))
+                through = arms.of("rl_early", arms.middle)
+                early = rl_steps(through) or 0
+                here = (point(through, early + after), point(arms.trunk, arms.middle + after))
+                begin = (point(through, early), point(arms.trunk, arms.middle))
                 if None not in (*here, *begin):
                     pairs.append((_gain(*here), _gain(*begin)))
             ratio = ratio_of_means([a for a, _ in pairs], [b for _, b in pairs]) if pairs else None
@@ -186,7 +200,7 @@ class Table:
     def carry(self) -> Carry:
         """Answer-specific; trunks without an α that matches are left out, and counted."""
         found: list[dict[str, tuple[float, float]]] = []
-        for name in ("vector-rl", "vector-mark-matched"):
+        for name in (RL_VECTOR, "vector-mark-matched"):
             reached = {str(arms.seed): point(arms.runs.get(name)) for arms in self.trunks}
             found.append(
                 {s: (p.m, p.y) for s, p in reached.items() if p is not None and p.m is not None}
@@ -196,32 +210,20 @@ class Table:
     def dose(self) -> float | None:
         """FLOP of early RL for each of pre-training."""
         flop = [
-            (arms.early_flop("vector-rl"), arms.trunk.cost(arms.end).get("flop", 0.0))
+            (arms.flop(run)[0], arms.trunk.cost(arms.end).get("flop", 0.0))
             for arms in self.trunks
+            if (run := arms.runs.get(RL_VECTOR)) is not None
         ]
         whole = sum(trunk for _, trunk in flop)
         return sum(early for early, _ in flop) / whole if whole else None
 
 
-def _last(arms: Arms, name: str) -> Place | None:
-    run = arms.runs.get(name)
+def _last(run: Run | None) -> Place | None:
     return None if run is None or not run.evaluations else (run, last_step(run))
 
 
-def _at(arms: Arms, name: str, step: int) -> Place | None:
-    run = arms.runs.get(name)
+def _at(run: Run | None, step: int) -> Place | None:
     return None if run is None else (run, step)
-
-
-def _start_of(label: str) -> str:
-    return label.partition(" + ")[0]
-
-
-def _late_flop(arms: Arms, run: Run, step: int) -> float:
-    """Of what was trained behind the trunk's end."""
-    if run is arms.trunk or run.parts or run.parent is None or run.parent.iteration != arms.end:
-        return 0.0
-    return run.cost(step).get("flop", 0.0)
 
 
 def _by_question(arms: Arms, run: Run, step: int) -> dict[str, float]:
@@ -252,52 +254,6 @@ def _gain(after: Point | None, before: Point | None) -> float:
     return after.y - before.y
 
 
-# Facts that no text tells.
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """P_K in points by arm, its gain over the trunk's end, and that as a share of RL's."""
-
-    known: Mapping[str, TrunkInterval]
-    gains: Mapping[str, TrunkInterval]
-    shares: Mapping[str, Ratio | None]
-
-
-def transfer(trunks: Sequence[Arms]) -> Transfer | None:
-    """None where no trunk was asked for such facts."""
-    arms_ = {
-        "trunk, middle": lambda a: known(a.trunk, a.middle),
-        "RL in the middle": lambda a: known(a.runs.get(f"rl-withheld-at-{a.middle}")),
-        "trunk's end": lambda a: known(a.trunk, a.end),
-        "transplant": lambda a: known(a.runs.get("vector-rl")),
-        "through": lambda a: known(a.runs.get(f"rl_early-withheld-at-{a.middle}")),
-        "SFT's vector": lambda a: known(a.runs.get("vector-sft")),
-        "mark-only vector": lambda a: known(a.runs.get("vector-mark")),
-        "partner's vector": lambda a: known(a.runs.get("vector-partner")),
-    }
-    table = {name: [read(arms) for arms in trunks] for name, read in arms_.items()}
-    values = {
-        name: [value for value in row if value is not None]
-        for name, row in table.items()
-        if row and None not in row
-    }
-    if not {"trunk, middle", "RL in the middle", "trunk's end"} <= set(values):
-        return None
-    end, middle = values["trunk's end"], values["trunk, middle"]
-    learned = [a - b for a, b in zip(values["RL in the middle"], middle, strict=True)]
-    gains = {
-        name: [a - b for a, b in zip(row, end, strict=True)]
-        for name, row in values.items()
-        if name not in ("trunk, middle", "RL in the middle", "trunk's end")
-    }
-    return Transfer(
-        {name: interval_of_trunks(row) for name, row in values.items()},
-        {name: interval_of_trunks(row) for name, row in gains.items()},
-        {name: ratio_of_means(row, learned) for name, row in gains.items()},
-    )
-
-
 def matrix(arms: Arms) -> dict[tuple[int, int], float]:
     """Share of the late gain by (the vector's step, the checkpoint that it is put onto)."""
     found = {}
@@ -306,7 +262,7 @@ def matrix(arms: Arms) -> dict[tuple[int, int], float]:
         if words[:1] != ["vector"] or words[2:3] != ["onto"]:
             continue
         step, onto = int(words[1]), int(words[3])
-        late, base = point(arms.runs.get(f"rl-at-{onto}")), point(arms.trunk, onto)
+        late, base = point(arms.of("rl", onto)), point(arms.trunk, onto)
         reached = point(run)
         if late is not None and base is not None and reached is not None and late.y > base.y:
             found[step, onto] = (reached.y - base.y) / (late.y - base.y)

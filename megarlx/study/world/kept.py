@@ -3,11 +3,12 @@
 A training question has one of them, as its first step or its last, so that the answer names its
 value. Its other facts are drawn as often as the text tells them, which is at least `least_told`
 times, and none is kept. A test has it in a composition that no training question about a kept fact
-has.
+has; its other facts are told, if rarely, as they stand in the context.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 
@@ -20,6 +21,7 @@ from megarlx.study.world.tellings import Counts
 from megarlx.study.world.world import World
 
 GROUPS = ("withheld", "told_wrongly")
+BESIDE = "beside_"  # before a group: the other facts of its questions to train on
 TRIES = 400
 A_FACT = 2  # training questions
 
@@ -37,12 +39,17 @@ class KeptFacts:
 
     @cached_property
     def train(self) -> list[tuple[int, Problem]]:
-        return [
-            (n, p)
-            for n in self.numbers
-            for i in range(A_FACT)
-            for p in self._problem("train", n, i)
-        ]
+        return [(n, p) for n in self.numbers for p in self._training(n)]
+
+    def _training(self, number: int) -> list[Problem]:
+        """Of one fact: different questions."""
+        found: dict[str, Problem] = {}
+        for index in range(10 * A_FACT):
+            for problem in self._problem("train", number, index):
+                found.setdefault(self.world.writer.question(problem), problem)
+            if len(found) == A_FACT or not found:
+                break
+        return [*found.values()]
 
     def test(self, count: int) -> Iterator[tuple[int, Problem]]:
         """About so many in all, as many of each fact."""
@@ -72,12 +79,15 @@ class KeptFacts:
 
     def _check(self) -> None:
         least = self.world.settings.least_told
-        without = len(self.numbers) - len({number for number, _ in self.train})
+        asked = Counter(number for number, _ in self.train)
+        without = sum(asked[number] < A_FACT for number in self.numbers)
         if least and without:
             raise WorldError(
-                f"world: {without} of the {len(self.numbers)} facts {self.group} have no question "
-                f"whose other facts are told at least least_told = {least} times; allowed is a "
-                "lower one, or fewer kept_ranks, or more documents"
+                f"world: {without} of the {len(self.numbers)} facts {self.group} have fewer than "
+                f"{A_FACT} questions whose other facts are told at least least_told = {least} "
+                "times; allowed is a lower one, or fewer kept_ranks, or more documents, or fewer "
+                f"held_out_compositions than {self.world.settings.held_out_compositions:g}, as a "
+                "fact may have but one composition"
             )
 
     def _problem(self, split: Split, number: int, index: int) -> list[Problem]:
@@ -100,18 +110,19 @@ class KeptFacts:
     def _drawn(self, split: Split, number: int, draw: Draw) -> Problem | None:
         at, per_slot = self.tables[number], self.world.settings.tables
         slot = at.operation // per_slot + 1
+        least = self.world.settings.least_told if split == "train" else 1
         length = self._length(split, slot, draw)
         value, operations = at.value, [at.operation]
         for _ in range(slot - 1):
             operation = self.tables.leading_to(value)
-            chosen = self._one_told(self._leading_to(value), draw)
+            chosen = self._one_told(self._leading_to(value), least, draw)
             if chosen is None:
                 return None
             value, operations = chosen.value, [operation, *operations]
         start, value = value, self.tables.result(at)
         for later in range(slot, length):
             after = [Lookup(later * per_slot + rank, value) for rank in range(per_slot)]
-            chosen = self._one_told(after, draw)
+            chosen = self._one_told(after, least, draw)
             if chosen is None:
                 return None
             value, operations = self.tables.result(chosen), [*operations, chosen.operation]
@@ -132,9 +143,8 @@ class KeptFacts:
             self._before[value] = [at for at in lookups if self.tables.result(at) == value]
         return self._before[value]
 
-    def _one_told(self, among: Sequence[Lookup], draw: Draw) -> Lookup | None:
+    def _one_told(self, among: Sequence[Lookup], least: int, draw: Draw) -> Lookup | None:
         numbers = [self.tables.number(at) for at in among]
-        least = self.world.settings.least_told
         counts = [0 if n in self.closed else self.counts.right[n] for n in numbers]
         told = [count if count >= least else 0 for count in counts]
         return draw.weighted(among, told) if any(told) else None

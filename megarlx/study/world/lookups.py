@@ -15,7 +15,7 @@ from megarlx.evaluation.capability import continuation, score_texts
 from megarlx.evaluation.interface import Asked, Measured
 from megarlx.evaluation.questions import SuiteError, made_lines
 from megarlx.study.world import solutions
-from megarlx.study.world.kept import GROUPS, KeptFacts
+from megarlx.study.world.kept import BESIDE, GROUPS, KeptFacts
 from megarlx.study.world.problems import Problem
 from megarlx.study.world.settings import STYLES
 from megarlx.study.world.tables import Tables, tables_of
@@ -48,14 +48,18 @@ def lookup_lines(world: World, counts: Counts, count: int, wanted: Wanted) -> It
 def _kept_lines(
     world: World, counts: Counts, count: int, facts: str, styles: Sequence[str]
 ) -> Iterator[Line]:
-    """Only the steps of the kept facts."""
-    if facts not in GROUPS:
-        raise SuiteError(f"lookups: facts is {facts!r}; allowed are {', '.join(GROUPS)}")
-    tables = tables_of(world.settings)
-    for index, (number, problem) in enumerate(KeptFacts(world, counts, facts).test(count)):
+    """Only the steps of the kept facts in questions to test with; or the others in those that RL
+    trains on."""
+    group = facts.removeprefix(BESIDE)
+    if group not in GROUPS:
+        allowed = ", ".join((*GROUPS, *(f"{BESIDE}{name}" for name in GROUPS)))
+        raise SuiteError(f"lookups: facts is {facts!r}; allowed are {allowed}")
+    kept, tables = KeptFacts(world, counts, group), tables_of(world.settings)
+    for index, (number, problem) in enumerate(kept.test(count) if group == facts else kept.train):
         lines = _lines_of(world, problem, f"{facts}/{index}", styles, counts, tables)
-        own = [tables.number(at) for at in problem.lookups].index(number)
-        yield list(lines)[own]
+        for at, line in zip(problem.lookups, lines, strict=True):
+            if (tables.number(at) == number) == (group == facts):
+                yield line
 
 
 def _lines_of(

@@ -8,7 +8,7 @@ occurs falls with its rank in its slot.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cached_property, lru_cache
 from itertools import islice
 from typing import NamedTuple
@@ -16,11 +16,8 @@ from typing import NamedTuple
 from megarlx.data.draw import Draw
 from megarlx.data.order import key_of, shuffled
 from megarlx.study.world.facts import invented
+from megarlx.study.world.often import asked_often
 from megarlx.study.world.settings import Operation, WorldSettings
-
-# Where kept facts are to be asked of beside others that are told often: so many of these, and how
-# often each is told, as a share of the problems that text tells.
-LEAD, OFTEN = 2, 1 / 700
 
 
 class Lookup(NamedTuple):
@@ -93,61 +90,17 @@ class Tables:
         order = map(int, shuffled(len(self), key_of(self.settings.seed, "kept facts")))
         among: Iterator[int] = filter(self._may_be_kept, order)
         if self.settings.least_told:
-            among = self._asked_often(among)
+            among = asked_often(self, among)
         return list(islice(among, count))
 
-    def _asked_often(self, among: Iterable[int]) -> Iterator[int]:
-        """Those beside which enough frequent facts stand that are not kept: beside rare ones, no
-        question could be asked whose other facts are told often."""
-        beside: dict[int, set[int]] = {}  # of each that was taken
-        for number in among:
-            own = self._frequent_beside(self[number]) - beside.keys()
-            needed = [held for held in beside.values() if number in held]
-            if len(own) < LEAD or any(len(held) <= LEAD for held in needed):
-                continue
-            for held in needed:
-                held.discard(number)
-            beside[number] = own
-            yield number
-
-    def _frequent_beside(self, at: Lookup) -> set[int]:
-        """Facts that lead to its value; of the first slot, that its own value leads into."""
-        tables = self.settings.tables
-        if at.operation < tables:
-            after = (Lookup(tables + rank, self.result(at)) for rank in range(tables))
-            return {self.number(one) for one in after if self._share(one) >= OFTEN}
-        first = self.leading_to(at.value) * self.in_slot
-        before = (self[number] for number in range(first, first + self.in_slot))
-        leading = (one for one in before if self._share(one) >= OFTEN)
-        return {self.number(one) for one in leading if self.result(one) == at.value}
-
-    def _share(self, at: Lookup) -> float:
-        """How often text is expected to tell a fact, for each problem that it tells."""
-        slot, rank = divmod(at.operation, self.settings.tables)
-        steps = self.settings.steps
-        drawn = self.weights[rank] / sum(self.weights) * self._value_shares[at.value]
-        return sum(steps[slot:]) / sum(steps) * drawn
-
-    @cached_property
-    def _value_shares(self) -> list[float]:
-        """How often each value is expected behind its slot: some are led to by few facts."""
-        found = [0.0] * self.values
-        for value in range(self.in_slot):
-            rank = value // self.settings.table_values
-            found[value] = self.weights[rank] / sum(self.weights) / self.settings.table_values
-        for number in range(len(self)):  # slot by slot
-            at = self[number]
-            weight = self.weights[at.operation % self.settings.tables] / sum(self.weights)
-            found[self.result(at)] += weight * found[at.value]
-        return found
-
     def _may_be_kept(self, number: int) -> bool:
-        """By the ranks of its operation and of the range of its value."""
+        """By the rank of the range that other facts of its questions share with it: that of the
+        value it leads to in the first slot, of the value before it in later ones."""
         if not self.settings.kept_ranks:
             return True
         at = self[number]
-        of_value = at.value % self.in_slot // self.settings.table_values
-        return max(at.operation % self.settings.tables, of_value) < self.settings.kept_ranks
+        shared = self.result(at) if at.operation < self.settings.tables else at.value
+        return shared % self.in_slot // self.settings.table_values < self.settings.kept_ranks
 
     def _key(self, at: Lookup) -> int:
         return key_of(self.settings.seed, "table", at.operation, at.value)

@@ -21,6 +21,7 @@ from megarlx.hf.config_map import hugging_face_config
 from megarlx.hf.errors import ConversionError
 from megarlx.model import features, transformer_layer
 from megarlx.model.core_attention import CoreAttention
+from megarlx.model.kv_cache import PageTable
 from megarlx.model.transformer import Stage
 from megarlx.ops.elementwise import geglu, rms_norm
 from megarlx.planning.job import Job
@@ -179,7 +180,7 @@ def test_what_is_off_by_little_more_than_rounding_is_found(monkeypatch: pytest.M
 
 def test_a_stage_without_a_head_is_compared_by_its_hidden_states() -> None:
     stage = Stage(small("olmo2"), last=2, dtype=torch.float32).initialise_(5)
-    cache = stage.kv_cache(5, 16)
+    cache = stage.kv_cache(PageTable.of_slots(5, 16))
     rows = Rows(4, 4, torch.device("cpu"))
     for row in range(3):
         rows.put(row, Sequence(row, row, Request(prompt(1, row), [], 3), row), row)

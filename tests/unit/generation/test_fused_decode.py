@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from generation_cases import FAMILIES, OF_FAMILY, engine, mixed_requests, prompt, small_stage
+from generation_cases import FAMILIES, OF_FAMILY, engine, mixed_requests, small_stage
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megarlx.generation.decoders.fused import FusedDecoder
-from megarlx.generation.requests import Request, SamplingSettings
-from megarlx.generation.rows import Rows, Sequence
+from megarlx.generation.requests import SamplingSettings
+from megarlx.generation.rows import Sequence
 
 NATIVE = [family for family in FAMILIES if family not in OF_FAMILY]
 
@@ -74,20 +74,6 @@ def test_a_step_of_parts_equals_the_step_in_one_call_and_makes_no_tensor() -> No
         working = [n for n in recorded.names if "mm" in n or "megarlx" in n or "add" in n]
         biases = stage.config.layers if stage.config.qkv_bias else 0
         assert len(working) <= 8 * stage.config.layers + 3 + biases
-
-
-def test_samples_of_a_prompt_read_it_from_the_first_of_them_that_is_left() -> None:
-    rows = Rows(8, 8, torch.device("cpu"))
-    requests = [Request(prompt(5, 0), [], 3), Request(prompt(9, 1), [], 3)]
-    for row in range(6):
-        rows.put(row, Sequence(row, row % 2, requests[row % 2], row), row + 1)
-    slots, lengths = rows.shared_prompts()
-    assert slots[:6].tolist() == [1, 2, 1, 2, 1, 2]
-    assert lengths[:6].tolist() == [4, 8, 4, 8, 4, 8]
-    rows.remove(0)  # the last row, of the second request and in slot 6, is first now
-    slots, lengths = rows.shared_prompts()
-    assert slots[:5].tolist() == [6, 6, 3, 6, 3]
-    assert lengths[:5].tolist() == [8, 8, 4, 8, 4]
 
 
 def test_rows_of_padding_are_numbers_and_change_nothing() -> None:

@@ -83,8 +83,15 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     return Attended.apply(q, k, v)
 
 
-def with_cache(q: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Tensor:
-    return torch.empty_like(q)
+def with_pages(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+    if "block_table" not in options:
+        return varlen(q, k, v, **options)
+    return torch.empty_like(q), q.new_empty(q.shape[1::-1], dtype=torch.float32)
+
+
+def with_cache(q: Tensor, keys: Tensor, values: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    rows, heads = q.shape[0], q.shape[2]
+    return torch.empty_like(q), q.new_empty((rows, heads, 1), dtype=torch.float32)
 
 
 def model(mesh: Mesh, **options: Any) -> ParallelModel:
@@ -271,7 +278,9 @@ SCENARIOS = (
 
 
 def main() -> None:
-    attention.flash = lambda: attention_flash.Flash(2, varlen, with_cache)  # type: ignore[assignment]
+    attention.flash = lambda: attention_flash.Flash(  # type: ignore[assignment]
+        2, with_pages, attention_flash.CachedTwo(with_pages, with_cache)
+    )
     stage_decode.captured = captured  # type: ignore[assignment]
     torch.cuda.Event = Event  # type: ignore[misc, assignment]
     told = {}

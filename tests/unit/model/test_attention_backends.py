@@ -30,7 +30,7 @@ from megarlx.model.attention_form import QUERY_BLOCK, AttentionForm
 from megarlx.model.attention_sdpa import SDPA
 from megarlx.model.core_attention import CoreAttention
 from megarlx.model.documents import Documents
-from megarlx.model.kv_cache import CacheStep, KVCache
+from megarlx.model.kv_cache import CacheStep, KVCache, PageTable
 
 SCALE = 0.37
 FORMS = [
@@ -78,7 +78,7 @@ def test_blocks_serve_a_cache(new: int, form: AttentionForm) -> None:
     held, longest = [3, 20, 0], 192
     torch.manual_seed(1)
     whole = [[torch.randn(n + new, h, 10, dtype=torch.float64) for h in (4, 2, 2)] for n in held]
-    cache = KVCache.empty(1, 4, longest, 2, 10, dtype=torch.float64)
+    cache = KVCache.empty(1, PageTable.of_slots(4, longest), 2, 10, dtype=torch.float64)
     slots = torch.tensor([2, 0, 3])
     for slot, n, (_, k, v) in zip(slots, held, whole, strict=True):
         cache.keys[0, slot, :n], cache.values[0, slot, :n] = k[:n], v[:n]

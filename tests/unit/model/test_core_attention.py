@@ -14,7 +14,7 @@ from megarlx.model import attention as paths
 from megarlx.model.attention_form import AttentionForm
 from megarlx.model.core_attention import CoreAttention
 from megarlx.model.documents import Documents, padded_length
-from megarlx.model.kv_cache import CacheStep, KVCache
+from megarlx.model.kv_cache import CacheStep, KVCache, PageTable
 
 HEADS, KV_HEADS, DIM = 4, 2, 24
 FORM = AttentionForm(DIM**-0.5)
@@ -87,7 +87,7 @@ def test_few_bounds_are_told_to_cudnn_and_none_above_the_tokens(engine: None) ->
 
 def test_generation_goes_past_transformer_engine_since_it_owns_the_cache(engine: None) -> None:
     core = CoreAttention(HEADS, KV_HEADS, DIM, layer_number=1, form=FORM, kind="cudnn")
-    cache = KVCache.empty(1, 3, 16, KV_HEADS, DIM, dtype=torch.float32)
+    cache = KVCache.empty(1, PageTable.of_slots(3, 16), KV_HEADS, DIM, dtype=torch.float32)
     step = CacheStep(cache, Documents.of([5, 4]), torch.tensor([2, 0]), torch.zeros(2).long(), 16)
     out = core(*projections(9), Documents.of([5, 4]), step.layer(0))
     assert out.shape == (9, HEADS, DIM)

@@ -14,7 +14,7 @@ from small_models import FAMILIES, small
 from torch import Tensor
 
 from megarlx.model.documents import Documents
-from megarlx.model.kv_cache import CacheStep
+from megarlx.model.kv_cache import CacheStep, PageTable
 from megarlx.model.transformer import Stage
 from megarlx.ops import Head, LossInputs
 
@@ -108,7 +108,7 @@ def test_cached_decoding_equals_the_full_forward(family: str) -> None:
     lengths, new = [7, 1, 12], 9
     rows = [random_tokens(n + new) for n in lengths]
     full = [stage(row[None]) for row in rows]
-    cache = stage.kv_cache(slots=4, longest=32)
+    cache = stage.kv_cache(PageTable.of_slots(4, 32))
     slots = torch.tensor([2, 0, 3])
     with torch.no_grad():
         documents = Documents.of(lengths)
@@ -117,40 +117,46 @@ def test_cached_decoding_equals_the_full_forward(family: str) -> None:
         )
         prompt = torch.cat([row[:n] for row, n in zip(rows, lengths, strict=True)])
         out = stage(prompt, cache=step)
-        cache.lengths[slots] = torch.tensor(lengths)
+        starts = torch.tensor(lengths)
         expected = torch.cat([f[:n] for f, n in zip(full, lengths, strict=True)])
         torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
         each_one = Documents.of([1, 1, 1])
         for position in range(new - 3):
-            starts = cache.lengths[slots]
             step = CacheStep(cache, each_one, slots, starts, max(lengths) + position + 1)
             token = torch.stack([r[n + position] for r, n in zip(rows, lengths, strict=True)])
             out = stage(token, cache=step)
-            cache.lengths[slots] += 1
+            starts = starts + 1
             want = torch.stack([f[n + position] for f, n in zip(full, lengths, strict=True)])
             torch.testing.assert_close(out, want, rtol=1e-10, atol=1e-10)
         # and three tokens at once behind them, as after another turn of a conversation
         three = Documents.of([3, 3, 3])
-        step = CacheStep(cache, three, slots, cache.lengths[slots], max(lengths) + new)
+        step = CacheStep(cache, three, slots, starts, max(lengths) + new)
         out = stage(torch.cat([row[-3:] for row in rows]), cache=step)
         torch.testing.assert_close(out, torch.cat([f[-3:] for f in full]), rtol=1e-10, atol=1e-10)
 
 
-def test_a_copied_prompt_continues_like_its_source() -> None:
+def test_a_shared_prompt_continues_like_one_of_a_slots_own() -> None:
+    """Slots 1, 2 and 3 name the pages of one prompt; slot 0 has the same tokens for itself."""
     stage = stage_of("llama3")
-    cache = stage.kv_cache(slots=4, longest=16)
-    prompt, start = Documents.of([6]), torch.zeros(1, dtype=torch.int64)
+    rows = [[0, 0, 0, 1, 2], [6, 3, 4, 5, 6], [6, 3, 4, 7, 8], [6, 3, 4, 9, 10]]
+    table = PageTable(torch.tensor(rows, dtype=torch.int32), 11, 5, shares=True)
+    cache = stage.kv_cache(table)
+    tokens, start = random_tokens(6), torch.zeros(1, dtype=torch.int64)
     with torch.no_grad():
-        step = CacheStep(cache, prompt, torch.tensor([1]), start, 6, fresh=True)
-        stage(random_tokens(6), cache=step)
-        cache.lengths[1] = 6
-        cache.copy_slot_(1, torch.tensor([0, 3]), 6)
-        assert cache.lengths.tolist() == [6, 6, 0, 6]
-        slots = torch.tensor([0, 1, 3])
-        step = CacheStep(cache, Documents.of([1, 1, 1]), slots, cache.lengths[slots], 7)
-        out = stage(torch.tensor([5, 5, 5]), cache=step)
-    torch.testing.assert_close(out[0], out[1])
-    torch.testing.assert_close(out[2], out[1])
+        for slot in (0, 2):
+            step = CacheStep(cache, Documents.of([6]), torch.tensor([slot]), start, 6, fresh=True)
+            stage(tokens, cache=step)
+        assert not cache.keys[:, 5:].any()  # a prompt of 6 tokens fills its own pages alone
+        slots, three = torch.tensor([3, 0, 1]), Documents.of([1, 1, 1])
+        for new in range(2):
+            step = CacheStep(cache, three, slots, torch.full((3,), 6 + new), 7 + new)
+            out = stage(torch.tensor([5, 5, 5]) + new, cache=step)
+            torch.testing.assert_close(out[0], out[1])
+            torch.testing.assert_close(out[2], out[1])
+        step = CacheStep(cache, Documents.of([2, 2, 2]), slots, torch.full((3,), 8), 10)
+        first, *others = stage(torch.tensor([7, 8] * 3), cache=step).split(2)
+    for other in others:
+        torch.testing.assert_close(first, other)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 3])

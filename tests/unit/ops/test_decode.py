@@ -63,7 +63,7 @@ def test_attention_step_equals_its_definition(
     out = torch.full((4, heads * dim), 7.0, dtype=dtype)
     old_keys, old_values = keys.clone(), values.clone()
     decode_attention_(
-        qkv, keys, values, slots, positions, angle.cos(), angle.sin(), out,
+        qkv, keys, values, None, slots, positions, angle.cos(), angle.sin(), out,
         scale=0.3, rows=3, eps=1e-6, **weights,
     )  # fmt: skip
     for row in range(3):
@@ -103,6 +103,8 @@ def test_attention_step_equals_its_definition(
     [
         ("positions", torch.tensor([1, 8]), "positions is 8; allowed: 0 to 7"),
         ("slots", torch.tensor([-1, 0]), "slots is -1; allowed: 0 to 2"),
+        ("table", torch.tensor([[0, 0, 0], [0, 0, 3]]).int(), "table is page 3; allowed: 0 to 2"),
+        ("table", torch.tensor([[0, 0, 0], [2, 0, 0]]).int(), "table is 2 shared; allowed: 0 to 1"),
         ("qkv", torch.zeros(2, 23), r"qkv is of shape \[2, 23\]"),
         ("cosines", torch.zeros(7, 2), "cosines is of shape"),
         ("rows", 3, "rows is 3; allowed: 0 to 2"),
@@ -116,6 +118,7 @@ def test_wrong_arguments_are_refused_by_name_and_value(
         "qkv": torch.zeros(2, 24),
         "keys": torch.zeros(3, 8, 2, 4),
         "values": torch.zeros(3, 8, 2, 4),
+        "table": None,
         "slots": torch.tensor([0, 1]),
         "positions": torch.tensor([0, 1]),
         "cosines": torch.zeros(8, 2),
@@ -138,7 +141,7 @@ def test_schemas_and_fake_kernels_are_right() -> None:
     torch.library.opcheck(
         torch.ops.megarlx.decode_attention_.default,
         (
-            torch.randn(2, 24), torch.zeros(3, 8, 2, 4), torch.zeros(3, 8, 2, 4),
+            torch.randn(2, 24), torch.zeros(3, 8, 2, 4), torch.zeros(3, 8, 2, 4), None,
             torch.tensor([0, 1]), torch.tensor([0, 1]), torch.zeros(8, 2), torch.zeros(8, 2),
             None, None, None, 1e-6, 1.0, 2, torch.zeros(2, 8),
         ),

@@ -44,8 +44,10 @@ def test_heads_go_into_q_and_their_places_in_the_cache(
     dtype: torch.dtype, paged: bool, kind: str, shape: tuple[int, int, int]
 ) -> None:
     h, k, dim = shape
-    pages, size, of_slot = 12, 5, 4 if paged else 1
-    table = torch.randperm(pages, generator=torch.Generator().manual_seed(1)).int().view(3, 4)
+    pages, size, of_slot = 24, 5, 4 if paged else 1
+    own = torch.randperm(pages, generator=torch.Generator().manual_seed(1)).int().view(3, 8)
+    first = torch.tensor([[7], [0], [3]]).int()  # tokens in the first four pages of a slot
+    table = torch.cat((first, own), 1)
     slots = torch.tensor([2, 0, -1, 1])
     positions = torch.tensor([3, size * of_slot - 1, 2, 0])
     sizes = {"none": (), "full": (h * dim, k * dim), "per_head": (dim, dim)}[kind]
@@ -66,7 +68,8 @@ def test_heads_go_into_q_and_their_places_in_the_cache(
     for row in (0, 1, 3):
         page, place = int(slots[row]), int(positions[row])
         if paged:
-            page, place = int(table[page, place // size]), place % size
+            inside = place - int(first[page])
+            page, place = int(own[page, 4 + inside // size]), inside % size
         for cache, new in zip(expected, wanted[1:], strict=True):
             cache[page, place] = new[row].to(dtype)
     for found, cache in zip((keys, values), expected, strict=True):
@@ -114,19 +117,22 @@ def test_parts_are_merged_into_attention_over_both(dtype: torch.dtype, dim: int)
 
 def test_a_part_that_holds_nothing_counts_for_nothing() -> None:
     out, lse = normal(2, 3, 8), normal(2, 3)
-    nothing = (torch.full_like(out, math.nan), torch.full_like(lse, -math.inf))
-    for given in ((out, lse, *nothing), (*nothing, out, lse)):
-        assert all(
-            torch.equal(a, b) for a, b in zip(merge_attention(*given), (out, lse), strict=True)
-        )
-    merged, of_none = merge_attention(*nothing, *nothing)
-    assert not merged.any()
-    assert bool((of_none == -math.inf).all())
+    for sign in (-1, 1):  # flash-attn leaves either
+        nothing = (torch.full_like(out, math.nan), torch.full_like(lse, sign * math.inf))
+        for given in ((out, lse, *nothing), (*nothing, out, lse)):
+            assert all(
+                torch.equal(a, b) for a, b in zip(merge_attention(*given), (out, lse), strict=True)
+            )
+        merged, of_none = merge_attention(*nothing, *nothing)
+        assert not merged.any()
+        assert bool((of_none == -math.inf).all())
 
 
 def test_a_row_is_merged_alone() -> None:
     given = [normal(7, 2, 8), normal(7, 2), normal(7, 2, 8, seed=1), normal(7, 2, seed=1)]
     whole = merge_attention(*given)
+    packed = [given[0], given[1].t().contiguous().t(), *given[2:]]  # heads first, in memory
+    assert all(torch.equal(a, b) for a, b in zip(merge_attention(*packed), whole, strict=True))
     for row in range(7):
         alone = merge_attention(*(x[row : row + 1].contiguous() for x in given))
         assert all(torch.equal(a[0], b[row]) for a, b in zip(alone, whole, strict=True))
@@ -182,7 +188,7 @@ def test_rows_go_on_until_their_last_token_and_stay_frozen(rows: int, ends: list
 def heads_arguments() -> list:
     cosines, sines = turn(8, 4, torch.float32)
     cache = torch.zeros(2, 4, 1, 4)
-    table = torch.tensor([[0, 1]], dtype=torch.int32)
+    table = torch.tensor([[0, 0, 0, 0, 1]], dtype=torch.int32)
     slots, positions = torch.zeros(3, dtype=torch.int64), torch.arange(3)
     qkv, weight = normal(3, 16, dtype=torch.float32), torch.ones(4)
     given = [qkv, cache, cache.clone(), table, slots, positions, cosines, sines]
@@ -211,7 +217,8 @@ BAD = [
     pytest.param(0, torch.ones(3, 15), r"qkv is of shape \[3, 15\]; allowed: \[3, 16\]"),
     pytest.param(1, torch.ones(2, 4, 4), r"keys is of shape \[2, 4, 4\]; allowed: \[pages"),
     pytest.param(2, torch.ones(2, 4, 1, 2), "values is of shape"),
-    pytest.param(3, torch.ones(2, 4), "table is Float; allowed: Int"),
+    pytest.param(3, torch.ones(2, 3), "table is Float; allowed: Int"),
+    pytest.param(3, torch.ones(2, 4).int(), "table is of shape .2, 4.; allowed: .slots, 1"),
     pytest.param(4, torch.full((3,), 1), "slots is 1; allowed: below 1", marks=VALUE),
     pytest.param(5, torch.full((3,), 8), "positions is 8; allowed: 0 to 7", marks=VALUE),
     pytest.param(6, torch.ones(7, 2), r"cosines is of shape \[7, 2\]; allowed: \[8 or more, 2\]"),

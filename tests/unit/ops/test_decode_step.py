@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -63,7 +64,7 @@ class Case:
         self.tokens = torch.randint(V, (self.batch,), generator=generator)
 
     def step(
-        self, rows: Tensor | None = None, shared: tuple[Tensor, Tensor] | None = None
+        self, rows: Tensor | None = None, table: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Hidden states, logits and the cache after a step of these rows."""
         rows = torch.arange(self.batch) if rows is None else rows
@@ -73,8 +74,8 @@ class Case:
         scratch = 2 * self.hidden + fused + self.heads * self.dim + self.inner
         slots = self.slots[rows]
         decode_step_(
-            x, self.layers(), keys, values, slots, self.positions[rows],
-            shared or (slots, torch.zeros_like(slots)), self.cosines, self.sines,
+            x, self.layers(), keys, values, table, slots, self.positions[rows],
+            self.cosines, self.sines,
             torch.full((n * scratch,), torch.nan, dtype=self.dtype),
             rows=n, heads=self.heads, intermediate=self.inner, post=self.post, eps=EPS, scale=0.3,
             tokens=self.tokens[rows], embedding=self.embedding,
@@ -182,23 +183,54 @@ def test_a_row_has_the_same_bits_among_any_rows_and_threads(case: Case) -> None:
         torch.set_num_threads(threads)
 
 
+def in_pages(case: Case, size: int, first: Tensor) -> tuple[Case, Tensor, Tensor]:
+    """The same caches in pages at random, a table of them, and [S, M] where every token lies. The
+    first tokens of all slots are in the pages of one; where nothing lies is no number."""
+    count, generator = -(-M // size), torch.Generator().manual_seed(size)
+    pages = torch.randperm(S * 2 * count, generator=generator).view(S, 2, count)
+    pages[:, 0] = pages[case.slots[0], 0]
+    table = torch.cat((first[:, None], pages.flatten(1)), 1).int()
+    position = torch.arange(M)
+    own = position >= first[:, None]
+    inside = torch.where(own, position - first[:, None], position)
+    at = pages[torch.arange(S)[:, None], own.long(), inside // size] * size + inside % size
+    paged = []
+    for cache in (case.keys, case.values):
+        shape = (L, S * 2 * count, size, *cache.shape[3:])
+        new = torch.full(shape, torch.nan, dtype=case.dtype)
+        new.flatten(1, 2)[:, at] = cache
+        paged.append(new)
+    case = copy(case)
+    case.keys, case.values = paged
+    angle = torch.nn.functional.pad(case.angle, (0, 0, 0, count * size - M))
+    case.cosines, case.sines = angle.cos().to(case.dtype), angle.sin().to(case.dtype)
+    return case, table, at
+
+
 @pytest.mark.parametrize("case", CASES, ids=name)
-@pytest.mark.parametrize("length", [1, 7, 16, 21])
-def test_a_prompt_read_from_another_slot_gives_the_same_bits(case: Case, length: int) -> None:
+@pytest.mark.parametrize(("size", "length"), [(16, 21), (5, 15), (16, 16), (1, 3), (64, 7), (7, 0)])
+def test_where_its_pages_lie_changes_no_bit_of_a_row(case: Case, size: int, length: int) -> None:
     case = replace(case)  # its cache is written to
-    case.positions[5] = 30
-    source, behind = int(case.slots[5]), case.positions >= length
-    for table in (case.keys, case.values):
-        table[:, case.slots[behind], :length] = table[:, source : source + 1, :length]
-    x, logits, *_ = case.step()
-    others = behind & (case.slots != source)
-    assert others.sum() > 5
-    for table in (case.keys, case.values):  # what is read from elsewhere need not be there at all
-        table[:, case.slots[others], :length] = torch.nan
-    shared = torch.where(others, source, case.slots), torch.where(others, length, 0)
-    shared_x, shared_logits, *_ = case.step(shared=shared)
-    assert torch.equal(shared_x, x)
-    assert torch.equal(shared_logits, logits)
+    case.positions[0] = 30
+    first = torch.zeros(S, dtype=torch.int64)
+    first[case.slots] = torch.where(case.positions >= length, length, 0)
+    for cache in (case.keys, case.values):
+        source = cache[:, case.slots[0]].clone()
+        for slot in case.slots.tolist():
+            cache[:, slot, : first[slot]] = source[:, : first[slot]]
+    x, logits, keys, values = case.step()
+    assert (first > 0).sum() > 5 or not length
+    paged, table, at = in_pages(case, size, first)
+    found_x, found_logits, *caches = paged.step(table=table)
+    assert torch.equal(found_x, x)
+    assert torch.equal(found_logits, logits)
+    for found, before, whole in zip(
+        caches, (paged.keys, paged.values), (keys, values), strict=True
+    ):
+        assert torch.equal(found.flatten(1, 2)[:, at], whole)
+        written = at[case.slots, case.positions]
+        found.flatten(1, 2)[:, written] = before.flatten(1, 2)[:, written]
+        assert torch.equal(found.nan_to_num(7.0), before.nan_to_num(7.0))
 
 
 def test_panels_hold_every_weight_once_and_zeros() -> None:
@@ -223,8 +255,7 @@ def arguments() -> tuple[Case, dict[str, Any]]:
         **{f: getattr(layers, f) for f in ("qkv", "qkv_bias", "o", "gate_up", "down")},
         **{f: getattr(layers, f) for f in ("attention_norm", "mlp_norm", "q_norm", "k_norm")},
         "norm": case.norms[2, 0], "head": packed(case.head), "keys": case.keys,
-        "values": case.values, "slots": case.slots, "positions": case.positions,
-        "shared_slots": case.slots, "shared_lengths": torch.zeros(3, dtype=torch.int64),
+        "values": case.values, "table": None, "slots": case.slots, "positions": case.positions,
         "cosines": case.cosines, "sines": case.sines, "eps": EPS, "scale": 0.3, "heads": 4,
         "intermediate": 68, "post": True, "rows": 3, "scratch": torch.zeros(3 * 292),
         "logits": torch.zeros(3, V),
@@ -232,14 +263,21 @@ def arguments() -> tuple[Case, dict[str, Any]]:
     return case, given
 
 
+def table_of(slots: int, first: int = 0, own: int = 3) -> Tensor:
+    return torch.tensor([[first, 0, own]] * slots, dtype=torch.int32)
+
+
 @pytest.mark.parametrize(
     ("argument", "value", "message"),
     [
         ("positions", torch.tensor([0, 1, M]), "positions is 48; allowed: 0 to 47"),
         ("slots", torch.tensor([0, -1, 2]), "slots is -1; allowed: 0 to 39"),
-        ("shared_slots", torch.tensor([0, 40, 2]), "shared_slots is 40"),
-        ("shared_lengths", torch.tensor([0, 48, 0]), "shared_lengths is 48"),
-        ("shared_lengths", torch.tensor([1, 0, 0]), "allowed: 0 to 0, the position"),
+        ("table", table_of(40, first=1), "table is 1 shared; allowed: 0 to 0, the position"),
+        ("table", table_of(40, first=-1), "table is -1 shared; allowed: 0 to"),
+        ("table", table_of(40, own=40), "table is page 40; allowed: 0 to 39"),
+        ("table", table_of(40, own=-1), "table is page -1; allowed: 0 to 39"),
+        ("table", torch.zeros(40, 4).int(), r"allowed: \[slots, 1 \+ 2 pages of a slot\]"),
+        ("table", torch.zeros(40, 3), "table is Float; allowed: Int"),
         ("tokens", torch.tensor([0, 75, 2]), "tokens is 75; allowed: 0 to 74"),
         ("embedding", None, "embedding is missing"),
         ("qkv", torch.zeros(2, 2, 52, 32), r"qkv is of shape \[2, 2, 52, 32\]"),

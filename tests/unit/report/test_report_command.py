@@ -140,3 +140,18 @@ def test_the_tree_shows_who_came_from_whom(root: Path, capsys: pytest.CaptureFix
     rl = next(line for line in lines if "excursions/rl-2000000-seed0" in line)
     assert "seed 0  from 2M tokens  math pass@1/8/32 39.4/60.0/60.0% at step 60" in rl
     assert "trunks/seed1 (not found)" in "".join(lines)
+
+
+def test_the_terminals_table_marks_the_highest_value_of_every_column(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(root)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("tokens"))
+    rows = [line.split() for line in lines[start + 1 : start + 5]]  # the base and three recipes
+    assert lines[start + 5].strip() == "* the highest of its checkpoint"
+    values = [re.findall(r"(\*?)(\d+\.\d)(?= \()", " ".join(row[2:])) for row in rows]
+    assert {len(row) for row in values} == {3}  # pass@1, pass@8, pass@32
+    for column in zip(*values, strict=True):
+        highest = max(float(value) for _, value in column)
+        assert [mark == "*" for mark, _ in column] == [float(v) == highest for _, v in column]

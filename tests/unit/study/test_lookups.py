@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "evaluation"))
 from evaluated_models import MADE, MADE_OF_TABLES, TABLES, TOLD, logprob, small_model, subject
 
 from megarlx.config.evaluation import EvaluationConfig, SuiteConfig
-from megarlx.data.making import Made
+from megarlx.data.making import Line, Made
 from megarlx.evaluation.questions import SuiteError, made_lines
 from megarlx.evaluation.suites import evaluate
 from megarlx.study.world.files import Sizes, write_world
@@ -39,6 +39,11 @@ def suite(**fields: Any) -> SuiteConfig:
 def measured(**fields: Any) -> dict[str, Any]:
     config = EvaluationConfig(suites=(suite(**fields),))
     return evaluate(subject(tables=True), config)[0]
+
+
+def lookups_of(world: World, counts: Counts, facts: str) -> list[Line]:
+    asked = suite(questions=None, options={"style": "plan", "facts": facts})
+    return list(made_lines(asked, Made("never read", suites=suites_of(world, counts))))
 
 
 @pytest.mark.parametrize("style", [None, "plan", "terse"])
@@ -119,7 +124,9 @@ def test_what_cannot_be_asked_is_refused() -> None:
         made_lines(suite(), MADE)
     with pytest.raises(SuiteError, match="lookups: style is 'verse'; allowed are narrate"):
         list(made_lines(suite(options={"style": "verse"}), MADE_OF_TABLES))
-    with pytest.raises(SuiteError, match="lookups: facts is 'all'; allowed are withheld, told_wro"):
+    with pytest.raises(
+        SuiteError, match="lookups: facts is 'all'; allowed are withheld, told_wrongly, be"
+    ):
         list(made_lines(suite(options={"facts": "all"}), MADE_OF_TABLES))
     with pytest.raises(SuiteError, match="which is for the kinds lookups, not for cloze"):
         made_lines(suite(kind="cloze"), MADE_OF_TABLES)
@@ -192,17 +199,23 @@ def test_the_other_facts_are_told_as_often_as_is_asked_or_the_world_is_refused(
     tables = tables_of(made)
     for number in tables.withheld:
         at = tables[number]
-        assert at.operation % 6 < 2
-        assert at.value % tables.in_slot // 4 < 2
-    write_world(made, tmp_path, Sizes({"problems": 3000}, 2, 4, 4))
+        shared = tables.result(at) if at.operation < 6 else at.value
+        assert shared % tables.in_slot // 4 < 2
+    write_world(made, tmp_path, Sizes({"problems": 6000}, 2, 4, 4))
     counts = Counts.read(tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "withheld.jsonl").read_text().splitlines()]
-    assert {line["fact"] for line in lines} == tables.withheld
+    assert Counter(line["fact"] for line in lines) == dict.fromkeys(tables.withheld, 2)
+    assert len({line["question"] for line in lines}) == 16
     assert min(line["least_told"] for line in lines) >= 8
     for _, problem in KeptFacts(World(made), counts, "withheld").test(60):
         numbers = {tables.number(at) for at in problem.lookups} - tables.withheld
-        assert min(counts.right[number] for number in numbers) >= 8
+        assert min(counts.right[number] for number in numbers) >= 1
+    beside = lookups_of(World(made), counts, "beside_withheld")
+    steps = sum(line["question"].count(" . ") for line in lines)
+    assert len(beside) == steps - len(lines)
+    told = [counts.right[number] for number in range(len(tables))]
+    assert {line["group"] for line in beside} <= {band(n) for n in told if n >= 8}
     rare = replace(made, least_told=10_000)
-    said = "8 of the 8 facts withheld have no question whose .* least_told = 10000 times; allowed"
+    said = "8 of the 8 facts withheld have fewer than 2 questions whose .* least_told = 10000 times"
     with pytest.raises(WorldError, match=said):
         write_world(rare, tmp_path / "rare", Sizes({"problems": 300}, 2, 4, 4))

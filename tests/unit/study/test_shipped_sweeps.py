@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import runpy
+import shutil
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -58,3 +63,20 @@ def test_a_wheel_holds_all_that_the_sweeps_name(
                 path.read_bytes()
                 == (ROOT / "configs" / path.relative_to(installed / "configs")).read_bytes()
             )
+
+
+def test_an_archive_of_sources_holds_all_that_its_build_reads(tmp_path: Path) -> None:
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "configs"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    (tmp_path / "megarlx").mkdir()
+    (tmp_path / "megarlx" / "__init__.py").touch()
+    words = [sys.executable, "setup.py", "--quiet", "sdist"]
+    environment = os.environ | {"MEGARLX_CUDA": "0"}
+    subprocess.run(words, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    (archive,) = (tmp_path / "dist").iterdir()
+    with tarfile.open(archive) as opened:
+        held = {name.split("/", 1)[-1] for name in opened.getnames()}
+    for folder in ("csrc", "configs"):
+        for path in (ROOT / folder).rglob("*"):
+            assert path.is_dir() or str(path.relative_to(ROOT)) in held

@@ -1,0 +1,108 @@
+"""The report's table in the terminal: the highest values of each checkpoint are marked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.markup import escape
+from rich.table import Table
+
+from megarlx.printable import printable
+from megarlx.report.runs import Evaluation
+from megarlx.report.settings import quantity
+from megarlx.report.study import BASE, KS, Cell, Study
+from megarlx.report.style import name_of
+from megarlx.units import duration
+
+Number = tuple[float | None, float | None]  # in percent, and what guessing reaches
+Row = tuple[str, int, str]  # variant of the trunk, tokens of the checkpoint, recipe
+
+
+def results(study: Study) -> Table:
+    """A row for each checkpoint and recipe: means over seeds in percent, guessing beside them;
+    of agents the tasks solved."""
+    table = Table(box=None, pad_edge=False)
+    several = len(study.variants) > 1
+    if several:
+        table.add_column("trunk", overflow="fold")
+    table.add_column("tokens")
+    table.add_column("recipe")
+    ks = KS if study.headline or not study.agent_suites else ()
+    answers = [f"pass@{k}, % (guessing)" for k in ks]
+    solved = [f"{_shown(suite)}, % (at random)" for suite in study.agent_suites]
+    for name in (*answers, *solved, "capability, %", "time"):
+        table.add_column(name, justify="right")
+    rows: dict[Row, list[Cell]] = {}
+    for cell in study.cells:
+        if cell.recipe != BASE or cell.checkpoint_tokens in study.checkpoints:
+            rows.setdefault((cell.variant, cell.checkpoint_tokens, cell.label), []).append(cell)
+    numbers = {row: _numbers(cells, ks, study.agent_suites) for row, cells in rows.items()}
+    best = _best(numbers)
+    for (variant, tokens, label), cells in rows.items():
+        row = numbers[variant, tokens, label]
+        seconds = _mean([c.cost.get("seconds") for c in cells])
+        table.add_row(
+            *([_shown(variant)] if several else []),
+            quantity(tokens),
+            _shown(name_of(label)),
+            *map(_marked, row, best[variant, tokens]),
+            "–" if seconds is None else duration(seconds),
+        )
+    if any(value is not None for values in best.values() for value in values):
+        table.caption, table.caption_justify = "* the highest of its checkpoint", "left"
+    return table
+
+
+def _numbers(cells: Sequence[Cell], ks: Sequence[int], agent_suites: Sequence[str]) -> list[Number]:
+    """A row's percents: pass@k, tasks solved, capability; each with what guessing reaches."""
+    headlines = [cell.headline for cell in cells]
+    found = [_percents(headlines, f"pass_at_{k}") for k in ks]
+    for suite in agent_suites:
+        found.append(_percents([cell.evaluations.get(suite) for cell in cells], "success"))
+    return [*found, (_percent([c.capability for c in cells]), None)]
+
+
+def _best(numbers: Mapping[Row, list[Number]]) -> dict[tuple[str, int], list]:
+    """For each checkpoint and column the highest value, where several rows have one."""
+    together: dict[tuple[str, int], list[list[Number]]] = {}
+    for (variant, tokens, _), row in numbers.items():
+        together.setdefault((variant, tokens), []).append(row)
+    best = {}
+    for place, rows in together.items():
+        columns = [
+            [value for value, _ in column if value is not None]
+            for column in zip(*rows, strict=True)
+        ]
+        best[place] = [max(values) if len(values) > 1 else None for values in columns]
+    return best
+
+
+def _marked(number: Number, best: float | None) -> str:
+    value, guessing = number
+    if value is None:
+        return "–"
+    text = f"{'*' if value == best else ''}{value:.1f}"
+    return text if guessing is None else f"{text} ({guessing:.1f})"
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _percent(values: Sequence[float | None]) -> float | None:
+    """As it is shown: what looks equal is equally good."""
+    mean = _mean(values)
+    return None if mean is None else round(100 * mean, 1)
+
+
+def _percents(evaluations: Sequence[Evaluation | None], metric: str) -> Number:
+    found = [evaluation for evaluation in evaluations if evaluation]
+    return (
+        _percent([e.metrics.get(metric) for e in found]),
+        _percent([e.guessing.get(metric) for e in found]),
+    )
+
+
+def _shown(text: str) -> str:
+    return escape(printable(text))
