@@ -18,6 +18,8 @@ from megarlx.data.tokenizer import RESERVED, Tokenizer
 
 if TYPE_CHECKING:
     import jinja2
+    from jinja2.nodes import Node
+    from jinja2.parser import Parser
 
 LONGEST_TEXT = 1 << 27  # characters that a template may write
 # Put into what a turn says where that would write a special token; of the private use area.
@@ -87,14 +89,23 @@ class ChatTemplate:
     @cached_property
     def _template(self) -> jinja2.Template:
         import jinja2
-        from jinja2.ext import loopcontrols
+        from jinja2.ext import Extension, loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         def refuse(message: object) -> None:
             raise ConversationError(f"chat template: {message}")
 
+        class Generation(Extension):
+            """{% generation %}: tells transformers what an assistant says, and writes nothing."""
+
+            tags = {"generation"}  # noqa: RUF012 (as Jinja declares it)
+
+            def parse(self, parser: Parser) -> list[Node]:
+                next(parser.stream)
+                return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
         sandbox = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
         )
         sandbox.globals["raise_exception"] = refuse
         sandbox.filters["tojson"] = _json

@@ -140,7 +140,10 @@ class Converter:
             path = finish(job, trunk.checkpoints, manifest)
             self._say(f"{path}: {len(tensors)} tensors, {job.bytes / 1e6:,.1f} MB")
             if tokenizer is None and not (trunk.run / "tokenizer.json").exists():
-                self._say(f"{asked.source} has no tokenizer.json: the run has no tokenizer")
+                complain(
+                    f"{asked.source} has no tokenizer.json: the run has no tokenizer, and no text "
+                    "can be given to it. AutoTokenizer.save_pretrained of transformers writes one"
+                )
             if asked.verify:
                 written = CheckpointSource(path)
                 status = self._compare(source.config, written, dtypes, source.folder)

@@ -72,7 +72,7 @@ def success(study: Study) -> Figure | None:
     def draw(wide: bool) -> Canvas:
         canvas, axes = panels(list(data), 1.9, wide=wide)
         for ax, (panel, drawn) in zip(axes, data.items(), strict=True):
-            draw_courses(ax, drawn, labels)
+            draw_courses(ax, drawn, shown)
             ax.set_ylim(-2, 102)
             ax.set_xlabel("steps")
             if panel in floors:

@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from megarlx.sweeps.plan import check_checkpoints, jobs_of
+    from megarlx.sweeps.plan import check_checkpoints, check_files, jobs_of
     from megarlx.sweeps.run import SweepRunner, slurm_script
 
     try:
@@ -35,6 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
             overrides.append(f"jobs={arguments.jobs}")
         config = load_config(arguments.sweep, overrides, SweepConfig)
         jobs = jobs_of(config)
+        check_files(config)
         check_checkpoints(config)
     except ConfigError as error:
         complain(error)
@@ -45,5 +46,6 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.slurm is not None:
         Path(arguments.slurm).write_text(slurm_script(config, jobs), encoding="utf-8")
+        print(f"{len(jobs)} jobs; next: bash {shlex.quote(arguments.slurm)}")
         return 0
     return SweepRunner(config, jobs, console=Console()).run()

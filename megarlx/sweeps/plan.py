@@ -150,6 +150,22 @@ def _made_of(trunk: _Trunk) -> Iterator[Job]:
         yield from _transplants(trunk, transplant)
 
 
+def check_files(sweep: SweepConfig) -> None:
+    """Before a trunk is trained for hours: the recipes and the suites are there."""
+    named = [
+        (f"excursions[{at}].recipes", path)
+        for at, one in enumerate(sweep.excursions)
+        for path in one.recipes
+    ]
+    if sweep.suites is not None:
+        named.append(("suites", sweep.suites))
+    missing = [
+        f"{key}: there is no file '{path}'" for key, path in named if not Path(path).is_file()
+    ]
+    if missing:
+        raise ConfigError(missing)
+
+
 def check_checkpoints(sweep: SweepConfig) -> None:
     """Before anything is run, or listed: what starts from a trunk that is there finds it."""
     if not sweep.trunk_is_there:

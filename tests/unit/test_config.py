@@ -358,6 +358,12 @@ def test_override_reaches_into_a_list_and_says_how_long_it_is(tmp_path):
     assert "optimizer.betas is a list of 2, counted from 0" in line
 
 
+def test_a_mark_before_the_text_of_a_file_is_no_key(tmp_path):
+    path = tmp_path / "marked.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + write(tmp_path, SPARSE).read_bytes().replace(b"\n", b"\r\n"))
+    assert load_config(path) == load_config(write(tmp_path, SPARSE))
+
+
 # Files that are none ------------------------------------------------------------------------------
 
 

@@ -237,9 +237,17 @@ def test_the_slurm_script_is_valid_and_holds_every_command(tmp_path: Path) -> No
 
 
 def test_list_prints_the_commands_and_runs_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Where a recipe is missing that is said, before a trunk is trained for it."""
     sweep(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "rl.toml").touch()
+    assert main(["sweep", str(tmp_path / "sweep.toml")]) == 2
+    missing = "excursions[0].recipes: there is no file 'recipes/sft.toml'\n"
+    assert capsys.readouterr().err == missing
+    (tmp_path / "recipes" / "sft.toml").touch()
     assert main(["sweep", str(tmp_path / "sweep.toml"), "--list"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 5

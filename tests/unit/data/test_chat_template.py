@@ -38,7 +38,17 @@ THINKING = """
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|start|>assistant\\n' }}{% endif %}
 """
-TEMPLATES = {"plain": TURNS, "with a beginning": BEGIN + TURNS, "thinking": THINKING}
+# As trainers mark what an assistant says.
+MARKED = TURNS.replace(
+    "{{- message['content'] | trim }}{{ '<|end|>\\n' }}",
+    "{%- generation %}{{- message['content'] | trim }}{{ '<|end|>\\n' }}{%- endgeneration %}",
+)
+TEMPLATES = {
+    "plain": TURNS,
+    "with a beginning": BEGIN + TURNS,
+    "thinking": THINKING,
+    "marked": MARKED,
+}
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,13 @@ def test_it_is_converted_once_and_named_by_what_it_holds(model: Path, tmp_path: 
     assert {path: path.stat().st_mtime_ns for path in first.run.rglob("*")} == before
 
 
+def test_a_model_without_a_tokenizer_is_said_to_have_none(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resolve(str(model), tmp_path / "runs")
+    assert "has no tokenizer.json: the run has no tokenizer" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "generation_config.json"])
 def test_a_file_that_has_changed_makes_another_run(model: Path, tmp_path: Path, name: str) -> None:
     before = digest_of(model)

@@ -86,6 +86,21 @@ def test_success_of_each_environment_stands_with_its_steps_and_acting_at_random(
     assert drawn == [[30, 80], [30, 80]], "in training, five logged steps each"
 
 
+def test_a_line_has_the_colour_that_the_legend_gives_it(root: Path) -> None:
+    """Also where a recipe without an environment stands before it."""
+    other = root / "other"
+    other.mkdir()
+    parent = {"run": str(root / "trunk"), "iteration": 700, "trunk_tokens": 0}
+    write(other / "lineage.json", {"seed": 3, "trunk_tokens": 0, "recipe": "a", "parent": parent})
+    write(other / "resolved.json", {"stages": [{"steps": 5}]})
+    figure = success(Study.of(root))
+    assert figure is not None
+    told = figure.wide.legends[0].legend_handles[:2]
+    lines = figure.wide.axes[0].lines[:2]
+    for ours, named in zip(lines, told, strict=True):
+        assert (ours.get_color(), ours.get_marker()) == (named.get_color(), named.get_marker())
+
+
 def test_the_page_shows_the_newest_episodes_of_each_environment_and_run(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
