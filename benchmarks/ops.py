@@ -1,6 +1,6 @@
 """The ops against torch eager, torch.compile and this machine's own copy and product speed.
 
-python benchmarks/ops.py [--only sample token_loss averaging elementwise normal] [--json PATH] …
+python benchmarks/ops.py [--only OP …] [--json PATH] …
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from timing import Row, add_outputs, machine, shown, write_results
 
-OPS = ("sample", "token_loss", "averaging", "elementwise", "normal")
+OPS = ("sample", "token_loss", "averaging", "elementwise", "normal", "narrow_product")
 
 
 def main() -> None:

@@ -81,6 +81,11 @@ TORCH_LIBRARY(megarlx, m) {
       "Tensor? k_weight, Tensor? inverse, float eps, float scale, int rows, Tensor(c!) out) -> ()");
   m.def("decode_norm_(Tensor(a!) x, Tensor? y, Tensor weight, float eps, Tensor(b!)? out) -> ()");
   m.def("decode_swiglu_(Tensor gate_up, Tensor(a!) out) -> ()");
+  // a product of at most 16 rows; with scales the weight is e4m3
+  m.def(
+      "narrow_product_(Tensor x, Tensor weight, Tensor? bias, Tensor? scales, bool dependent, "
+      "Tensor(a!) out) -> ()");
+  m.def("e4m3_rows_(Tensor x, Tensor(a!) values, Tensor(b!) scales) -> ()");
   // on both: heads into q and the cache, whose pages a table may name; the halves of attention over
   // a shared and an own part; the end of a step
   m.def(

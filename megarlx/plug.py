@@ -112,7 +112,13 @@ KINDS: dict[str, Kind] = {
             "agents": "megarlx.study.environments.maker:AgentsMaker",
         },
     ),
-    "generator": Kind("module:Class", {"engine": "megarlx.generation.engine:Engine.of"}),
+    "generator": Kind(
+        "module:Class",
+        {
+            "engine": "megarlx.generation.engine:Engine.of",
+            "engine_fp8": "megarlx.generation.fp8:fp8_engine",
+        },
+    ),
     "suite": Kind(
         "module:function",
         {

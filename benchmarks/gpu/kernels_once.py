@@ -21,8 +21,10 @@ from megarlx.comm.groups import Group
 from megarlx.ops import sample
 from megarlx.ops.averaging import adamw_update_, average_adamw_, replica_average_
 from megarlx.ops.decode_parts import StepState, decode_advance_
+from megarlx.ops.e4m3 import e4m3_rows_
 from megarlx.ops.linear_token_loss import linear_token_loss
 from megarlx.ops.loss_spec import LossSpec
+from megarlx.ops.narrow_product import narrow_product_
 from megarlx.ops.normal import normal_slice_
 from megarlx.ops.token_loss import token_loss
 
@@ -160,6 +162,23 @@ def once_decode_parts(device: torch.device) -> None:
     assert state.step.item() == 1
 
 
+def once_narrow_product(device: torch.device) -> None:
+    half = torch.bfloat16 if device.type == "cuda" else torch.float32
+    for dtype in (half, torch.float32, torch.float64):
+        for rows, columns in ((1, 4512), (16, 1027)):
+            x = torch.randn(rows, columns, device=device).to(dtype)
+            weight = torch.randn(9, columns, device=device).to(dtype)
+            out = torch.full((rows, 9), torch.nan, device=device, dtype=dtype)
+            narrow_product_(x, weight, out, bias=weight[:, 0].contiguous(), dependent=True)
+            assert bool(out.isfinite().all())
+            if dtype == half:
+                scales = torch.empty(9, device=device)
+                narrow = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
+                e4m3_rows_(weight, narrow, scales)
+                narrow_product_(x, narrow, out, scales=scales)
+                assert bool(out.isfinite().all())
+
+
 def once_normal(device: torch.device) -> None:
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         for rows, columns in ((1, 100_003), (37, 131)):
@@ -177,6 +196,7 @@ ONCE = {
     "linear_token_loss": once_linear_token_loss,
     "averaging": once_averaging,
     "normal": once_normal,
+    "narrow_product": once_narrow_product,
 }
 
 

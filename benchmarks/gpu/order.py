@@ -16,6 +16,7 @@ from gpu import (
     elementwise,
     losses,
     machine,
+    products,
     sampling,
     study,
     training,
@@ -25,7 +26,7 @@ from gpu.pieces import Piece
 
 MODULES = (
     *(attention, correct, counters, decode_parts, decoding, elementwise, losses),
-    *(machine, sampling, study, training, updates),
+    *(machine, products, sampling, study, training, updates),
 )
 KNOWN: dict[str, Piece] = {piece.name: piece for module in MODULES for piece in module.PIECES}
 
@@ -55,7 +56,7 @@ CALLS = {
             *("machine", "train-te", "train-te-fp8", "decode-8", "decode-32", "grpo"),
             *("average_adamw-2", "average_adamw-1", "replica_average"),
             *("token_loss-151936", "linear_loss-151936", "sample-deviation1", "elementwise"),
-            "decode_parts",
+            *("decode_parts", "products"),
             *("attention", "attention-packages", "token_loss-50304", "sample-deviation5"),
             *("linear_loss-memory", "train-by-shape", "memcheck+racecheck:60"),
         ),

@@ -5,7 +5,9 @@
 
 #include "math/adamw.h"
 #include "math/decode.h"
+#include "math/e4m3.h"
 #include "math/elementwise.h"
+#include "math/narrow_product.h"
 #include "math/normal.h"
 #include "math/replica_average.h"
 #include "math/sample.h"
@@ -49,6 +51,8 @@ void sum_blocks(Dtype precision, const void* sums, std::int64_t blocks, std::int
 void normal_slice(const normal::Args& args, cudaStream_t stream);
 
 // decode
+void narrow_product(const NarrowProductArgs& args, cudaStream_t stream);
+void e4m3_rows(const E4m3Args& args, cudaStream_t stream);
 void merge_attention(const MergeArgs& args, cudaStream_t stream);
 void decode_advance(const AdvanceArgs& args, cudaStream_t stream);
 

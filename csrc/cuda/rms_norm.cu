@@ -1,6 +1,7 @@
 // RMSNorm on the GPU. A team of threads reads a row once and keeps it in registers; a row that is
 // too wide for them is read a second time, from the L2 cache. Backward goes through several rows
 // and adds up the gradient of the weight on the way.
+#include "cuda/dependent.h"
 #include "cuda/rows.h"
 
 namespace megarlx::cuda {
@@ -13,6 +14,7 @@ constexpr int kSumColumns = 32, kSumRows = kThreads / kSumColumns;
 template <typename Stored, bool whole>
 __global__ void __launch_bounds__(kThreads, 2)
     rms_norm_kernel(const __grid_constant__ RmsNormArgs args, int team) {
+  let_dependents_begin();  // a product that reads its weights meanwhile
   using T = Precision<Stored>;
   const int width = static_cast<int>(args.width), packs = packs_of<Stored>(width);
   const int round = team * kPacks, place = threadIdx.x % team;

@@ -1,4 +1,5 @@
 // SwiGLU on the GPU: a team of threads takes a row, each thread two packs of it at a time.
+#include "cuda/dependent.h"
 #include "cuda/rows.h"
 #include "math/decode.h"
 
@@ -10,6 +11,7 @@ constexpr int kTogether = 2;  // packs of each operand in flight
 template <typename Stored, bool whole>
 __global__ void __launch_bounds__(kThreads)
     swiglu_kernel(const __grid_constant__ SwiGluArgs args, int team) {
+  let_dependents_begin();  // a product that reads its weights meanwhile
   using T = Precision<Stored>;
   const std::int64_t row =
       static_cast<std::int64_t>(blockIdx.x) * (kThreads / team) + threadIdx.x / team;

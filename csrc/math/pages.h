@@ -22,13 +22,15 @@ struct SlotPages {
     return row == nullptr ? slot : row[1 + column];
   }
   MEGARLX_HD std::int64_t first_own() const { return row == nullptr ? 0 : count; }
-  // Of all places of the cache; -1 where the slot has none for it.
+  // Of all places of the cache; -1 where the slot has none for it. In 32 bits, which saves
+  // registers: a negative number is a large one.
   MEGARLX_HD std::int64_t place(std::int64_t position) const {
     const bool own = position >= shared();
-    const std::int64_t inside = own ? position - shared() : position, column = inside / size;
-    if (inside < 0 || column >= count) return -1;
-    const std::int64_t found = page(own ? first_own() + column : column);
-    return found < 0 ? -1 : found * size + inside % size;
+    const auto inside = static_cast<std::uint32_t>(own ? position - shared() : position);
+    const auto each = static_cast<std::uint32_t>(size), column = inside / each;
+    if (column >= static_cast<std::uint32_t>(count)) return -1;
+    const std::int64_t found = page((own ? first_own() : 0) + column);
+    return found < 0 ? -1 : found * size + (inside - column * each);
   }
 };
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from megarlx.config.distill import DistillConfig
 from megarlx.config.environment import EnvironmentConfig
-from megarlx.config.own_samples import OwnSamplesConfig
+from megarlx.config.own_samples import FP8_GENERATOR, OwnSamplesConfig
 from megarlx.config.policy import PolicyConfig
 from megarlx.config.reward import RewardConfig
 from megarlx.config.rollouts import ROLLOUTS, BankConfig, RolloutFilter, run_and_step
@@ -182,7 +182,17 @@ class RlConfig(OwnSamplesConfig):
         if not labels or len(set(labels)) < len(labels):
             given = ", ".join(labels) or "none"
             return [("rewards", f"are {given}; at least one is needed, each with its own name")]
-        return self._problems_of_draw() + self._problems_of_environment()
+        return [
+            *self._problems_of_draw(),
+            *self._problems_of_environment(),
+            *self._problems_of_generator(),
+        ]
+
+    def _problems_of_generator(self) -> list[tuple[str, str]]:
+        if self.generator != FP8_GENERATOR or self.policy.importance_cap is not None:
+            return []
+        needs = "its samples come from rounded weights, so it needs policy.importance_cap"
+        return [("generator", f"is {FP8_GENERATOR!r}; {needs}, for example 2.0")]
 
     def _problems_of_draw(self) -> list[tuple[str, str]]:
         if self.draw == "difficulty":

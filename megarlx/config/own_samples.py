@@ -8,6 +8,8 @@ from pydantic import Field
 
 from megarlx.config.section import Named, Section
 
+FP8_GENERATOR = "engine_fp8"  # it samples from rounded weights, and only rl corrects for them
+
 
 class OwnSamplesConfig(Section):
     """Prompts, and what a process does at once."""

@@ -168,8 +168,10 @@ class AheadRun(Run):
         if engine.unchecked:
             self.host_rows.upload()
             live = narrowest(engine.widths, self.host_rows.live)
-            checked_forward(self.decoder, engine.unchecked[0], self.host_rows, live)
+            exact = engine.exact.get(0)
+            checked_forward(self.decoder, engine.unchecked[0], self.host_rows, live, exact)
             engine.unchecked.clear()
+            engine.exact.clear()
         state, s = self.device_rows.state(width), self.sampling
         key = (width, s.top_k > 0, s.top_p < 1, s.min_p > 0, len(s.stop_tokens))
         of = self.device_rows

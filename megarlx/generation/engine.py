@@ -21,6 +21,7 @@ from megarlx.comm.collectives import all_reduce_
 from megarlx.comm.groups import Mesh
 from megarlx.generation.ahead import AheadRun, DeviceRows
 from megarlx.generation.decoders.choose import decoder_of
+from megarlx.generation.decoders.fp8 import Fp8Products
 from megarlx.generation.decoders.in_place import InPlaceDecoder
 from megarlx.generation.decoders.interface import Decoder
 from megarlx.generation.decoders.stage import StageDecoder
@@ -41,6 +42,7 @@ from megarlx.model.build import ParallelModel
 from megarlx.model.documents import padded_length
 from megarlx.model.kv_cache import PageTable, shares_prompts
 from megarlx.model.transformer import Stage
+from megarlx.ops.narrow_product import MOST_ROWS
 
 
 class Engine:
@@ -57,6 +59,7 @@ class Engine:
         prefill_tokens: int | None = None,
         one_width: bool | None = None,
         cache_tokens: int | None = None,
+        fp8: bool = False,
     ) -> None:
         """`stages` are those of this rank; `detokenize` is needed for stop strings only.
 
@@ -65,6 +68,7 @@ class Engine:
         prefill_tokens  most tokens of several prompts in one product; None: by the device
         cache_tokens  that the caches hold, in whole pages; None: what `slots` sequences of the
                       longest length fill
+        fp8             decode with weights in fp8, where fp8.without_fp8 has nothing against it
         """
         self.stages, self.mesh = list(stages), Mesh.alone() if mesh is None else mesh
         self.config = self.stages[0].config
@@ -78,12 +82,15 @@ class Engine:
         self.longest, self.detokenize = longest, detokenize
         self.device = next(self.stages[0].parameters()).device
         each = -(-slots // self.ranks) if slots > 0 else 0
-        self.widths = ladder(each)
+        in_place = all(decoder_of(stage) is InPlaceDecoder for stage in self.stages)
+        # few rows cost what their matrices cost to read, so they need no second width
+        few = in_place and 0 < each <= MOST_ROWS
+        self.widths = (each,) if few else ladder(each)
         self.slots = [range(g * each, (g + 1) * each) for g in range(self.ranks)]
         self.idle_slot = self.ranks * each  # where rows of padding write
         on_cpu = self.device.type == "cpu"
         self.prefill_tokens = prefill_tokens or PREFILL_TOKENS["cpu" if on_cpu else "cuda"]
-        if one_width is None and self.device.type == "cpu":
+        if one_width is None and on_cpu and not few:
             one_width = not self._rows_agree(self.widths)
             # sequence parallelism splits the rows of the model's own layers
             if not one_width and not self.stages[0].sequence_parallel:
@@ -102,7 +109,9 @@ class Engine:
         )
         self.caches = [stage.kv_cache(self.table) for stage in self.stages]
         self.decoders: list[Decoder] = [
-            decoder_of(stage)(stage, cache, most)
+            InPlaceDecoder(stage, cache, most, Fp8Products(most))
+            if fp8
+            else decoder_of(stage)(stage, cache, most)
             for stage, cache in zip(self.stages, self.caches, strict=True)
         ]
         self.pads = any(decoder.pads for decoder in self.decoders)
@@ -111,6 +120,11 @@ class Engine:
             index: StageDecoder(self.stages[index], self.caches[index], most)
             for index, decoder in enumerate(self.decoders)
             if not isinstance(decoder, StageDecoder)
+        }
+        # what is compared in place of a decoder that rounds the weights
+        self.exact: dict[int, Decoder] = {
+            index: InPlaceDecoder(self.stages[index], self.caches[index], most)
+            for index in (self.unchecked if fp8 else ())
         }
         self.rows = [Rows(most, self.idle_slot, self.device) for _ in self.slots]
         # Where one rank decodes in graphs that feed themselves, the host need not see each token.

@@ -236,8 +236,10 @@ class Run:
         rows, width = engine.rows[group], self._width(group)
         self._prefill(item)
         if item.chunk in engine.unchecked:
-            checked_forward(decoder, engine.unchecked[item.chunk], rows, width)
+            exact = engine.exact.get(item.chunk)
+            checked_forward(decoder, engine.unchecked[item.chunk], rows, width, exact)
             del engine.unchecked[item.chunk]
+            engine.exact.pop(item.chunk, None)
         else:
             decoder.forward(rows, width)
         if not stage.has_head:

@@ -75,8 +75,8 @@ class PageTable:
 
 
 def shares_prompts(slots: int, on_cpu: bool) -> bool:
-    """A CPU reads a prompt where it lies, whoever shares it. On a card a shared part is two launches
-    a layer, which a slot alone has no use for."""
+    """A CPU reads a prompt where it lies, whoever shares it. On a card a shared part is two
+    launches a layer, which a slot alone has no use for."""
     return on_cpu or slots > 1
 
 

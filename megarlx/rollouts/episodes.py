@@ -298,7 +298,9 @@ def stop_if_too_many_failed(
         f"{config.allowed_failures:.0%}"
     )
     if failed:
-        first = failed[0]
+        # Those that nobody asked any more tell no reason.
+        asked = (e for e in failed if e.failure is not None and e.failure.kind != "not_asked")
+        first = next(asked, failed[0])
         assert first.failure is not None
         message += f". The first ({first.failure.kind}: {first.failure.detail})"
         if first.turns:

@@ -15,6 +15,7 @@ from megarlx.config import Config, RlConfig, SftConfig
 from megarlx.config.distill import DistillConfig
 from megarlx.config.environment import EnvironmentConfig
 from megarlx.config.objectives import PRETRAINING, OwnConfig
+from megarlx.config.own_samples import FP8_GENERATOR
 from megarlx.config.rollouts import run_and_step
 from megarlx.config.run_sections import DataConfig, SourceConfig
 from megarlx.data.blend import Blend, Composition
@@ -26,6 +27,7 @@ from megarlx.data.prompts import FewShot, PromptData, PromptKeys, read_prompts
 from megarlx.data.samples import Dataset, TokenSource
 from megarlx.data.token_files import TokenFile, check_tokenizer
 from megarlx.data.tokenizer import Tokenizer
+from megarlx.generation.fp8 import without_fp8
 from megarlx.generation.interface import Generator, generator_of
 from megarlx.model.build import ParallelModel
 from megarlx.objectives.interface import Objective
@@ -227,6 +229,11 @@ class ObjectiveMaker:
     # Policy optimisation.
 
     def _rl(self, name: str, config: RlConfig) -> Reinforcement:
+        if config.generator == FP8_GENERATOR:
+            for why in filter(None, map(without_fp8, self.model.stages)):
+                raise RunError(
+                    f"{name}.generator is {FP8_GENERATOR!r}, but {why}; allowed here: 'engine'"
+                )
         if config.environment is not None:
             player, prompts = self._tasks(name, config, config.environment)
         else:

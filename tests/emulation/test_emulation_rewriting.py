@@ -38,6 +38,25 @@ def test_a_known_ptx_instruction_becomes_a_call() -> None:
     assert rewritten(text) == "y = ::emulated::max_nan(x, g(1, 2));"
 
 
+def test_ptx_with_several_results_gets_them_as_references_and_without_any_is_a_statement() -> None:
+    mma = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+    text = f'asm("{mma} {{%0, %1}}, {{%2}};" : "+f"(d[0]), "+f"(d[1]) : "r"(a));'
+    assert rewritten(text) == "::emulated::mma_m16n8k16(d[0], d[1], a);"
+    text = 'asm volatile("griddepcontrol.wait;" ::: "memory");'
+    assert rewritten(text) == "::emulated::nothing();"
+
+
+def test_a_launch_that_may_begin_early_becomes_a_plain_one() -> None:
+    text = (
+        "const auto kernel = k<T, W>;\nlaunch_dependent(args.early, kernel, f(1, 2), 64, stream,\n"
+        "                 args);"
+    )
+    found = rewritten(text)
+    assert found.count("\n") == text.count("\n")
+    assert 'launch("k", ::emulated::address(kernel), 0, f(1, 2), 64, 0' in found
+    assert "kernel(args);" in found
+
+
 @pytest.mark.parametrize("kernel", ["k", "k<T, W>", "k<T, kWidth<T>>", "a::k<float>"])
 def test_a_launch_keeps_its_kernel_its_arguments_and_its_lines(kernel: str) -> None:
     text = f"if (x)\n  {kernel}\n    <<<g(1, 2), 32 * n, bytes, stream>>>(a, f(b, c),\n d);\nend"

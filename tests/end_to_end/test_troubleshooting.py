@@ -12,7 +12,7 @@ from training_runs import ROOT
 DOCUMENT = ROOT / "docs" / "troubleshooting.md"
 ROW = re.compile(r"^\| `([^`]+)`", re.MULTILINE)
 # What other programs say, or no message at all.
-NOT_OURS = ("Exit status 75", "CUDNN_STATUS_SUBLIBRARY_LOADING_FAILED")
+NOT_OURS = ("Exit status 75", "CUDNN_STATUS_SUBLIBRARY_LOADING_FAILED", "EADDRINUSE")
 
 
 def text_of(node: ast.expr) -> str | None:

@@ -176,6 +176,16 @@ OWN: dict[str, dict[str, Callable[[], Any]]] = {
         "history": lambda: below(V, 4, T),
         "logprobs": lambda: floats(2, 4, T),
     },
+    "narrow_product_": {
+        "weight": lambda: floats(F, D),
+        **dict.fromkeys(("bias", "scales"), lambda: None),
+        "dependent": lambda: False,
+        "out": lambda: floats(T, F),
+    },
+    "e4m3_rows_": {
+        "values": lambda: floats(T, D).to(torch.float8_e4m3fn),
+        "scales": lambda: floats(T),
+    },
     "_heads_backward_sums": {
         "grad_q": lambda: floats(T, H, E),
         "grad_k": lambda: floats(T, K, E),

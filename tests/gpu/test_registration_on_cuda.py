@@ -155,6 +155,15 @@ def check_decode_parts(card: Any) -> None:
     check(card, ops.decode_advance_, *given, *rows, flags, *ring, torch.zeros(2, 2, 3))
 
 
+def check_products(card: Any) -> None:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        x, weight, bias = (torch.rand(*s).to(dtype) for s in ((3, 16), (5, 16), (5,)))
+        given = (x, weight, bias, None, True, torch.zeros(3, 5, dtype=dtype))
+        check(card, torch.ops.megarlx.narrow_product_, *given)
+        values = torch.zeros(3, 16, dtype=torch.float8_e4m3fn)
+        check(card, torch.ops.megarlx.e4m3_rows_, x, values, torch.zeros(3))
+
+
 def check_weights(card: Any) -> None:
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         rows = torch.zeros(3, 5, dtype=dtype)
@@ -163,7 +172,7 @@ def check_weights(card: Any) -> None:
 
 CHECKS = (
     *(check_sampling, check_losses, check_updates, check_elementwise, check_decode_parts),
-    check_weights,
+    *(check_weights, check_products),
 )
 
 

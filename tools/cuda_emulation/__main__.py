@@ -16,10 +16,13 @@ from .build import KINDS, ROOT, build, environment, why_not
 TESTS = [
     "tests/emulation",
     *(f"tests/gpu/test_{name}_cuda.py" for name in ("averaging", "sample", "token_loss")),
-    "tests/gpu/test_elementwise_cuda.py",
+    *(f"tests/gpu/test_{name}_cuda.py" for name in ("elementwise", "narrow_product")),
     "tests/gpu/test_registration_on_cuda.py",
     *(f"tests/unit/ops/test_{name}.py" for name in ("averaging", "replica_average_halves")),
-    *(f"tests/unit/ops/test_{name}.py" for name in ("elementwise", "decode_parts")),
+    *(
+        f"tests/unit/ops/test_{name}.py"
+        for name in ("elementwise", "decode_parts", "narrow_product", "e4m3")
+    ),
     *(
         f"tests/unit/ops/test_{name}.py"
         for name in ("sample", "token_loss", "loss_seam", "linear_token_loss")

@@ -331,7 +331,35 @@ def normals(library: Library) -> None:
             assert torch.equal(*outs), f"{dtype} {rows} {columns} {step}"
 
 
+def narrow_products(library: Library) -> None:
+    """Aligned and not; fewer columns than a warp's part, several rounds, a last part of a pack."""
+    for dtype in (BFLOAT16, torch.float32, DOUBLE):
+        for rows, columns, outputs in ((1, 24, 5), (8, 4200, 9), (16, 1032, 17), (3, 4097, 3)):
+            x, weight = normal(rows, columns, dtype=dtype), normal(outputs, columns, dtype=dtype)
+            for bias in (None, normal(outputs, dtype=dtype, scale=9)):
+                out = normal(rows, outputs, dtype=dtype)
+                in_place(library, "narrow_product_", x, weight, bias, None, True, out)
+            if dtype == BFLOAT16:
+                narrow = (weight * 40).to(torch.float8_e4m3fn)
+                given = (bias, normal(outputs, scale=0.1), False, out)
+                in_place(library, "narrow_product_", x, narrow, *given)
+
+
+def e4m3_rows(library: Library) -> None:
+    for dtype in (BFLOAT16, torch.float32, DOUBLE):
+        for columns in (24, 130, 2060):
+            x, found = normal(5, columns, dtype=dtype, scale=7), []
+            for ops, given in ((library.ops, x), (CPU, x.float())):
+                values = torch.zeros(5, columns, dtype=torch.float8_e4m3fn)
+                found.append((values.view(torch.uint8), torch.zeros(5)))
+                ops.e4m3_rows_(given, values, found[-1][1])
+            assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)), f"{dtype} {columns}"
+
+
 CASES: dict[str, Check] = {
+    "e4m3_kernel": e4m3_rows,
+    "narrow_mma_kernel": narrow_products,
+    "narrow_fma_kernel": narrow_products,
     "normal_kernel": normals,
     "merge_attention_kernel": merges,
     "advance_kernel": advances,

@@ -17,7 +17,15 @@ from pathlib import Path
 NAMESPACE = "megarlx_emulated"
 
 # PTX instructions and the functions of emulated_cuda.h that stand for them. It grows with csrc.
-PTX = {"ex2.approx.ftz.f32": "ex2_approx_ftz", "max.NaN.f32": "max_nan"}
+PTX = {
+    "ex2.approx.ftz.f32": "ex2_approx_ftz",
+    "max.NaN.f32": "max_nan",
+    "fma.rn.bf16x2": "fma_bf16x2",
+    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": "mma_m16n8k16",
+    # blocks run one after another here, and a launch behind what was launched before it
+    "griddepcontrol.launch_dependents": "nothing",
+    "griddepcontrol.wait": "nothing",
+}
 
 # Bindings without a CUDA half.
 CPU_ONLY = {"decode.cpp"}
@@ -62,17 +70,18 @@ def rewrite_ptx(name: str, text: str) -> str:
     while found := re.search(r"\basm\b(?:\s+volatile)?\s*\(", text):
         end = end_of_group(text, found.end() - 1)
         template, *operands = split_at_top(text[found.end() : end - 1], ":")
-        instruction = template.strip('"').split()[0]
+        instruction = template.strip('"').split()[0].rstrip(";")
         if instruction not in PTX:
             known = ", ".join(sorted(PTX))
             what = f"the PTX instruction {instruction} has no function in the emulation; it knows "
             raise refuse(name, text, found.start(), f"{what}{known} (tools/cuda_emulation)")
-        outputs, inputs = (split_at_top(part, ",") for part in (*operands, "")[:2])
-        if len(outputs) != 1:
-            what = f"{instruction} with {len(outputs)} results; the emulation takes one"
-            raise refuse(name, text, found.start(), what)
-        values = ", ".join(in_parentheses(operand) for operand in inputs)
-        call = f"{in_parentheses(outputs[0])} = ::emulated::{PTX[instruction]}({values})"
+        outputs, inputs = (
+            [in_parentheses(operand) for operand in split_at_top(part, ",") if operand]
+            for part in (*operands, "", "")[:2]
+        )
+        # one result is returned, several are given as references
+        into = f"{outputs.pop()} = " if len(outputs) == 1 else ""
+        call = f"{into}::emulated::{PTX[instruction]}({', '.join([*outputs, *inputs])})"
         text = text[: found.start()] + kept_lines(call, text[found.start() : end]) + text[end:]
     return text
 
@@ -103,7 +112,18 @@ def launch_bounds(text: str) -> dict[str, str]:
     return {kernel: threads.strip() for threads, kernel in (m.groups() for m in found)}
 
 
+def rewrite_dependent_launches(text: str) -> str:
+    """A launch through dependent.h as a plain one."""
+    while found := re.search(r"(?<!void )\blaunch_dependent\(", text):
+        end = end_of_group(text, found.end() - 1)
+        _, kernel, grid, block, stream, *values = split_at_top(text[found.end() : end - 1], ",")
+        call = f"{kernel}<<<{grid}, {block}, 0, {stream}>>>({', '.join(values)})"
+        text = text[: found.start()] + kept_lines(call, text[found.start() : end]) + text[end:]
+    return text
+
+
 def rewrite_launches(name: str, text: str) -> str:
+    text = rewrite_dependent_launches(text)
     bounds = launch_bounds(text)
     while (at := text.find("<<<")) >= 0:
         close = re.compile(r">>>\s*\(").search(text, at)

@@ -14,12 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from megarlx.config.families import PLAIN_LAYERS, TE_LAYERS, listed
+from megarlx.generation.decoders.products import Product, Products
 from megarlx.generation.decoders.stage import captured
 from megarlx.generation.decoders.weights import LayerWeights, weights_of
 from megarlx.generation.rows import Rows
@@ -35,9 +37,14 @@ from megarlx.ops.decode_parts import decode_heads_
 
 
 @dataclass(frozen=True)
-class _Layer(LayerWeights):
+class _Layer:
+    weights: LayerWeights
     form: AttentionForm
     kernel: Kernel
+    qkv: Product
+    o: Product
+    gate_up: Product
+    down: Product
 
 
 class InPlaceDecoder:
@@ -51,8 +58,11 @@ class InPlaceDecoder:
     )
     pads: ClassVar[bool] = True
 
-    def __init__(self, stage: Stage, cache: KVCache, most_rows: int) -> None:
+    def __init__(
+        self, stage: Stage, cache: KVCache, most_rows: int, products: Products | None = None
+    ) -> None:
         self.stage, self.cache, config = stage, cache, stage.config
+        self.products = products or Products(most_rows)
         some = next(stage.parameters())
         self.device, self.places = some.device, cache.table.longest
         places = torch.arange(self.places, device=self.device)
@@ -80,15 +90,26 @@ class InPlaceDecoder:
 
     def begin(self) -> None:
         """Before a generation: a graph reads the weights where they were when it was captured."""
-        cores: list[Any] = [cast(Layer, one).attention.core for one in self.stage.layers.values()]
-        layers = [
-            _Layer(**weights_of(layer), form=core.form, kernel=core.kernel)
-            for layer, core in zip(self.stage.layers.values(), cores, strict=True)
-        ]
+        layers = [self._layer(*item) for item in self.stage.layers.items()]
+        if self.stage.has_head:
+            self.head = self.products.by("head", self.stage.head_weight.detach())
         held = [p.data_ptr() for p in self.stage.parameters()]
         if held != getattr(self, "_held", None):
             self._graphs.clear()
         self.layers, self._held = layers, held
+
+    def _layer(self, name: str, module: Module) -> _Layer:
+        weights, core = LayerWeights(**weights_of(module)), cast(Layer, module).attention.core
+        made = {
+            matrix: self.products.by(f"{name}.{matrix}", getattr(weights, matrix).t(), bias)
+            for matrix, bias in (
+                ("qkv", weights.qkv_bias),
+                ("o", None),
+                ("gate_up", None),
+                ("down", None),
+            )
+        }
+        return _Layer(weights, core.form, core.kernel, **made)
 
     def hidden(self, width: int) -> Tensor:
         """[W, hidden]: what `forward` leaves, and what it starts from where nothing is embedded."""
@@ -124,20 +145,20 @@ class InPlaceDecoder:
         step = CacheStep(self.cache, b.documents, slots, positions, self.places)
         eps, pending = self.stage.config.norm_eps, None
         for index, layer in enumerate(self.layers):
-            source = b.x
+            source, norms = b.x, layer.weights
             if not post:
-                decode_norm_(b.x, pending, layer.attention_norm, eps, b.h)
+                decode_norm_(b.x, pending, norms.attention_norm, eps, b.h)
                 source = b.h
             self._attend(b, layer, source, step.layer(index))
             if post:
-                decode_norm_(b.x, b.part, layer.attention_norm, eps)
+                decode_norm_(b.x, b.part, norms.attention_norm, eps)
             else:
-                decode_norm_(b.x, b.part, layer.mlp_norm, eps, b.h)
-            torch.mm(source, layer.gate_up, out=b.gate_up)
+                decode_norm_(b.x, b.part, norms.mlp_norm, eps, b.h)
+            layer.gate_up(source, b.gate_up)
             decode_swiglu_(b.gate_up, b.inner)
-            torch.mm(b.inner, layer.down, out=b.part)
+            layer.down(b.inner, b.part)
             if post:
-                decode_norm_(b.x, b.part, layer.mlp_norm, eps)
+                decode_norm_(b.x, b.part, norms.mlp_norm, eps)
             else:
                 pending = b.part
         if pending is not None:
@@ -145,10 +166,7 @@ class InPlaceDecoder:
 
     def _attend(self, b: SimpleNamespace, layer: _Layer, source: Tensor, held: LayerCache) -> None:
         """From the normed rows to the output projection's, in `b.part`."""
-        if layer.qkv_bias is None:
-            torch.mm(source, layer.qkv, out=b.qkv)
-        else:
-            torch.addmm(layer.qkv_bias, source, layer.qkv, out=b.qkv)
+        layer.qkv(source, b.qkv)
         decode_heads_(
             b.qkv,
             held.keys,
@@ -159,18 +177,20 @@ class InPlaceDecoder:
             self.sines,
             b.q,
             table=self.cache.table.rows,
-            q_weight=layer.q_norm,
-            k_weight=layer.k_norm,
+            q_weight=layer.weights.q_norm,
+            k_weight=layer.weights.k_norm,
             eps=self.stage.config.norm_eps,
         )
         attended = decode_attention(b.q, held, layer.form, layer.kernel)
-        torch.mm(attended.flatten(1), layer.o, out=b.part)
+        layer.o(attended.flatten(1), b.part)
 
     def logits(self, width: int) -> Tensor:
         """[W, V] of what `forward` left, padding ids included."""
         b = self._buffers(width)
         decode_norm_(b.x, None, self.stage.norm.weight.detach(), self.stage.config.norm_eps, b.h)
-        return torch.mm(b.h, self.stage.head_weight.detach().t(), out=b.logits)
+        self.head(b.h, b.logits)
+        logits: Tensor = b.logits
+        return logits
 
     def _buffers(self, width: int) -> SimpleNamespace:
         if width not in self._views:

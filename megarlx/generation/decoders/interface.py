@@ -50,11 +50,20 @@ class WrongDecoder(RuntimeError):
     """A decoder that does not compute what its stage does."""
 
 
-def checked_forward(decoder: Decoder, slow: Decoder, rows: Rows, width: int) -> None:
+def checked_forward(
+    decoder: Decoder, slow: Decoder, rows: Rows, width: int, exact: Decoder | None = None
+) -> None:
     """`forward`, whose first rows must be those of `slow`; the ranks of a stage find out together.
 
-    `slow` goes first, so that what stays in the cache is the decoder's own.
+    `slow` goes first, so that what stays in the cache is the decoder's own. `exact` is compared in
+    place of a decoder that rounds the weights, which goes last then.
     """
+    if exact is not None:
+        exact.begin()
+        exact.hidden(width).copy_(decoder.hidden(width))
+        checked_forward(exact, slow, rows, width)
+        decoder.forward(rows, width)
+        return
     slow.begin()
     few = min(width, TILE)
     n, given, stage = min(rows.live, few), slow.hidden(few), decoder.stage

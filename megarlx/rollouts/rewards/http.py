@@ -61,9 +61,9 @@ class Server:
                 error.close()
                 if (error.code < 500 and error.code != 429) or attempt == self.retries:
                     raise
-            except (TimeoutError, OSError):  # URLError is an OSError
+            except OSError as error:  # URLError and TimeoutError are OSErrors
                 if attempt == self.retries:
-                    raise
+                    raise OSError(f"judge {self.url}: {error}") from error
             time.sleep(self.pause_seconds * 2**attempt)
         raise AssertionError("the last attempt returns or raises")
 

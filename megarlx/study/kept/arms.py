@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megarlx.report.runs import Evaluation, Run
 from megarlx.report.study import Cell, Study
@@ -136,7 +137,7 @@ class Arms:
 
 def rl_steps(run: Run | None) -> int | None:
     """Of a run that is RL first and then something else."""
-    stages = (None if run is None else run.settings.get("stages")) or ()
+    stages: Sequence[Mapping[str, Any]] = (run and run.settings.get("stages")) or ()
     if len(stages) < 2 or "rl" not in stages[0].get("objectives", {}):
         return None
     return int(stages[0]["steps"])

@@ -15,13 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megarlx.config.families import listed
 from megarlx.generation import ahead
 from megarlx.generation.ahead import AheadRun
-from megarlx.generation.decoders import choose, in_place
+from megarlx.generation.decoders import choose, in_place, products
 from megarlx.generation.decoders.in_place import InPlaceDecoder
 from megarlx.generation.decoders.interface import WrongDecoder
 from megarlx.generation.decoders.stage import StageDecoder
 from megarlx.generation.engine import Engine
 from megarlx.generation.requests import Completion, Request, SamplingSettings
 from megarlx.model.transformer import Stage
+from megarlx.ops.narrow_product import MOST_ROWS
 
 NATIVE = [family for family in FAMILIES if family not in OF_FAMILY]
 ON_CPU = listed(Stage="device=cpu")
@@ -216,10 +217,11 @@ def test_a_layer_is_nine_launches_and_a_step_a_few_more(
     run = AheadRun(kept, mixed_requests(4, 4), SamplingSettings(stop_tokens=(3,)), 1)
     with torch.inference_mode():
         run._admit(run.scheduler.fill(0))
-        state = kept.device_rows.state(16)
-        run._step(state, 16)  # which makes its buffers
+        width = kept.widths[-1]
+        state = kept.device_rows.state(width)
+        run._step(state, width)  # which makes its buffers
         with Launches() as launches:
-            run._step(state, 16)
+            run._step(state, width)
     layers = stage.config.layers
     around = ("aten::index_select.out", "megarlx::sample", "megarlx::decode_advance_")
     assert all(launches.names.count(name) == 1 for name in around)
@@ -243,3 +245,22 @@ def test_rows_of_a_set_are_held_together(in_place_on_a_cpu: None) -> None:
         kept.generate(requests, SamplingSettings(), seed=1)
     assert widths[0] == 48
     assert widths[-1] == min(kept.widths)
+
+
+@pytest.mark.parametrize(("slots", "widths"), [(1, (1,)), (16, (16,)), (17, (16, 32))])
+def test_few_slots_have_one_width_and_one_kernel(
+    slots: int, widths: tuple[int, ...], in_place_on_a_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which of two kernels multiplies a row must not follow from what else is in the step."""
+    used: set[str] = set()
+    for name in ("mm", "narrow"):
+        of = (torch, "mm") if name == "mm" else (products, "narrow_product_")
+        kept = getattr(*of)
+        monkeypatch.setattr(
+            *of, lambda *a, kept=kept, name=name, **b: (used.add(name), kept(*a, **b))[1]
+        )
+    made = engine(small_stage(), slots=slots, one_width=False)
+    assert made.widths == widths
+    made.unchecked.clear()
+    made.generate(mixed_requests(3, 3), SamplingSettings(), seed=1)
+    assert used == {"narrow" if slots <= MOST_ROWS else "mm"}

@@ -1,4 +1,4 @@
-"""Pages of the caches under sequences that come and go at random: who holds what, and that all end."""
+"""Pages of the caches under sequences that come and go at random: who holds what; all end."""
 
 from __future__ import annotations
 

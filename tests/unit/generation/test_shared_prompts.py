@@ -12,16 +12,19 @@ import pytest
 import torch
 from flash_stand_ins import Stand
 from generation_cases import engine, mixed_requests, prompt, same_bits, small_stage
-from test_ahead import NATIVE, in_place_on_a_cpu
+from test_ahead import NATIVE, Launches, in_place_on_a_cpu
+from torch import Tensor
 
 from megarlx.generation import engine as engines
+from megarlx.generation.ahead import AheadRun
 from megarlx.generation.decoders import in_place
 from megarlx.generation.engine import Engine
 from megarlx.generation.requests import Completion, Request, SamplingSettings
+from megarlx.model.attention_flash import Flash
 from megarlx.model.attention_form import AttentionForm
 from megarlx.model.attention_sdpa import SDPA
 from megarlx.model.documents import Documents
-from megarlx.model.kv_cache import CacheStep, KVCache, PageTable, shares_prompts
+from megarlx.model.kv_cache import CacheStep, KVCache, LayerCache, PageTable, shares_prompts
 
 __all__ = ["in_place_on_a_cpu"]
 
@@ -202,3 +205,37 @@ def test_what_can_never_fit_is_refused_before_anything_starts() -> None:
     requests = [Request(prompt(4, 0), [0], 3), Request(prompt(20, 1), [1], 44)]
     with pytest.raises(ValueError, match="request 1 needs 5 pages of 16 tokens; allowed: at most"):
         kept.generate(requests, SamplingSettings(), seed=1)
+
+
+class OneLaunch:
+    """Each part of attention as one operation."""
+
+    lse = torch.zeros(64, 4)
+
+    def shared(self, q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        return torch.ops.aten.relu(q), self.lse[: len(q)]
+
+    own = shared
+
+
+@pytest.mark.usefixtures("in_place_on_a_cpu")
+def test_a_layer_of_two_parts_is_eleven_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    flash = Flash(2, Stand().varlen, OneLaunch())
+
+    def attend(q: Tensor, cache: LayerCache, form: AttentionForm, _: Any) -> Tensor:
+        _ = cache.step.parts  # which the kernels read, made once a step
+        return flash.decode(q, cache, form)
+
+    monkeypatch.setattr(in_place, "decode_attention", attend)
+    stage = small_stage("olmo2")
+    kept = engine(stage)
+    kept.unchecked.clear()
+    run = AheadRun(kept, mixed_requests(4, 4), SamplingSettings(stop_tokens=(3,)), 1)
+    with torch.inference_mode():
+        run._admit(run.scheduler.fill(0))
+        state = kept.device_rows.state(16)
+        run._step(state, 16)  # which makes its buffers
+        with Launches() as launches:
+            run._step(state, 16)
+    assert launches.names.count("megarlx::merge_attention") == stage.config.layers
+    assert len(launches.names) <= 11 * stage.config.layers + 6 + 24

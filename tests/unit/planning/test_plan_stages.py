@@ -299,7 +299,7 @@ def test_the_papers_recipe_is_planned_over_its_trunk_and_fits(
     assert main(["plan", *words]) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["objectives"] == ["rl", "sft"]
-    # Keys and values of 256 sequences of 512 + 512 tokens, in pages of 256 and an idle one, in bf16.
+    # Keys and values of 256 sequences of 512 + 512 tokens, in pages of 256 and an idle one; bf16.
     assert values["configured"]["memory"]["kv_cache"] == 2 * 16 * (256 * 4 + 1) * 256 * 2048 * 2
     assert values["configured"]["fits"]
     assert values["generate_seconds"] > 0

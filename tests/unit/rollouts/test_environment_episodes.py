@@ -184,6 +184,20 @@ def test_lost_episodes_leave_the_others_as_they_were(misbehave: str) -> None:
         stop_if_too_many_failed(config.model_copy(update={"allowed_failures": 0.01}), found)
 
 
+def test_the_reason_that_is_told_is_of_an_episode_that_was_asked() -> None:
+    """Not of one that was no longer, though its number is lower."""
+    kinds = (("not_asked", "16 of the 16 episodes before it failed"), ("error", "the door jams"))
+    lost = [
+        Episode(0, number, (), False, None, Failure(kind, detail))  # type: ignore[arg-type]
+        for number, (kind, detail) in enumerate(kinds)
+    ]
+    config = EnvironmentConfig(function="shop")
+    with pytest.raises(BrokenEnvironment, match=r"The first \(error: the door jams\)"):
+        stop_if_too_many_failed(config, lost)
+    with pytest.raises(BrokenEnvironment, match=r"The first \(not_asked: 16 of"):
+        stop_if_too_many_failed(config, lost[:1])
+
+
 def test_samples_are_the_same_for_any_number_of_slots_and_workers() -> None:
     stage, found = model(), []
     for slots, workers in ((8, 0), (16, 0), (5, 2)):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -184,3 +186,10 @@ def test_a_variable_that_cannot_be_a_header_is_named_without_its_value(
         monkeypatch.setenv("JUDGE_TOKEN", value)
     with pytest.raises(ValueError, match=rf"Authorization is in \$JUDGE_TOKEN, which {wrong}$"):
         Judge("http://127.0.0.1:1", headers_from_env={"Authorization": "JUDGE_TOKEN"})
+
+
+def test_a_judge_that_is_down_is_named_with_its_address() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/judge"
+    with pytest.raises(OSError, match=rf"judge {re.escape(url)}: .*refused"):
+        Judge(url, retries=0)(SAMPLES)

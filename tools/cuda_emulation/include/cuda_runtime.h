@@ -41,6 +41,28 @@ template <class F>
 cudaError_t cudaFuncSetAttribute(F* kernel, cudaFuncAttribute, int value) {
   return static_cast<cudaError_t>(emulated::set_most_shared(emulated::address(kernel), value));
 }
+// Launches that may begin early (cuda/dependent.h) are rewritten; this is what their names need.
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 blocks, threads;
+  std::size_t shared_bytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+template <class F>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, F*);
+template <class F, class... Args>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t*, F*, const Args&...);
 inline cudaError_t cudaGetLastError() { return static_cast<cudaError_t>(emulated::take_error()); }
 inline const char* cudaGetErrorString(cudaError_t error) { return emulated::error_text(error); }
 
@@ -56,6 +78,18 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 template <class T>
 T __ldg(const T* p) {
   return *p;
+}
+template <class T>
+T __ldcs(const T* p) {
+  return *p;
+}
+// Byte i of the result is the byte of b:a that nibble i of the selector names.
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  const unsigned long long both = static_cast<unsigned long long>(b) << 32 | a;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i)
+    result |= static_cast<unsigned>(both >> 8 * (selector >> 4 * i & 7) & 0xFF) << 8 * i;
+  return result;
 }
 inline float __uint_as_float(unsigned bits) { return emulated::from_bits<float>(bits); }
 inline unsigned __float_as_uint(float x) { return static_cast<unsigned>(emulated::to_bits(x)); }

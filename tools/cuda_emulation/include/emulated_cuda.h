@@ -138,3 +138,47 @@ inline int __all_sync(unsigned mask, int p, EMULATED_PLACE) {
 inline void __syncwarp(unsigned mask = 0xffffffffu, EMULATED_PLACE) {
   ::emulated::exchange(mask, 0, -1, ::emulated::Meeting::kSync, line, file);
 }
+
+// PTX over several lanes, or in halves of a register.
+namespace emulated {
+inline void nothing() { maybe_yield(); }
+
+inline float of_bf16(unsigned bits) { return from_bits<float>(bits << 16); }
+inline unsigned to_bf16(float x) {
+  const unsigned bits = static_cast<unsigned>(to_bits(x));
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
+  return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+}
+inline unsigned fma_bf16x2(unsigned a, unsigned b, unsigned c) {
+  unsigned both = 0;
+  for (int shift = 0; shift < 32; shift += 16)
+    both |= to_bf16(__builtin_fmaf(of_bf16(a >> shift & 0xffff), of_bf16(b >> shift & 0xffff),
+                                   of_bf16(c >> shift & 0xffff)))
+            << shift;
+  return both;
+}
+
+// D [16, 8] += A [16, 16] B [16, 8]. Of lane 4 g + t are A's rows g (a0, a2) and g + 8 (a1, a3) at
+// columns 2 t (a0, a1) and 2 t + 8 (a2, a3), two in a register; B's column g at rows 2 t (b0) and
+// 2 t + 8 (b1); D's rows g (d0, d1) and g + 8 at columns 2 t and 2 t + 1.
+inline void mma_m16n8k16(float& d0, float& d1, float& d2, float& d3, unsigned a0, unsigned a1,
+                         unsigned a2, unsigned a3, unsigned b0, unsigned b1, EMULATED_PLACE) {
+  const unsigned a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
+  float* const d[4] = {&d0, &d1, &d2, &d3};
+  const int group = lane() / 4, t = lane() % 4;
+  float sums[4] = {d0, d1, d2, d3};
+  for (int other = 0; other < 4; ++other)
+    for (int part = 0; part < 2; ++part) {
+      unsigned left[2], right[2];
+      for (int i = 0; i < 2; ++i) {
+        left[i] = __shfl_sync(0xffffffffu, a[2 * part + i], 4 * group + other, 32, line, file);
+        right[i] =
+            __shfl_sync(0xffffffffu, b[part], 4 * (2 * t + i) + other, 32, line, file);
+      }
+      for (int i = 0; i < 4; ++i)
+        for (int shift = 0; shift < 32; shift += 16)
+          sums[i] += of_bf16(left[i / 2] >> shift & 0xffff) * of_bf16(right[i % 2] >> shift & 0xffff);
+    }
+  for (int i = 0; i < 4; ++i) *d[i] = sums[i];
+}
+}  // namespace emulated
