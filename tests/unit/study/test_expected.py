@@ -31,7 +31,7 @@ def change(path: Path, before: str, after: str) -> None:
         ("recipes/rl.toml", "steps = 80", "steps = 81"),
         ("recipes/sft_gold.toml", 'demonstrations = "all"', 'demonstrations = "one"'),
         ("recipes/parallel.toml", "weight.first = 0.5", "weight.first = 0.25"),
-        ("study_trunk.toml", "lr = 6e-3", "lr = 4e-3"),
+        ("study_trunk.toml", "lr = 4e-3", "lr = 6e-3"),
         ("study_trunk.toml", "fact_skew = 1.2", "fact_skew = 1.35"),
         ("study_trunk.toml", "samples = 32", "samples = 16"),
         ("study.toml", '"evaluation.every_steps" = 20', '"evaluation.every_steps" = 40'),
