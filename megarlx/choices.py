@@ -14,10 +14,15 @@ Attention = Literal["cudnn", "flash", "sdpa", "blocks"]
 Served = Literal["window", "cap", "grouped", "cached"]
 SERVES: dict[Attention, tuple[Served, ...]] = {
     "cudnn": ("grouped",),
-    "flash": ("grouped", "cached"),
+    "flash": ("window", "cap", "grouped", "cached"),
     "sdpa": ("grouped", "cached"),
     "blocks": ("window", "cap", "grouped", "cached"),
 }
+# The flash-attn that torch brings, and what some versions lack of it: 4 has no backward of
+# soft-caps over packed documents.
+OF_TORCH = "2 of torch"
+TORCH_WITH_FLASH = (2, 12)  # the first; before, its packed function has no grouped heads
+FLASH_LACKS: dict[str, tuple[Served, ...]] = {"4": ("cap",), OF_TORCH: ("cap", "cached")}
 
 # Prompt tokens of one prefill: on a CPU two short prompts fill the caches; on a GPU so few are over
 # before the next kernel is launched.
@@ -84,6 +89,12 @@ class Choice:
         return f"{self.value}: {self.why}"
 
 
+def flash_of(torch_version: str) -> str:
+    """The flash-attn that this torch brings; empty: none."""
+    major, minor, *_ = torch_version.split(".")
+    return OF_TORCH if (int(major), int(minor)) >= TORCH_WITH_FLASH else ""
+
+
 def choose_precision(machine: Machine) -> Choice:
     if not machine.gpu:
         return Choice("fp32", "this is a CPU")
@@ -124,22 +135,26 @@ def without_attention(kind: Attention, machine: Machine, needs: Needs) -> str:
         return f"{name}'s attention is for bf16, not {needs.precision}"
     if machine.capability < AMPERE:
         return f"{machine.gpu} is older than {name}'s attention"
+    lacks = FLASH_LACKS.get(package.version, ()) if kind == "flash" else ()
+    if without := sorted(needs.of_attention & set(lacks)):
+        return f"flash-attn {package.version} does not serve {', '.join(without)}"
     return package.lacks(name) or _unfit_head(kind, needs)
 
 
 def choose_attention(machine: Machine, needs: Needs) -> Choice:
     """The fastest that is here and serves the model: cuDNN through Transformer Engine, flash-attn,
     torch's SDPA, plain torch by blocks of queries."""
-    if why := unserved("sdpa", needs.of_attention):
-        return Choice("blocks", why)
+    unfit = unserved("sdpa", needs.of_attention)
     if not machine.gpu:
-        return Choice("sdpa", "this is a CPU")
+        return Choice("blocks", unfit) if unfit else Choice("sdpa", "this is a CPU")
     cudnn = without_attention("cudnn", machine, needs)
     if not cudnn:
         return Choice("cudnn", f"through Transformer Engine {machine.transformer_engine.version}")
     flash = without_attention("flash", machine, needs)
     if not flash:
         return Choice("flash", f"flash-attn {machine.flash_attention.version} is here; {cudnn}")
+    if unfit:
+        return Choice("blocks", f"{unfit}; {flash}")
     return Choice("sdpa", f"{cudnn}; {flash}")
 
 

@@ -78,7 +78,7 @@ class TrainingConfig(Section):
     )
     attention: Literal["auto", "cudnn", "flash", "sdpa", "blocks"] = Field(
         default="auto",
-        description="cudnn, flash (flash-attn), sdpa (torch's), blocks (for windows, caps); auto: "
+        description="cudnn, flash (flash-attn), sdpa (torch's), blocks (serves everything); auto: "
         "the first that serves",
     )
     fp8: Literal["none", "delayed", "current", "block", "mxfp8"] = Field(

@@ -17,6 +17,7 @@ from megarlx.choices import (
     choose_attention,
     choose_layers,
     choose_precision,
+    flash_of,
 )
 from megarlx.doctor.findings import Finding, pip_install, rebuild
 from megarlx.doctor.look import Look, installed_version, try_out
@@ -93,6 +94,7 @@ def _machine(looks: Mapping[str, Look], nvidia: Nvidia) -> Machine:
     gpu = nvidia.gpus[0]
     engine = looks["transformer_engine.pytorch"]
     flash = next((FLASH[name] for name in FLASH if looks[name].ok), "")
+    flash = flash or flash_of(looks["torch"].facts["version"])
     major, minor = gpu.capability
     return Machine(
         gpu.name,

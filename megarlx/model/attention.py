@@ -73,13 +73,13 @@ def _backend(kernel: Kernel, q: Tensor, needs: set[Served]) -> AttentionBackend:
     fast = flash() if kernel in ("auto", "flash") and half and q.is_cuda else None
     of_kind: dict[Kernel, tuple[AttentionBackend, ...]] = {
         "auto": (SDPA, BLOCKS),
-        "flash": (SDPA,),
+        "flash": (SDPA, BLOCKS),
         "sdpa": (SDPA,),
         "blocks": (BLOCKS,),
     }
     candidates = of_kind[kernel] if fast is None else (fast, *of_kind[kernel])
     for backend in candidates:
-        if needs <= set(backend.serves):
+        if needs <= set(backend.serves if "cached" in needs else backend.serves_packed):
             return backend
-    assert kernel != "auto"
+    assert kernel == "sdpa"  # all others end in what serves everything
     raise ValueError(f"attention: {unserved(kernel, needs)}")

@@ -22,7 +22,7 @@ from megarlx.model.kv_cache import LayerCache
 
 
 class _Blocks:
-    serves = SERVES["blocks"]
+    serves = serves_packed = SERVES["blocks"]
 
     def packed(
         self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, form: AttentionForm

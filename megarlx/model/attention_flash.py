@@ -1,4 +1,4 @@
-"""flash-attn 2, 3 or 4 behind one interface: CUDA in half precision.
+"""flash-attn 2, 3 or 4, or torch's own, behind one interface: CUDA in half precision.
 
 Its causal mask is aligned to the bottom right corner, SDPA's to the top left one.
 
@@ -14,12 +14,12 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from megarlx.choices import SERVES
+from megarlx.choices import FLASH_LACKS, SERVES, Served, flash_of
 from megarlx.model.attention_form import AttentionForm
 from megarlx.model.attention_sdpa import SDPA
 from megarlx.model.documents import Documents
@@ -124,10 +124,19 @@ def _splits(cache: LayerCache) -> int:
 class Flash:
     """An installed flash-attn: its packed function, and what reads a cache if it has it."""
 
-    version: int
+    version: int | str
     varlen: Callable[..., Tensor | tuple[Tensor, ...]]
     cached: Cached | None
-    serves = SERVES["flash"]
+
+    @property
+    def serves_packed(self) -> tuple[Served, ...]:
+        lacks = FLASH_LACKS.get(str(self.version), ())
+        return tuple(one for one in SERVES["flash"] if one not in lacks)
+
+    @property
+    def serves(self) -> tuple[Served, ...]:
+        """The parts of a cache know no window."""
+        return tuple(one for one in self.serves_packed if one not in ("window", "cap"))
 
     def packed(
         self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, form: AttentionForm
@@ -143,6 +152,7 @@ class Flash:
                 max_seqlen_k=documents.longest,
                 softmax_scale=form.scale,
                 causal=True,
+                **_limits(form),
             )
         )
 
@@ -177,12 +187,47 @@ class Flash:
         )
 
 
+def _limits(form: AttentionForm) -> dict[str, Any]:
+    """A window counts the tokens before a token, not itself. Only what is asked for is named: old
+    versions have no soft-caps, and say "no window" in other ways."""
+    found: dict[str, Any] = {}
+    if form.window is not None:
+        found["window_size"] = (form.window - 1, 0)
+    if form.cap is not None:
+        found["softcap"] = form.cap
+    return found
+
+
 def _first(out: Tensor | tuple[Tensor, ...]) -> Tensor:
     """flash-attn 3 (some builds) and 4 return (output, log-sum-exp)."""
     return out if isinstance(out, Tensor) else out[0]
 
 
-def flash_version() -> int | None:
+def varlen_of_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: Literal[True],
+    window_size: tuple[int, int] = (-1, 0),  # all before a token, nothing behind it
+) -> Tensor:
+    """torch's packed function in flash-attn's words."""
+    attend = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    out: Tensor = attend(
+        *(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
+        scale=softmax_scale,
+        window_size=window_size,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out
+
+
+def flash_version() -> int | str | None:
     """The flash-attn that half precision goes through on this machine's card."""
     found = flash()
     return None if found is None else found.version
@@ -216,4 +261,5 @@ def flash() -> Flash | None:
         return Flash(4, four.flash_attn_varlen_func, cached)
     if two is not None and major >= 8:
         return Flash(2, two.flash_attn_varlen_func, cached)
-    return None
+    of_torch = flash_of(torch.__version__)
+    return Flash(of_torch, varlen_of_torch, None) if of_torch and major >= 8 else None

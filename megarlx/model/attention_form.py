@@ -44,7 +44,12 @@ class AttentionBackend(Protocol):
     are in it already. What is not in `serves` is never asked for."""
 
     @property
-    def serves(self) -> Collection[Served]: ...
+    def serves(self) -> Collection[Served]:
+        """With a cache."""
+
+    @property
+    def serves_packed(self) -> Collection[Served]:
+        """Without one."""
 
     def packed(
         self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, form: AttentionForm

@@ -19,7 +19,7 @@ from megarlx.model.kv_cache import LayerCache
 
 
 class _Sdpa:
-    serves = SERVES["sdpa"]
+    serves = serves_packed = SERVES["sdpa"]
 
     def packed(
         self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, form: AttentionForm

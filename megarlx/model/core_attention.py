@@ -16,8 +16,8 @@ from megarlx.model.attention_form import AttentionForm
 from megarlx.model.documents import Documents
 from megarlx.model.kv_cache import LayerCache
 
-# cudnn: through Transformer Engine; flash: flash-attn; sdpa: torch's own; blocks: plain torch,
-# which alone has windows and soft-caps; auto: the fastest of the last three that serves the layer.
+# cudnn: through Transformer Engine; flash: flash-attn, or torch's; sdpa: torch's; blocks: plain
+# torch, which serves everything; auto: the fastest of the last three that serves the layer.
 AttentionKind = Literal["auto", "cudnn", "flash", "sdpa", "blocks"]
 
 

@@ -11,7 +11,8 @@ length rounded, so that few shapes come.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -82,8 +83,15 @@ class CapturedMicrobatches:
     def _capture(self, key: tuple[Any, ...], part: Microbatch, normalizer: Tensor) -> None:
         own, divisor = _copied(part), normalizer.clone()
         loss = partial(self.objective.fixed_shape_loss, normalizer=divisor)
+
+        def step() -> Results:
+            return self.pipeline.forward_backward([own], loss)
+
         try:
-            graph, results = captured(lambda: self.pipeline.forward_backward([own], loss))
+            step()  # what is made once may be waited for
+            with waits_refused(self.pipeline.device):
+                step()
+            graph, results = captured(step)
         except RuntimeError as error:  # the step does something that no graph can hold
             self.refused = f"capturing failed: {str(error).strip().splitlines()[0]}"
             return
@@ -106,6 +114,20 @@ class CapturedMicrobatches:
             total.losses += found.losses
             total.outputs += found.outputs
         return total
+
+
+@contextmanager
+def waits_refused(device: torch.device) -> Iterator[None]:
+    """Inside, the host may not wait for the device: that would spoil a capture half-way."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 @dataclass(frozen=True)

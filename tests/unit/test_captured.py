@@ -6,7 +6,8 @@ and wrote, and asked for again: whatever the host decided is fixed, as on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -261,6 +262,31 @@ def test_a_step_that_cannot_be_captured_runs_as_ever_and_says_why(
     assert_same_state(refused, without)
     why = "capturing failed: operation not permitted when stream is capturing"
     assert refused.notices == [f"a: no more CUDA graphs, since {why}"]
+
+
+def test_a_step_that_waits_for_the_device_is_found_before_it_is_captured(
+    graphs: Graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes = ["as it was"]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    with captured.waits_refused(torch.device("cpu")):
+        assert modes == ["as it was"]
+    with pytest.raises(RuntimeError), captured.waits_refused(torch.device("cuda")):
+        assert modes[-1] == "error"
+        raise RuntimeError("called a synchronizing CUDA operation")
+    assert modes[-1] == "as it was"
+
+    @contextmanager
+    def refusing(device: torch.device) -> Iterator[None]:
+        raise RuntimeError("called a synchronizing CUDA operation")
+        yield
+
+    monkeypatch.setattr(captured, "waits_refused", refusing)
+    refused, without = trainer_of(), trainer_of(below=0)
+    assert run(refused, 2) == run(without, 2)
+    assert graphs.made == 0
+    assert "called a synchronizing CUDA operation" in refused.notices[0]
 
 
 class OfItsOwn(Supervised):
