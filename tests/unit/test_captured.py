@@ -272,9 +272,14 @@ def test_a_step_that_waits_for_the_device_is_found_before_it_is_captured(
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
     with captured.waits_refused(torch.device("cpu")):
         assert modes == ["as it was"]
-    with pytest.raises(RuntimeError), captured.waits_refused(torch.device("cuda")):
-        assert modes[-1] == "error"
-        raise RuntimeError("called a synchronizing CUDA operation")
+
+    def waiting() -> None:
+        with captured.waits_refused(torch.device("cuda")):
+            assert modes[-1] == "error"
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    with pytest.raises(RuntimeError):
+        waiting()
     assert modes[-1] == "as it was"
 
     @contextmanager
