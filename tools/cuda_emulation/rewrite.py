@@ -17,7 +17,13 @@ from pathlib import Path
 NAMESPACE = "megarlx_emulated"
 
 # PTX instructions and the functions of emulated_cuda.h that stand for them. It grows with csrc.
-PTX = {"ex2.approx.ftz.f32": "ex2_approx_ftz", "max.NaN.f32": "max_nan"}
+PTX = {
+    "ex2.approx.ftz.f32": "ex2_approx_ftz",
+    "max.NaN.f32": "max_nan",
+    "max.NaN.bf16x2": "max_nan_bf16x2",
+    "max.bf16x2": "max_bf16x2",
+    "cvt.rn.bf16x2.f32": "to_bf16x2",
+}
 
 # Bindings without a CUDA half.
 CPU_ONLY = {"decode.cpp"}
