@@ -1,79 +1,83 @@
 // Sampling on a GPU; the formulas, and the order of every sum that decides a token, are those of
-// math/sample.h and equal the CPU's bit for bit. (The model's mass at a temperature other than 1 is
-// summed with the hardware's exp2: it decides no token.)
+// math/sample.h and equal the CPU's bit for bit. (Masses are summed with the hardware's exp2: they
+// decide no token.)
 //
-//     tile_kernel<kPlain>    reads each logit once; a Partial for each group of tiles
-//     finish_kernel          a warp a row: merges the groups, draws inside the winning tile
-// With filters, before finish_kernel and in place of kPlain (sample_filters.cu):
-//     tile_kernel<kMeasure>  each tile's largest logit, and the row's masses
-//     threshold_kernel       a block a row: all filters as one threshold on the logit
-//     tile_kernel<kDraw>     the draw among what is kept; tiles with nothing kept are not read
+//     tile_kernel       a warp for 32 tiles: reads each logit once; their mass, a score for each
+//     finish_kernel     a warp a row: adds the masses, draws
+//     filtered_kernel   with filters, in place of both: a block a row (sample_filters.cu)
 #include "cuda/sample_tiles.h"
 
 namespace megarlx::cuda {
 namespace {
 
+constexpr int kWarps = 4;  // a block of the tile and finish kernels
+
+template <class T, bool kAligned>
+__global__ void __launch_bounds__(32 * kWarps, 8)
+    tile_kernel(SampleArgs args, SampleWorkspace work, int tiles, int groups) {
+  const std::int64_t warp = static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  const std::int64_t row = warp / groups;
+  if (row >= args.rows) return;  // whole warps only
+  const RowInMemory<T, kAligned> logits{static_cast<const T*>(args.logits) + row * args.row_stride,
+                                        args.columns};
+  const Scale scale = row_scale(args, row);
+  const TileOfLane mine = group_of_tiles<Sum::kFast, false, true>(
+      logits, static_cast<int>(warp % groups), tiles, scale, kMinusInfinity, nullptr);
+  Mass model, sampled;
+  model.clear();
+  sampled.clear();
+  if (mine.tile < tiles) {
+    float score = kMinusInfinity;
+    if (mine.largest > kMinusInfinity) {
+      const float model_c = scale_of(1.0f).c;
+      model.add_tile(mass_base<Sum::kFast>(mine.largest, model_c), mine.model_sum);
+      if (!scale.is_model) sampled.add_tile(mass_base<Sum::kFast>(mine.largest, scale.c), mine.sum);
+      const std::int64_t tile = args.first_id / kTile + mine.tile;
+      score =
+          fast_score(mine.largest, mine.sum, scale, tile_noise(row_noise(args, row), tile).low());
+    }
+    work.tile_score[row * tiles + mine.tile] = score;
+  }
+  const bool invalid = __any_sync(kAll, mine.tile < tiles && !(mine.largest < kInfinity));
+  model = warp_sum(model);
+  if (!scale.is_model) sampled = warp_sum(sampled);
+  if (threadIdx.x % 32 != 0) return;
+  Partial& out = work.groups[warp];
+  out.invalid = invalid;
+  out.model = model;
+  out.sampled = sampled;
+}
+
 template <class T>
 __global__ void __launch_bounds__(32 * kWarps, 1)
-    finish_kernel(SampleArgs args, SampleWorkspace work, int groups, bool filtered) {
+    finish_kernel(SampleArgs args, SampleWorkspace work, int tiles, int groups) {
   const int lane = threadIdx.x % 32;
   const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (row >= args.rows) return;
   const Scale scale = row_scale(args, row);
   Partial p;
   p.clear();
-  for (int group = lane; group < groups; group += 32) p.merge(work.groups[row * groups + group]);
-  p = warp_merge(p);
-  p.invalid |= !scale.valid;
-  if (!p.invalid && p.token >= 0) {
-    // p.token is the winning tile's first id, p.logit its largest logit.
-    const T* logits = static_cast<const T*>(args.logits) + row * args.row_stride;
-    const float threshold = filtered ? work.threshold[row] : kMinusInfinity;
-    const float largest = static_cast<float>(p.logit);
-    float x[4];
-    std::int64_t w[4], own = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const std::int64_t id = p.token - args.first_id + 4 * lane + i;
-      x[i] = id < args.columns ? as_float(logits[id]) : kMinusInfinity;
-      if (x[i] < threshold) x[i] = kMinusInfinity;
-      w[i] = scale.greedy ? x[i] == largest
-                          : integer_weight(weight(x[i] - largest, scale.c, scale.floor));
-      own += w[i];
-    }
-    std::int64_t through = own;  // of this lane and those below it
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const std::int64_t below = __shfl_up_sync(kAll, static_cast<long long>(through), distance);
-      if (lane >= distance) through += below;
-    }
-    const std::int64_t total = __shfl_sync(kAll, static_cast<long long>(through), 31);
-    const std::uint64_t noise = tile_noise(row_noise(args, row), p.token / kTile).high();
-    const std::int64_t target = scale.greedy ? 0 : inversion_target(noise, total);
-    const int winner = __ffs(__ballot_sync(kAll, through > target)) - 1;
-    std::int64_t left = target - (through - own);
-    int chosen = 0;
-    float logit = x[0];
-#pragma unroll
-    for (int i = 0; i < 3; ++i) {  // in the winning lane, 0 <= left < own
-      if (chosen == i && left >= w[i]) {
-        left -= w[i];
-        chosen = i + 1;
-        logit = x[i + 1];
-      }
-    }
-    p.token += 4 * winner + __shfl_sync(kAll, chosen, winner);
-    p.logit = static_cast<double>(__shfl_sync(kAll, logit, winner));
+  for (int group = lane; group < groups; group += 32) {
+    const Partial& part = work.groups[row * groups + group];
+    p.invalid |= part.invalid;
+    p.model.add(part.model);
+    p.sampled.add(part.sampled);
+  }
+  p.invalid = __any_sync(kAll, p.invalid != 0 || !scale.valid);
+  p.model = warp_sum(p.model);
+  p.sampled = warp_sum(p.sampled);
+  if (!p.invalid) {
+    const RowInMemory<T, false> logits{static_cast<const T*>(args.logits) + row * args.row_stride,
+                                       args.columns};
+    draw_of_row(logits, work.tile_score + row * tiles, tiles, kMinusInfinity, scale,
+                row_noise(args, row), args.first_id / kTile, p);
   }
   if (lane != 0) return;
   if (args.partials) {
     args.partials[row] = p;
     return;
   }
-  const Drawn drawn = finish(p, scale, scale.is_model && !filtered);
-  args.token[row] = drawn.token;
-  args.logprob[row] = drawn.logprob;
-  args.sampled_logprob[row] = drawn.sampled_logprob;
+  store_drawn(args, row, finish(p, scale, scale.is_model));
 }
 
 __global__ void combine_kernel(SampleArgs args, const Partial* partials, std::int64_t shards) {
@@ -83,37 +87,42 @@ __global__ void combine_kernel(SampleArgs args, const Partial* partials, std::in
   for (std::int64_t shard = 1; shard < shards; ++shard)
     all.merge(partials[shard * args.rows + row]);
   const Scale scale = row_scale(args, row);
-  const Drawn drawn = finish(all, scale, scale.is_model);
-  args.token[row] = drawn.token;
-  args.logprob[row] = drawn.logprob;
-  args.sampled_logprob[row] = drawn.sampled_logprob;
+  store_drawn(args, row, finish(all, scale, scale.is_model));
 }
 
 template <class T>
 void launch(const SampleArgs& args, const SampleWorkspace& work, cudaStream_t stream) {
-  const bool filtered = is_filtered(args);
-  if (filtered) {
-    sample_filtered(args, work, stream);
-  } else {
-    launch_tiles<T, Mode::kPlain>(args, work, stream);
-  }
-  const auto blocks = static_cast<unsigned>((args.rows + kWarps - 1) / kWarps);
-  finish_kernel<T><<<blocks, 32 * kWarps, 0, stream>>>(args, work, groups_of(args), filtered);
+  const int tiles = tiles_of(args), groups = groups_of(args);
+  const auto blocks_of = [](std::int64_t warps) {
+    return static_cast<unsigned>((warps + kWarps - 1) / kWarps);
+  };
+  const unsigned blocks = blocks_of(args.rows * groups);
+  if (groups > 0 && is_aligned<T>(args))
+    tile_kernel<T, true><<<blocks, 32 * kWarps, 0, stream>>>(args, work, tiles, groups);
+  else if (groups > 0)
+    tile_kernel<T, false><<<blocks, 32 * kWarps, 0, stream>>>(args, work, tiles, groups);
+  finish_kernel<T><<<blocks_of(args.rows), 32 * kWarps, 0, stream>>>(args, work, tiles, groups);
 }
+
+bool is_filtered(const SampleArgs& args) { return args.top_k || args.top_p || args.min_p; }
 
 }  // namespace
 
 std::int64_t sample_workspace_bytes(const SampleArgs& args) {
-  const std::int64_t groups = args.rows * groups_of(args) * std::int64_t{sizeof(Partial)};
-  if (!is_filtered(args)) return groups;
-  return groups + args.rows * (std::int64_t{tiles_of(args)} + 1) * std::int64_t{sizeof(float)};
+  const std::int64_t floats =
+      args.rows * std::int64_t{tiles_of(args)} * std::int64_t{sizeof(float)};
+  if (is_filtered(args)) return 3 * floats;
+  return floats + args.rows * groups_of(args) * std::int64_t{sizeof(Partial)};
 }
 
 void sample(const SampleArgs& args, void* workspace, cudaStream_t stream) {
-  SampleWorkspace work;
+  SampleWorkspace work{};
+  if (is_filtered(args)) {
+    work.tile_score = static_cast<float*>(workspace);
+    return sample_filtered(args, work, stream);
+  }
   work.groups = static_cast<Partial*>(workspace);
-  work.tile_largest = reinterpret_cast<float*>(work.groups + args.rows * groups_of(args));
-  work.threshold = work.tile_largest + args.rows * tiles_of(args);
+  work.tile_score = reinterpret_cast<float*>(work.groups + args.rows * groups_of(args));
   if (args.dtype == Dtype::kBFloat16)
     launch<__nv_bfloat16>(args, work, stream);
   else

@@ -1,218 +1,200 @@
-// The filters of sampling: top-k, top-p and min-p of a row as one threshold on its logits, found by
-// histograms of exact integer weights, and the draw among the ids at or above it.
-#include "cuda/sample_tiles.h"
-#include "math/sample_filters.h"
+// Sampling with filters: a block a row, which is read from memory once. As many of its tiles as fit
+// stay in shared memory; the others are read again from the L2 cache. Three walks over it:
+//     masses and tiles' largest logits; the threshold that all filters come to
+//     (sample_threshold.h); scores of the tiles that keep something, and the draw.
+#include <algorithm>
+
+#include "cuda/sample_threshold.h"
 
 namespace megarlx::cuda {
 namespace {
 
-constexpr int kThresholdThreads = 256;
-constexpr int kBins = 2048;
+constexpr int kReservedBytes = 24 << 10;  // of shared memory: bins, sums
+// Of a mass of fast sums against one of exact ones: 2^-18 of it are what roundings come to.
+constexpr double kFastIsOff = 0x1p-17;
 
-// One row, worked on by a block.
-template <class T>
-struct RowFilter {
-  const SampleArgs& args;
-  const T* logits;
-  const float* tile_largest;
-  int tiles;
+// What the threads of a block know of their row, added up.
+struct RowMasses {
+  Mass model, sampled;
+  bool invalid;
   float largest;
-  Scale scale;
-  unsigned long long* bins;     // shared, [kBins]
-  unsigned long long* scratch;  // shared, [32]
-
-  // Calls f(key, logit) for every finite logit at least `bound`.
-  template <class F>
-  __device__ void each(float bound, F f) const {
-    for (int tile = threadIdx.x / 32; tile < tiles; tile += kThresholdThreads / 32) {
-      const float most = tile_largest[tile];
-      if (most == kMinusInfinity || most < bound) continue;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const std::int64_t id = static_cast<std::int64_t>(tile) * kTile + 32 * i + threadIdx.x % 32;
-        const float x = id < args.columns ? as_float(logits[id]) : kMinusInfinity;
-        if (x > kMinusInfinity && x >= bound) f(ordered_key(x), x);
-      }
-    }
-  }
-
-  __device__ unsigned long long block_sum(unsigned long long v) const {
-#pragma unroll
-    for (int mask = 16; mask > 0; mask /= 2) v += __shfl_xor_sync(kAll, v, mask);
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
-    __syncthreads();
-    v = 0;
-    for (int i = 0; i < kThresholdThreads / 32; ++i) v += scratch[i];
-    return v;
-  }
-
-  __device__ unsigned long long mass_from(float bound) const {
-    unsigned long long sum = 0;
-    each(bound, [&](std::uint32_t, float x) { sum += filter_weight(x, largest, scale); });
-    return block_sum(sum);
-  }
-
-  // The k-th largest of the tiles' largest logits, by halving the range of keys.
-  __device__ float kth_tile(std::int64_t k) const {
-    std::uint32_t low = 0, high = ordered_key(largest);
-    while (low < high) {
-      const std::uint32_t middle = low + (high - low) / 2 + 1;
-      unsigned long long count = 0;
-      for (int t = threadIdx.x; t < tiles; t += kThresholdThreads)
-        count += ordered_key(tile_largest[t]) >= middle;
-      if (block_sum(count) >= static_cast<unsigned long long>(k))
-        low = middle;
-      else
-        high = middle - 1;
-    }
-    const float x = from_ordered_key(low);
-    return x == x ? x : kMinusInfinity;
-  }
-
-  // The largest key such that the weights (or the count) of the keys from it upwards reach
-  // `target`: histograms of 2048 equal steps, each time over the one step that holds the answer.
-  __device__ std::uint32_t descend(float bound, bool by_weight, unsigned long long target) const {
-    constexpr int kOwn = kBins / kThresholdThreads;  // bins of a thread
-    std::uint32_t low = ordered_key(bound > -3.4028235e38f ? bound : -3.4028235e38f);
-    std::uint32_t high = ordered_key(largest);
-    unsigned long long above = 0;
-    if (target < 1) target = 1;
-    while (low < high) {
-      int shift = 0;
-      while (((high - low) >> shift) >= kBins) ++shift;
-      for (int i = threadIdx.x; i < kBins; i += kThresholdThreads) bins[i] = 0;
-      __syncthreads();
-      each(from_ordered_key(low), [&](std::uint32_t key, float x) {
-        if (key < low || key > high) return;
-        atomicAdd(
-            bins + ((key - low) >> shift),
-            by_weight ? static_cast<unsigned long long>(filter_weight(x, largest, scale)) : 1ull);
-      });
-      __syncthreads();
-      // Thread t owns bins [last - kOwn + 1, last], counted from the top.
-      const int last = kBins - 1 - kOwn * static_cast<int>(threadIdx.x);
-      unsigned long long own = 0;
-#pragma unroll
-      for (int i = 0; i < kOwn; ++i) own += bins[last - i];
-      unsigned long long through = own;
-      const int lane = threadIdx.x % 32;
-#pragma unroll
-      for (int distance = 1; distance < 32; distance *= 2) {
-        const unsigned long long before = __shfl_up_sync(kAll, through, distance);
-        if (lane >= distance) through += before;
-      }
-      if (lane == 31) scratch[threadIdx.x / 32] = through;
-      __syncthreads();
-      for (int i = 0; i < static_cast<int>(threadIdx.x) / 32; ++i) through += scratch[i];
-      __syncthreads();
-      if (threadIdx.x == 0) {
-        scratch[0] = 0;  // the bin, and what lies above it, where the target is never reached
-        scratch[1] = above;
-      }
-      __syncthreads();
-      unsigned long long sum = above + through - own;
-      if (sum < target && above + through >= target) {  // one thread
-        int bin = last;
-        while (sum + bins[bin] < target) sum += bins[bin--];
-        scratch[0] = bin;
-        scratch[1] = sum;
-      }
-      __syncthreads();
-      const std::uint32_t first = low + (static_cast<std::uint32_t>(scratch[0]) << shift);
-      above = scratch[1];
-      const std::uint64_t end =
-          static_cast<std::uint64_t>(first) + ((std::uint64_t{1} << shift) - 1);
-      high = end < high ? static_cast<std::uint32_t>(end) : high;
-      low = first;
-      __syncthreads();
-    }
-    return low;
-  }
 };
 
-template <class T>
-__global__ void __launch_bounds__(kThresholdThreads, 1)
-    threshold_kernel(SampleArgs args, SampleWorkspace work, int tiles, int groups) {
-  __shared__ unsigned long long bins[kBins];
-  __shared__ unsigned long long scratch[32];
-  __shared__ float shared_largest;
-  __shared__ double shared_total;
-  __shared__ bool stop;
-  const std::int64_t row = blockIdx.x;
-  const Scale scale = row_scale(args, row);
-  const float p = args.top_p ? args.top_p[row * args.top_p_stride] : 1.0f;
-  const float* tile_largest = work.tile_largest + row * tiles;
+__device__ __forceinline__ RowMasses no_masses() {
+  RowMasses none;
+  none.model.clear();
+  none.sampled.clear();
+  none.invalid = false;
+  none.largest = kMinusInfinity;
+  return none;
+}
 
+// Behind a barrier on both sides.
+__device__ void add_over_block(RowMasses mine, RowMasses& whole) {
+  __shared__ RowMasses of_warp[kRowWarps];
+  const int lane = threadIdx.x % 32;
+  const auto of_warp_of = [](const RowMasses& some) {
+    return RowMasses{warp_sum(some.model), warp_sum(some.sampled),
+                     __any_sync(kAll, some.invalid) != 0, warp_largest(some.largest)};
+  };
+  mine = of_warp_of(mine);
+  __syncthreads();
+  if (lane == 0) of_warp[threadIdx.x / 32] = mine;
+  __syncthreads();
   if (threadIdx.x < 32) {
-    Partial whole;
-    whole.clear();
-    for (int g = threadIdx.x; g < groups; g += 32) whole.merge(work.groups[row * groups + g]);
-    whole = warp_merge(whole);
-    float largest = kMinusInfinity;
-    for (int t = threadIdx.x; t < tiles; t += 32) largest = fmaxf(largest, tile_largest[t]);
-#pragma unroll
-    for (int mask = 16; mask > 0; mask /= 2)
-      largest = fmaxf(largest, __shfl_xor_sync(kAll, largest, mask));
-    if (threadIdx.x == 0) {
-      shared_largest = largest;
-      stop = whole.invalid || !scale.valid || scale.greedy || largest == kMinusInfinity;
-      const double mass = scale.is_model ? whole.model.log2() : whole.sampled.log2();
-      shared_total = stop ? 0.0 : exp2_of_double(mass - clamped_base(largest, scale.c));
-    }
+    mine = of_warp_of(lane < kRowWarps ? of_warp[lane] : no_masses());
+    if (lane == 0) whole = mine;
   }
   __syncthreads();
-  if (stop) {
-    if (threadIdx.x == 0) work.threshold[row] = kMinusInfinity;
-    return;
+}
+
+// Of each tile of a row. `score` is the sum at temperature 1 until there is one.
+struct TileNumbers {
+  float *largest, *sum, *score;
+};
+
+// A thread's tiles, before any filter.
+template <Sum kSum>
+__device__ __forceinline__ RowMasses row_masses(const Scale& scale, int tiles,
+                                                const TileNumbers& of) {
+  RowMasses mine = no_masses();
+  const float model_c = scale_of(1.0f).c;
+  for (int tile = threadIdx.x; tile < tiles; tile += kRowThreads) {
+    const float largest = of.largest[tile];
+    mine.invalid |= !(largest < kInfinity);
+    mine.largest = fmaxf(mine.largest, largest);
+    if (!(largest > kMinusInfinity)) continue;
+    mine.sampled.add_tile(mass_base<kSum>(largest, scale.c), of.sum[tile]);
+    if (!scale.is_model)
+      mine.model.add_tile(mass_base<Sum::kFast>(largest, model_c), of.score[tile]);
   }
-  const float largest = shared_largest;
-  const double total = shared_total;
-  const RowFilter<T> filter{
-      args,         static_cast<const T*>(args.logits) + row * args.row_stride,
-      tile_largest, tiles,
-      largest,      scale,
-      bins,         scratch};
-  const std::int64_t k = args.top_k ? args.top_k[row * args.top_k_stride] : 0;
-  const bool by_k = k > 0 && k < args.columns;
-  const bool by_p = p < 1.0f;
-  float threshold = args.min_p
-                        ? min_p_threshold(args.min_p[row * args.min_p_stride], largest, scale)
-                        : kMinusInfinity;
-  float bound = kMinusInfinity;
-  double mass = total * static_cast<double>(kFilterUnit);
-  if (by_k) {
-    if (k <= tiles) bound = filter.kth_tile(k);
-    bound = from_ordered_key(filter.descend(bound, false, static_cast<unsigned long long>(k)));
-    threshold = fmaxf(threshold, bound);
-    if (by_p) mass = static_cast<double>(filter.mass_from(bound));
-  } else if (by_p) {
-    bound = top_p_lower_bound(p, total, args.columns, largest, scale);
+  return mine;
+}
+
+// Reads the row for these numbers of its tiles.
+template <Sum kSum, class T, bool kAligned>
+__device__ __forceinline__ void read_row(const KeptRow<T, kAligned>& logits, int tiles,
+                                         const Scale& scale, const TileNumbers& of) {
+  constexpr bool kAhead = kAligned && sizeof(T) == 2 && kSum == Sum::kFast;
+  const auto read_and_keep = [&](int tile, int q) { return logits.read_and_keep(tile, q); };
+  for (int group = threadIdx.x / 32; group * kTilesInGroup < tiles; group += kRowWarps) {
+    const TileOfLane mine = group_of_tiles<kSum, false, kAhead>(read_and_keep, group, tiles, scale,
+                                                                kMinusInfinity, nullptr);
+    if (mine.tile >= tiles) continue;
+    of.largest[mine.tile] = mine.largest;
+    of.sum[mine.tile] = mine.sum;
+    of.score[mine.tile] = mine.model_sum;
   }
-  if (by_p) {
-    const double target = ::ceil((p > 0.0f ? static_cast<double>(p) : 0.0) * mass);
-    threshold = fmaxf(threshold, from_ordered_key(filter.descend(
-                                     bound, true, static_cast<unsigned long long>(target))));
+  __syncthreads();
+}
+
+// Of what is kept: scores, and the mass of a thread's tiles.
+__device__ __forceinline__ RowMasses scored(const SampleArgs& args, std::int64_t row, int tiles,
+                                            const TileNumbers& of) {
+  RowMasses mine = no_masses();
+  const Scale scale = row_scale(args, row);
+  for (int tile = threadIdx.x; tile < tiles; tile += kRowThreads) {
+    const float largest = of.largest[tile], sum = of.sum[tile];
+    float score = kMinusInfinity;
+    if (sum > 0.0f) {
+      mine.sampled.add_tile(mass_base<Sum::kFast>(largest, scale.c), sum);
+      score = fast_score(largest, sum, scale, tile_noise(row_noise(args, row), tile).low());
+    }
+    of.score[tile] = score;
   }
-  if (threadIdx.x == 0) work.threshold[row] = threshold;
+  return mine;
+}
+
+// In units of the largest weight.
+__device__ __forceinline__ double total_of(const RowMasses& masses, const Scale& scale) {
+  return exp2_of_double(masses.sampled.log2() - clamped_base(masses.largest, scale.c));
+}
+
+template <class T, bool kAligned>
+__global__ void __launch_bounds__(kRowThreads, 1)
+    filtered_kernel(SampleArgs args, SampleWorkspace work, int tiles, int kept) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  __shared__ RowMasses whole;
+  __shared__ RowMasses sampled;
+  const std::int64_t row = blockIdx.x;
+  const int groups = (tiles + kTilesInGroup - 1) / kTilesInGroup, warp = threadIdx.x / 32;
+  const Scale scale = row_scale(args, row);
+  const std::int64_t numbers = args.rows * tiles;  // of one kind
+  float* const first = work.tile_score + row * tiles;
+  const TileNumbers of{first, first + numbers, first + 2 * numbers};
+  const RowInMemory<T, kAligned> in_memory{
+      static_cast<const T*>(args.logits) + row * args.row_stride, args.columns};
+  const KeptRow<T, kAligned> logits{in_memory, reinterpret_cast<typename TileIds<T>::P*>(shared),
+                                    kept};
+
+  read_row<Sum::kFast>(logits, tiles, scale, of);
+  add_over_block(row_masses<Sum::kFast>(scale, tiles, of), whole);
+  const bool broken = whole.invalid || !scale.valid || whole.largest == kMinusInfinity;
+  float threshold = kMinusInfinity;
+  if (!broken && !scale.greedy) {
+    const RowFilter<T, kAligned> filter{logits, of.largest, tiles, whole.largest, scale};
+    // In bf16 top-p hardly ever depends on the last bits of the mass, for which exact sums are
+    // made.
+    for (bool exact = false;; exact = true) {
+      const double total = total_of(exact ? sampled : whole, scale);
+      if (row_threshold(filter, args, row, total, exact ? 0.0 : kFastIsOff, threshold)) break;
+      read_row<Sum::kExact>(logits, tiles, scale, of);
+      add_over_block(row_masses<Sum::kExact>(scale, tiles, of), sampled);
+    }
+  }
+
+  if (!broken) {
+    for (int group = warp; group < groups; group += kRowWarps) {
+      const TileOfLane mine = group_of_tiles<Sum::kFast, true, false>(logits, group, tiles, scale,
+                                                                      threshold, of.largest);
+      const int tile = group * kTilesInGroup + threadIdx.x % 32;
+      if (tile < tiles) of.sum[tile] = 0.0f;
+      __syncwarp();
+      if (mine.tile < tiles && mine.largest > kMinusInfinity) of.sum[mine.tile] = mine.sum;
+    }
+    __syncthreads();
+    add_over_block(scored(args, row, tiles, of), sampled);  // behind it, every score is written
+  }
+  if (warp != 0) return;
+  const Scale again = row_scale(args, row);  // rather than kept in registers
+  Partial p;
+  p.clear();
+  p.invalid = broken;
+  if (!broken) draw_of_row(logits, of.score, tiles, threshold, again, row_noise(args, row), 0, p);
+  p.model = again.is_model ? whole.sampled : whole.model;
+  if (!broken) p.sampled = sampled.sampled;
+  if (threadIdx.x == 0) store_drawn(args, row, finish(p, again, false));
+}
+
+template <class T, bool kAligned>
+void launch_filtered(const SampleArgs& args, const SampleWorkspace& work, cudaStream_t stream) {
+  const int tiles = tiles_of(args);
+  int device = 0, most = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  constexpr int kTileBytes = kTile * sizeof(T);
+  const int kept = std::min(tiles, std::max(0, most - kReservedBytes) / kTileBytes);
+  const auto kernel = filtered_kernel<T, kAligned>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kept * kTileBytes);
+  kernel<<<static_cast<unsigned>(args.rows), kRowThreads, kept * kTileBytes, stream>>>(args, work,
+                                                                                       tiles, kept);
 }
 
 template <class T>
-void launch_filtered(const SampleArgs& args, const SampleWorkspace& work, cudaStream_t stream) {
-  launch_tiles<T, Mode::kMeasure>(args, work, stream);
-  threshold_kernel<T><<<static_cast<unsigned>(args.rows), kThresholdThreads, 0, stream>>>(
-      args, work, tiles_of(args), groups_of(args));
-  launch_tiles<T, Mode::kDraw>(args, work, stream);
+void launch_type(const SampleArgs& args, const SampleWorkspace& work, cudaStream_t stream) {
+  if (is_aligned<T>(args))
+    launch_filtered<T, true>(args, work, stream);
+  else
+    launch_filtered<T, false>(args, work, stream);
 }
 
 }  // namespace
 
-void sample_filtered(const sampling::SampleArgs& args, const SampleWorkspace& work,
-                     cudaStream_t stream) {
+void sample_filtered(const SampleArgs& args, const SampleWorkspace& work, cudaStream_t stream) {
   if (args.dtype == Dtype::kBFloat16)
-    launch_filtered<__nv_bfloat16>(args, work, stream);
+    launch_type<__nv_bfloat16>(args, work, stream);
   else
-    launch_filtered<float>(args, work, stream);
+    launch_type<float>(args, work, stream);
 }
 
 }  // namespace megarlx::cuda

@@ -1,159 +1,110 @@
 // Token loss on CUDA: one block a row. The row is read once for its sums, which also keeps as much
 // of it as fits in shared memory; the gradient is written from there, and from the L2 cache for
 // what did not fit. Sums are combined in a fixed order: a rerun is bit-identical.
-#include <cuda_bf16.h>
-#include <cuda_runtime.h>
-
+#include <algorithm>
 #include <type_traits>
 
 #include "cuda/launchers.h"
-#include "math/token_loss.h"
+#include "cuda/logit_packs.h"
 
 namespace megarlx::cuda {
 namespace {
 
-constexpr int kThreads = 512;
-constexpr int kWarps = kThreads / 32;
-constexpr int kUnroll = 4;              // vectors in flight for each thread
-constexpr int kCacheBytes = 100 << 10;  // of a row, in shared memory: two blocks an SM
+constexpr int kUnroll = 4;  // packs in flight for each thread
+constexpr unsigned kAll = 0xffffffffu;
+constexpr int kReservedBytes = 4096;  // of shared memory, for all but the cache
 
-template <typename T>
-struct Exponential;
+// Below any logit that counts, and finite: a row of -inf makes no inf - inf before its sum is 0.
+constexpr float kLeast = -1e30f;
 
-// Exponents are in units of log 2 for float, where the hardware has 2^x, and of 1 for double.
-template <>
-struct Exponential<float> {
-  static constexpr float kUnit = 0.693147180559945309f;
-  // Rounded by itself: fused into a difference, equal numbers would no longer be equal.
-  __device__ static float in_logarithms(float x) { return __fmul_rn(x, kUnit); }
-  __device__ static float of(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
+// Calls f(i, step, batch) for packs i, i + step, ... of [begin, end), which are in flight together.
+// Backwards, the last are the first: those the L2 cache still holds.
+template <int kThreads, bool kBackwards, typename P, typename F>
+__device__ __forceinline__ void each_batch(const P* packs, int begin, int end, const F& f) {
+  constexpr int kStep = kBackwards ? -kThreads : kThreads;
+  int left = end - begin - static_cast<int>(threadIdx.x);
+  int i = kBackwards ? begin + left - 1 : begin + static_cast<int>(threadIdx.x);
+  for (; left > (kUnroll - 1) * kThreads; left -= kUnroll * kThreads, i += kUnroll * kStep) {
+    P batch[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) batch[u] = packs[i + u * kStep];
+    f(i, kStep, batch);
   }
-  // Keeps a NaN, unlike fmaxf: a NaN logit must not vanish.
-  __device__ static float limit(float x) {
-    float y;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(static_cast<float>(kLowestExponent)));
-    return y;
-  }
-};
-
-template <>
-struct Exponential<double> {
-  static constexpr double kUnit = 1;
-  __device__ static double in_logarithms(double x) { return x; }
-  __device__ static double of(double x) { return exp(x); }
-  __device__ static double limit(double x) { return x < kLowestExponent ? kLowestExponent : x; }
-};
-
-__device__ __forceinline__ float widen(float x) { return x; }
-__device__ __forceinline__ double widen(double x) { return x; }
-__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-template <typename To, typename T>
-__device__ __forceinline__ To narrow(T x) {
-  if constexpr (std::is_same_v<To, __nv_bfloat16>) {
-    return __float2bfloat16_rn(x);
-  } else {
-    return x;
+  for (; left > 0; left -= kThreads, i += kStep) {
+    P batch[1] = {packs[i]};
+    f(i, kStep, batch);
   }
 }
-
-template <typename Logit, int Width>
-struct alignas(sizeof(Logit) * Width) Pack {
-  Logit lane[Width];
-};
 
 // Sums relative to a running maximum (in exponent units), over some of a row's logits.
 template <typename T>
 struct Running {
   T maximum, exp_sum, exp_z_sum;
+
+  __device__ __forceinline__ void raise(T top) {
+    using E = Exponential<T>;
+    const T step = E::at_least(maximum - top, T(kLowestExponent));
+    const T factor = E::of(step);
+    exp_z_sum = (exp_z_sum + exp_sum * step) * factor;
+    exp_sum *= factor;
+    maximum = top;
+  }
+
+  // One look at the maximum for all of them. No logit counts below `low`, which is finite in
+  // exponent units: one of -inf adds 0 and not 0 * inf.
+  template <typename Logit, int Width, int Count>
+  __device__ __forceinline__ void add(Pack<Logit, Width> (&packs)[Count], T scale,
+                                      const Pack<Logit, Width>& low) {
+    packs[0] = packs[0].template raised<T>(low);
+    Pack<Logit, Width> most = packs[0];
+#pragma unroll
+    for (int u = 1; u < Count; ++u) {
+      packs[u] = packs[u].template raised<T>(low);
+      most = most.template larger<T>(packs[u]);
+    }
+    const T top = largest<T>(most) * scale;
+    if (top > maximum) raise(top);
+#pragma unroll
+    for (int u = 0; u < Count; ++u) {
+      T x[Width];
+      packs[u].widened(x);
+#pragma unroll
+      for (int k = 0; k < Width; ++k) {
+        const T gap = x[k] * scale - maximum;
+        const T e = Exponential<T>::of(gap);
+        exp_sum += e;
+        exp_z_sum += e * gap;
+      }
+    }
+  }
 };
 
+// Over the lanes that have a number each; the same in all of them, but for the last bit of a sum.
 template <typename T>
-__device__ Running<T> merge(Running<T> a, Running<T> b) {
-  using E = Exponential<T>;
-  const T top = a.maximum > b.maximum ? a.maximum : b.maximum;
-  const T step_a = E::limit(a.maximum - top), step_b = E::limit(b.maximum - top);
-  const T factor_a = E::of(step_a), factor_b = E::of(step_b);
-  return {top, a.exp_sum * factor_a + b.exp_sum * factor_b,
-          (a.exp_z_sum + a.exp_sum * step_a) * factor_a +
-              (b.exp_z_sum + b.exp_sum * step_b) * factor_b};
+__device__ Running<T> warp_sums(Running<T> sums) {
+  T top = sums.maximum;
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2)
+    top = Exponential<T>::larger(top, __shfl_xor_sync(kAll, top, lanes));
+  sums.raise(top);
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    sums.exp_sum += __shfl_xor_sync(kAll, sums.exp_sum, lanes);
+    sums.exp_z_sum += __shfl_xor_sync(kAll, sums.exp_z_sum, lanes);
+  }
+  return sums;
 }
 
-template <typename T>
-__device__ T shuffled(T x, int offset) {
-  return __shfl_xor_sync(0xffffffffu, x, offset);
-}
-
-// Adds `count` values; one rescaling for all of them.
-template <typename T, int Count>
-__device__ __forceinline__ void add(Running<T>& sums, const T (&x)[Count], T scale) {
-  using E = Exponential<T>;
-  T top = x[0];
-#pragma unroll
-  for (int k = 1; k < Count; ++k) top = x[k] > top ? x[k] : top;
-  top *= scale;
-  if (top > sums.maximum) {
-    const T step = E::limit(sums.maximum - top);
-    const T factor = E::of(step);
-    sums.exp_z_sum = (sums.exp_z_sum + sums.exp_sum * step) * factor;
-    sums.exp_sum *= factor;
-    sums.maximum = top;
-  }
-#pragma unroll
-  for (int k = 0; k < Count; ++k) {
-    const T gap = E::limit(x[k] * scale - sums.maximum);
-    const T e = E::of(gap);
-    sums.exp_sum += e;
-    sums.exp_z_sum += e * gap;
-  }
-}
-
-// The sums of the whole row, in every thread. `cache` receives the first `cached` logits.
-template <typename T, typename Logit, int Width>
-__device__ RowSums<T> block_sums(const Logit* row, int valid, T scale, Logit* cache, int cached) {
-  using P = Pack<Logit, Width>;
-  // A finite start, so that a row of -inf makes no inf - inf before its sum is seen to be 0.
-  const T least = T(-1e30);
-  Running<T> sums{least, T(0), T(0)};
-  const int packs = valid / Width;
-  for (int first = threadIdx.x; first < packs; first += kThreads * kUnroll) {
-    P pack[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int i = first + u * kThreads;
-      if (i < packs) pack[u] = reinterpret_cast<const P*>(row)[i];
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int i = first + u * kThreads;
-      if (i >= packs) break;
-      if ((i + 1) * Width <= cached) reinterpret_cast<P*>(cache)[i] = pack[u];
-      T x[Width];
-#pragma unroll
-      for (int k = 0; k < Width; ++k) x[k] = widen(pack[u].lane[k]);
-      add(sums, x, scale);
-    }
-  }
-  for (int i = packs * Width + threadIdx.x; i < valid; i += kThreads) {
-    const T x[1] = {static_cast<T>(widen(row[i]))};
-    add(sums, x, scale);
-  }
-
-  __shared__ Running<T> of_warp[kWarps];
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) {
-    const Running<T> other{shuffled(sums.maximum, offset), shuffled(sums.exp_sum, offset),
-                           shuffled(sums.exp_z_sum, offset)};
-    sums = merge(sums, other);
-  }
-  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = sums;
+// What one thread adds up is a warp's, then the block's.
+template <int kThreads, typename T>
+__device__ RowSums<T> combined(Running<T> sums) {
+  __shared__ Running<T> of_warp[kThreads / 32];
+  sums = warp_sums(sums);
+  const int lane = threadIdx.x % 32;
+  if (lane == 0) of_warp[threadIdx.x / 32] = sums;
   __syncthreads();
-  sums = of_warp[0];
-#pragma unroll 1
-  for (int warp = 1; warp < kWarps; ++warp) sums = merge(sums, of_warp[warp]);
+  const Running<T> none{T(kLeast), T(0), T(0)};
+  sums = warp_sums(lane < kThreads / 32 ? of_warp[lane] : none);
   // The largest term is 1. Fused, its exponent is the rounding error of the maximum, and a sum just
   // below 1 would make log-probs above 0.
   if (sums.exp_sum > T(0.5) && sums.exp_sum < T(1)) sums.exp_sum = T(1);
@@ -161,54 +112,109 @@ __device__ RowSums<T> block_sums(const Logit* row, int valid, T scale, Logit* ca
           Exponential<T>::in_logarithms(sums.exp_z_sum), T(0)};
 }
 
-template <typename T, typename Logit, typename Gradient, int Width>
-__device__ void write_gradient(const Logit* row, Gradient* out, int valid, int columns, T scale,
-                               T maximum, const GradientTerms<T>& terms, int target_column,
-                               const Logit* cache, int cached) {
-  using E = Exponential<T>;
+// A row of logits and where its packs lie: the first `cached` in shared memory too, once read.
+template <typename T, typename Logit, int Width>
+struct Row {
   using P = Pack<Logit, Width>;
-  using G = Pack<Gradient, Width>;
-  const T top = maximum / E::kUnit;
-  const T flat = -terms.flat, slope = -terms.slope * E::kUnit;
-  const auto gradient = [&](Logit logit, int column) {
-    const T gap = E::limit(widen(logit) * scale - top);
-    const T value = E::of(gap) * (flat + slope * gap);
-    return narrow<Gradient>(column == target_column ? value + terms.at_target : value);
-  };
-  const int packs = valid / Width;
-  for (int first = threadIdx.x; first < packs; first += kThreads * kUnroll) {
-    P pack[kUnroll];
+  const Logit* logits;
+  int valid;
+  T scale;  // to exponent units
+  P* cache;
+  int cached;
+
+  __device__ __forceinline__ int packs() const { return valid / Width; }
+  __device__ __forceinline__ const P* wide() const { return reinterpret_cast<const P*>(logits); }
+  // The least logit, twice below what counts as a maximum.
+  __device__ __forceinline__ T low() const {
+    const T low = T(2) * T(kLeast) / (scale < T(0) ? -scale : scale);
+    return low < T(-3e38f) ? T(-3e38f) : low;
+  }
+
+  // In every thread.
+  template <int kThreads>
+  __device__ __forceinline__ RowSums<T> sums() const {
+    Running<T> sums{T(kLeast), T(0), T(0)};
+    const P low_pack = filled<Width, Logit>(low());
+    const int kept = std::min(cached, packs());
+    each_batch<kThreads, false>(wide(), 0, kept, [&](int i, int step, auto& batch) {
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int i = first + u * kThreads;
-      if (i < packs) {
-        pack[u] = (i + 1) * Width <= cached ? reinterpret_cast<const P*>(cache)[i]
-                                            : reinterpret_cast<const P*>(row)[i];
+      for (int u = 0; u < int(sizeof(batch) / sizeof(P)); ++u) cache[i + u * step] = batch[u];
+      sums.add(batch, scale, low_pack);
+    });
+    const auto add = [&](int, int, auto& batch) { sums.add(batch, scale, low_pack); };
+    each_batch<kThreads, false>(wide(), kept, packs(), add);
+    if constexpr (Width > 1) {
+      const auto one_low = filled<1, Logit>(low());
+      for (int i = packs() * Width + threadIdx.x; i < valid; i += kThreads) {
+        Pack<Logit, 1> one[1] = {{logits[i]}};
+        sums.add(one, scale, one_low);
       }
     }
+    return combined<kThreads>(sums);
+  }
+};
+
+// The gradient of some neighbours; kSloped: the row's slope is not 0.
+template <bool kSloped, typename T>
+struct GradientOf {
+  T scale, top, flat, slope;
+
+  __device__ __forceinline__ T operator()(T x) const {
+    const T gap = x * scale - top;
+    const T e = Exponential<T>::of(gap);
+    return kSloped ? e * (flat + slope * gap) : e * flat;
+  }
+  template <typename Gradient, typename Logit, int Width>
+  __device__ __forceinline__ Pack<Gradient, Width> of(Pack<Logit, Width> pack,
+                                                      const Pack<Logit, Width>& low) const {
+    if (kSloped) pack = pack.template raised<T>(low);
+    T x[Width];
+    pack.widened(x);
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int i = first + u * kThreads;
-      if (i >= packs) break;
-      G result;
+    for (int k = 0; k < Width; ++k) x[k] = (*this)(x[k]);
+    return Pack<Gradient, Width>::narrow(x);
+  }
+};
+
+template <int kThreads, typename Gradient, typename Logit, int Width, typename T, typename Of>
+__device__ __forceinline__ void write_gradient(const Row<T, Logit, Width>& row, Gradient* out,
+                                               const Of& gradient) {
+  using P = Pack<Logit, Width>;
+  using G = Pack<Gradient, Width>;
+  const P low = filled<Width, Logit>(row.low());
+  const auto write = [&](int i, int step, auto& batch) {
 #pragma unroll
-      for (int k = 0; k < Width; ++k) result.lane[k] = gradient(pack[u].lane[k], i * Width + k);
-      reinterpret_cast<G*>(out)[i] = result;
+    for (int u = 0; u < int(sizeof(batch) / sizeof(P)); ++u)
+      reinterpret_cast<G*>(out)[i + u * step] = gradient.template of<Gradient>(batch[u], low);
+  };
+  const int kept = std::min(row.cached, row.packs());
+  each_batch<kThreads, true>(row.wide(), kept, row.packs(), write);
+  each_batch<kThreads, false>(static_cast<const P*>(row.cache), 0, kept, write);
+  if constexpr (Width > 1) {
+    const auto one_low = filled<1, Logit>(row.low());
+    for (int i = row.packs() * Width + threadIdx.x; i < row.valid; i += kThreads) {
+      const Pack<Logit, 1> one{row.logits[i]};
+      out[i] = gradient.template of<Gradient>(one, one_low).lane[0];
     }
   }
-  for (int i = packs * Width + threadIdx.x; i < valid; i += kThreads) {
-    out[i] = gradient(row[i], i);
-  }
-  for (int i = valid + threadIdx.x; i < columns; i += kThreads) out[i] = narrow<Gradient>(T(0));
 }
 
-template <typename T, typename Logit, typename Gradient, int Width, LossStep step>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
+template <int kThreads, int Width, typename Gradient>
+__device__ void write_zeros(Gradient* out, int columns) {
+  using T = std::conditional_t<sizeof(Gradient) == 8, double, float>;
+  const auto zero = filled<Width, Gradient>(T(0));
+  for (int i = threadIdx.x; i < columns / Width; i += kThreads)
+    reinterpret_cast<Pack<Gradient, Width>*>(out)[i] = zero;
+  for (int i = columns / Width * Width + threadIdx.x; i < columns; i += kThreads)
+    out[i] = filled<1, Gradient>(T(0)).lane[0];
+}
+
+template <typename T, typename Logit, typename Gradient, int Width, LossStep step, int kThreads>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 || kThreads > 512 ? 1 : 2)
     token_loss_kernel(TokenLossArgs args, int cached) {
   extern __shared__ __align__(16) unsigned char shared[];
-  Logit* cache = reinterpret_cast<Logit*>(shared);
   const std::int64_t token = blockIdx.x;
-  const Logit* row = static_cast<const Logit*>(args.logits) + token * args.logits_stride;
+  const Logit* logits = static_cast<const Logit*>(args.logits) + token * args.logits_stride;
   Gradient* out = args.gradient == nullptr || step == LossStep::kSums
                       ? nullptr
                       : static_cast<Gradient*>(args.gradient) + token * args.gradient_stride;
@@ -223,26 +229,25 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
         store_terms(args, token, no_terms<T>());
       }
     }
-    if (out != nullptr) {
-      for (int i = threadIdx.x; i < columns; i += kThreads) out[i] = narrow<Gradient>(T(0));
-    }
+    if (out != nullptr) write_zeros<kThreads, Width>(out, columns);
     return;
   }
 
-  const T scale = T(1) / number<T>(args.temperature, 0);
-  const T scale_in_units = scale / Exponential<T>::kUnit;
+  using E = Exponential<T>;
+  const T scale = T(1) / number<T>(args.temperature, 0) / E::kUnit;
   const std::int64_t column = args.targets[token] - args.vocab_start;
   const bool owned = column >= 0 && column < valid;
+  // Read before any gradient is written: that may be in the same place.
+  const T target_logit = owned ? T(widen(logits[column])) : T(0);
+  const Row<T, Logit, Width> row{logits, valid, scale,
+                                 reinterpret_cast<Pack<Logit, Width>*>(shared), cached};
   RowSums<T> sums;
-  // Read before any gradient is written: that may be in the same place. Scaled as the maximum is,
-  // so that it is never above it.
-  const T target =
-      owned ? Exponential<T>::in_logarithms(widen(row[column]) * scale_in_units) : T(0);
   if constexpr (step == LossStep::kGradient) {
     sums = stored_sums<T>(args, token);
   } else {
-    sums = block_sums<T, Logit, Width>(row, valid, scale_in_units, cache, cached);
-    sums.target = is_outside(args, token) ? T(NAN) : target;
+    sums = row.template sums<kThreads>();
+    // Scaled as the maximum is, so that it is never above it.
+    sums.target = is_outside(args, token) ? T(NAN) : E::in_logarithms(target_logit * scale);
   }
   if constexpr (step == LossStep::kSums) {
     if (threadIdx.x == 0) store_sums(args, token, sums);
@@ -261,32 +266,51 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
   }
   __syncthreads();
   if (out == nullptr) return;
-  const int here = step == LossStep::kGradient ? 0 : cached;
-  write_gradient<T, Logit, Gradient, Width>(row, out, valid, columns, scale_in_units, sums.maximum,
-                                            terms, owned ? int(column) : -1, cache, here);
+  const T top = sums.maximum / E::kUnit, flat = -terms.flat, slope = -terms.slope * E::kUnit;
+  const GradientOf<true, T> sloped{scale, top, flat, slope};
+  if (slope == T(0))
+    write_gradient<kThreads>(row, out, GradientOf<false, T>{scale, top, flat, slope});
+  else
+    write_gradient<kThreads>(row, out, sloped);
+  for (int i = valid + threadIdx.x; i < columns; i += kThreads)
+    out[i] = filled<1, Gradient>(T(0)).lane[0];
+  if (!owned) return;
+  __syncthreads();
+  // Added before rounding to the gradient's own type: p near 1 would cancel badly.
+  if (threadIdx.x == 0) {
+    const T low = row.low(), x = target_logit < low ? low : target_logit;
+    const T sum[1] = {sloped(x) + terms.at_target};
+    out[column] = Pack<Gradient, 1>::narrow(sum).lane[0];
+  }
+}
+
+template <typename T, typename Logit, typename Gradient, int Width, LossStep step, int kThreads>
+void launch_block(const TokenLossArgs& args, std::int64_t cache_bytes, cudaStream_t stream) {
+  const auto kernel = token_loss_kernel<T, Logit, Gradient, Width, step, kThreads>;
+  if (cache_bytes > 0)
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                         static_cast<int>(cache_bytes));
+  const int cached = static_cast<int>(cache_bytes / (Width * sizeof(Logit)));
+  kernel<<<static_cast<unsigned>(args.tokens), kThreads, cache_bytes, stream>>>(args, cached);
 }
 
 template <typename T, typename Logit, typename Gradient, int Width, LossStep step>
 void launch_width(const TokenLossArgs& args, cudaStream_t stream) {
-  const auto kernel = token_loss_kernel<T, Logit, Gradient, Width, step>;
-  int cached = 0;
-  std::size_t bytes = 0;
-  if (step == LossStep::kWhole && args.gradient != nullptr) {
-    const std::int64_t fit = kCacheBytes / sizeof(Logit);
-    cached = static_cast<int>(args.columns < fit ? args.columns : fit);
-    bytes = (cached * sizeof(Logit) + 15) / 16 * 16;
-    int device = 0, most = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    // A device with less (sm_86 has 99 KB) reads again from its L2 cache what it cannot keep.
-    if (bytes + 4096 > static_cast<std::size_t>(most)) {
-      bytes = static_cast<std::size_t>(most > 4096 ? most - 4096 : 0) / 16 * 16;
-      cached = static_cast<int>(bytes / sizeof(Logit));
-    }
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                         static_cast<int>(bytes));
-  }
-  kernel<<<static_cast<unsigned>(args.tokens), kThreads, bytes, stream>>>(args, cached);
+  constexpr auto launch = launch_block<T, Logit, Gradient, Width, step, 512>;
+  if (step != LossStep::kWhole || args.gradient == nullptr) return launch(args, 0, stream);
+  int device = 0, most = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const std::int64_t room = std::max(0, most - kReservedBytes) / 16 * 16;
+  const std::int64_t wanted = args.columns / Width * Width * std::int64_t{sizeof(Logit)};
+  const std::int64_t half = room / 2 / 16 * 16;
+  // A long row has a multiprocessor to itself, others share one. What still does not fit is read
+  // again, from the L2 cache where it can be.
+  if constexpr (Width > 1 && sizeof(T) == 4 && step == LossStep::kWhole)
+    if (wanted > half)
+      return launch_block<T, Logit, Gradient, Width, step, 1024>(args, std::min(room, wanted),
+                                                                 stream);
+  launch(args, std::min(room, wanted), stream);
 }
 
 template <typename T, typename Logit, typename Gradient, LossStep step>

@@ -75,6 +75,16 @@ MEGARLX_HD Scale scale_of(float temperature) {
   return s;
 }
 
+// 2^f for f in [-1/2, 1/2]
+MEGARLX_HD float weight_polynomial(float f) {
+  float p = 0x1.5bba14p-10f;
+  p = fused(p, f, 0x1.3cea88p-7f);
+  p = fused(p, f, 0x1.c6b752p-5f);
+  p = fused(p, f, 0x1.ebf9bcp-3f);
+  p = fused(p, f, 0x1.62e42ap-1f);
+  return fused(p, f, 1.0f);
+}
+
 // 2^(d c), for floor <= d (or below: the weight of the floor, which vanishes beside 1). The result
 // is a product so that NaN stays NaN.
 MEGARLX_HD float weight(float d, const float c, const float floor) {
@@ -85,14 +95,19 @@ MEGARLX_HD float weight(float d, const float c, const float floor) {
   d = d < floor ? floor : d;
 #endif
   const float shifted = fused(d, c, kShift);
-  const float f = fused(d, c, -(shifted - kShift));
-  float p = 0x1.5bba14p-10f;
-  p = fused(p, f, 0x1.3cea88p-7f);
-  p = fused(p, f, 0x1.c6b752p-5f);
-  p = fused(p, f, 0x1.ebf9bcp-3f);
-  p = fused(p, f, 0x1.62e42ap-1f);
-  p = fused(p, f, 1.0f);
+  const float p = weight_polynomial(fused(d, c, -(shifted - kShift)));
   return p * bits_as<float>((bits_as<std::uint32_t>(shifted) << 23) + 0x3f800000u);
+}
+
+// weight() of a d that is no NaN: a result that is never denormal needs no product, only its
+// exponent.
+MEGARLX_HD float weight_of_number(float d, const float c, const float floor) {
+  constexpr float kShift = 12582912.0f;
+  d = fmaxf(d, floor);
+  const float shifted = fused(d, c, kShift);
+  return bits_as<float>(
+      bits_as<std::uint32_t>(weight_polynomial(fused(d, c, -(shifted - kShift)))) +
+      (bits_as<std::uint32_t>(shifted) << 23));
 }
 
 // log2(1 + f) / f for 1 + f in [sqrt(1/2), sqrt(2)]
@@ -351,5 +366,11 @@ struct SampleArgs {
   float* logprob;
   float* sampled_logprob;
 };
+
+MEGARLX_HD void store_drawn(const SampleArgs& args, std::int64_t row, const Drawn& drawn) {
+  args.token[row] = drawn.token;
+  args.logprob[row] = drawn.logprob;
+  args.sampled_logprob[row] = drawn.sampled_logprob;
+}
 
 }  // namespace megarlx::sampling

@@ -46,6 +46,24 @@ def test_tokens_and_logprobs_equal_the_cpu(
     assert (here.sampled_logprob - there.sampled_logprob.cpu()).abs()[equal].max() < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"top_k": 40}, {"top_p": 0.7}])
+@pytest.mark.parametrize(
+    ("offset", "size", "heat"), [(0, 1e7, 1), (2e6, 3, 1), (3, 0, 1), (0, 3, 1e-6)]
+)
+def test_large_and_equal_logits_give_the_tokens_of_the_cpu(
+    card: Any, dtype: torch.dtype, options: dict, offset: float, size: float, heat: float
+) -> None:
+    noise = torch.randn(6, 1300, generator=torch.Generator().manual_seed(3))
+    logits, keys = (noise * size + offset).to(dtype), keys_of(6)
+    here = sample(logits, seed=5, keys=keys, temperature=heat, **options)
+    with card:
+        moved = {"seed": 5, "keys": card.moved(keys), "temperature": heat, **options}
+        there = sample(card.moved(logits), **moved)
+    assert torch.equal(here.token, there.token.cpu())
+    torch.testing.assert_close(there.logprob.cpu(), here.logprob, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("options", FILTERS)
 def test_rows_off_alignment_and_padding_change_nothing(on_card: Any, options: dict) -> None:
     logits = torch.randn(40, 333, device=on_card.device)

@@ -372,7 +372,7 @@ CASES: dict[str, Check] = {
     "heads_backward_kernel": heads,
     "tile_kernel": draws,
     "finish_kernel": draws,
-    "threshold_kernel": filtered_draws,
+    "filtered_kernel": filtered_draws,
     "combine_kernel": combined_draws,
     "token_loss_kernel": losses,
     "scale_gradient_kernel": scaled_gradients,

@@ -321,6 +321,30 @@ float max_nan(float a, float b) {
   return a > b ? a : b;
 }
 
+namespace {
+template <class F>
+unsigned of_halves(unsigned a, unsigned b, F f) {
+  unsigned out = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    const float x = from_bits<float>((a >> shift & 0xffffu) << 16);
+    const float y = from_bits<float>((b >> shift & 0xffffu) << 16);
+    out |= static_cast<unsigned>(to_bits(f(x, y))) >> 16 << shift;
+  }
+  return out;
+}
+unsigned to_bf16(float x) {
+  const auto bits = static_cast<unsigned>(to_bits(x));
+  if (x != x) return 0x7fffu;  // the device's NaN
+  return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+}
+}  // namespace
+
+unsigned max_nan_bf16x2(unsigned a, unsigned b) { return of_halves(a, b, max_nan); }
+unsigned max_bf16x2(unsigned a, unsigned b) {
+  return of_halves(a, b, [](float x, float y) { return y != y || x > y ? x : y; });
+}
+unsigned to_bf16x2(float high, float low) { return to_bf16(high) << 16 | to_bf16(low); }
+
 float ex2_approx_ftz(float x) {
   constexpr float kSmallest = 1.17549435e-38f;
   if (x != x) return from_bits<float>(0x7fffffffu);

@@ -25,6 +25,9 @@ PTX = {
     # blocks run one after another here, and a launch behind what was launched before it
     "griddepcontrol.launch_dependents": "nothing",
     "griddepcontrol.wait": "nothing",
+    "max.NaN.bf16x2": "max_nan_bf16x2",
+    "max.bf16x2": "max_bf16x2",
+    "cvt.rn.bf16x2.f32": "to_bf16x2",
 }
 
 # Bindings without a CUDA half.

@@ -42,6 +42,9 @@ void launch(const char* name, const void* kernel, unsigned most_threads, dim3 gr
             std::size_t shared_bytes, const std::function<void()>& body);
 float ex2_approx_ftz(float x);
 float max_nan(float a, float b);
+unsigned max_nan_bf16x2(unsigned a, unsigned b);  // of both halves
+unsigned max_bf16x2(unsigned a, unsigned b);      // a NaN loses
+unsigned to_bf16x2(float high, float low);
 int device_attribute(int which);
 int set_most_shared(const void* kernel, int bytes);
 int take_error();
