@@ -47,9 +47,8 @@ class OwnSamplesConfig(Section):
     cache_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="Tokens whose keys and values a process holds, in pages of 256 on a GPU and 16 "
-        "on a CPU; samples share their prompt's, and wait where no page is free; absent: those of "
-        "all slots at their longest",
+        description="Most tokens in a process's caches; samples wait for room; absent: as many as "
+        "all slots may fill",
     )
 
     @property

@@ -52,8 +52,9 @@ ALLOWED: dict[str, dict[tuple[str, str], str]] = {
     },
     "flags": {},
 }
-# Operators of a step, each a kernel or more: 3 layers, 2 micro-batches of 2 sequences.
-MOST_OPERATORS = {"training": 1060, "recomputing": 1215, "decode": 187}
+# Operators of a step, each a kernel or more: 3 layers, 2 micro-batches of 2 sequences. Of those of
+# decode 24 say which rows share a prompt, once for all layers.
+MOST_OPERATORS = {"training": 1060, "recomputing": 1215, "decode": 211}
 
 
 @pytest.fixture(scope="module")
