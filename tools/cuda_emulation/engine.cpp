@@ -326,16 +326,10 @@ template <class F>
 unsigned of_halves(unsigned a, unsigned b, F f) {
   unsigned out = 0;
   for (int shift = 0; shift < 32; shift += 16) {
-    const float x = from_bits<float>((a >> shift & 0xffffu) << 16);
-    const float y = from_bits<float>((b >> shift & 0xffffu) << 16);
-    out |= static_cast<unsigned>(to_bits(f(x, y))) >> 16 << shift;
+    const float larger = f(of_bf16(a >> shift & 0xffffu), of_bf16(b >> shift & 0xffffu));
+    out |= to_bf16(larger) << shift;
   }
   return out;
-}
-unsigned to_bf16(float x) {
-  const auto bits = static_cast<unsigned>(to_bits(x));
-  if (x != x) return 0x7fffu;  // the device's NaN
-  return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
 }
 }  // namespace
 

@@ -175,12 +175,12 @@ inline void mma_m16n8k16(float& d0, float& d1, float& d2, float& d3, unsigned a0
       unsigned left[2], right[2];
       for (int i = 0; i < 2; ++i) {
         left[i] = __shfl_sync(0xffffffffu, a[2 * part + i], 4 * group + other, 32, line, file);
-        right[i] =
-            __shfl_sync(0xffffffffu, b[part], 4 * (2 * t + i) + other, 32, line, file);
+        right[i] = __shfl_sync(0xffffffffu, b[part], 4 * (2 * t + i) + other, 32, line, file);
       }
       for (int i = 0; i < 4; ++i)
         for (int shift = 0; shift < 32; shift += 16)
-          sums[i] += of_bf16(left[i / 2] >> shift & 0xffff) * of_bf16(right[i % 2] >> shift & 0xffff);
+          sums[i] +=
+              of_bf16(left[i / 2] >> shift & 0xffff) * of_bf16(right[i % 2] >> shift & 0xffff);
     }
   for (int i = 0; i < 4; ++i) *d[i] = sums[i];
 }
