@@ -250,8 +250,7 @@ def check_tokenizer(prefix: str | Path, fingerprint: str) -> None:
     if made_with.get("fingerprint") != fingerprint:
         raise TokenFileError(
             f"{bin_path(prefix)}: made with tokenizer '{made_with.get('name')}' "
-            f"({made_with.get('fingerprint')}); the run uses {fingerprint}: prepare the texts "
-            "again, with the folder of the run that is started from as --tokenizer"
+            f"({made_with.get('fingerprint')}); the run uses {fingerprint}: prepare --tokenizer RUN"
         )
 
 
