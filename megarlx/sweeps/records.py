@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import itertools
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megarlx import plug
 from megarlx.config import Config, load_config
 from megarlx.report.records import SeedRecords, hash_of
 from megarlx.report.settings import comparable
@@ -130,7 +131,11 @@ def _reference(text: str) -> tuple[str, str]:
 
 
 def _told(config: Config) -> Any:
-    held: Mapping[str, Any] = config.model_dump(mode="json", exclude_defaults=True)
+    held: dict[str, Any] = config.model_dump(mode="json", exclude_defaults=True)
+    if "options" in held.get("data", {}):  # which hold their defaults
+        maker = plug.resolve("data maker", config.data.maker)
+        options = maker.Options.model_validate(held["data"]["options"])
+        held["data"]["options"] = options.model_dump(mode="json", exclude_defaults=True)
     return comparable({key: value for key, value in held.items() if key not in NOT_OF_RESULTS})
 
 

@@ -119,10 +119,13 @@ def test_a_hash_knows_no_seed_no_path_and_no_default() -> None:
     one = hashed()
     assert hashed("seeds=[3,4,5]", 'out="elsewhere"') == one
     assert hashed('set={"training.z_loss"=0.0,"checkpoints.save_every_steps"=500}') == one
+    for key in ('held_out_documents"=500', 'settings.foreign_share"=0.0', 'settings.slots"=4'):
+        assert hashed(f'set={{"data.options.{key}}}') == one
+    assert hashed('set={"data.options.settings.foreign_share"=0.05}') != one
     text = Path("rl.toml").read_text()
     Path("rl.toml").write_text("# another word\n" + text)
     assert hashed() == one
-    Path("rl.toml").write_text(text.replace("lr = 1e-4", "lr = 2e-4"))
+    Path("rl.toml").write_text(text.replace("lr = 2e-4", "lr = 3e-4"))
     assert hashed() != one
     Path("rl.toml").write_text(text)
     assert hashed('evaluate=["2000"]') != one

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from megarlx.config.evaluation import SuiteConfig
 from megarlx.config.objectives import PLACE, TemplateConfig
@@ -38,6 +39,13 @@ class WorldOptions(Section):
     settings: dict[str, Any] = Field(
         default={}, description="Knobs of the world by name; docs/data.md lists them"
     )
+
+    @field_validator("settings")
+    @classmethod
+    def _but_defaults(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """A knob that is told its default is one that is not told."""
+        usual = json.loads(json.dumps(WorldSettings().to_json())) | {"seed": None}
+        return {key: v for key, v in settings.items() if key not in usual or usual[key] != v}
 
     @property
     def world(self) -> WorldSettings:
