@@ -132,9 +132,9 @@ def _reference(text: str) -> tuple[str, str]:
 
 def _told(config: Config) -> Any:
     held: dict[str, Any] = config.model_dump(mode="json", exclude_defaults=True)
-    if "options" in held.get("data", {}):  # which hold their defaults
+    if config.data is not None and config.data.maker is not None:  # options hold their defaults
         maker = plug.resolve("data maker", config.data.maker)
-        options = maker.Options.model_validate(held["data"]["options"])
+        options = maker.Options.model_validate(config.data.options)
         held["data"]["options"] = options.model_dump(mode="json", exclude_defaults=True)
     return comparable({key: value for key, value in held.items() if key not in NOT_OF_RESULTS})
 
