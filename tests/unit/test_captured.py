@@ -18,7 +18,6 @@ import torch
 from stage_cases import ADAMS, LENGTH, VOCABULARY, small_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megarlx.checkpoint import Saver
 from megarlx.comm.groups import Group, Layout
@@ -49,11 +48,15 @@ class Recorded(TorchDispatchMode):
     @torch.no_grad()
     def replay(self) -> None:
         for func, args, kwargs, out in self.calls:
-            for before, now in zip(
-                tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True
-            ):
-                if isinstance(before, Tensor) and before.data_ptr() != now.data_ptr():
+            for before, now in zip(tensors(out), tensors(func(*args, **kwargs)), strict=True):
+                if before.data_ptr() != now.data_ptr():
                     before.copy_(now)
+
+
+def tensors(made: Any) -> list[Tensor]:
+    """Of what an operator gives: a tensor, or several."""
+    several = made if isinstance(made, tuple | list) else (made,)
+    return [one for one in several if isinstance(one, Tensor)]
 
 
 class Graph:
