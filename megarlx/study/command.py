@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _gate(study: Study) -> int:
-    from megarlx.study.gate import gate, passed
+    from megarlx.study.gate import gate, known, passed
 
     lines = gate(study)
     words = {True: "held", False: "not held", None: "not known"}
@@ -71,6 +71,8 @@ def _gate(study: Study) -> int:
         [f"{line.checkpoint_tokens:,}", line.demand, line.found, words[line.held]] for line in lines
     ]
     _print(["tokens", "demand", "found", ""], rows)
+    for text in known(study):
+        _say(text)
     _say(f"seeds {', '.join(map(str, study.seeds))}")
     for line in study.missing():
         _say(f"missing: {line}")

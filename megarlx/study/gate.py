@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, variance
+from statistics import correlation, fmean, stdev, variance
 
 from megarlx.evaluation.pass_at_k import mean_and_error
 from megarlx.report.runs import Evaluation
@@ -141,6 +141,40 @@ def _looked_up(cell: Cell) -> float | None:
     """Percent: the mean probability of the right value."""
     found = cell.evaluations.get(LOOKUPS)
     return None if found is None else 100 * found.metrics["probability"]
+
+
+def known(study: Study) -> Iterator[str]:
+    """No demand: how differently seeds know their lookups, and how the rest goes with that."""
+    for tokens, cells in _cells(study, BASE).items():
+        looked_up = {c.seed: value for c in cells if (value := _looked_up(c)) is not None}
+        if len(looked_up) < 3:
+            continue
+        right = _by_seed(study, BASE, "right_of_marked", tokens)
+        after = _by_seed(study, "rl", "pass_at_1", tokens)
+        yield (
+            f"{tokens:,} tokens: lookups known over seeds, mean {fmean(looked_up.values()):.1f}, "
+            f"standard deviation {stdev(looked_up.values()):.1f}; correlation with "
+            f"P(right | marked) {_correlation(looked_up, right)}, with pass@1 after RL "
+            f"{_correlation(looked_up, after)}"
+        )
+
+
+def _by_seed(study: Study, recipe: str, metric: str, tokens: int) -> dict[int, float]:
+    cells = _cells(study, recipe).get(tokens, [])
+    return {
+        c.seed: c.headline.metrics[metric]
+        for c in cells
+        if c.headline and metric in c.headline.metrics
+    }
+
+
+def _correlation(one: Mapping[int, float], other: Mapping[int, float]) -> str:
+    """Of seeds that have both; "–" where there are few, or nothing differs."""
+    seeds = [seed for seed in one if seed in other]
+    pairs = [one[seed] for seed in seeds], [other[seed] for seed in seeds]
+    if len(seeds) < 3 or min(map(stdev, pairs)) == 0:
+        return "–"
+    return f"{correlation(*pairs):.2f}"
 
 
 def _cells(study: Study, recipe: str) -> dict[int, list[Cell]]:

@@ -15,7 +15,7 @@ from fake_sweep import AS_IN_THE_PAPER, Outcome, Sweep
 
 from megarlx.cli import main
 from megarlx.report.study import Study
-from megarlx.study.gate import Spread, gate, passed
+from megarlx.study.gate import Spread, gate, known, passed
 from megarlx.study.tuning import candidates, chosen, dials
 
 TOKENS = (1_000_000, 2_000_000)
@@ -79,6 +79,17 @@ def test_each_line_fails_by_itself(
     ]
     assert main(["study", "gate", str(root)]) == 3
     assert "The gate is not passed." in capsys.readouterr().out
+
+
+def test_how_the_rest_goes_with_what_is_known_is_told_of_three_seeds(tmp_path: Path) -> None:
+    assert [text.split(";")[1] for text in known(Study.of(measured(tmp_path)))] == [
+        " correlation with P(right | marked) –, with pass@1 after RL –",
+    ] * len(TOKENS)
+    changed = measured(tmp_path / "other", known=0.4, right_of_marked=0.3, rl_pass_at_1=0.8)
+    first, last = known(Study.of(changed))
+    assert first.startswith("1,000,000 tokens: lookups known over seeds, mean 51.0, ")
+    assert "mean 48.0, standard deviation 6.9; " in last  # of 52, 52 and 40
+    assert last.endswith("P(right | marked) 1.00, with pass@1 after RL -1.00")
 
 
 def test_what_is_not_measured_leaves_the_gate_open(tmp_path: Path) -> None:
