@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megarlx.config.own_samples import FP8_GENERATOR, OwnSamplesConfig
+from megarlx.config.own_samples import OwnSamplesConfig, for_rl_alone
 from megarlx.config.rollouts import RolloutFilter, run_and_step
 
 Share = Annotated[float, Field(gt=0)]
@@ -71,6 +71,4 @@ class DistillConfig(OwnSamplesConfig):
             found.append(("rollouts", f"is {self.rollouts!r}; allowed is RUN or RUN@N"))
         if self.rollouts is None and self.filter != RolloutFilter():
             found.append(("filter", "is for kl = 'forward', which reads rollouts"))
-        if self.generator == FP8_GENERATOR:
-            found.append(("generator", f"is {FP8_GENERATOR!r}, which is for rl; allowed: 'engine'"))
-        return found
+        return found + for_rl_alone(self.generator)

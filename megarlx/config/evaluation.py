@@ -10,7 +10,7 @@ from pydantic import Field
 from megarlx import plug
 from megarlx.config.environment import EnvironmentConfig
 from megarlx.config.objectives import TemplateConfig
-from megarlx.config.own_samples import FP8_GENERATOR
+from megarlx.config.own_samples import for_rl_alone
 from megarlx.config.reward import RewardConfig
 from megarlx.config.section import Named, Section
 
@@ -123,8 +123,7 @@ class SuiteConfig(Section):
             found.append(("name", f"is '{self.name}'; allowed are letters, digits, _ and -"))
         if self.path is not None and self.made is not None:
             found.append(("path", "and made cannot be given together"))
-        if self.generator == FP8_GENERATOR:
-            found.append(("generator", f"is {FP8_GENERATOR!r}, which is for rl; allowed: 'engine'"))
+        found += for_rl_alone(self.generator)
         return found + (self._problems_of_ours() if self.is_ours else [])
 
     def _problems_of_ours(self) -> list[tuple[str, str]]:

@@ -11,6 +11,13 @@ from megarlx.config.section import Named, Section
 FP8_GENERATOR = "engine_fp8"  # it samples from rounded weights, and only rl corrects for them
 
 
+def for_rl_alone(generator: str) -> list[tuple[str, str]]:
+    """Problems of a section that is not rl."""
+    if generator != FP8_GENERATOR:
+        return []
+    return [("generator", f"is {FP8_GENERATOR!r}, which is for rl; allowed: 'engine'")]
+
+
 class OwnSamplesConfig(Section):
     """Prompts, and what a process does at once."""
 

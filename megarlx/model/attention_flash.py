@@ -12,9 +12,10 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -29,23 +30,40 @@ from megarlx.ops.decode_parts import merge_attention
 SPLIT = 1024  # tokens for which a split more pays
 
 
-class Cached(Protocol):
+@dataclass(frozen=True)
+class Cached(ABC):
     """Attention of one new token a slot over one part of what it sees, with the log-sum-exp of its
     scores: [N, H, D] and [N, H]."""
 
-    def shared(
-        self, q: Tensor, cache: LayerCache, form: AttentionForm
-    ) -> tuple[Tensor, Tensor]: ...
+    pages: ClassVar[str]  # how a table of pages is called
+    with_cache: Callable[..., tuple[Tensor, ...]]
 
-    def own(self, q: Tensor, cache: LayerCache, form: AttentionForm) -> tuple[Tensor, Tensor]: ...
+    @abstractmethod
+    def shared(self, q: Tensor, cache: LayerCache, form: AttentionForm) -> tuple[Tensor, Tensor]:
+        """Of neighbours that share it, as one document of several queries."""
+
+    def own(self, q: Tensor, cache: LayerCache, form: AttentionForm) -> tuple[Tensor, Tensor]:
+        parts = cache.step.parts
+        out, lse, *_ = self.with_cache(
+            q.unsqueeze(1),
+            cache.keys,
+            cache.values,
+            cache_seqlens=parts.own_lengths,
+            softmax_scale=form.scale,
+            # By what a slot may hold, never by the batch.
+            num_splits=-(-cache.step.cache.table.longest // SPLIT),
+            return_softmax_lse=True,
+            **{self.pages: parts.own_pages},
+        )
+        return out.squeeze(1), lse.squeeze(2)
 
 
 @dataclass(frozen=True)
-class CachedTwo:
+class CachedTwo(Cached):
     """flash-attn 2: its packed function reads pages, of 256 places or a multiple."""
 
+    pages = "block_table"
     varlen: Callable[..., tuple[Tensor, ...]]
-    with_cache: Callable[..., tuple[Tensor, ...]]
 
     def shared(self, q: Tensor, cache: LayerCache, form: AttentionForm) -> tuple[Tensor, Tensor]:
         parts = cache.step.parts
@@ -63,26 +81,12 @@ class CachedTwo:
         )
         return out, lse.t()
 
-    def own(self, q: Tensor, cache: LayerCache, form: AttentionForm) -> tuple[Tensor, Tensor]:
-        parts = cache.step.parts
-        out, lse, *_ = self.with_cache(
-            q.unsqueeze(1),
-            cache.keys,
-            cache.values,
-            cache_seqlens=parts.own_lengths,
-            block_table=parts.own_pages,
-            softmax_scale=form.scale,
-            num_splits=_splits(cache),
-            return_softmax_lse=True,
-        )
-        return out.squeeze(1), lse.squeeze(2)
-
 
 @dataclass(frozen=True)
-class CachedThree:
+class CachedThree(Cached):
     """flash-attn 3: one function for both."""
 
-    with_cache: Callable[..., tuple[Tensor, ...]]
+    pages = "page_table"
 
     def shared(self, q: Tensor, cache: LayerCache, form: AttentionForm) -> tuple[Tensor, Tensor]:
         parts = cache.step.parts
@@ -99,25 +103,6 @@ class CachedThree:
             return_softmax_lse=True,
         )
         return out, lse.t()
-
-    def own(self, q: Tensor, cache: LayerCache, form: AttentionForm) -> tuple[Tensor, Tensor]:
-        parts = cache.step.parts
-        out, lse, *_ = self.with_cache(
-            q.unsqueeze(1),
-            cache.keys,
-            cache.values,
-            cache_seqlens=parts.own_lengths,
-            page_table=parts.own_pages,
-            softmax_scale=form.scale,
-            num_splits=_splits(cache),
-            return_softmax_lse=True,
-        )
-        return out.squeeze(1), lse.squeeze(2)
-
-
-def _splits(cache: LayerCache) -> int:
-    """Of an own part: by what a slot may hold, never by the batch."""
-    return -(-cache.step.cache.table.longest // SPLIT)
 
 
 @dataclass(frozen=True)
@@ -251,7 +236,7 @@ def flash() -> Flash | None:
     )
     cached: Cached | None = None
     if two is not None and hasattr(two, "flash_attn_with_kvcache"):
-        cached = CachedTwo(two.flash_attn_varlen_func, two.flash_attn_with_kvcache)
+        cached = CachedTwo(two.flash_attn_with_kvcache, two.flash_attn_varlen_func)
     if major == 9 and installed("flash_attn_interface"):
         three = importlib.import_module("flash_attn_interface")
         return Flash(3, three.flash_attn_varlen_func, CachedThree(three.flash_attn_with_kvcache))

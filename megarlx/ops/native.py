@@ -42,9 +42,8 @@ def _built_with() -> dict:
 def keep_freed_memory() -> None:
     """What a step frees, the next step gets back with its pages in place.
 
-    glibc would return it to the system again and again: 4% of a training step of a 10M model on a
-    CPU went into page faults. Other allocators, and who set glibc's by the environment, are left
-    alone.
+    glibc would return it to the system again and again, and a step would fault it in anew. Other
+    allocators, and who set glibc's by the environment, are left alone.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt") and "MALLOC_TRIM_THRESHOLD_" not in os.environ:

@@ -195,7 +195,7 @@ class DataParallel:
     @property
     def reduces_early(self) -> bool:
         """Whether anything is gained by `ready`: on one rank there is nothing to wait for, and
-        watching every gradient costs a small model a tenth of what its step costs beside products.
+        watching every gradient takes time of Python, which a small model feels.
         """
         return self.group.size > 1 and self.complete_gradients is None
 

@@ -91,4 +91,4 @@ class Stand:
 
     @property
     def flash(self) -> Flash:
-        return Flash(2, self.varlen, CachedTwo(self.varlen, self.with_cache))
+        return Flash(2, self.varlen, CachedTwo(self.with_cache, self.varlen))

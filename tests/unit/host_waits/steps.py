@@ -279,7 +279,7 @@ SCENARIOS = (
 
 def main() -> None:
     attention.flash = lambda: attention_flash.Flash(  # type: ignore[assignment]
-        2, with_pages, attention_flash.CachedTwo(with_pages, with_cache)
+        2, with_pages, attention_flash.CachedTwo(with_cache, with_pages)
     )
     stage_decode.captured = captured  # type: ignore[assignment]
     torch.cuda.Event = Event  # type: ignore[misc, assignment]
