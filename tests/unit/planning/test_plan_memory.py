@@ -24,6 +24,10 @@ from megarlx.planning.memory import (
 
 MEASURED = {
     "everything kept": (cpu_job(olmo2()), 0),
+    "gradients by logits kept": (
+        cpu_job(olmo2().model_copy(update={"vocab_size": 8000}), kept_gradients_mib=16),
+        0,
+    ),
     "layers computed again, two objectives": (
         cpu_job(llama3(), recompute="full", objectives=2, dp=2),
         1,
@@ -59,6 +63,29 @@ def test_planned_peak_is_within_a_tenth_of_the_measured_one(job: Job, rank: int)
     adds = planned.peak - planned.persistent
     assert adds == pytest.approx(measured.peak - measured.persistent, rel=0.1)
     assert adds > 0.1 * planned.persistent
+
+
+@pytest.mark.parametrize(("precision", "element"), [("bf16", 2), ("fp32", 4)])
+def test_a_gpu_has_two_chunks_of_logits_and_the_gradients_that_fit(
+    precision: str, element: int
+) -> None:
+    """8,192 tokens of 50,304 ids, 4,096 a chunk."""
+    model = olmo2().model_copy(update={"vocab_size": 50_304})
+    job = Job(model, 4, 4, 2048, precision=precision, recompute="full")
+    numbers = 8192 * 50_304
+
+    def workspace(tokens: int, mib: int) -> int:
+        changed = job.changed(sequence_length=tokens // 4, kept_gradients_mib=mib)
+        return rank_memory(changed, 0).workspace
+
+    mib = numbers * element // 2**20
+    assert workspace(8192, mib) == workspace(8192, 0)  # two chunks are all chunks
+    fields = 10 * 4 + 2 * 128 * element  # of another token, beside its logits
+    for kept in (0, 2 * mib):
+        logits = 0 if kept == 0 else numbers * element
+        more = workspace(16_384, kept) - workspace(8192, kept)
+        assert more == 8192 * fields + logits
+    assert workspace(16_384, 2 * mib - 1) == workspace(16_384, 0)
 
 
 def test_selective_recomputation_keeps_neither_attention_nor_the_product_of_gate_and_up() -> None:
