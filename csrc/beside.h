@@ -20,7 +20,7 @@ class Beside {
         between_(device.type()),
         ended_{c10::Event(device.type()), c10::Event(device.type())} {}
 
-  // Begins where all that was launched so far has ended; the last two can be joined.
+  // Begins where all that was launched so far has ended; two may be under way.
   template <typename Work>
   void begin(int64_t number, const Work& work) {
     order(main_, second_);
@@ -33,6 +33,7 @@ class Beside {
   // What is launched from here on comes behind this work.
   void join(int64_t number) { ended_[number % 2].block(main_); }
 
+  // Behind all works, and behind one that failed half-way.
   void join_all() {
     if (has_begun_) order(second_, main_);
   }

@@ -3,8 +3,6 @@
 // not, because at a hidden size of 64 the Python calls took a fifth of the whole.)
 #include <torch/library.h>
 
-#include <array>
-
 #include "beside.h"
 #include "dispatch.h"
 #include "math/token_loss.h"
@@ -79,14 +77,15 @@ void add_product(Tensor& total, const Tensor& gradient, const Tensor& hidden, bo
   }
 }
 
-// Where a chunk lies in rows that chunks use in turn, or, with as many as all have, in its own.
+// Rows of a call, in as many as one chunk has or, with as many as all have, in their own.
 Tensor place(const Tensor& rows, int64_t begin, int64_t n) {
   return rows.narrow(0, begin % rows.size(0), n);
 }
 
-// The walk over chunks: logits, the loss that makes their gradient, both products of that. On CUDA
-// a chunk's loss runs beside the next chunk's logits; where all gradients by logits may be kept,
-// the weight's is one product at the end.
+// The walk over chunks: logits, the loss that makes their gradient, both products of that. Where
+// gradients lie apart from their logits, in bf16 on CUDA, a chunk has two parts, and the loss of a
+// part runs beside the next one's logits. Where all gradients by logits may be kept, the weight's
+// is one product at the end.
 // grad_weight: undefined for no gradients at all, else [V, d] in fp32 (fp64): replaced or added to.
 class Chunks {
  public:
@@ -113,7 +112,7 @@ class Chunks {
     fields = at::empty({count_, kFields}, wide);
     grad_hidden = with_gradient() ? at::empty(hidden.sizes(), hidden.options())
                                   : at::empty({0}, hidden.options());
-    behind_ = count_ > rows_ && hidden.is_cuda() ? 1 : 0;
+    part_rows_ = is_beside() ? (rows_ + 1) / 2 : rows_;
     keeps_ = with_gradient() && count_ > rows_ && fits(kept_mib);
     logits_ = allocate(keeps_ && !mixed_, wide);
     gradients_ = mixed_ && with_gradient() ? allocate(keeps_, hidden.options()) : logits_;
@@ -121,8 +120,8 @@ class Chunks {
   }
 
   void run() {
-    std::optional<Beside> beside;  // not is_cuda(): an emulated card has no streams
-    if (behind_ > 0 && hidden_.device().type() == at::kCUDA) beside.emplace(hidden_.device());
+    std::optional<Beside> beside;  // asks for the type: an emulated card has no streams
+    if (is_beside() && hidden_.device().type() == at::kCUDA) beside.emplace(hidden_.device());
     try {
       walk(beside);
     } catch (...) {  // what frees the tensors here would give them to the first stream
@@ -137,6 +136,7 @@ class Chunks {
 
  private:
   bool with_gradient() const { return grad_weight_.defined(); }
+  bool is_beside() const { return mixed_ && count_ > rows_ && rows_ > 1; }
 
   bool fits(int64_t kept_mib) const {
     const int64_t bytes = count_ * weight_.size(0) * (mixed_ ? 2 : at::elementSize(precision_));
@@ -144,8 +144,7 @@ class Chunks {
   }
 
   Tensor allocate(bool for_all, const at::TensorOptions& options) const {
-    const int64_t most = std::max<int64_t>(count_, 1), turns = 1 + behind_;
-    return at::empty({for_all ? most : std::min(turns * rows_, most), weight_.size(0)}, options);
+    return at::empty({for_all ? count_ : rows_, weight_.size(0)}, options);
   }
 
   // Masked rows are 0: their gradient is 0, and 0 times NaN would be NaN in the weight's.
@@ -154,39 +153,41 @@ class Chunks {
     return mixed_ ? hidden : hidden.to(precision_);
   }
 
-  int64_t begin(int64_t chunk) const { return chunk * rows_; }
-  int64_t length(int64_t chunk) const { return std::min(rows_, count_ - begin(chunk)); }
-  Tensor of(int64_t chunk, const Tensor& tensor) const {
-    return tensor.narrow(0, begin(chunk), length(chunk));
-  }
-  Tensor gradient(int64_t chunk) const { return place(gradients_, begin(chunk), length(chunk)); }
-
-  // Chunk i's loss is joined, and its products begin, behind the logits of chunk i + behind_.
   void walk(std::optional<Beside>& beside) {
-    const int64_t chunks = (count_ + rows_ - 1) / rows_;
-    for (int64_t i = 0; i < chunks + behind_; ++i) {
-      if (i < chunks) make_logits(i);
-      if (i < chunks && beside.has_value()) {
-        beside->begin(i, [&] { take_loss(i); });
-      } else if (i < chunks) {
-        take_loss(i);
+    int64_t number = 0;  // of the part
+    for (int64_t chunk = 0; chunk < count_; chunk += rows_) {
+      const int64_t end = std::min(chunk + rows_, count_);
+      const Tensor before = std::exchange(input_, input_of(chunk, end - chunk));
+      for (int64_t part = chunk; part < end; part += part_rows_, ++number) {
+        const int64_t n = std::min(part_rows_, end - part);
+        if (beside.has_value() && number > 1) beside->join(number - 2);  // it was in this place
+        make_logits(part, n, input_.narrow(0, part - chunk, n));
+        if (is_beside() && part == chunk && chunk > 0) {
+          if (beside.has_value()) beside->join(number - 1);
+          go_back(chunk - rows_, rows_, before);
+        }
+        if (beside.has_value()) {
+          beside->begin(number, [&] { take_loss(part, n); });
+        } else {
+          take_loss(part, n);
+        }
       }
-      const int64_t ready = i - behind_;
-      if (ready < 0) continue;
-      if (beside.has_value()) beside->join(ready);
-      if (with_gradient()) go_back(ready);
+      if (!is_beside()) go_back(chunk, end - chunk, input_);
     }
+    if (beside.has_value()) beside->join_all();
+    const int64_t last = (count_ - 1) / rows_ * rows_;
+    if (is_beside()) go_back(last, count_ - last, input_);
   }
 
-  void make_logits(int64_t chunk) {
-    Tensor logits = place(logits_, begin(chunk), length(chunk));
-    Tensor& input = of_chunk_[chunk % 2];
-    if (keeps_) {
-      input = of(chunk, inputs_);
-    } else {
-      const auto& mask = tokens_.mask;
-      input = readable(of(chunk, hidden_), mask ? OptionalTensor(of(chunk, *mask)) : std::nullopt);
-    }
+  Tensor input_of(int64_t chunk, int64_t n) const {
+    if (keeps_) return inputs_.narrow(0, chunk, n);
+    OptionalTensor mask;
+    if (tokens_.mask.has_value()) mask = tokens_.mask->narrow(0, chunk, n);
+    return readable(hidden_.narrow(0, chunk, n), mask);
+  }
+
+  void make_logits(int64_t part, int64_t n, const Tensor& input) {
+    Tensor logits = place(logits_, part, n);
     if (mixed_) {
       at::mm_out(logits, input, transposed_, precision_);
     } else {
@@ -194,38 +195,36 @@ class Chunks {
     }
   }
 
-  void take_loss(int64_t chunk) {
-    const TokenTensors in = each(tokens_, [&](const Tensor& tensor) { return of(chunk, tensor); });
-    Tensor of_logprobs = of(chunk, logprobs), of_entropy = of(chunk, entropy);
-    Tensor of_fields = of(chunk, fields);
-    OptionalTensor into;
-    if (with_gradient()) into = gradient(chunk);
-    token_loss_chunk(place(logits_, begin(chunk), length(chunk)), in, vocab_size_, spec_, into,
+  void take_loss(int64_t part, int64_t n) {
+    const auto of = [&](const Tensor& tensor) { return tensor.narrow(0, part, n); };
+    Tensor of_logprobs = of(logprobs), of_entropy = of(entropy), of_fields = of(fields);
+    OptionalTensor gradient;
+    if (with_gradient()) gradient = place(gradients_, part, n);
+    token_loss_chunk(place(logits_, part, n), each(tokens_, of), vocab_size_, spec_, gradient,
                      of_logprobs, of_entropy, of_fields);
   }
 
-  void go_back(int64_t chunk) {
-    const Tensor by_logits = gradient(chunk);
-    Tensor out = of(chunk, grad_hidden);
+  void go_back(int64_t chunk, int64_t n, const Tensor& input) {
+    if (!with_gradient()) return;
+    const Tensor gradient = place(gradients_, chunk, n);
+    Tensor out = grad_hidden.narrow(0, chunk, n);
     if (widened_) {
-      out.copy_(at::mm(by_logits, weight_));
+      out.copy_(at::mm(gradient, weight_));
     } else {
-      at::mm_out(out, by_logits, weight_);
+      at::mm_out(out, gradient, weight_);
     }
-    if (!keeps_) {
-      add_product(grad_weight_, by_logits, of_chunk_[chunk % 2], replace_ && chunk == 0);
-    }
+    if (!keeps_) add_product(grad_weight_, gradient, input, replace_ && chunk == 0);
   }
 
   Tensor hidden_, weight_, transposed_, grad_weight_;
   TokenTensors tokens_;
   int64_t vocab_size_;
   SpecArguments spec_;
-  int64_t count_, rows_, behind_ = 0;
+  int64_t count_, rows_, part_rows_ = 0;
   at::ScalarType precision_;
   bool mixed_, widened_, replace_, keeps_ = false;
-  Tensor logits_, gradients_, inputs_;
-  std::array<Tensor, 2> of_chunk_;  // hidden rows between a chunk's first product and its last
+  Tensor logits_, gradients_;
+  Tensor inputs_, input_;  // hidden rows as products read them: all that are kept, a chunk's
 };
 
 Outputs run_chunks(Tensor hidden, const Tensor& weight, TokenTensors tokens, int64_t vocab_size,

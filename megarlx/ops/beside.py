@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 class Order(Protocol):
     """When begun work is done."""
 
-    behind: int  # how many works may be begun before the first of them is joined
+    parts: int  # of a chunk: with two, one's loss is under way beside the next one's product
 
     def begin(self, work: Callable[[], Result]) -> Callable[[], Result]:
         """`work` comes behind all that was launched so far. What is launched after a call of the
@@ -29,7 +29,7 @@ class Order(Protocol):
 class InTurn:
     """On the stream itself, at once."""
 
-    behind = 0
+    parts = 1
 
     def begin(self, work: Callable[[], Result]) -> Callable[[], Result]:
         result = work()
@@ -39,7 +39,7 @@ class InTurn:
 class Beside:
     """On a second stream. A graph that is being captured takes both in."""
 
-    behind = 1
+    parts = 2
 
     def __init__(self, device: torch.device) -> None:
         self.main, self.second = torch.cuda.current_stream(device), _second(device)
@@ -64,9 +64,14 @@ def _second(device: torch.device) -> torch.cuda.Stream:
 
 
 @contextmanager
-def order(device: torch.device, works: int) -> Iterator[Order]:
-    """For so many works; all that were begun are to be joined inside."""
-    if device.type != "cuda" or works < 2:
+def order(hidden: torch.Tensor, rows: int) -> Iterator[Order]:
+    """For chunks of so many hidden rows; all works that were begun are to be joined inside.
+
+    Beside only in bf16 on CUDA: elsewhere gradients take their logits' places, which the next
+    product would need, and products are so slow that the loss beside them is nothing.
+    """
+    device, several = hidden.device, len(hidden) > rows > 1
+    if device.type != "cuda" or hidden.dtype != torch.bfloat16 or not several:
         yield InTurn()
         return
     beside = Beside(device)

@@ -185,7 +185,7 @@ def _loop(
             logits[:, rows.real :] = 0
             if slope is not None:
                 logits.mul_(slope)
-            if walk.mixed:
+            if walk.apart:
                 walk.gradient_of(chunk).copy_(logits)
             walk.back(chunk, mine)
         kls.append(kl)

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 
 class Products:
-    """Hidden rows, the weight and rows for chunks of logits: the three products.
+    """Hidden rows, the weight and a chunk of logits: the three products.
 
-    Chunks use the rows in turn, `turns` of them at a time. Where the gradients by logits of all
-    chunks fit into `kept_gradients_mib`, each has its own, and the weight's is one product.
+    Where the gradients by logits of all chunks fit into `kept_gradients_mib`, they are kept, and
+    the weight's is one product. `apart`: they do not take the places of their logits.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Products:
         mask: Tensor | None = None,
         *,
         kept_gradients_mib: int = 0,
-        turns: int = 1,
+        apart: bool = False,
     ) -> None:
         self.final_cap, self.mask = final_cap, mask
         self.hidden, self.grad_weight = hidden, grad_weight
@@ -51,18 +51,16 @@ class Products:
         self.mixed = narrow and hidden.device.type == "cuda"  # products of bf16 with fp32 results
         self.weight = weight.to(self.precision) if narrow and not self.mixed else weight
         self.grad_hidden = torch.empty_like(hidden)
-        kind = hidden.dtype if self.mixed else self.precision
+        self.apart = self.mixed or apart
+        kind, back = hidden.dtype if self.mixed else self.precision, grad_weight is not None
         mib = self.count * len(weight) * kind.itemsize / 2**20
-        several, back = self.count > rows, grad_weight is not None
-        self.keeps = several and back and mib <= kept_gradients_mib
-        most = max(self.count, 1)
-        in_turn = min(turns * rows, most)
-        all_logits = self.keeps and not self.mixed
-        sizes = (most if all_logits else in_turn, len(weight))
-        self._logits = hidden.new_empty(sizes, dtype=self.precision)
+        self.keeps = back and self.count > rows and mib <= kept_gradients_mib
+        in_turn = min(rows, max(self.count, 1)), len(weight)
+        every = (self.count, len(weight)) if self.keeps else in_turn
+        self._logits = hidden.new_empty(in_turn if self.apart else every, dtype=self.precision)
         self._gradients = self._logits
-        if self.mixed and back:
-            self._gradients = hidden.new_empty(most if self.keeps else in_turn, len(weight))
+        if self.apart and back:
+            self._gradients = hidden.new_empty(every, dtype=kind)
         if self.keeps:
             self.hidden, self.mask = self.hidden_of(slice(None)), None
 
@@ -76,8 +74,9 @@ class Products:
             found = found.where(mask[chunk, None], 0)
         return found if self.mixed else found.to(self.precision)
 
-    def logits(self, chunk: slice, hidden: Tensor) -> Tensor:
-        out = _place(self._logits, chunk)
+    def logits(self, part: slice, hidden: Tensor) -> Tensor:
+        """Of a chunk or a part of one."""
+        out = _place(self._logits, part)
         if self.mixed:
             torch.mm(hidden, self.weight.t(), out_dtype=self.precision, out=out)
         else:
@@ -92,10 +91,9 @@ class Products:
             return None
         return (logits / self.final_cap).square_().neg_().add_(1)
 
-    def gradient_of(self, chunk: slice) -> Tensor:
-        """Where the gradient by a chunk's logits belongs; in the logits' own place but on CUDA in
-        bf16."""
-        return _place(self._gradients, chunk)
+    def gradient_of(self, part: slice) -> Tensor:
+        """Where the gradient by these logits belongs."""
+        return _place(self._gradients, part)
 
     def back(self, chunk: slice, hidden: Tensor) -> None:
         """Adds the chunk's part of the weight's gradient, and sets that of its hidden rows."""
@@ -118,12 +116,13 @@ class Products:
             total.addmm_(gradient.t(), hidden)
 
 
-def _place(rows: Tensor, chunk: slice) -> Tensor:
-    begin = chunk.start % len(rows)
-    return rows[begin : begin + chunk.stop - chunk.start]
+def _place(rows: Tensor, part: slice) -> Tensor:
+    """Where all have a row their own, else in as many as one chunk has."""
+    begin = part.start % len(rows)
+    return rows[begin : begin + part.stop - part.start]
 
 
-Work = Callable[[slice, Tensor], Result]  # of a chunk and its logits
+Work = Callable[[slice, Tensor], Result]  # of a chunk, or a part of one, and its logits
 
 
 class _Rows:
@@ -146,28 +145,40 @@ class _Rows:
         return self.products.grad_weight is not None
 
     def walk(self, work: Work[Result], *, back: bool) -> list[Result]:
-        """What `work` finds of each chunk; where it makes the gradient, the walk goes `back`."""
-        products, begun, found = self.products, deque[Callable[[], None]](), []
+        """What `work` finds of each part; where it makes the gradient, the walk goes `back`."""
+        products, found = self.products, list[Result]()
+        under_way, ended = deque[Callable[[], Result]](), list[tuple[slice, Tensor]]()
 
-        def begin(chunk: slice) -> None:
-            hidden = products.hidden_of(chunk)
-            logits = products.logits(chunk, hidden)
-            join = self.order.begin(partial(work, chunk, logits))
+        def join(left: int = 0) -> None:
+            while len(under_way) > left:
+                found.append(under_way.popleft()())
 
-            def end() -> None:
-                found.append(join())
+        def go_back() -> None:
+            join()
+            for chunk, hidden in ended:
                 if back:
                     products.back(chunk, hidden)
-
-            begun.append(end)
+            ended.clear()
 
         for chunk in products.chunks():
-            begin(chunk)
-            if len(begun) > self.order.behind:
-                begun.popleft()()
-        for end in begun:
-            end()
+            hidden = products.hidden_of(chunk)
+            for part, states in self._parts(chunk, hidden):
+                join(left=1)  # the one before that was in this place
+                logits = products.logits(part, states)
+                if ended:
+                    go_back()
+                under_way.append(self.order.begin(partial(work, part, logits)))
+            ended.append((chunk, hidden))
+            if self.order.parts == 1:
+                go_back()
+        go_back()
         return found
+
+    def _parts(self, chunk: slice, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        begin = chunk.start
+        for states in hidden.split(-(-self.products.rows // self.order.parts)):
+            yield slice(begin, begin + len(states)), states
+            begin += len(states)
 
     def sums(self, chunk: slice, logits: Tensor) -> Tensor:
         tokens = self.tokens.rows(chunk.start, chunk.stop)
@@ -182,7 +193,7 @@ class _Rows:
         slope = products.slope_of_cap(logits)
         gradient = products.gradient_of(chunk)
         of_rows = (tokens.targets, tokens.mask, *derivatives, tokens.temperature)
-        into = gradient if products.mixed else None
+        into = gradient if products.apart else None
         torch.ops.megarlx.token_loss_gradient_(logits, partials, *of_rows, *self.place, into)
         if slope is not None:
             gradient.mul_(slope)
@@ -240,11 +251,11 @@ def python_loop(
         hidden, tokens = hidden.index_select(0, kept), tokens.select(kept)
     several = len(hidden) > rows_per_chunk
     walk = by_sequences if spec.loss.needs_sequence and several else by_chunks
-    with beside.order(hidden.device, 2 if several else 1) as order:
+    with beside.order(hidden, rows_per_chunk) as order:
         products = Products(
             *(hidden, weight, rows_per_chunk, grad_weight, final_cap, tokens.mask),
             kept_gradients_mib=kept_gradients_mib,
-            turns=1 + order.behind,
+            apart=order.parts > 1,
         )
         found = walk(_Rows(weight, tokens, group, vocab_size, products, order), spec)
         products.finish()

@@ -149,13 +149,12 @@ def loss_workspace(job: Job, n: Widths) -> int:
 
 
 def _logits(job: Job, n: Widths) -> int:
-    """Logits of the loss and the gradients by them. On a GPU two chunks are under way at a time."""
-    chunk, every = job.loss_rows * n.V, n.T * n.V
-    turns = min(2 * chunk, every) if job.on_gpu else chunk
-    gradients = every if job.keeps_gradients else turns
+    """A chunk of the loss's logits and the gradients by them, of a chunk or all."""
+    chunk = job.loss_rows * n.V
+    gradients = n.T * n.V if job.keeps_gradients else chunk
     slope = chunk * n.w if job.model.final_cap else 0
     if n.e != n.w and job.on_gpu:  # the products read a narrow copy of the logits' gradient
-        return turns * n.w + gradients * n.e + slope
+        return chunk * n.w + gradients * n.e + slope
     return gradients * n.w + slope  # each gradient in the place of its logits
 
 

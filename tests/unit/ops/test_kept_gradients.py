@@ -136,7 +136,7 @@ def test_what_is_no_number_of_mib_is_refused(wrong: Any) -> None:
 class Late:
     """The second stream is as slow as can be: work is done when it is waited for."""
 
-    behind = 1
+    parts = 2
 
     def begin(self, work: Callable[[], Any]) -> Callable[[], Any]:
         return work
@@ -145,7 +145,7 @@ class Late:
 class Early(InTurn):
     """It is as fast as can be."""
 
-    behind = 1
+    parts = 2
 
 
 @pytest.mark.parametrize("mib", [0, 1])
@@ -155,13 +155,25 @@ class Early(InTurn):
 def test_when_the_second_stream_works_changes_nothing(
     name: str, order: type, final_cap: float | None, mib: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for rows in (1, 4, 7, 12, 1000):
+    for rows in (2, 3, 4, 7, 12, 1000):
         options = {"rows_per_chunk": rows, "final_cap": final_cap, "kept_gradients_mib": mib}
         plain = found(SPECS[name], **options)
         with monkeypatch.context() as patch:
             patch.setattr(beside, "order", lambda *_, order=order: nullcontext(order()))
             other = found(SPECS[name], **options)
         assert_same(other, plain)
+
+
+class OnCard:
+    """Of hidden rows what the order is chosen by."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.dtype = dtype
+
+    def __len__(self) -> int:
+        return 9
 
 
 class Stream:
@@ -205,7 +217,7 @@ def main(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stream]:
 
 
 def test_work_is_between_what_was_launched_and_what_waits_for_it(main: Stream) -> None:
-    with beside.order(torch.device("cuda", 0), 2) as order:
+    with beside.order(OnCard(), 4) as order:
         assert isinstance(order, Beside)
         second = order.second.name
         ends = [order.begin(lambda: Stream.told.append(("work",)) or "result") for _ in range(2)]
@@ -224,14 +236,15 @@ def test_what_fails_half_way_frees_nothing_that_the_second_stream_uses(main: Str
     def fails() -> None:
         raise KeyError
 
-    with pytest.raises(KeyError), beside.order(torch.device("cuda", 0), 2) as order:
+    with pytest.raises(KeyError), beside.order(OnCard(), 4) as order:
         order.begin(fails)
     assert Stream.told[-1] == (main.name, "waits for all of", order.second.name)
 
 
-def test_a_cpu_and_one_chunk_have_no_second_stream(main: Stream) -> None:
-    for device, works in (("cpu", 9), ("cuda", 1)):
-        with beside.order(torch.device(device), works) as order:
+def test_no_second_stream_without_a_second_chunk_and_bf16_on_a_card(main: Stream) -> None:
+    on_cpu, wide = torch.zeros(9, 4).bfloat16(), OnCard(torch.float32)
+    for hidden, rows in ((on_cpu, 4), (wide, 4), (OnCard(), 9), (OnCard(), 1)):
+        with beside.order(hidden, rows) as order:
             assert isinstance(order, InTurn)
     assert not Stream.told
 

@@ -66,26 +66,23 @@ def test_planned_peak_is_within_a_tenth_of_the_measured_one(job: Job, rank: int)
 
 
 @pytest.mark.parametrize(("precision", "element"), [("bf16", 2), ("fp32", 4)])
-def test_a_gpu_has_two_chunks_of_logits_and_the_gradients_that_fit(
+def test_a_gpu_has_a_chunk_of_logits_and_the_gradients_that_fit(
     precision: str, element: int
 ) -> None:
     """8,192 tokens of 50,304 ids, 4,096 a chunk."""
     model = olmo2().model_copy(update={"vocab_size": 50_304})
     job = Job(model, 4, 4, 2048, precision=precision, recompute="full")
-    numbers = 8192 * 50_304
+    mib = 8192 * 50_304 * element // 2**20
 
-    def workspace(tokens: int, mib: int) -> int:
-        changed = job.changed(sequence_length=tokens // 4, kept_gradients_mib=mib)
+    def workspace(tokens: int, kept: int) -> int:
+        changed = job.changed(sequence_length=tokens // 4, kept_gradients_mib=kept)
         return rank_memory(changed, 0).workspace
 
-    mib = numbers * element // 2**20
-    assert workspace(8192, mib) == workspace(8192, 0)  # two chunks are all chunks
-    fields = 10 * 4 + 2 * 128 * element  # of another token, beside its logits
-    for kept in (0, 2 * mib):
-        logits = 0 if kept == 0 else numbers * element
-        more = workspace(16_384, kept) - workspace(8192, kept)
-        assert more == 8192 * fields + logits
-    assert workspace(16_384, 2 * mib - 1) == workspace(16_384, 0)
+    each = 10 * 4 + 2 * 128 * element  # of another token, beside its logits
+    assert workspace(8192, 0) - workspace(4096, 0) == 4096 * each
+    assert workspace(8192, mib) - workspace(8192, 0) == 4096 * 50_304 * element
+    assert workspace(8192, mib - 1) == workspace(8192, 0)
+    assert workspace(4096, mib) == workspace(4096, 0)  # one chunk is all
 
 
 def test_selective_recomputation_keeps_neither_attention_nor_the_product_of_gate_and_up() -> None:
