@@ -202,6 +202,8 @@ class Sampler:
         self.waited_seconds += player.waited_seconds
         sums.add("perf/generate_seconds", player.seconds, 1)
         sums.add("perf/reward_seconds", player.reward_seconds, 1)
+        for name, value in player.generator().metrics().items():
+            sums.add(f"rl/{name}", value, 1)
         for key, (total, number) in player.game.metrics(episodes).items():
             sums.add(key, total, number)
         for key, (total, number) in _by_source(starts, episodes, player).items():

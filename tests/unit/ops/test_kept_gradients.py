@@ -15,7 +15,9 @@ from distill_cases import case
 from test_loss_seam import of_sequences
 from torch import Tensor
 
-from megarlx.ops import beside, linear_distill_loss
+from megarlx.config.model import family_config
+from megarlx.model.transformer import Stage
+from megarlx.ops import Head, LossInputs, TokenLoss, beside, linear_distill_loss
 from megarlx.ops.beside import Beside, InTurn
 from megarlx.ops.linear_token_loss import linear_token_loss
 from megarlx.ops.loss_spec import LossSpec
@@ -128,6 +130,20 @@ def test_kept_gradients_of_a_divergence(kl: str) -> None:
 def test_what_is_no_number_of_mib_is_refused(wrong: Any) -> None:
     with pytest.raises(ValueError, match=r"kept_gradients_mib is .*; allowed: an integer >= 0"):
         found(SPECS["nll"], kept_gradients_mib=wrong)
+
+
+def test_a_stage_tells_its_loss_what_may_be_kept() -> None:
+    shape = {"hidden_size": 8, "layers": 1, "heads": 1, "intermediate_size": 8}
+    config = family_config("olmo2", vocab_size=V, **shape)
+    stage = Stage(config, kept_gradients_mib=3).initialise_(0)
+    tokens, told = torch.arange(6)[None], []
+
+    def loss(head: Head, inputs: LossInputs) -> TokenLoss:
+        told.append(head.kept_gradients_mib)
+        return head.token_loss(inputs, LossSpec(), normalizer=6, rows_per_chunk=2)
+
+    stage(tokens, loss_inputs=LossInputs(tokens), loss=loss).sum().backward()
+    assert told == [3]
 
 
 # A chunk's loss beside the next chunk's product.
