@@ -92,8 +92,7 @@ class TrainingConfig(Section):
     kept_gradients_mib: int = Field(
         default=0,
         ge=0,
-        description="MiB for a micro-batch's gradients by logits; where they fit, the gradient of "
-        "the head's weight is one product and not one for each chunk of logits",
+        description="MiB for the gradients by all logits; where they fit, the head's weight gradient is one product",
     )
 
     def problems(self) -> list[tuple[str, str]]:
