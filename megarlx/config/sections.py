@@ -92,8 +92,8 @@ class TrainingConfig(Section):
     kept_gradients_mib: int = Field(
         default=0,
         ge=0,
-        description="MiB for the gradients by all logits; where they fit, the head's weight gradient "
-        "is one product",
+        description="MiB for the gradients by all logits; where they fit, the head's weight "
+        "gradient is one product",
     )
 
     def problems(self) -> list[tuple[str, str]]:
