@@ -64,7 +64,7 @@ class Generator(Protocol):
         ...
 
     def metrics(self) -> Mapping[str, float]:
-        """What RL logs as rl/NAME of this rank's last call, as a mean over ranks."""
+        """What RL logs as perf/NAME, of this rank's last call; of ranks the most is logged."""
         ...
 
 
