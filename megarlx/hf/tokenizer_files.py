@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -108,10 +110,22 @@ def chat_of(folder: Path, tokenizer: Tokenizer | None) -> TemplateConfig | None:
         chat = named.get("default")
     if not isinstance(chat, str) or not chat or tokenizer is None:
         return None
-    bos = config.get("bos_token")
-    bos = bos.get("content") if isinstance(bos, dict) else bos
-    found = TemplateConfig(chat=chat, bos=bos if isinstance(bos, str) else "")
-    ChatTemplate(chat, found.bos).encode(TRIED, tokenizer)
+    tokens = _tokens_of(chat, config)
+    bos = tokens.pop("bos_token", "")
+    today = date.today().isoformat() if "strftime_now" in chat else ""
+    ChatTemplate(chat, bos, tokens, today).encode(TRIED, tokenizer)
+    return TemplateConfig(chat=chat, bos=bos, tokens=tokens, date=today)
+
+
+def _tokens_of(chat: str, config: Mapping[str, Any]) -> dict[str, str]:
+    """The special tokens of a tokenizer_config.json that a template calls by name."""
+    found = {}
+    called = {"bos_token", *re.findall(r"\b[a-z_]+_token\b", chat)}
+    for name in sorted(called & config.keys()):
+        token = config[name]
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            found[name] = token
     return found
 
 
