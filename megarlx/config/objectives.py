@@ -45,8 +45,8 @@ class TemplateConfig(Section):
     )
     date: str = Field(
         default="",
-        description="The day, YYYY-MM-DD, that chat is told when it asks for today's; a converted "
-        "run has that of its conversion",
+        description="The day, as 2026-01-31, that chat is told is today; of a converted run that "
+        "of its conversion",
     )
     user: str | None = Field(
         default=None, description="A question, or a user's turn; needed where chat is not given"

@@ -103,7 +103,7 @@ class ChatTemplate:
 
         def today(form: str) -> str:
             if not self.date:
-                refuse("it asks for today's date; write template.date = \"YYYY-MM-DD\"")
+                refuse('it asks for today\'s date; write template.date = "YYYY-MM-DD"')
             return date.fromisoformat(self.date).strftime(form)
 
         class Generation(Extension):

@@ -257,7 +257,14 @@ def _conversations(value: Any, keys: Keys) -> Iterator[Conversation]:
         raise _Reason(f"'{keys.answers}' must be a list of at least one answer")
     question = Turn("user", _string(value[keys.question], f"'{keys.question}'"))
     for at, answer in enumerate(answers):
-        yield Conversation((question, Turn("assistant", _string(answer, f"answer {at}"))))
+        text = _string(with_numbers(answer), f"answer {at}")
+        yield Conversation((question, Turn("assistant", text)))
+
+
+def with_numbers(answer: Any) -> Any:
+    """A number as its text; all else as it is."""
+    is_number = isinstance(answer, int | float) and not isinstance(answer, bool)
+    return str(answer) if is_number else answer
 
 
 def _as_messages(value: Any, key: str, role: Role) -> list[Any]:

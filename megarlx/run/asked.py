@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-from megarlx.data.conversations import ROLES, Turn
+from megarlx.data.conversations import turns_of
 from megarlx.data.documents import BadLineError, lines
 from megarlx.run.conversation import Drawing
 from megarlx.run.opened import OpenedRun
@@ -16,7 +16,7 @@ from megarlx.run.opened import OpenedRun
 SAMPLES_AT_ONCE = 256
 EXPECTED = (
     'expected a text, {"prompt": text}, {"question": text}, or {"messages": [{"role", "content"}, '
-    "…]} whose last is the user's"
+    "…]} whose last is the user's, or a tool's"
 )
 
 
@@ -26,7 +26,7 @@ def answer_all(run: OpenedRun, path: str, drawing: Drawing, *, plain: bool) -> N
     asked, at_once = read_asked(path), max(1, SAMPLES_AT_ONCE // count)
     while part := list(islice(asked, at_once)):
         every = run.generate(
-            [_prompt(one) for one in part],
+            part,
             samples=count,
             temperature=drawing.temperature,
             top_p=drawing.top_p,
@@ -42,7 +42,7 @@ def answer_all(run: OpenedRun, path: str, drawing: Drawing, *, plain: bool) -> N
             print(json.dumps({key: one, "answers": answers}), flush=True)
 
 
-def read_asked(path: str) -> Iterator[str | list[dict[str, str]]]:
+def read_asked(path: str) -> Iterator[str | list[dict[str, Any]]]:
     """The prompts of a file: lines of text, or of JSON where its name says .jsonl. `-` is standard
     input, lines of text."""
     as_json = ".jsonl" in path
@@ -57,26 +57,11 @@ def read_asked(path: str) -> Iterator[str | list[dict[str, str]]]:
             raise BadLineError(path, number, str(error)) from None
 
 
-def _said(value: Any) -> str | list[dict[str, str]]:
+def _said(value: Any) -> str | list[dict[str, Any]]:
     if isinstance(value, dict):
         value = value.get("messages", value.get("prompt", value.get("question")))
     if isinstance(value, str) and value.strip():
         return value
-    messages = isinstance(value, list) and value and all(map(_is_message, value))
-    if messages and value[-1]["role"] == "user":
-        return [{"role": one["role"], "content": one["content"]} for one in value]
+    if isinstance(value, list) and value and turns_of(value)[-1].role in ("user", "tool"):
+        return value
     raise ValueError(EXPECTED)
-
-
-def _is_message(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and value.get("role") in ROLES
-        and isinstance(value.get("content"), str)
-    )
-
-
-def _prompt(said: str | list[dict[str, Any]]) -> str | list[Turn]:
-    if isinstance(said, str):
-        return said
-    return [Turn(one["role"], one["content"]) for one in said]

@@ -288,15 +288,23 @@ class ObjectiveMaker:
 
     def _prompts(self, name: str, config: RlConfig | DistillConfig, most: int) -> PromptData:
         keys, few_shot, by_difficulty = PromptKeys(config.question_key), FewShot(), None
+        alone = ""
         if isinstance(config, RlConfig):
             asks = config.environment is None
             keys = PromptKeys(config.question_key, config.answer_key, needs_question=asks)
             by_difficulty = config.by_difficulty
+            alone = "environment" if not asks else "bank" if config.bank is not None else ""
             if config.examples is not None:
                 file = file_of(config.examples, self.config, f"{name}.examples")
                 few_shot = FewShot(tuple(read_conversations(file)))
+        prompts = read_prompts(file_of(config.prompts, self.config, f"{name}.prompts"), keys)
+        if alone and any(prompt.before for prompt in prompts):
+            raise RunError(
+                f"{name}.prompts {config.prompts} has questions behind other turns; {name}.{alone} "
+                "has a place for the question alone"
+            )
         return PromptData(
-            read_prompts(file_of(config.prompts, self.config, f"{name}.prompts"), keys),
+            prompts,
             self.template(config.template),
             self.tokenizer,
             self.config.training.seed,

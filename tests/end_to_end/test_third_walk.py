@@ -1,0 +1,287 @@
+"""The walk done a third time: a tokenizer that writes the first word of a text apart, a template
+with tools, thoughts and a date, prompts and answers in other people's forms."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Engine
+
+import megarlx
+from megarlx.cli import main
+from megarlx.data.conversations import Conversation, ConversationError, Frames, Turn, turns_of
+from megarlx.data.prompts import read_prompts
+from megarlx.data.tokenizer import load_tokenizer
+from megarlx.report.settings import MOST_TOLD
+from megarlx.report.study import Study
+from megarlx.run.asked import read_asked
+from megarlx.run.directory import RunError
+
+transformers = pytest.importorskip("transformers")
+
+SAYS = "<|im_start|>"
+ENDS = "<|im_end|>"
+# {{ ANSWER }} stands where trainers of transformers mark what an assistant says.
+CHAT = (
+    "<|im_start|>system\n{% if messages[0].role == 'system' %}{{ messages[0].content }}"
+    "{% else %}Today is {{ strftime_now('%d %b %Y') }}.{{ pad_token }}{% endif %}<|im_end|>\n"
+    "{% for m in messages %}{% if m.role == 'user' or m.role == 'tool' %}"
+    "<|im_start|>{{ m.role }}{{ ' ' + m.name if m.name }}\n{{ m.content }}<|im_end|>\n"
+    "{% elif m.role == 'assistant' %}<|im_start|>assistant\n{% generation %}"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{{ m.content }}{% for c in m.tool_calls or [] %}<call>"
+    "{{ c.function | tojson(sort_keys=true) }}</call>{% endfor %}<|im_end|>{% endgeneration %}"
+    "{{ '\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": {"x": 3}}}
+USER = {"role": "user", "content": "  what is 重 😀 שלום?\n\nsay  it "}
+ANSWERS: list[list[dict[str, Any]]] = [
+    [USER, {"role": "assistant", "content": "seven"}],
+    [{"role": "system", "content": "Be short."}, USER, {"role": "assistant", "content": " 7"}],
+    [USER, {"role": "assistant", "content": "so", "reasoning_content": "hmm "}],
+    [USER, {"role": "assistant", "content": "", "tool_calls": [CALL]},
+     {"role": "tool", "name": "add", "tool_call_id": "1", "content": "7"},
+     {"role": "assistant", "content": "7"}, USER, {"role": "assistant", "content": "again 7"}],
+]  # fmt: skip
+RECIPE = """
+[training]
+sequence_length = 160
+sequences_per_step = 2
+sequences_per_microbatch = 2
+[rl]
+prompts = "data/prompts.jsonl"
+prompts_per_step = 2
+samples_per_prompt = 2
+tokens_per_microbatch = 512
+max_completion_tokens = 4
+policy.preset = "dr_grpo"
+[[rl.rewards]]
+function = "data/tools.py:even"
+[[stages]]
+steps = 1
+[stages.objectives.rl]
+lr = 1e-3
+[checkpoints]
+[evaluation]
+readiness_prompts = 0
+"""
+PLAYED = """
+function = "tools"
+options = { tools = ["data/tools.py:search"], reward = "data/tools.py:even" }
+max_turns = 2
+max_turn_tokens = 4
+max_episode_tokens = 220
+"""
+AGENT = (
+    RECIPE.replace('[[rl.rewards]]\nfunction = "data/tools.py:even"', "[rl.environment]" + PLAYED)
+    .replace("max_completion_tokens = 4\n", "")
+    .replace("readiness_prompts = 0", "readiness_prompts = 2\nat_end = true")
+    .replace("data/prompts.jsonl", "data/tasks.jsonl")
+    .replace("dr_grpo", "sampo")
+    + '[[evaluation.suites]]\nname = "tools"\nkind = "agent"\npath = "data/tasks.jsonl"\n'
+    + "samples = 2\n[evaluation.suites.environment]"
+    + PLAYED
+)
+CODE = """
+def search(query):
+    return f"found {query}"
+
+def even(samples):
+    return [float(len(sample.completion) % 2 == 0) for sample in samples]
+"""
+
+
+def own_model(folder: Path) -> None:
+    """Llama's tokenizer: SentencePiece's pieces, bytes for what none of them is."""
+    words = ["<unk>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *"seventwhaisoruyAdgi.?71\n"]
+    merges = [("▁", "s"), ("▁s", "e"), ("s", "e"), ("▁", "w"), ("w", "h"), ("▁", "7")]
+    vocabulary: dict[str, int] = {}
+    for piece in [*words, *(a + b for a, b in merges)]:
+        vocabulary.setdefault(piece, len(vocabulary))
+    engine = Engine(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+    engine.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    engine.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+         decoders.Strip(" ", 1, 0)]
+    )  # fmt: skip
+    engine.add_special_tokens(
+        [AddedToken("<pad>", special=True, lstrip=True), AddedToken(SAYS, special=True)]
+    )
+    engine.add_special_tokens([AddedToken(ENDS, special=True, rstrip=False)])
+    engine.add_tokens([AddedToken(text, normalized=False) for text in ("<think>", "</think>")])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=engine, eos_token=ENDS, pad_token="<pad>"
+    )
+    tokenizer.chat_template = CHAT
+    config = transformers.LlamaConfig(
+        vocab_size=320,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=24,
+        max_position_embeddings=256,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    transformers.set_seed(7)
+    model = transformers.LlamaForCausalLM(config).bfloat16()
+    model.save_pretrained(folder, max_shard_size="10KB")
+    tokenizer.save_pretrained(folder)
+
+
+def lines(path: Path, *values: Any) -> None:
+    path.write_text("".join(json.dumps(value) + "\r\n\r\n" for value in values))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("third") / "my work"
+    data = folder / "data"
+    data.mkdir(parents=True)
+    own_model(folder / "models" / "own")
+    asked = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "1 + 1?"}]
+    lines(data / "prompts.jsonl", {"prompt": asked, "answer": 2}, {"prompt": "2?", "answer": "2"})
+    lines(data / "tasks.jsonl", *({"question": f"{n}?", "answer": n} for n in range(2)))
+    (data / "tools.py").write_text(CODE)
+    (data / "rl.toml").write_text(RECIPE)
+    (data / "agent.toml").write_text(AGENT)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+
+
+@pytest.mark.parametrize("messages", ANSWERS, ids=["plain", "system", "thoughts", "tools"])
+def test_conversations_have_the_ids_and_the_mask_of_transformers(
+    messages: list[dict[str, Any]],
+) -> None:
+    theirs = transformers.AutoTokenizer.from_pretrained("models/own")
+    wanted = theirs.apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True
+    )
+    asked = messages[:-1]
+    prompt = theirs.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    with megarlx.open("models/own") as run:
+        assert run.template is not None
+        ids, learned = run.template.encode(Conversation(tuple(turns_of(messages))), run.tokenizer)
+        assert run.prompt_ids(asked) == prompt
+    assert (ids, [int(says) for says in learned]) == (
+        wanted["input_ids"],
+        wanted["assistant_masks"],
+    )
+
+
+def test_a_frame_in_the_middle_of_a_prompt_is_written_as_its_export_writes_it() -> None:
+    """What an export's chat template writes in one piece, a run has learned in several."""
+    tokenizer = load_tokenizer("models/own")
+    turns = [Turn("user", "what"), Turn("assistant", "seven"), Turn("user", "is it")]
+    frames = Frames(
+        f"{SAYS}user\n{{content}}{ENDS}\n", opening=f"{SAYS}assistant\n", assistant="{content}"
+    )
+    ids = frames.prompt_ids(turns, tokenizer)
+    opening = f"{SAYS}assistant\n"
+    said = f"{SAYS}user\nwhat{ENDS}\n{opening}seven{ENDS}{SAYS}user\nis it{ENDS}\n{opening}"
+    assert ids == tokenizer.encode(said, specials=True)
+    begun = frames.prompt_ids(turns[:1], tokenizer)
+    answer = [*tokenizer.encode("seven", inside=True), tokenizer.eos_id]
+    assert begun + answer + frames.prompt_ids(turns[2:], tokenizer, follows=True) == ids
+
+
+def test_a_template_that_asks_for_the_day_is_told_that_of_the_conversion() -> None:
+    with megarlx.open("models/own") as run:
+        assert run.config.template is not None
+        assert run.config.template.date == date.today().isoformat()
+        assert run.config.template.tokens == {"pad_token": "<pad>"}
+        assert run.template is not None
+        assert run.template.described == {
+            "chat": CHAT,
+            "bos": "",
+            "pad_token": "<pad>",
+            "date": date.today().isoformat(),
+        }
+
+
+def test_thoughts_are_not_left_out_of_frames_in_silence() -> None:
+    tokenizer = load_tokenizer("models/own")
+    with pytest.raises(ConversationError, match="a message has reasoning_content"):
+        Frames("{content}").encode(Conversation(tuple(turns_of(ANSWERS[2]))), tokenizer)
+
+
+def test_questions_behind_a_systems_turn_are_asked_so_by_rl_and_by_a_suite() -> None:
+    theirs = transformers.AutoTokenizer.from_pretrained("models/own")
+    wanted = [
+        len(theirs.apply_chat_template(asked, add_generation_prompt=True, return_dict=False))
+        for asked in (
+            json.loads(Path("data/prompts.jsonl").read_text().splitlines()[0])["prompt"],
+            [{"role": "user", "content": "2?"}],
+        )
+    ]
+    assert main(["branch", "models/own", "data/rl.toml", "--out", "runs/rl"]) == 0
+    rows = [json.loads(line) for line in Path("runs/rl/metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["rl/prompt_tokens"] == sum(wanted)
+    assert [prompt.answer for prompt in read_prompts("data/prompts.jsonl")] == ["2", "2"]
+
+
+def test_tools_are_played_probed_and_measured() -> None:
+    assert main(["branch", "models/own", "data/agent.toml", "--out", "runs/agent"]) == 0
+    names = {path.name for path in Path("runs/agent/evaluations").iterdir()}
+    assert names == {"iter_00000000.rl-readiness.json", "iter_00000001.tools.json"}
+
+
+def test_messages_of_a_file_keep_their_calls_and_a_flat_list_is_told_apart() -> None:
+    asked = ANSWERS[3][:3]
+    lines(Path("data/ask.jsonl"), {"messages": asked})
+    assert list(read_asked("data/ask.jsonl")) == [asked]
+    with megarlx.open("models/own") as run, pytest.raises(RunError, match="give \\[messages\\]"):
+        run.generate(asked)
+
+
+def test_a_bad_line_can_be_skipped_by_the_command_that_met_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lines(Path("data/a.jsonl"), {"text": "a"})
+    lines(Path("data/b.jsonl"), {"txt": "b"}, {"text": "c"})
+    words = ["prepare", "data/a.jsonl", "data/b.jsonl", "--tokenizer", "models/own"]
+    words += ["--out", "data/mine", "--quiet"]
+    assert main(words) == 1
+    assert main([*words, "--on-bad-line", "skip"]) == 0
+    assert '"documents": 2' in capsys.readouterr().out
+
+
+def test_runs_that_differ_in_many_settings_are_told_apart_by_their_names() -> None:
+    sets = {"a": (), "b": ("rl.top_p=0.9", "rl.temperature=0.5", "rl.prompts_per_step=1",
+                           "rl.samples_per_prompt=4", "rl.max_completion_tokens=5")}  # fmt: skip
+    assert len(sets["b"]) > MOST_TOLD
+    recipe = Path("data/rl.toml").read_text() + SUITE
+    for name, settings in sets.items():
+        Path("data/many.toml").write_text(recipe)
+        words = [word for one in settings for word in ("--set", one)]
+        assert (
+            main(["branch", "models/own", "data/many.toml", "--out", f"many/{name}", *words]) == 0
+        )
+    labels = {cell.label for cell in Study.of(Path("many")).cells if cell.recipe != "base"}
+    assert labels == {"many (a)", "many (b)"}
+    shutil.rmtree("many")
+
+
+SUITE = """
+at_end = true
+[[evaluation.suites]]
+name = "t"
+kind = "pass_at_k"
+path = "data/prompts.jsonl"
+samples = 2
+max_new_tokens = 2
+rewards = [{ function = "data/tools.py:even" }]
+"""
