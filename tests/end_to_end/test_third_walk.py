@@ -22,6 +22,7 @@ from megarlx.report.settings import MOST_TOLD
 from megarlx.report.study import Study
 from megarlx.run.asked import read_asked
 from megarlx.run.directory import RunError
+from megarlx.run.overlap import overlaps
 
 transformers = pytest.importorskip("transformers")
 
@@ -263,7 +264,8 @@ def test_runs_that_differ_in_many_settings_are_told_apart_by_their_names() -> No
     sets = {"a": (), "b": ("rl.top_p=0.9", "rl.temperature=0.5", "rl.prompts_per_step=1",
                            "rl.samples_per_prompt=4", "rl.max_completion_tokens=5")}  # fmt: skip
     assert len(sets["b"]) > MOST_TOLD
-    recipe = Path("data/rl.toml").read_text() + SUITE
+    recipe = Path("data/rl.toml").read_text() + "at_end = true\n"
+    recipe += SUITE.replace("[[suites]]", "[[evaluation.suites]]")
     for name, settings in sets.items():
         Path("data/many.toml").write_text(recipe)
         words = [word for one in settings for word in ("--set", one)]
@@ -275,9 +277,26 @@ def test_runs_that_differ_in_many_settings_are_told_apart_by_their_names() -> No
     shutil.rmtree("many")
 
 
+def test_of_a_short_question_nothing_is_known_beside_what_was_found_in_the_text() -> None:
+    lines(Path("data/prompts2.jsonl"), *({"question": q, "answer": 1} for q in QUESTIONS))
+    Path("data/suites.toml").write_text(SUITE.replace("prompts", "prompts2"))
+    lines(Path("data/seen.jsonl"), {"text": f"so {QUESTIONS[0]}"})
+    words = ["prepare", "data/seen.jsonl", "--tokenizer", "models/own", "--out", "data/seen"]
+    assert main([*words, "--quiet"]) == 0
+    with megarlx.open("models/own") as run:
+        items = run.evaluate("data/suites.toml", keep=True)["t"]["items"]
+        folder = str(run.reference.run)
+    (found,) = overlaps(folder, suites="data/suites.toml", token_files=["seen=data/seen"])
+    assert (found.short, found.by_source) == (4, {"seen": 1})
+    (measured,) = found.measured
+    shares = [item["correct"] / item["samples"] for item in items]
+    assert (measured.found, measured.not_found) == (shares[0], shares[1])
+    assert len(set(shares[1:])) > 1  # so that the mean with the short ones is another
+
+
+QUESTIONS = ["who is the seventh in a row?", "what is the other way to say so?", *"abcd"]
 SUITE = """
-at_end = true
-[[evaluation.suites]]
+[[suites]]
 name = "t"
 kind = "pass_at_k"
 path = "data/prompts.jsonl"
