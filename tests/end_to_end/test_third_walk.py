@@ -248,6 +248,17 @@ def test_messages_of_a_file_keep_their_calls_and_a_flat_list_is_told_apart() -> 
         run.generate(asked)
 
 
+def test_answers_are_as_long_as_the_model_has_room_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By default they are longer than this model's longest sequence."""
+    lines(Path("data/room.jsonl"), "1?", {"question": "what is the other way to say so?"}, "2?")
+    words = ["chat", "models/own", "--prompts", "data/room.jsonl", "--temperature", "0"]
+    assert main(words) == 0
+    asked = [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()]
+    assert asked == ["1?", "what is the other way to say so?", "2?"]
+
+
 def test_a_bad_line_can_be_skipped_by_the_command_that_met_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
