@@ -3,6 +3,8 @@ with tools, thoughts and a date, prompts and answers in other people's forms."""
 
 from __future__ import annotations
 
+import argparse
+import errno
 import json
 import shutil
 from datetime import date
@@ -20,9 +22,11 @@ from megarlx.data.prompts import read_prompts
 from megarlx.data.tokenizer import load_tokenizer
 from megarlx.report.settings import MOST_TOLD
 from megarlx.report.study import Study
+from megarlx.run import generate_command
 from megarlx.run.asked import read_asked
 from megarlx.run.directory import RunError
 from megarlx.run.overlap import overlaps
+from megarlx.run.session import session
 
 transformers = pytest.importorskip("transformers")
 
@@ -257,6 +261,31 @@ def test_answers_are_as_long_as_the_model_has_room_for(
     assert main(words) == 0
     asked = [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()]
     assert asked == ["1?", "what is the other way to say so?", "2?"]
+
+
+def broken(*_: object, **__: object) -> int:
+    raise BrokenPipeError
+
+
+def full(*_: object) -> int:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_reader_that_has_gone_is_no_error_and_a_full_disk_says_what_is_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("megarlx.run.generate_command._generate", broken)
+    arguments = argparse.ArgumentParser()
+    generate_command.add_arguments(arguments)
+    with pytest.raises(BrokenPipeError):
+        generate_command.run(arguments.parse_args(["models/own", "--prompt", "x"]))
+    with megarlx.open("models/own") as run:
+        config = run.config
+    with pytest.raises(BrokenPipeError):
+        session("branch", config, broken)
+    capsys.readouterr()
+    assert session("branch", config, full) == 1
+    assert "checkpoints that are there are whole" in capsys.readouterr().err
 
 
 def test_a_bad_line_can_be_skipped_by_the_command_that_met_it(
