@@ -238,6 +238,22 @@ def test_questions_behind_a_systems_turn_are_asked_so_by_rl_and_by_a_suite() -> 
     assert [prompt.answer for prompt in read_prompts("data/prompts.jsonl")] == ["2", "2"]
 
 
+def test_a_run_from_before_a_key_was_there_goes_on_where_nobody_sets_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["branch", "models/own", "data/rl.toml", "--out", "runs/older"]
+    assert main(words) == 0
+    path = Path("runs/older/resolved.json")
+    saved = json.loads(path.read_text())
+    for one in (saved["rl"], saved["stages"][0]["objectives"]["rl"], saved["templates"]["model"]):
+        assert one.pop("draw" if "draw" in one else "eps" if "eps" in one else "system")
+    path.write_text(json.dumps(saved))
+    capsys.readouterr()
+    assert main([*words, "--set", 'rl.draw="difficulty"']) == 1
+    assert 'rl.draw: was null, is "difficulty"' in capsys.readouterr().err
+    assert main(words) == 0
+
+
 def test_tools_are_played_probed_and_measured() -> None:
     assert main(["branch", "models/own", "data/agent.toml", "--out", "runs/agent"]) == 0
     names = {path.name for path in Path("runs/agent/evaluations").iterdir()}
