@@ -77,16 +77,18 @@ class ChatTemplate:
     def example_ids(
         self, example: Conversation, tokenizer: Tokenizer, separator: str | None, first: bool
     ) -> list[int]:
-        """Up to the end of the answer: what follows writes what stands between."""
-        turns = list(example.turns)
-        written = self._written(tokenizer, turns, example.tools)
-        parts = (
-            written.parts(turns, written.text(turns))
-            if first
-            else written.parts_behind(turns, asks=False)
-        )
-        *told, _ = parts
-        return written.ids_of((part for part, _ in told), inside=not first)
+        """As an earlier turn of what follows, up to the end of the answer: what follows writes what
+        stands between."""
+        before = [] if first else [Turn("user", SOMETHING), Turn("assistant", SOMETHING)]
+        asked = [*before, *example.question]
+        written = self._written(tokenizer, example.turns, example.tools)
+        text = written.text([*asked, example.turns[-1], Turn("user", SOMETHING)])
+        opening = written.text(asked, asks=True)
+        written.check_begins(text, opening)
+        place = 0 if first else written.end(text, len(written.text(before[:1], asks=True)))
+        parts = [part for part, _ in written.parts(asked, opening, place)]
+        parts.append(text[len(opening) : written.end(text, len(opening))])
+        return written.ids_of(parts, inside=not first)
 
     def _written(self, tokenizer: Tokenizer, turns: Sequence[Turn], tools: str = "") -> _Written:
         given = {"bos_token": self.bos, "eos_token": tokenizer.eos_text, **self.tokens}
@@ -190,9 +192,13 @@ class _Written:
         asked = self.text([Turn("user", SOMETHING)], asks=True)
         turns = [Turn("user", SOMETHING), Turn("assistant", SOMETHING), *turns]
         text = self.text(turns, asks)
+        self.check_begins(text, asked)
+        yield from self.parts(turns, text, self.end(text, len(asked)))
+
+    @staticmethod
+    def check_begins(text: str, asked: str) -> None:
         if not text.startswith(asked):
             raise ConversationError("chat template: what follows changes what stands before")
-        yield from self.parts(turns, text, self._end(text, len(asked)))
 
     def answers(self, turns: Sequence[Turn], text: str) -> Iterator[tuple[int, int]]:
         """Where each answer begins and where its end of text ends."""
@@ -201,9 +207,9 @@ class _Written:
                 before = self.text(turns[:at], asks=True)
                 through = self.text(turns[: at + 1])
                 if text.startswith(before) and text.startswith(through):
-                    yield len(before), self._end(through, len(before))
+                    yield len(before), self.end(through, len(before))
 
-    def _end(self, text: str, begin: int) -> int:
+    def end(self, text: str, begin: int) -> int:
         """Behind the end of the answer that begins there."""
         eos = self.tokenizer.eos_text
         found = text.find(eos, begin)
