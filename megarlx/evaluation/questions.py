@@ -39,7 +39,7 @@ class Question:
         if self.templated:
             turns = (*self.before, Turn("user", self.text))
             return template.prompt_ids(turns, tokenizer, follows=follows)
-        ids = tokenizer.encode(self.text)
+        ids = tokenizer.encode(self.text, inside=follows)
         return ids if follows else tokenizer.begun(ids)
 
 

@@ -77,12 +77,16 @@ def chat_template(template: TemplateConfig, tokenizer: Tokenizer) -> str:
             "Face; allowed is a template without them"
         )
 
+    bos = tokenizer.bos_text
+    begins = bool(bos) and not template.user.startswith(bos)
+
     def literal(text: str) -> str:
         return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""
 
     def turn(frame: str) -> str:
         before, after = frame.split(PLACE)
-        return literal(before) + "{{ message['content'] }}" + literal(after)
+        space = _first_space(before, tokenizer) if begins else ""
+        return space + literal(before) + "{{ message['content'] }}" + literal(after)
 
     opening, end = literal(template.opening), literal(tokenizer.eos_text) + "{% endif %}"
     roles = (
@@ -92,9 +96,24 @@ def chat_template(template: TemplateConfig, tokenizer: Tokenizer) -> str:
         "{% else %}" + opening + turn(template.assistant) + end,
     )
     prompt = "{% if add_generation_prompt %}" + opening + "{% endif %}" if opening else ""
-    bos = tokenizer.bos_text
-    begin = "" if template.user.startswith(bos) else literal(bos)
-    return begin + "{% for message in messages %}" + "".join(roles) + "{% endfor %}" + prompt
+    return (
+        (literal(bos) if begins else "")
+        + "{% for message in messages %}"
+        + "".join(roles)
+        + "{% endfor %}"
+        + prompt
+    )
+
+
+def _first_space(before: str, tokenizer: Tokenizer) -> str:
+    """What a tokenizer writes before the first word of a text, and not behind a token, as the one
+    that begins a document: there the template has to write it."""
+    if tokenizer.encode("a") == tokenizer.encode("a", inside=True):
+        return ""
+    if before.startswith((" ", *tokenizer.special_texts)):
+        return ""
+    space = "' '" if before else "'' if message['content'].startswith(' ') else ' '"
+    return "{% if loop.first %}{{ " + space + " }}{% endif %}"
 
 
 def chat_of(folder: Path, tokenizer: Tokenizer | None) -> TemplateConfig | None:

@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Engine
 
 import megarlx
 from megarlx.cli import main
+from megarlx.config.objectives import TemplateConfig
 from megarlx.data.conversations import Conversation, ConversationError, Frames, Turn, turns_of
 from megarlx.data.prompts import read_prompts
 from megarlx.data.tokenizer import load_tokenizer
+from megarlx.hf.tokenizer_files import chat_template
 from megarlx.report.settings import MOST_TOLD
 from megarlx.report.study import Study
 from megarlx.run import generate_command
@@ -201,6 +203,36 @@ def test_a_frame_in_the_middle_of_a_prompt_is_written_as_its_export_writes_it() 
     begun = frames.prompt_ids(turns[:1], tokenizer)
     answer = [*tokenizer.encode("seven", inside=True), tokenizer.eos_id]
     assert begun + answer + frames.prompt_ids(turns[2:], tokenizer, follows=True) == ids
+
+
+FRAMED = [  # between whose parts no pieces are joined
+    Frames("what {content}\n", assistant=" {content}"),
+    Frames("{content}\n", system="is {content}.\n", opening="so\n", assistant="{content}"),
+    Frames(f"{SAYS}what\n{{content}}\n", assistant="{content}"),
+]
+
+
+@pytest.mark.parametrize("frames", FRAMED, ids=["words", "nothing", "a token"])
+@pytest.mark.parametrize("begins", [False, True])
+def test_an_export_begins_as_what_was_trained(frames: Frames, begins: bool, tmp_path: Path) -> None:
+    """Behind a first token no space stands by itself, as it does before a text."""
+    engine = Engine.from_file("models/own/tokenizer.json")
+    if begins:
+        engine.post_processor = processors.TemplateProcessing(
+            single="<pad> $A", special_tokens=[("<pad>", engine.token_to_id("<pad>"))]
+        )
+    engine.save(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(tmp_path, eos=ENDS)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=engine, eos_token=ENDS)
+    theirs.chat_template = chat_template(TemplateConfig(**frames.described), ours)
+    for first in ("what", " is", ""):
+        turns = [Turn("user", first), Turn("assistant", "seven"), Turn("user", "why")]
+        for asked in (turns, [Turn("system", "it"), *turns]):
+            messages = [{"role": turn.role, "content": turn.content} for turn in asked]
+            wanted = theirs.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=False
+            )
+            assert frames.prompt_ids(asked, ours) == wanted
 
 
 def test_a_template_that_asks_for_the_day_is_told_that_of_the_conversion() -> None:
