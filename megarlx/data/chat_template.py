@@ -28,6 +28,11 @@ BREAKS = [chr(code) for code in range(0xE000, 0xE100)]
 SOMETHING = "."  # said by turns that only stand before others
 
 
+class NotLearnedError(ConversationError):
+    """A template in which a model can be asked, but not be taught: a prompt of DeepSeek-R1's opens
+    the thoughts, which its answers are told without."""
+
+
 @dataclass(frozen=True)
 class ChatTemplate:
     """`bos` is what the template calls bos_token, `tokens` has others by such names; eos_token is
@@ -66,12 +71,13 @@ class ChatTemplate:
         written = self._written(tokenizer, turns, conversation.tools)
         ids: list[int] = []
         learned: list[bool] = []
-        for part, said in written.parts(turns, written.text(turns)):
+        for part, said in written.parts(turns, text := written.text(turns)):
             these = written.ids(part, bool(ids))
             ids += these
             learned += [said] * len(these)
         if True not in learned:
-            raise ConversationError("chat template: it does not write the answer that it asks for")
+            written.end(text, max(0, text.rfind(turns[-1].content)))
+            raise NotLearnedError("chat template: it does not write the answer that it asks for")
         return ids, learned
 
     def example_ids(

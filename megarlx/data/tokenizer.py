@@ -292,10 +292,13 @@ class FileTokenizer(Tokenizer):
         return tuple(str(t["content"]) for t in added if t.get("special"))
 
     def takes_space(self, special: str) -> tuple[bool, bool]:
-        for token in self._definition.get("added_tokens") or []:
-            if token["content"] == special:
-                return bool(token.get("lstrip")), bool(token.get("rstrip"))
-        return False, False
+        return self._spaces.get(special, (False, False))
+
+    @cached_property
+    def _spaces(self) -> dict[str, tuple[bool, bool]]:
+        added = self._definition.get("added_tokens") or []
+        flags = {str(t["content"]): (bool(t.get("lstrip")), bool(t.get("rstrip"))) for t in added}
+        return {text: both for text, both in flags.items() if any(both)}
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         found = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)

@@ -13,7 +13,7 @@ from typing import Any
 from megarlx import plug
 from megarlx.config.objectives import PLACE, TemplateConfig
 from megarlx.config.run_sections import DataConfig
-from megarlx.data.chat_template import ChatTemplate
+from megarlx.data.chat_template import ChatTemplate, NotLearnedError
 from megarlx.data.conversations import Conversation, ConversationError, Turn
 from megarlx.data.making import made
 from megarlx.data.tokenizer import (
@@ -132,8 +132,22 @@ def chat_of(folder: Path, tokenizer: Tokenizer | None) -> TemplateConfig | None:
     tokens = _tokens_of(chat, config)
     bos = tokens.pop("bos_token", "")
     today = date.today().isoformat() if "strftime_now" in chat else ""
-    ChatTemplate(chat, bos, tokens, today).encode(TRIED, tokenizer)
-    return TemplateConfig(chat=chat, bos=bos, tokens=tokens, date=today)
+    found = TemplateConfig(chat=chat, bos=bos, tokens=tokens, date=today)
+    not_taught(found, tokenizer)
+    return found
+
+
+def not_taught(template: TemplateConfig, tokenizer: Tokenizer) -> str:
+    """Why a model cannot be taught in its chat template; "" where it can. Raises ConversationError
+    where it cannot be asked either."""
+    assert template.chat is not None
+    chat = ChatTemplate(template.chat, template.bos, template.tokens, template.date)
+    chat.prompt_ids(TRIED.question, tokenizer)
+    try:
+        chat.encode(TRIED, tokenizer)
+    except NotLearnedError as error:
+        return str(error)
+    return ""
 
 
 def _tokens_of(chat: str, config: Mapping[str, Any]) -> dict[str, str]:

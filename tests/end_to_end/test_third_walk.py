@@ -249,6 +249,24 @@ def test_a_template_that_asks_for_the_day_is_told_that_of_the_conversion() -> No
         }
 
 
+OPENED = CHAT.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
+
+
+def test_a_template_that_opens_the_thoughts_can_be_asked_in(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree("models/own", "models/opened")
+    Path("models/opened/chat_template.jinja").write_text(OPENED)
+    theirs = transformers.AutoTokenizer.from_pretrained("models/opened")
+    wanted = theirs.apply_chat_template([USER], add_generation_prompt=True, return_dict=False)
+    with megarlx.open("models/opened") as run:
+        assert run.prompt_ids([USER]) == wanted
+        assert run.template is not None
+        with pytest.raises(ConversationError, match="does not write the answer that it asks for"):
+            run.template.encode(Conversation(tuple(turns_of(ANSWERS[0]))), run.tokenizer)
+    assert "it can be asked, and not be taught, in its chat template" in capsys.readouterr().err
+
+
 def test_thoughts_are_not_left_out_of_frames_in_silence() -> None:
     tokenizer = load_tokenizer("models/own")
     with pytest.raises(ConversationError, match="a message has reasoning_content"):

@@ -206,7 +206,8 @@ def test_tools_and_their_calls_are_written(tokenizer: FileTokenizer) -> None:
         ("{{ messages.append(1) }}", "chat template: "),
         ("{{ ''.__class__.__mro__ }}", "chat template: "),
         ("{% for i in range(10 ** 9) %}x{% endfor %}", "chat template: "),
-        ("{{ messages | length }}", "does not write the answer that it asks for"),
+        ("{{ messages | length }}", "does not end in '<|end|>'"),
+        ("{{ messages | length }}b<|end|>", "does not write the answer that it asks for"),
     ],
 )
 def test_a_template_that_cannot_be_followed_says_why(
