@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from datetime import date
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -20,6 +21,16 @@ PLACE = "{content}"
 MADE = "{made}"  # in a path: the folder that data.maker writes
 
 
+A_DAY = "expected a day as 2026-01-31"
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return not text or bool(date.fromisoformat(text))
+    except ValueError:
+        return False
+
+
 class TemplateConfig(Section):
     """How turns are written for the model; {content} stands for a turn's text."""
 
@@ -29,6 +40,14 @@ class TemplateConfig(Section):
         "run has it",
     )
     bos: str = Field(default="", description="What chat calls bos_token")
+    tokens: dict[str, str] = Field(
+        default={}, description="What chat calls pad_token and so on; eos_token: the tokenizer's"
+    )
+    date: str = Field(
+        default="",
+        description="The day, as 2026-01-31, that chat is told is today; of a converted run that "
+        "of its conversion",
+    )
     user: str | None = Field(
         default=None, description="A question, or a user's turn; needed where chat is not given"
     )
@@ -45,7 +64,8 @@ class TemplateConfig(Section):
             plain = {name: field.default for name, field in type(self).model_fields.items()}
             frames = ("user", "system", "opening", "assistant", "tool")
             said = [name for name in frames if getattr(self, name) != plain[name]]
-            return [(name, "cannot be given together with chat") for name in said]
+            found = [(name, "cannot be given together with chat") for name in said]
+            return found + ([] if _is_date(self.date) else [("date", f"is {self.date!r}; {A_DAY}")])
         if self.user is None:
             return [("user", "is missing; give user, or chat")]
         found = [
@@ -53,7 +73,8 @@ class TemplateConfig(Section):
             for name in ("user", "system", "assistant", "tool")
             if (text := getattr(self, name)).count(PLACE) != 1
         ]
-        return found + ([("bos", "is for chat, which is not given")] if self.bos else [])
+        chats = [key for key in ("bos", "tokens", "date") if getattr(self, key)]
+        return found + [(key, "is for chat, which is not given") for key in chats]
 
 
 def unknown_template(name: str, known: Collection[str]) -> str:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from megarlx.data.conversations import Conversation, ConversationError, Turn
+from megarlx.data.conversations import THOUGHTS, Conversation, ConversationError, Turn
 from megarlx.data.tokenizer import RESERVED, Tokenizer
 
 if TYPE_CHECKING:
@@ -27,16 +28,25 @@ BREAKS = [chr(code) for code in range(0xE000, 0xE100)]
 SOMETHING = "."  # said by turns that only stand before others
 
 
+class NotLearnedError(ConversationError):
+    """A template in which a model can be asked, but not be taught: a prompt of DeepSeek-R1's opens
+    the thoughts, which its answers are told without."""
+
+
 @dataclass(frozen=True)
 class ChatTemplate:
-    """`bos` is what the template calls bos_token; eos_token is the tokenizer's."""
+    """`bos` is what the template calls bos_token, `tokens` has others by such names; eos_token is
+    the tokenizer's where they do not say it. `date`: what the template is told is today."""
 
     chat: str
     bos: str = ""
+    tokens: Mapping[str, str] = field(default_factory=dict)
+    date: str = ""
 
     @property
     def described(self) -> dict[str, str]:
-        return {"chat": self.chat, "bos": self.bos}
+        told = {"date": self.date} if self.date else {}
+        return {"chat": self.chat, "bos": self.bos, **self.tokens, **told}
 
     def prompt_ids(
         self, turns: Iterable[Turn], tokenizer: Tokenizer, *, follows: bool = False
@@ -49,7 +59,7 @@ class ChatTemplate:
             parts = written.parts_behind(turns, asks=True)
         else:
             parts = written.parts(turns, written.text(turns, asks=True))
-        return [i for part, _ in parts for i in written.ids(part)]
+        return written.ids_of((part for part, _ in parts), inside=follows)
 
     def encode(
         self, conversation: Conversation, tokenizer: Tokenizer
@@ -61,30 +71,34 @@ class ChatTemplate:
         written = self._written(tokenizer, turns, conversation.tools)
         ids: list[int] = []
         learned: list[bool] = []
-        for part, said in written.parts(turns, written.text(turns)):
-            these = written.ids(part)
+        for part, said in written.parts(turns, text := written.text(turns)):
+            these = written.ids(part, bool(ids))
             ids += these
             learned += [said] * len(these)
         if True not in learned:
-            raise ConversationError("chat template: it does not write the answer that it asks for")
+            written.end(text, max(0, text.rfind(turns[-1].content)))
+            raise NotLearnedError("chat template: it does not write the answer that it asks for")
         return ids, learned
 
     def example_ids(
         self, example: Conversation, tokenizer: Tokenizer, separator: str | None, first: bool
     ) -> list[int]:
-        """Up to the end of the answer: what follows writes what stands between."""
-        turns = list(example.turns)
-        written = self._written(tokenizer, turns, example.tools)
-        parts = (
-            written.parts(turns, written.text(turns))
-            if first
-            else written.parts_behind(turns, asks=False)
-        )
-        *told, _ = parts
-        return [i for part, _ in told for i in written.ids(part)]
+        """As an earlier turn of what follows, up to the end of the answer: what follows writes what
+        stands between."""
+        before = [] if first else [Turn("user", SOMETHING), Turn("assistant", SOMETHING)]
+        asked = [*before, *example.question]
+        written = self._written(tokenizer, example.turns, example.tools)
+        text = written.text([*asked, example.turns[-1], Turn("user", SOMETHING)])
+        opening = written.text(asked, asks=True)
+        written.check_begins(text, opening)
+        place = 0 if first else written.end(text, len(written.text(before[:1], asks=True)))
+        parts = [part for part, _ in written.parts(asked, opening, place)]
+        parts.append(text[len(opening) : written.end(text, len(opening))])
+        return written.ids_of(parts, inside=not first)
 
     def _written(self, tokenizer: Tokenizer, turns: Sequence[Turn], tools: str = "") -> _Written:
-        return _Written(self._template, self.bos, tokenizer, turns, tools)
+        given = {"bos_token": self.bos, "eos_token": tokenizer.eos_text, **self.tokens}
+        return _Written(self._template, given, tokenizer, turns, tools)
 
     @cached_property
     def _template(self) -> jinja2.Template:
@@ -94,6 +108,11 @@ class ChatTemplate:
 
         def refuse(message: object) -> None:
             raise ConversationError(f"chat template: {message}")
+
+        def today(form: str) -> str:
+            if not self.date:
+                refuse('it asks for today\'s date; write template.date = "YYYY-MM-DD"')
+            return date.fromisoformat(self.date).strftime(form)
 
         class Generation(Extension):
             """{% generation %}: tells transformers what an assistant says, and writes nothing."""
@@ -108,6 +127,7 @@ class ChatTemplate:
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
         )
         sandbox.globals["raise_exception"] = refuse
+        sandbox.globals["strftime_now"] = today
         sandbox.filters["tojson"] = _json
         try:
             return sandbox.from_string(self.chat)
@@ -121,25 +141,25 @@ class _Written:
     def __init__(
         self,
         template: jinja2.Template,
-        bos: str,
+        tokens: Mapping[str, str],
         tokenizer: Tokenizer,
         turns: Sequence[Turn],
         tools: str,
     ) -> None:
-        self.template, self.bos, self.tokenizer = template, bos, tokenizer
+        self.template, self.tokens, self.tokenizer = template, tokens, tokenizer
         self.tools = tools
         specials = sorted(tokenizer.special_texts, key=len, reverse=True)
         self.specials = re.compile("|".join([*map(re.escape, specials), RESERVED.pattern]))
-        self.broken = _unused([tools, *(turn.content + turn.calls for turn in turns)])
+        said = (turn.content + turn.calls + turn.more for turn in turns)
+        self.broken = _unused([tools, *said])
 
     def text(self, turns: Sequence[Turn], asks: bool = False) -> str:
         import jinja2
 
         given: dict[str, Any] = {
+            **self.tokens,
             "messages": [self._message(turn) for turn in turns],
             "add_generation_prompt": asks,
-            "bos_token": self.bos,
-            "eos_token": self.tokenizer.eos_text,
             "tools": json.loads(self._safe(self.tools)) if self.tools else None,
         }
         try:
@@ -152,6 +172,10 @@ class _Written:
 
     def _message(self, turn: Turn) -> dict[str, Any]:
         message: dict[str, Any] = {"role": turn.role, "content": self._safe(turn.content)}
+        if turn.more:
+            message |= json.loads(self._safe(turn.more))
+            thoughts = [message[key] for key in THOUGHTS if key in message]
+            message |= {"reasoning_content": thoughts[0]} if thoughts else {}
         if turn.calls:
             message["tool_calls"] = [_call(one) for one in json.loads(self._safe(turn.calls))]
         return message
@@ -174,9 +198,13 @@ class _Written:
         asked = self.text([Turn("user", SOMETHING)], asks=True)
         turns = [Turn("user", SOMETHING), Turn("assistant", SOMETHING), *turns]
         text = self.text(turns, asks)
+        self.check_begins(text, asked)
+        yield from self.parts(turns, text, self.end(text, len(asked)))
+
+    @staticmethod
+    def check_begins(text: str, asked: str) -> None:
         if not text.startswith(asked):
             raise ConversationError("chat template: what follows changes what stands before")
-        yield from self.parts(turns, text, self._end(text, len(asked)))
 
     def answers(self, turns: Sequence[Turn], text: str) -> Iterator[tuple[int, int]]:
         """Where each answer begins and where its end of text ends."""
@@ -185,9 +213,9 @@ class _Written:
                 before = self.text(turns[:at], asks=True)
                 through = self.text(turns[: at + 1])
                 if text.startswith(before) and text.startswith(through):
-                    yield len(before), self._end(through, len(before))
+                    yield len(before), self.end(through, len(before))
 
-    def _end(self, text: str, begin: int) -> int:
+    def end(self, text: str, begin: int) -> int:
         """Behind the end of the answer that begins there."""
         eos = self.tokenizer.eos_text
         found = text.find(eos, begin)
@@ -198,23 +226,33 @@ class _Written:
             )
         return found + len(eos)
 
-    def ids(self, text: str) -> list[int]:
+    def ids_of(self, parts: Iterable[str], inside: bool) -> list[int]:
+        found: list[int] = []
+        for part in parts:
+            found += self.ids(part, inside or bool(found))
+        return found
+
+    def ids(self, text: str, inside: bool) -> list[int]:
         """Special tokens that the template wrote become their ids; all between them is text."""
         found: list[int] = []
-        place = 0
+        place, takes = 0, False
         for match in self.specials.finditer(text):
-            found += self._plain(text[place : match.start()])
+            takes_before, takes_behind = self.tokenizer.takes_space(match[0])
+            before = text[place : match.start()]
+            before = before.lstrip() if takes else before
+            found += self._plain(before.rstrip() if takes_before else before, inside or place > 0)
             found += self.tokenizer.encode_frame(match[0])
-            place = match.end()
-        return found + self._plain(text[place:])
+            place, takes = match.end(), takes_behind
+        left = text[place:]
+        return found + self._plain(left.lstrip() if takes else left, inside or place > 0)
 
-    def _plain(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text.replace(self.broken, ""))
+    def _plain(self, text: str, inside: bool) -> list[int]:
+        return self.tokenizer.encode(text.replace(self.broken, ""), inside=inside)
 
 
-def _json(value: Any, indent: int | None = None) -> str:
-    """As Hugging Face has it: Jinja's own escapes for HTML."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _json(value: Any, ensure_ascii: bool = False, **asked: Any) -> str:
+    """As Hugging Face has it: Jinja's own escapes for HTML. `asked`: indent, separators, …"""
+    return json.dumps(value, ensure_ascii=ensure_ascii, **asked)
 
 
 def _call(call: dict[str, Any]) -> dict[str, Any]:

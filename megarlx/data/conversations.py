@@ -23,6 +23,8 @@ from megarlx.data.tokenizer import Tokenizer
 Role = Literal["system", "user", "assistant", "tool", "text"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
 PLACE = "{content}"
+# What a message's reasoning is called; templates read the first.
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 
 
 class ConversationError(ValueError):
@@ -31,11 +33,13 @@ class ConversationError(ValueError):
 
 @dataclass(frozen=True)
 class Turn:
-    """`calls`: of tools, by the assistant, as a JSON list; "" where there are none."""
+    """`calls`: of tools, by the assistant, as a JSON list; "" where there are none. `more`: the
+    message's other fields, for chat templates, as a JSON object; "" likewise."""
 
     role: Role
     content: str
     calls: str = ""
+    more: str = ""
 
 
 # Turns, or as Hugging Face has them: {"role": …, "content": …}.
@@ -131,11 +135,11 @@ class Frames:
         self, turns: Iterable[Turn], tokenizer: Tokenizer, *, follows: bool = False
     ) -> list[int]:
         """A turn is written the same wherever it stands."""
-        ids = []
+        ids: list[int] = []
         for turn in turns:
-            given, said = self._turn_ids(turn, tokenizer)
+            given, said = self._turn_ids(turn, tokenizer, inside=follows or bool(ids))
             ids += given + said
-        ids += tokenizer.encode_frame(self.opening)
+        ids += tokenizer.encode_frame(self.opening, inside=follows or bool(ids))
         return ids if follows else tokenizer.begun(ids)
 
     def encode(
@@ -146,39 +150,55 @@ class Frames:
                 "a conversation lists tools, for which [template] in frames has no place; a "
                 "model's own chat template has one, or a system's turn tells them"
             )
-        ids: list[int] = []
-        learned: list[bool] = []
-        for turn in conversation.turns:
-            given, said = self._turn_ids(turn, tokenizer)
-            ids += given + said
-            learned += [False] * len(given) + [True] * len(said)
+        ids, learned = self._encoded(conversation, tokenizer)
         whole = tokenizer.begun(ids)
         return whole, [False] * (len(whole) - len(ids)) + learned
 
     def example_ids(
         self, example: Conversation, tokenizer: Tokenizer, separator: str | None, first: bool
     ) -> list[int]:
-        ids, _ = self.encode(example, tokenizer)
-        if not first and ids[0] == tokenizer.bos_id:
-            ids = ids[1:]
-        return ids if separator is None else ids[:-1] + tokenizer.encode(separator)
+        ids, _ = self._encoded(example, tokenizer, inside=not first)
+        ids = tokenizer.begun(ids) if first else ids
+        return ids if separator is None else ids[:-1] + tokenizer.encode(separator, inside=True)
 
-    def _turn_ids(self, turn: Turn, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    def _encoded(
+        self, conversation: Conversation, tokenizer: Tokenizer, inside: bool = False
+    ) -> tuple[list[int], list[bool]]:
+        """Without what begins a document."""
+        ids: list[int] = []
+        learned: list[bool] = []
+        for turn in conversation.turns:
+            given, said = self._turn_ids(turn, tokenizer, inside=inside or bool(ids))
+            ids += given + said
+            learned += [False] * len(given) + [True] * len(said)
+        return ids, learned
+
+    def _turn_ids(
+        self, turn: Turn, tokenizer: Tokenizer, *, inside: bool
+    ) -> tuple[list[int], list[int]]:
+        if thoughts := [key for key in THOUGHTS if turn.more and key in json.loads(turn.more)]:
+            raise ConversationError(
+                f"a message has {thoughts[0]}, for which [template] in frames has no place; a "
+                "model's own chat template may have one"
+            )
+        opening: list[int] = []
+        if turn.role == "assistant":
+            opening = tokenizer.encode_frame(self.opening, inside=inside)
+            inside = inside or bool(opening)
         said = "\n".join(filter(None, (turn.content, turn.calls)))
-        ids = self._written(getattr(self, turn.role), said, tokenizer)
-        if turn.role != "assistant":
-            return ids, []
-        return tokenizer.encode_frame(self.opening), [*ids, tokenizer.eos_id]
+        ids = self._written(getattr(self, turn.role), said, tokenizer, inside)
+        return (opening, [*ids, tokenizer.eos_id]) if turn.role == "assistant" else (ids, [])
 
     @staticmethod
-    def _written(frame: str, content: str, tokenizer: Tokenizer) -> list[int]:
+    def _written(frame: str, content: str, tokenizer: Tokenizer, inside: bool) -> list[int]:
         """In one piece, so that words meet as they do in running text; in three where the frame
         holds special tokens, which the content must not be able to write."""
         before, after = frame.split(PLACE)
         if not any(tokenizer.has_frame(part) for part in (before, after)):
-            return tokenizer.encode(before + content + after)
-        first, last = (tokenizer.encode_frame(part) for part in (before, after))
-        return first + tokenizer.encode(content) + last
+            return tokenizer.encode(before + content + after, inside=inside)
+        ids = tokenizer.encode_frame(before, inside=inside)
+        ids += tokenizer.encode(content, inside=inside or bool(ids))
+        return ids + tokenizer.encode_frame(after, inside=inside or bool(ids))
 
 
 def read_conversations(
@@ -237,7 +257,14 @@ def _conversations(value: Any, keys: Keys) -> Iterator[Conversation]:
         raise _Reason(f"'{keys.answers}' must be a list of at least one answer")
     question = Turn("user", _string(value[keys.question], f"'{keys.question}'"))
     for at, answer in enumerate(answers):
-        yield Conversation((question, Turn("assistant", _string(answer, f"answer {at}"))))
+        text = _string(with_numbers(answer), f"answer {at}")
+        yield Conversation((question, Turn("assistant", text)))
+
+
+def with_numbers(answer: Any) -> Any:
+    """A number as its text; all else as it is."""
+    is_number = isinstance(answer, int | float) and not isinstance(answer, bool)
+    return str(answer) if is_number else answer
 
 
 def _as_messages(value: Any, key: str, role: Role) -> list[Any]:
@@ -280,7 +307,10 @@ def _turn_of(message: Any, at: int) -> Turn:
         raise _Reason(f"message {at} is the {role}'s; only the assistant calls tools")
     if "content" not in message and not calls:
         raise _Reason(f"message {at} must be an object with role and content")
-    return Turn(role, _string(content, f"message {at}'s content"), calls)
+    more = {k: v for k, v in message.items() if k not in ("role", "content", "tool_calls")}
+    more = {k: v for k, v in more.items() if v is not None}
+    said = _string(json.dumps(more, ensure_ascii=False), f"message {at}") if more else ""
+    return Turn(role, _string(content, f"message {at}'s content"), calls, said)
 
 
 def _from_messages(messages: Any, key: str, tools: str) -> Conversation:

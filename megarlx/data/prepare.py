@@ -145,6 +145,8 @@ def _take_over(settings: Settings, plan: dict[str, Any]) -> dict[str, Any] | Non
     plan_path = folder / "plan.json"
     if plan_path.exists():
         before = json.loads(plan_path.read_text())
+        if before.get("on_bad_line") == "stop":  # what was finished has no bad line
+            before["on_bad_line"] = settings.on_bad_line
         changed = [k for k in sorted({*plan, *before}) if plan.get(k) != before.get(k)]
         if changed and not any(folder.glob("[0-9]*.json")):
             shutil.rmtree(folder)  # nothing was finished that could be kept

@@ -1,8 +1,9 @@
 """Prompts for reinforcement learning: questions with reference answers, drawn epoch after epoch.
 
-A file holds one prompt a line, {"question": …, "answer": …}; other fields go to the rewards as
-metadata. Which prompt is drawn when is a function of the seed and of how many were drawn before; by
-difficulty, also of how those were solved.
+A file holds one prompt a line, {"question": …, "answer": …}; in place of the question a "prompt",
+or "messages" of which the last is the user's. Other fields go to the rewards as metadata. Which
+prompt is drawn when is a function of the seed and of how many were drawn before; by difficulty,
+also of how those were solved.
 """
 
 from __future__ import annotations
@@ -14,7 +15,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from megarlx.data.conversations import Conversation, Template, Turn
+from megarlx.data.conversations import (
+    Conversation,
+    ConversationError,
+    Template,
+    Turn,
+    turns_of,
+    with_numbers,
+)
 from megarlx.data.difficulty import Difficulty
 from megarlx.data.documents import BadLineError, lines
 from megarlx.data.order import key_of, shuffled
@@ -30,6 +38,11 @@ class Prompt:
     question: str
     answer: str | None = None  # what rewards compare with; some need none
     metadata: dict[str, Any] = field(default_factory=dict)
+    before: tuple[Turn, ...] = ()  # turns that the question follows, as a system's
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        return (*self.before, Turn("user", self.question))
 
 
 @dataclass(frozen=True)
@@ -108,20 +121,36 @@ def prompt_of(value: dict[str, Any], keys: PromptKeys) -> Prompt | str:
     """The prompt of a line's value, or why there is none; what is left of the value is metadata."""
     if not keys.needs_question and keys.question not in value:
         return Prompt("", None, value)
-    question, answer = value.pop(keys.question, None), value.pop(keys.answer, None)
+    its_keys, key = ", ".join(value) or "none", _question_key(value, keys)
+    question, answer = value.pop(key, None), value.pop(keys.answer, None)
+    before: Sequence[Turn] = ()
+    if isinstance(question, list) and question:
+        try:
+            *before, last = turns_of(question)
+        except ConversationError as error:
+            return f"'{key}': {error}"
+        if last.role != "user":
+            return f"'{key}' ends in a turn of the {last.role}; expected the user's"
+        question = last.content
     if not isinstance(question, str) or not question.strip():
         return (
-            f"'{keys.question}' is {question!r}; expected text (its keys: {', '.join(value)}); "
+            f"'{key}' is {question!r}; expected text, or messages (its keys: {its_keys}); "
             "question_key and answer_key name others"
         )
-    if isinstance(answer, int | float) and not isinstance(answer, bool):
-        answer = str(answer)
+    answer = with_numbers(answer)
     if answer is not None and not isinstance(answer, str):
         return f"'{keys.answer}' is {answer!r}; expected text, a number, or nothing"
-    for name, text in ((keys.question, question), (keys.answer, answer or "")):
+    for name, text in ((key, question), (keys.answer, answer or "")):
         if any(0xD800 <= ord(c) < 0xE000 for c in text):
             return f"'{name}' holds half a surrogate pair"
-    return Prompt(question, answer, value)
+    return Prompt(question, answer, value, tuple(before))
+
+
+def _question_key(value: Mapping[str, Any], keys: PromptKeys) -> str:
+    """What is said to be it; where nothing is said, also what others call it."""
+    usual = (keys.question, "prompt", "messages")
+    names = usual if keys.question == PromptKeys.question else usual[:1]
+    return next((name for name in names if name in value), keys.question)
 
 
 class PromptData:
@@ -151,8 +180,7 @@ class PromptData:
         for prompt in prompts:
             ids = list(shots)
             if prompt.question:  # an environment says by itself how its task begins
-                asked = (Turn("user", prompt.question),)
-                ids += template.prompt_ids(asked, tokenizer, follows=bool(shots))
+                ids += template.prompt_ids(prompt.turns, tokenizer, follows=bool(shots))
             if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
                 if too_long == "stop":
                     raise PromptError(
@@ -169,7 +197,8 @@ class PromptData:
             raise PromptError(f"{name}: no prompt to draw ({self.too_long} were too long)")
         content = hashlib.sha256()
         for kept, prompt in zip(self._ids, self.prompts, strict=True):
-            content.update(json.dumps([kept, asdict(prompt)], sort_keys=True).encode())
+            told = {key: one for key, one in asdict(prompt).items() if key != "before"}
+            content.update(json.dumps([kept, told], sort_keys=True).encode())
         self._fingerprint = {
             "prompts": len(self.prompts),
             "content": content.hexdigest(),

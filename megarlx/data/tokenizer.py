@@ -14,11 +14,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Engine
 
 EOS = "<eos>"
 NO_TEXT = "\ufffd"
 RESERVED = re.compile(r"<reserved_(\d+)>")  # how a template writes an id that no text has
+# Of SentencePiece: a text's beginning is written as if a space stood there, what follows is not.
+FIRST, NEVER = '"prepend_scheme": "first"', '"prepend_scheme": "never"'
 # Looked for, in this order, where nothing says which token ends a document.
 USUAL_EOS = (
     *("<|endoftext|>", "<eos>", "</s>", "<|end_of_text|>", "<|eos|>", "<|im_end|>", "[SEP]"),
@@ -31,7 +36,8 @@ class TokenizerError(ValueError):
 
 class Tokenizer(ABC):
     """Text to ids and back. `specials` says whether "<eos>" and the like, written out in the text,
-    become their ids: never in documents, which could otherwise end themselves in the middle."""
+    become their ids: never in documents, which could otherwise end themselves in the middle.
+    `inside`: other tokens stand before the text, which some tokenizers write differently."""
 
     kind: ClassVar[str]
     name: str
@@ -41,7 +47,7 @@ class Tokenizer(ABC):
     reserved = 0  # ids from vocab_size on that only templates can write; the model has them
 
     @abstractmethod
-    def encode(self, text: str, specials: bool = False) -> list[int]: ...
+    def encode(self, text: str, specials: bool = False, *, inside: bool = False) -> list[int]: ...
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str: ...
@@ -90,14 +96,14 @@ class Tokenizer(ABC):
         """Stands before the first token of a document: what begins it, or ended the one before."""
         return self.eos_id if self.bos_id is None else self.bos_id
 
-    def encode_frame(self, text: str) -> list[int]:
+    def encode_frame(self, text: str, *, inside: bool = False) -> list[int]:
         """Of a template's own text: special and reserved tokens written out become their ids."""
         ids: list[int] = []
         for at, part in enumerate(RESERVED.split(text)):  # every second one is a number
             if at % 2:
                 ids.append(self._reserved_id(int(part)))
             elif part:
-                ids += self.encode(part, specials=True)
+                ids += self.encode(part, specials=True, inside=inside or at > 0)
         return ids
 
     def _reserved_id(self, number: int) -> int:
@@ -132,6 +138,10 @@ class Tokenizer(ABC):
         """Whether the text writes out a special token."""
         return self.encode(text, specials=True) != self.encode(text)
 
+    def takes_space(self, special: str) -> tuple[bool, bool]:
+        """Whether a special token takes the white space before it, and behind it."""
+        return False, False
+
     def _ids(self, ids: Iterable[int]) -> list[int]:
         found = [int(i) for i in ids]
         for i in found:
@@ -150,7 +160,7 @@ class ByteTokenizer(Tokenizer):
     vocab_size = 257
     eos_id = 256
 
-    def encode(self, text: str, specials: bool = False) -> list[int]:
+    def encode(self, text: str, specials: bool = False, *, inside: bool = False) -> list[int]:
         if not specials or EOS not in text:
             return list(text.encode())
         first, *rest = text.split(EOS)
@@ -194,7 +204,7 @@ class WordTokenizer(Tokenizer):
             twice = sorted({w for w in self.words if self.words.count(w) > 1})
             raise TokenizerError(f"tokenizer {name}: words listed twice: {', '.join(twice)}")
 
-    def encode(self, text: str, specials: bool = False) -> list[int]:
+    def encode(self, text: str, specials: bool = False, *, inside: bool = False) -> list[int]:
         words = text.split()
         try:
             ids = [self._id[word] for word in words]
@@ -222,19 +232,12 @@ class FileTokenizer(Tokenizer):
     kind = "tokenizers"
 
     def __init__(self, definition: dict[str, Any], eos: str | None, name: str) -> None:
-        from tokenizers import Tokenizer as Engine
-
         self.name = name
         # Special tokens keep their text in both; only `_with_specials` turns them into ids.
-        text = json.dumps(definition)
-        try:
-            self._plain, self._with_specials = Engine.from_str(text), Engine.from_str(text)
-        except Exception as error:  # the library raises nothing narrower
-            raise TokenizerError(f"tokenizer {name}: not a tokenizer.json: {error}") from error
-        for engine in (self._plain, self._with_specials):
-            engine.no_truncation()
-            engine.no_padding()
-        self._plain.encode_special_tokens = True
+        self._plain, self._with_specials = self._engines(definition)
+        self._inside = self._plain, self._with_specials
+        if FIRST in (text := json.dumps(definition)):
+            self._inside = self._engines(json.loads(text.replace(FIRST, NEVER)))
         # Ids may have gaps: what counts is the largest.
         vocabulary = self._plain.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
@@ -244,6 +247,20 @@ class FileTokenizer(Tokenizer):
             raise TokenizerError(f"tokenizer {name}: its eos {self.eos!r} is not in its vocabulary")
         self.eos_id = vocabulary[self.eos]
         self.bos_id = self._own_bos()
+
+    def _engines(self, definition: dict[str, Any]) -> tuple[Engine, Engine]:
+        from tokenizers import Tokenizer as Engine
+
+        text = json.dumps(definition)
+        try:
+            plain, with_specials = Engine.from_str(text), Engine.from_str(text)
+        except Exception as error:  # the library raises nothing narrower
+            raise TokenizerError(f"tokenizer {self.name}: not a tokenizer.json: {error}") from error
+        for engine in (plain, with_specials):
+            engine.no_truncation()
+            engine.no_padding()
+        plain.encode_special_tokens = True
+        return plain, with_specials
 
     def _own_bos(self) -> int | None:
         """What its post-processor puts before a text: Llama 3 and Gemma are nothing without it."""
@@ -260,8 +277,9 @@ class FileTokenizer(Tokenizer):
             f"{', '.join(USUAL_EOS)} is there; name one (its special tokens: {', '.join(added)})"
         )
 
-    def encode(self, text: str, specials: bool = False) -> list[int]:
-        engine = self._with_specials if specials else self._plain
+    def encode(self, text: str, specials: bool = False, *, inside: bool = False) -> list[int]:
+        plain, with_specials = self._inside if inside else (self._plain, self._with_specials)
+        engine = with_specials if specials else plain
         return engine.encode(text, add_special_tokens=False).ids
 
     @property
@@ -272,6 +290,15 @@ class FileTokenizer(Tokenizer):
     def special_texts(self) -> tuple[str, ...]:
         added = self._definition.get("added_tokens") or []
         return tuple(str(t["content"]) for t in added if t.get("special"))
+
+    def takes_space(self, special: str) -> tuple[bool, bool]:
+        return self._spaces.get(special, (False, False))
+
+    @cached_property
+    def _spaces(self) -> dict[str, tuple[bool, bool]]:
+        added = self._definition.get("added_tokens") or []
+        flags = {str(t["content"]): (bool(t.get("lstrip")), bool(t.get("rstrip"))) for t in added}
+        return {text: both for text, both in flags.items() if any(both)}
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         found = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)

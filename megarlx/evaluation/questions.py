@@ -30,15 +30,16 @@ class Question:
     metadata: dict[str, Any] = field(default_factory=dict)
     group: str | None = None
     templated: bool = True
+    before: tuple[Turn, ...] = ()  # turns that the question follows
 
     def prompt_ids(
         self, template: Template, tokenizer: Tokenizer, *, follows: bool = False
     ) -> list[int]:
         """`follows`: behind solved examples."""
         if self.templated:
-            turns = (Turn("user", self.text),)
+            turns = (*self.before, Turn("user", self.text))
             return template.prompt_ids(turns, tokenizer, follows=follows)
-        ids = tokenizer.encode(self.text)
+        ids = tokenizer.encode(self.text, inside=follows)
         return ids if follows else tokenizer.begun(ids)
 
 
@@ -55,6 +56,9 @@ def questions_of(suite: SuiteConfig, made: Made | None) -> list[Question]:
     for number, prompt in enumerate(prompts[: suite.questions]):
         if isinstance(prompt, str):
             raise SuiteError(f"suite {suite.name}: line {number + 1} of {where} {prompt}")
+        if prompt.before and (suite.environment is not None or not suite.templated):
+            why = "what stands before a question has a place in a template only"
+            raise SuiteError(f"suite {suite.name}: line {number + 1} of {where}: {why}")
         metadata = dict(prompt.metadata)
         name, group = metadata.get("id", f"{where}/{number}"), metadata.get("group")
         found.append(
@@ -65,6 +69,7 @@ def questions_of(suite: SuiteConfig, made: Made | None) -> list[Question]:
                 metadata,
                 None if group is None else str(group),
                 suite.templated,
+                prompt.before,
             )
         )
     return checked(suite, found)

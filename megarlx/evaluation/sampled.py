@@ -212,7 +212,8 @@ def at_random(suite: SuiteConfig, questions: Sequence[Question], seed: int) -> d
 
 
 def _draws_actions(environment: EnvironmentConfig) -> bool:
-    return environment.function in plug.ours("environment") and environment.function != "gymnasium"
+    ours = environment.function in plug.ours("environment")
+    return ours and hasattr(plug.resolve("environment", environment.function), "random_action")
 
 
 def agent_summary(

@@ -34,7 +34,13 @@ from megarlx.hf.plan import (
     saved_tensors,
 )
 from megarlx.hf.sources import AveragedSource, CheckpointSource, HuggingFaceFolder, TensorSource
-from megarlx.hf.tokenizer_files import chat_of, kept_files, tokenizer_of_model, tokenizer_of_run
+from megarlx.hf.tokenizer_files import (
+    chat_of,
+    kept_files,
+    not_taught,
+    tokenizer_of_model,
+    tokenizer_of_run,
+)
 from megarlx.hf.trunk import (
     CONVERTING,
     Trunk,
@@ -259,10 +265,13 @@ class Converter:
         self, source: HuggingFaceFolder, tokenizer: Tokenizer | None
     ) -> TemplateConfig | None:
         try:
-            return chat_of(source.folder, tokenizer)
+            found = chat_of(source.folder, tokenizer)
         except ConversationError as error:
             complain(f"{source.folder}: the run gets no [template]: {error}")
             return None
+        if found is not None and tokenizer is not None and (why := not_taught(found, tokenizer)):
+            complain(f"{source.folder}: it can be asked, and not be taught, in its {why}")
+        return found
 
     def _say(self, text: str) -> None:
         if not self.asked.quiet:

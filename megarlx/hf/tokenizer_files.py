@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from megarlx import plug
 from megarlx.config.objectives import PLACE, TemplateConfig
 from megarlx.config.run_sections import DataConfig
-from megarlx.data.chat_template import ChatTemplate
+from megarlx.data.chat_template import ChatTemplate, NotLearnedError
 from megarlx.data.conversations import Conversation, ConversationError, Turn
 from megarlx.data.making import made
 from megarlx.data.tokenizer import (
@@ -75,12 +77,16 @@ def chat_template(template: TemplateConfig, tokenizer: Tokenizer) -> str:
             "Face; allowed is a template without them"
         )
 
+    bos = tokenizer.bos_text
+    begins = bool(bos) and not template.user.startswith(bos)
+
     def literal(text: str) -> str:
         return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""
 
     def turn(frame: str) -> str:
         before, after = frame.split(PLACE)
-        return literal(before) + "{{ message['content'] }}" + literal(after)
+        space = _first_space(before, tokenizer) if begins else ""
+        return space + literal(before) + "{{ message['content'] }}" + literal(after)
 
     opening, end = literal(template.opening), literal(tokenizer.eos_text) + "{% endif %}"
     roles = (
@@ -90,9 +96,24 @@ def chat_template(template: TemplateConfig, tokenizer: Tokenizer) -> str:
         "{% else %}" + opening + turn(template.assistant) + end,
     )
     prompt = "{% if add_generation_prompt %}" + opening + "{% endif %}" if opening else ""
-    bos = tokenizer.bos_text
-    begin = "" if template.user.startswith(bos) else literal(bos)
-    return begin + "{% for message in messages %}" + "".join(roles) + "{% endfor %}" + prompt
+    return (
+        (literal(bos) if begins else "")
+        + "{% for message in messages %}"
+        + "".join(roles)
+        + "{% endfor %}"
+        + prompt
+    )
+
+
+def _first_space(before: str, tokenizer: Tokenizer) -> str:
+    """What a tokenizer writes before the first word of a text, and not behind a token, as the one
+    that begins a document: there the template has to write it."""
+    if tokenizer.encode("a") == tokenizer.encode("a", inside=True):
+        return ""
+    if before.startswith((" ", *tokenizer.special_texts)):
+        return ""
+    space = "' '" if before else "'' if message['content'].startswith(' ') else ' '"
+    return "{% if loop.first %}{{ " + space + " }}{% endif %}"
 
 
 def chat_of(folder: Path, tokenizer: Tokenizer | None) -> TemplateConfig | None:
@@ -108,10 +129,36 @@ def chat_of(folder: Path, tokenizer: Tokenizer | None) -> TemplateConfig | None:
         chat = named.get("default")
     if not isinstance(chat, str) or not chat or tokenizer is None:
         return None
-    bos = config.get("bos_token")
-    bos = bos.get("content") if isinstance(bos, dict) else bos
-    found = TemplateConfig(chat=chat, bos=bos if isinstance(bos, str) else "")
-    ChatTemplate(chat, found.bos).encode(TRIED, tokenizer)
+    tokens = _tokens_of(chat, config)
+    bos = tokens.pop("bos_token", "")
+    today = date.today().isoformat() if "strftime_now" in chat else ""
+    found = TemplateConfig(chat=chat, bos=bos, tokens=tokens, date=today)
+    not_taught(found, tokenizer)
+    return found
+
+
+def not_taught(template: TemplateConfig, tokenizer: Tokenizer) -> str:
+    """Why a model cannot be taught in its chat template; "" where it can. Raises ConversationError
+    where it cannot be asked either."""
+    assert template.chat is not None
+    chat = ChatTemplate(template.chat, template.bos, template.tokens, template.date)
+    chat.prompt_ids(TRIED.question, tokenizer)
+    try:
+        chat.encode(TRIED, tokenizer)
+    except NotLearnedError as error:
+        return str(error)
+    return ""
+
+
+def _tokens_of(chat: str, config: Mapping[str, Any]) -> dict[str, str]:
+    """The special tokens of a tokenizer_config.json that a template calls by name."""
+    found = {}
+    called = {"bos_token", *re.findall(r"\b[a-z_]+_token\b", chat)}
+    for name in sorted(called & config.keys()):
+        token = config[name]
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            found[name] = token
     return found
 
 

@@ -281,8 +281,9 @@ def _toml(model: ModelConfig, template: TemplateConfig | None = None) -> str:
         f"sequence_length = {model.max_sequence_length}",
     ]
     if template is not None:
-        said = template.model_dump(include={"chat", "bos"})
+        said = template.model_dump(include={"chat", "bos"} | ({"date"} if template.date else set()))
         lines += ["", "[template]", *(f"{k} = {_quoted(v)}" for k, v in said.items())]
+        lines += [f"tokens.{key} = {_quoted(text)}" for key, text in template.tokens.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -108,7 +108,7 @@ def _coverage(study: Study, label: str) -> list[str]:
 
 COSTS = {
     "seconds": "time",
-    "trained_tokens": "tokens trained on",
+    "trained_tokens": "tokens trained on, with padding",
     "generated_tokens": "tokens generated",
     "flop": "arithmetic",
 }

@@ -14,6 +14,7 @@ from megarlx.report.runs import Run
 
 TEMPLATES = ("template.", "templates.")
 LONGEST_VALUE = 32  # characters of a setting's value, as JSON, in a label
+MOST_TOLD = 4  # settings in a label; runs that differ in more are told apart by their names
 
 
 def settings_hash(runs: Sequence[Run]) -> str:
@@ -76,30 +77,42 @@ def told_apart(runs: Sequence[tuple[Run, Hashable]]) -> dict[str, str]:
     """Run's name -> the settings in which runs that share a key differ; "" where none do.
 
     A setting that tells two runs of one key apart is told of all runs, so that a sweep's axis has
-    a value everywhere. Runs of one key with the same settings, or with others that are too long
-    for a label, are told apart by their names.
+    a value everywhere. Runs of one key with the same settings, or with others that are too long or
+    too many for a label, are told apart by their names.
     """
     by_key: defaultdict[Hashable, list[Run]] = defaultdict(list)
     for run, key in runs:
         by_key[key].append(run)
     settings = {run.name: _described(run) for run, _ in runs}
     axes: dict[str, None] = {}
+    named: set[str] = set()
     for group in by_key.values():
         names = [run.name for run in group]
-        for setting in dict.fromkeys(s for name in names for s in settings[name]):
-            values = {json.dumps(settings[name].get(setting)) for name in names}
-            if len(values) > 1 and _tells(setting, values):
-                axes[setting] = None
+        tells = _tell_apart([settings[name] for name in names])
+        if len(tells) > MOST_TOLD:
+            named.update(names)
+        else:
+            axes |= dict.fromkeys(tells)
     told = {
         name: ", ".join(f"{axis.split('.')[-1]} {_short(found.get(axis))}" for axis in axes)
         for name, found in settings.items()
-    }
+    } | {name: name for name in named}
     for group in by_key.values():
         labels = [told[run.name] for run in group]
         for run in group:
-            if labels.count(told[run.name]) > 1:
+            if run.name not in named and labels.count(told[run.name]) > 1:
                 told[run.name] = ", ".join(filter(None, (run.name, told[run.name])))
     return told
+
+
+def _tell_apart(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The settings in which runs differ, of those that make a label."""
+    found = []
+    for setting in dict.fromkeys(setting for run in runs for setting in run):
+        values = {json.dumps(run.get(setting)) for run in runs}
+        if len(values) > 1 and _tells(setting, values):
+            found.append(setting)
+    return found
 
 
 def _tells(setting: str, values: Collection[str]) -> bool:

@@ -19,6 +19,7 @@ import torch
 from megarlx import __version__
 from megarlx.checkpoint import AVERAGE, checkpoint_name, iterations
 from megarlx.config import CHOSEN, Config
+from megarlx.config.section import Section
 from megarlx.data.token_files import write_atomically
 from megarlx.data.tokenizer import Tokenizer
 from megarlx.redact import hidden_toml, redacted
@@ -136,9 +137,10 @@ class RunDirectory:
         """Refuses to go on with another model, data, seed or objective, and says what differs."""
         saved = self._saved()
         saved.pop(CHOSEN, None)
+        told = redacted(config.model_dump(mode="json"))
         differences = {
             key: f"  {key}: was {_short(was)}, is {_short(now)}"
-            for key, was, now in _differences(saved, redacted(config.model_dump(mode="json")))
+            for key, was, now in _differences(_filled(saved, config, told), told)
             if key in MAY_NOT or not any(_covers(free, key) for free in MAY_CHANGE)
         }
         if differences:
@@ -238,6 +240,21 @@ def versions() -> dict[str, str]:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 1]}…"
+
+
+def _filled(saved: Any, given: Any, told: Any) -> Any:
+    """What a run was told, with the default of every key that there was not yet when it began and
+    that nobody has set since. `told` is what is `given` now, as JSON."""
+    if isinstance(saved, Mapping) and isinstance(given, Section):
+        fields = type(given).model_fields.items()
+        plain = {key: field.get_default(call_default_factory=True) for key, field in fields}
+        new = {k: told[k] for k in plain if k not in saved and getattr(given, k) == plain[k]}
+        return {k: _filled(v, getattr(given, k, None), told.get(k)) for k, v in saved.items()} | new
+    if isinstance(saved, Mapping) and isinstance(given, Mapping):
+        return {k: _filled(v, given.get(k), told.get(k)) for k, v in saved.items()}
+    if isinstance(saved, list) and isinstance(given, tuple) and len(saved) == len(given):
+        return [_filled(*parts) for parts in zip(saved, given, told, strict=True)]
+    return saved
 
 
 def _differences(saved: Any, now: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -79,6 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
     except ConfigError as error:
         complain(error)
         return 2
+    except BrokenPipeError:  # who read the output has gone
+        raise
     except (ValueError, OSError, CheckpointError, launch.LaunchError) as error:
         complain(f"megarlx generate: {error}")
         return 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from megarlx.data.conversations import Template, read_conversations
 from megarlx.data.held_tokens import HeldTokens
 from megarlx.data.loader import BatchLayout, Loader
 from megarlx.data.packing import ConversationData
-from megarlx.data.prompts import FewShot, PromptData, PromptKeys, read_prompts
+from megarlx.data.prompts import FewShot, Prompt, PromptData, PromptKeys, read_prompts
 from megarlx.data.samples import Dataset, TokenSource
 from megarlx.data.token_files import TokenFile, check_tokenizer
 from megarlx.data.tokenizer import Tokenizer
@@ -295,8 +295,10 @@ class ObjectiveMaker:
             if config.examples is not None:
                 file = file_of(config.examples, self.config, f"{name}.examples")
                 few_shot = FewShot(tuple(read_conversations(file)))
+        prompts = read_prompts(file_of(config.prompts, self.config, f"{name}.prompts"), keys)
+        _check_alone(name, config, prompts)
         return PromptData(
-            read_prompts(file_of(config.prompts, self.config, f"{name}.prompts"), keys),
+            prompts,
             self.template(config.template),
             self.tokenizer,
             self.config.training.seed,
@@ -347,3 +349,13 @@ def _once(make: Callable[[], Generator]) -> Callable[[], Generator]:
         return made[0]
 
     return get
+
+
+def _check_alone(name: str, config: RlConfig | DistillConfig, prompts: Sequence[Prompt]) -> None:
+    """Turns before a question are for a template; refuses them where it has no part."""
+    for key in ("environment", "bank"):
+        if getattr(config, key, None) is not None and any(prompt.before for prompt in prompts):
+            raise RunError(
+                f"{name}.prompts {config.prompts} has questions behind other turns; {name}.{key} "
+                "has a place for the question alone"
+            )

@@ -102,7 +102,7 @@ def headline(
     shown = []
     for name in names:
         label = f"{name} " if several else ""
-        shown.append(f"{label}loss {values[f'loss/{name}']:.4f}")
+        shown.append(f"{label}loss {values[f'loss/{name}']:z.4f}")
         shown += _of_policy(config, name, values)
     shown.append(f"{values['perf/tokens_per_second']:,.0f} tokens/s")
     shown.append(f"mfu {values['perf/mfu']:.2f}")

@@ -131,12 +131,8 @@ class OpenedRun:
 
         Another seed gives other samples.
         """
-        if isinstance(prompts, str) or samples < 1:
-            raise RunError(
-                f"prompts is {prompts!r:.60}; give a list of them"
-                if isinstance(prompts, str)
-                else f"samples is {samples}; allowed are 1 and more"
-            )
+        if wrong := _wrong(prompts, samples):
+            raise RunError(wrong)
         sampling = self._sampling(temperature, top_p)
         if not prompts:
             return Samples([], (), sampling.temperature)
@@ -355,6 +351,18 @@ class OpenedRun:
                 f"model.max_sequence_length allows 1 to {room}"
             )
         return new
+
+
+def _wrong(prompts: Any, samples: int) -> str:
+    """What is wrong with what is to be sampled; "" for nothing."""
+    if isinstance(prompts, str):
+        return f"prompts is {prompts!r:.60}; give a list of them"
+    if any(isinstance(one, Mapping) for one in prompts):
+        return (
+            "prompts is a list of messages; a prompt is a text, or a list of messages: give "
+            "[messages]"
+        )
+    return "" if samples >= 1 else f"samples is {samples}; allowed are 1 and more"
 
 
 def open_run(

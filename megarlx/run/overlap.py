@@ -97,6 +97,11 @@ def overlaps(
         counts = {name: runs.counted_in(file) for name, file in files.items()}
         hits = {name: [n > 0 for n in runs.shared(one)] for name, one in counts.items()}
         somewhere = [any(of) for of in zip(*hits.values(), strict=True)]
+        known = {
+            name: stands
+            for name, stands, one in zip(asked.ids, somewhere, ids, strict=True)
+            if len(one) >= run_tokens
+        }
         found.append(
             Overlap(
                 asked.name,
@@ -104,7 +109,7 @@ def overlaps(
                 len(ids),
                 sum(len(one) < run_tokens for one in ids),
                 {name: int(np.sum(of)) for name, of in hits.items()},
-                tuple(_measured(folder, asked, dict(zip(asked.ids, somewhere, strict=True)))),
+                tuple(_measured(folder, asked, known)),
             )
         )
     return found
@@ -139,7 +144,7 @@ def _asked(config: Config, suites: str | Path | None) -> Iterator[_Asked]:
 
 
 def _measured(run: Path, asked: _Asked, found: dict[str, bool]) -> Iterator[Measured]:
-    """Of the newest result of the suite that there is."""
+    """Of the newest result of the suite that there is; `found` leaves short questions out."""
     for result in results_of(run, asked.name)[-1:]:
         items = [
             i for i in result["items"] if i.get("samples") and "correct" in i and i["id"] in found
@@ -149,4 +154,5 @@ def _measured(run: Path, asked: _Asked, found: dict[str, bool]) -> Iterator[Meas
             for kind in (True, False)
         }
         means = {kind: fmean(values) if values else None for kind, values in shares.items()}
-        yield Measured(result["iteration"], means[True], means[False])
+        if shares[True] or shares[False]:
+            yield Measured(result["iteration"], means[True], means[False])

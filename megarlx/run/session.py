@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -17,6 +18,7 @@ from megarlx.run.assemble import choose_device, choose_layout
 from megarlx.run.directory import SaidByFirstRank
 from megarlx.run.hooks import TrainingError
 
+FULL = "; checkpoints that are there are whole: make room, and the same command goes on"
 Work = Callable[[launch.Launch, torch.device], int]
 
 
@@ -40,10 +42,13 @@ def session(command: str, config: Config, work: Work) -> int:
             return work(started, device)
     except SaidByFirstRank:
         return 1
+    except BrokenPipeError:  # who read the output has gone
+        raise
     # What the user can mend is told in one line each; anything else keeps its traceback.
     except (
         *(ValueError, OSError, CheckpointError, TrainingError, RewardError),
         *(BrokenEnvironment, launch.LaunchError),
     ) as error:
-        complain(f"megarlx {command}: {error}")
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        complain(f"megarlx {command}: {error}{FULL if full else ''}")
         return 1

@@ -45,7 +45,8 @@ def chosen(
     evaluation, templates = suites_of(config, file)
     there = [suite.name for suite in evaluation.suites]
     if not there:
-        raise ConfigError(["no suites: the run's configuration has none; give --config FILE.toml"])
+        said = "no suites: the run's configuration has none; give a file: --config FILE.toml"
+        raise ConfigError([said])
     if unknown := [name for name in names if name not in there]:
         raise ConfigError([f"--suite {unknown[0]}: there is none; allowed are {', '.join(there)}"])
     changes = {"samples": samples, "temperature": temperature}

@@ -8,7 +8,7 @@ from megarlx.config import Config
 from megarlx.config.objectives import TemplateConfig
 from megarlx.config.run_sections import RESERVED
 from megarlx.data.chat_template import ChatTemplate
-from megarlx.data.conversations import Frames, Template
+from megarlx.data.conversations import ROLES, Frames, Template
 from megarlx.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from megarlx.run.directory import RunDirectory, RunError
 from megarlx.run.made import data_of
@@ -62,5 +62,5 @@ def template_of(given: TemplateConfig | None) -> Template | None:
 
 def _written(given: TemplateConfig) -> Template:
     if given.chat is not None:
-        return ChatTemplate(given.chat, given.bos)
-    return Frames(**given.model_dump(exclude={"chat", "bos"}))
+        return ChatTemplate(given.chat, given.bos, given.tokens, given.date)
+    return Frames(**given.model_dump(include={*ROLES, "opening"}))

@@ -78,6 +78,9 @@ class SweepRunner:
         """0 when all jobs are done, 1 when one failed, 75 when the budget left some."""
         self.logs.mkdir(parents=True, exist_ok=True)
         self._find_done()
+        if len(self._in("done")) == len(self.all):
+            said = f"all {len(self.all)} are done already; next: megarlx report {self.config.out}"
+            self.console.print(said, highlight=False, markup=False, soft_wrap=True)
         live = Live(console=self.console, refresh_per_second=2, transient=True)
         show = self.console.is_terminal
         with sigterm_as_interrupt():

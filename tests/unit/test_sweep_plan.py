@@ -429,3 +429,15 @@ def test_where_no_table_can_be_shown_a_line_now_and_then_says_what_runs(
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "a: at work, 0 s"
     assert said[-1].startswith("a: done in ")
+
+
+def test_a_sweep_of_which_all_is_done_says_so_and_what_is_next(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = [job(tmp_path, "a"), job(tmp_path, "b")]
+    assert runner(tmp_path, jobs).run() == 0
+    again = runner(tmp_path, jobs)
+    again.console = Console(force_terminal=False)
+    assert again.run() == 0
+    said = capsys.readouterr().out
+    assert said == f"all 2 are done already; next: megarlx report {again.config.out}\n"

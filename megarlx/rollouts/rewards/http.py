@@ -60,7 +60,7 @@ class Server:
             except urllib.error.HTTPError as error:
                 error.close()
                 if (error.code < 500 and error.code != 429) or attempt == self.retries:
-                    raise
+                    raise OSError(f"judge {self.url}: {error}") from error
             except OSError as error:  # URLError and TimeoutError are OSErrors
                 if attempt == self.retries:
                     raise OSError(f"judge {self.url}: {error}") from error

@@ -169,15 +169,19 @@ def test_what_follows_an_answer_goes_on_as_the_whole_is_written(
     assert first + said + then == template.prompt_ids(turns, tokenizer)
 
 
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
 def test_solved_examples_are_earlier_turns_of_the_same_conversation(
-    tokenizer: FileTokenizer,
+    tokenizer: FileTokenizer, name: str
 ) -> None:
-    template = ChatTemplate(TEMPLATES["with a beginning"], "<|begin|>")
+    template = ChatTemplate(TEMPLATES[name], "<|begin|>")
     shown = [Conversation((Turn("user", q), Turn("assistant", a))) for q, a in ("ab", "ba")]
     shots = FewShot(tuple(shown)).ids(template, tokenizer)
     ids = shots + template.prompt_ids([Turn("user", "c")], tokenizer, follows=True)
     turns = [turn for one in shown for turn in one.turns]
-    assert ids == template.prompt_ids([*turns, Turn("user", "c")], tokenizer)
+    whole = [*turns, Turn("user", "c")]
+    assert tokenizer.decode(ids) == tokenizer.decode(template.prompt_ids(whole, tokenizer))
+    # Where earlier answers are told differently from the last, no place in them is known.
+    assert name == "thinking" or ids == template.prompt_ids(whole, tokenizer)
 
 
 def test_tools_and_their_calls_are_written(tokenizer: FileTokenizer) -> None:
@@ -202,7 +206,8 @@ def test_tools_and_their_calls_are_written(tokenizer: FileTokenizer) -> None:
         ("{{ messages.append(1) }}", "chat template: "),
         ("{{ ''.__class__.__mro__ }}", "chat template: "),
         ("{% for i in range(10 ** 9) %}x{% endfor %}", "chat template: "),
-        ("{{ messages | length }}", "does not write the answer that it asks for"),
+        ("{{ messages | length }}", "does not end in '<|end|>'"),
+        ("{{ messages | length }}b<|end|>", "does not write the answer that it asks for"),
     ],
 )
 def test_a_template_that_cannot_be_followed_says_why(

@@ -116,10 +116,11 @@ def test_every_form_of_a_line_is_read(tmp_path: Path) -> None:
         {"question": "q", "answers": ["b", "c"]},
         {"prompt": "q", "completion": "d", "text": "unused"},
         {"prompt": messages[:1], "completion": [{"role": "assistant", "content": "e"}]},
+        {"question": "q", "answer": 7},
         {"text": "whole"},
     )
     *found, text = read_conversations(path)
-    assert found == [qa("q", x) for x in ("a", "a", "b", "c", "d", "e")]
+    assert found == [qa("q", x) for x in ("a", "a", "b", "c", "d", "e", "7")]
     assert text == Conversation((Turn("text", "whole"),))
 
 

@@ -60,7 +60,12 @@ def test_lines_become_prompts_and_other_fields_metadata(tmp_path: Path) -> None:
         ("{oops", "not JSON"),
         ("[" * 100_000, "not JSON"),
         ('"text"', "holds a str; expected an object"),
-        ('{"prompt": "x"}', r"'question' is None; expected text \(its keys: prompt\)"),
+        ('{"query": "x"}', r"'question' is None; expected text, or messages \(its keys: query\)"),
+        (
+            '{"messages": [{"role": "assistant", "content": "x"}]}',
+            "'messages' ends in a turn of the assistant",
+        ),
+        ('{"prompt": [{"role": "user"}]}', "'prompt': message 0 must be an object with role"),
         ('{"question": " "}', "'question' is ' '"),
         ('{"question": "x", "answer": [1]}', r"'answer' is \[1\]; expected text"),
         ('{"question": "x", "answer": true}', "'answer' is True"),

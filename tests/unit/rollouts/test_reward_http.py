@@ -112,7 +112,7 @@ def test_busy_and_silent_servers_are_asked_again_but_not_one_that_refuses(server
         judge(SAMPLES)
     assert len(server.requests) == 6
     server.behaviour = ["refuse"]
-    with pytest.raises(OSError, match="403"):
+    with pytest.raises(OSError, match=rf"judge {re.escape(server.url)}: .*403"):
         judge(SAMPLES)
     assert len(server.requests) == 7
 
