@@ -5,6 +5,7 @@
 
 #include "dispatch.h"
 #include "math/token_loss.h"
+#include "product.h"
 #include "token_loss.h"
 
 namespace megarlx {
@@ -66,7 +67,7 @@ void check(const Tensor& hidden, const Tensor& weight, const TokenTensors& token
 // total [V, d] (+)= gradient [rows, V].T @ hidden [rows, d]
 void add_product(Tensor& total, const Tensor& gradient, const Tensor& hidden, bool replace) {
   if (gradient.scalar_type() == total.scalar_type()) {
-    at::addmm_out(total, total, gradient.t(), hidden, /*beta=*/replace ? 0 : 1, /*alpha=*/1);
+    product_(total, gradient.t(), hidden, /*add=*/!replace);
   } else if (replace) {
     at::mm_out(total, gradient.t(), hidden, total.scalar_type());
   } else {
@@ -123,7 +124,7 @@ Outputs run_chunks(Tensor hidden, Tensor weight, TokenTensors tokens, int64_t vo
       at::mm_out(logits, chunk_hidden, transposed, precision);
     } else {
       chunk_hidden = chunk_hidden.to(precision);
-      at::mm_out(logits, chunk_hidden, transposed);
+      product_(logits, chunk_hidden, transposed);
     }
     OptionalTensor gradient;
     if (with_gradient) gradient = gradient_buffer.narrow(0, 0, n);
@@ -134,7 +135,7 @@ Outputs run_chunks(Tensor hidden, Tensor weight, TokenTensors tokens, int64_t vo
     if (narrow && !mixed) {
       out.copy_(at::mm(*gradient, weight));
     } else {
-      at::mm_out(out, *gradient, weight);
+      product_(out, *gradient, weight);
     }
     add_product(grad_weight, *gradient, chunk_hidden, replace && begin == 0);
   }

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megarlx.ops.loss_seam import Derivatives, RowTerms, add_sums, row_terms
 from megarlx.ops.loss_spec import LossSpec
+from megarlx.ops.product import product, product_
 from megarlx.ops.token_inputs import TokenInputs, precision_of
 from megarlx.ops.token_loss import combine_partials_
 
@@ -59,7 +60,7 @@ class Products:
         if self.mixed:
             torch.mm(hidden, self.weight.t(), out_dtype=self.precision, out=out)
         else:
-            torch.mm(hidden, self.weight.t(), out=out)
+            product_(out, hidden, self.weight.t())
         if self.final_cap is not None:
             out.div_(self.final_cap).tanh_().mul_(self.final_cap)
         return out
@@ -76,13 +77,13 @@ class Products:
             gradient.mul_(slope)
         if self.mixed:
             gradient = gradient.to(self.hidden.dtype)
-        self.grad_hidden[chunk] = torch.mm(gradient, self.weight)
+        self.grad_hidden[chunk] = product(gradient, self.weight)
         total = self.grad_weight
         assert total is not None
         if self.mixed:
             torch.addmm(total, gradient.t(), hidden, out_dtype=self.precision, out=total)
         else:
-            total.addmm_(gradient.t(), hidden)
+            product_(total, gradient.t(), hidden, add=True)
 
 
 class _Rows(Products):
