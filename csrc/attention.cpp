@@ -143,7 +143,9 @@ struct PackedAttention : torch::autograd::Function<PackedAttention> {
     auto [out, lse] = op.call(q, k, v, offsets, scale);
     context->mark_non_differentiable({lse});
     context->set_materialize_grads(false);
-    context->save_for_backward({q, k, v, out, lse, offsets});
+    // Detached: a checkpoint that stops recomputing by an exception, while these are saved, would
+    // leave results behind that hold their own node.
+    context->save_for_backward({q, k, v, out.detach(), lse.detach(), offsets});
     context->saved_data["scale"] = scale;
     return {out, lse};
   }

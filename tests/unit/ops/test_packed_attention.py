@@ -5,15 +5,18 @@ Letters: T tokens, L tokens of a document, H query heads, K key/value heads, D h
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from megarlx.ops.attention import packed_attention
 
@@ -158,6 +161,21 @@ def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> Non
     given = {**given, "offsets": offsets_of((5,)), **change}
     with pytest.raises(ValueError, match=f"(?s)megarlx.packed_attention: {message}"):
         packed_attention(*given.values(), SCALE)
+
+
+def test_recomputation_leaves_nothing_behind() -> None:
+    """A checkpoint stops recomputing by an exception, in the middle of the last op it needs."""
+    inputs = [x.requires_grad_() for x in heads_of((9,), 2, 2, 4)]
+    made: list[weakref.ref[Tensor]] = []
+
+    def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q = 2 * q
+        made.append(weakref.ref(q))
+        return packed_attention(q, k, v, offsets_of((9,)), SCALE)
+
+    checkpoint(attended, *inputs, use_reentrant=False).sum().backward()
+    gc.collect()
+    assert [one() for one in made] == [None, None]
 
 
 def test_backward_has_no_derivative() -> None:
