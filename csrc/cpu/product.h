@@ -20,7 +20,7 @@ using ProductVec = at::vec::Vectorized<float>;
 constexpr std::int64_t kProductVec = ProductVec::size();
 constexpr int kPanelVecs = 2;
 constexpr std::int64_t kPanelColumns = kPanelVecs * kProductVec;
-constexpr std::int64_t kBlockDepth = 256, kBlockPanels = 16;  // at most; what a cache holds
+constexpr std::int64_t kBlockDepth = 384, kBlockPanels = 16;  // at most; what a cache holds
 
 // As many rows at once as leave their sums in registers.
 #if defined(CPU_CAPABILITY_AVX512)
@@ -40,6 +40,9 @@ struct ProductTile {
   const float* panel;
   Strided<float> c;
   bool add;
+  // What the next tile reads of a, fetched meanwhile: so far from one step of depth to the next.
+  const float* ahead = nullptr;
+  std::int64_t ahead_step = 0;
 };
 
 template <int kRows, int kVecs>
@@ -73,7 +76,9 @@ template <int kRows, int kVecs, bool kByColumns>
 inline void product_tile(const ProductTile& t) {
   constexpr int kBases = kByColumns ? 1 : (kRows + 2) / 3;  // few enough pointers for the registers
   const std::int64_t step = t.a_step, depth = t.depth;
-  const float *a = t.a, *panel = t.panel, *bases[kBases];
+  const std::int64_t ahead_step = t.ahead_step;
+  const float *a = t.a, *panel = t.panel, *ahead = t.ahead == nullptr ? a : t.ahead;
+  const float* bases[kBases];
   for (int j = 0; j < kBases; ++j) bases[j] = a + 3 * j * step;
   ProductVec sum[kRows][kVecs];
 #pragma GCC unroll 16
@@ -86,6 +91,8 @@ inline void product_tile(const ProductTile& t) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v)
       b[v] = ProductVec::loadu(panel + k * kPanelColumns + v * kProductVec);
+    __builtin_prefetch(ahead);
+    ahead += ahead_step;
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const ProductVec x(kByColumns ? a[k * step + r] : bases[r / 3][k + r % 3 * step]);
@@ -150,9 +157,16 @@ inline void product_block(const ProductArgs& p, std::int64_t begin_row, std::int
     const std::int64_t row = begin_row + count * tile / tiles;
     t.rows = begin_row + count * (tile + 1) / tiles - row;
     t.a = p.a.data + row * p.a.row + from * p.a.column;
-    if (packed) {
+    const bool last = tile + 1 == tiles;
+    if (packed) {  // behind the last row the next block of depth begins
+      const std::int64_t next = last ? depth * p.a.column + begin_row - row : t.rows;
+      t.ahead = t.a + next + kProductRows - 1;
+      t.ahead_step = p.a.column;
       pack_rows(t.a, p.a.column, depth, t.rows, space.rows.data());
       t.a = space.rows.data();
+    } else {
+      t.ahead = last ? t.a : t.a + t.rows * p.a.row;
+      t.ahead_step = kProductRows;
     }
     for (std::int64_t column = begin; column < end; column += kPanelColumns) {
       t.columns = std::min(kPanelColumns, end - column);
