@@ -44,12 +44,13 @@ TORCH_LIBRARY(megarlx, m) {
       "Tensor by_logprob, Tensor by_entropy, Tensor by_log_z, Tensor temperature, "
       "int vocab_start, int vocab_size, Tensor(b!)? gradient=None) -> ()");
   define("linear_token_loss(Tensor hidden, Tensor weight, " + tokens + "int vocab_size, " + spec +
-         "int rows_per_chunk, bool drop_masked, bool with_gradient) -> " + results +
-         "Tensor grad_hidden, Tensor grad_weight)");
+         "int rows_per_chunk, int kept_gradients_mib, bool drop_masked, bool with_gradient) -> " +
+         results + "Tensor grad_hidden, Tensor grad_weight)");
   // Private: adds to grad_weight in forward, for a backward that runs once with gradient 1.
-  define("_linear_token_loss_(Tensor hidden, Tensor weight, " + tokens + "int vocab_size, " + spec +
-         "int rows_per_chunk, bool drop_masked, Tensor(a!) grad_weight) -> " + results +
-         "Tensor grad_hidden)");
+  define(
+      "_linear_token_loss_(Tensor hidden, Tensor weight, " + tokens + "int vocab_size, " + spec +
+      "int rows_per_chunk, int kept_gradients_mib, bool drop_masked, Tensor(a!) grad_weight) -> " +
+      results + "Tensor grad_hidden)");
   // Private: backward of the losses, and whether the graph it runs in is kept for another one.
   define("_scale_gradient_(Tensor(a!) gradient, Tensor factor) -> ()");
   define("_graph_is_kept() -> bool");

@@ -57,7 +57,7 @@ using LinearTokenLossOp = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Ten
     const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
     const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&,
     const Tensor&, int64_t, c10::string_view, c10::string_view, double, double, double, double,
-    double, double, int64_t, bool, bool);
+    double, double, int64_t, int64_t, bool, bool);
 
 struct TokenLoss : torch::autograd::Function<TokenLoss> {
   template <typename... Arguments>
@@ -136,12 +136,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_token_loss(
     const OptionalTensor& ref_logprobs, const OptionalTensor& token_weights,
     const Tensor& normalizer, const Tensor& temperature, int64_t vocab_size, c10::string_view mode,
     c10::string_view kl, double clip_low, double clip_high, double dual_clip, double kl_coefficient,
-    double entropy_coefficient, double z_loss, int64_t rows_per_chunk, bool drop_masked,
-    bool with_gradient) {
+    double entropy_coefficient, double z_loss, int64_t rows_per_chunk, int64_t kept_gradients_mib,
+    bool drop_masked, bool with_gradient) {
   const auto out = LinearTokenLoss::apply(
       hidden, weight, targets, mask, advantages, old_logprobs, ref_logprobs, token_weights,
       normalizer, temperature, vocab_size, mode, kl, clip_low, clip_high, dual_clip, kl_coefficient,
-      entropy_coefficient, z_loss, rows_per_chunk, drop_masked, with_gradient);
+      entropy_coefficient, z_loss, rows_per_chunk, kept_gradients_mib, drop_masked, with_gradient);
   return {out[0], out[1], out[2], out[3], out[4], out[5]};
 }
 

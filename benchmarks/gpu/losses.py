@@ -109,7 +109,7 @@ class Linear:
         for tensor in (self.hidden, self.weight):
             tensor.requires_grad_()
 
-    def ours(self, into: Tensor | None = None) -> Tensor:
+    def ours(self, into: Tensor | None = None, kept_gradients_mib: int = 0) -> Tensor:
         return linear_token_loss(
             self.hidden,
             self.weight,
@@ -117,6 +117,7 @@ class Linear:
             SPEC,
             normalizer=self.normalizer,
             weight_grad_=into,
+            kept_gradients_mib=kept_gradients_mib,
         ).loss
 
     def eager(self) -> Tensor:
@@ -141,10 +142,15 @@ def from_hidden(context: Context, size: int) -> Result:
         torch.mm(logits, x.weight, out=out_hidden)
         torch.mm(logits.t(), x.hidden, out=out_weight)
 
-    functions: dict[str, Call] = {
-        "product": product,
+    ours = {
         "ours": x.call(lambda: x.ours()),
         "ours, gradient added to a buffer": x.call(lambda: x.ours(buffer)),
+        "ours, gradients by logits kept": x.call(lambda: x.ours(None, 1 << 20)),
+        "ours, kept and added to a buffer": x.call(lambda: x.ours(buffer, 1 << 20)),
+    }
+    functions: dict[str, Call] = {
+        "product": product,
+        **ours,
         "the three bare products": bare,
         "F.cross_entropy(hidden @ weight.T)": x.call(lambda: x.eager()),
     }
@@ -162,7 +168,7 @@ def from_hidden(context: Context, size: int) -> Result:
     shape = f"T {tokens} d {hidden_size} V {size}"
     square = operations / seconds["product"] / 1e12
     rows = []
-    for name in ("ours", "ours, gradient added to a buffer"):
+    for name in ours:
         rate = 6 * tokens * size * hidden_size / seconds[name] / 1e12
         label = name.replace("ours", "linear_token_loss")
         line = row(label, shape, rate, square, "8192³ product", "TFLOP/s")

@@ -89,6 +89,12 @@ class TrainingConfig(Section):
         ge=0,
         description="Models with fewer pre-train and fine-tune on a GPU as CUDA graphs; 0: none",
     )
+    kept_gradients_mib: int = Field(
+        default=0,
+        ge=0,
+        description="MiB for the gradients by all logits; where they fit, the head's weight "
+        "gradient is one product",
+    )
 
     def problems(self) -> list[tuple[str, str]]:
         found = []

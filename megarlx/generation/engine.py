@@ -10,7 +10,7 @@ their neighbours, and prompts are padded by their own length (widths.py says whe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -171,6 +171,9 @@ class Engine:
         """
         run = Run(self, requests, sampling, seed, on_turns_end, max_tokens, feed_up_to)
         return run.to_the_end().trajectories()
+
+    def metrics(self) -> Mapping[str, float]:
+        return {"cache_tokens_held": float(self.counts.places_held)}
 
     def _rows_agree(self, widths: Sequence[int]) -> bool:
         weights = [p.detach() for stage in self.stages for p in stage.parameters()]

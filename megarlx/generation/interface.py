@@ -8,7 +8,7 @@ streams of a `generate` alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -61,6 +61,10 @@ class Generator(Protocol):
 
         max_tokens   of a whole episode, the prompt included; by default `longest`
         """
+        ...
+
+    def metrics(self) -> Mapping[str, float]:
+        """What RL logs as perf/NAME, of this rank's last call; of ranks the most is logged."""
         ...
 
 

@@ -7,7 +7,7 @@ the engine goes on with its cache; the tokens are the same.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -47,6 +47,9 @@ class TurnByTurn(ABC):
         self.slots, self.prefill_tokens = slots, prefill_tokens
         self.cache_tokens = cache_tokens
         self.device = model.pipeline.device
+
+    def metrics(self) -> Mapping[str, float]:
+        return {}
 
     @abstractmethod
     def generate(

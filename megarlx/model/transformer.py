@@ -46,6 +46,7 @@ class Stage(nn.Module):
         backend: str = "torch",
         attention: AttentionKind = "auto",
         fp8: str | None = None,
+        kept_gradients_mib: int = 0,
         delay_weight_gradients: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -66,6 +67,7 @@ class Stage(nn.Module):
         # a group of one has nothing to split the sequence over
         self.sequence_parallel = sequence_parallel and group.size > 1
         self.recompute, self.fp8 = recompute, fp8
+        self._kept_gradients_mib = kept_gradients_mib
         self.backend = layers(backend)
         options = {
             "group": group,
@@ -192,7 +194,8 @@ class Stage(nn.Module):
     def _head(self, x: Tensor) -> Head:
         weight = self.head_weight
         into = weight.grad if self._by_product and adds_by_product(weight) else None
-        return Head(x, weight, self.group, self.config.vocab_size, self.final_cap, into)
+        of_model = (self.group, self.config.vocab_size, self.final_cap)
+        return Head(x, weight, *of_model, into, self._kept_gradients_mib)
 
     def add_by_product(self, on: bool) -> None:
         """As of layers_torch.ColumnLinear, for the head."""

@@ -54,6 +54,7 @@ class _Job:
     group: Group | None
     vocab_size: int
     rows: int
+    kept_gradients_mib: int
     final_cap: float | None
     with_gradient: bool
 
@@ -100,6 +101,7 @@ def linear_distill_loss(
         head.group if head.group.size > 1 else None,
         head.vocab_size,
         rows_per_chunk or default_rows(head.hidden, head.weight),
+        head.kept_gradients_mib,
         head.final_cap,
         torch.is_grad_enabled() and (head.hidden.requires_grad or head.weight.requires_grad),
     )
@@ -129,14 +131,14 @@ class _Rows:
         return values if group is None else all_reduce_(values, group, op)
 
     def terms(
-        self, student: Tensor, teachers: Sequence[Products], hidden: Sequence[Tensor]
+        self, student: Tensor, teachers: Sequence[Products], chunk: slice
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(divergence [n], entropy [n], derivative by the logits [n, real] in place of `student`),
         of log-probs [n, real]."""
         job, p = self.job, student.exp()
         mixed, own = torch.zeros_like(student), student.new_zeros(len(student))
-        for one, products, states in zip(job.teachers, teachers, hidden, strict=True):
-            log_q = self.log_softmax_(products.logits(states))
+        for one, products in zip(job.teachers, teachers, strict=True):
+            log_q = self.log_softmax_(products.logits(chunk, products.hidden_of(chunk)))
             if job.reverse:
                 mixed.add_(log_q, alpha=one.share)
             else:
@@ -165,7 +167,9 @@ def _loop(
     if job.mask is not None:
         kept = job.mask.nonzero()[:, 0]
         hidden, *states = (one.index_select(0, kept) for one in (hidden, *states))
-    walk, rows = Products(hidden, weight, job.rows, grad_weight, job.final_cap), _Rows(job, weight)
+    of_head = (hidden, weight, job.rows, grad_weight, job.final_cap)
+    walk = Products(*of_head, kept_gradients_mib=job.kept_gradients_mib)
+    rows = _Rows(job, weight)
     theirs = [
         Products(one, teacher.weight, job.rows, None, job.final_cap)
         for one, teacher in zip(states, job.teachers, strict=True)
@@ -173,16 +177,20 @@ def _loop(
     kls, entropies = [hidden.new_zeros(0, dtype=walk.precision)], []
     for chunk in walk.chunks():
         mine = walk.hidden_of(chunk)
-        logits = walk.logits(mine)
+        logits = walk.logits(chunk, mine)
         slope = walk.slope_of_cap(logits) if grad_weight is not None else None
         log_p = rows.log_softmax_(logits)
-        of_chunk = [one.hidden_of(chunk) for one in theirs]
-        kl, entropy, _ = rows.terms(log_p, theirs, of_chunk)
+        kl, entropy, _ = rows.terms(log_p, theirs, chunk)
         if grad_weight is not None:
             logits[:, rows.real :] = 0
-            walk.back(chunk, mine, logits, slope)
+            if slope is not None:
+                logits.mul_(slope)
+            if walk.apart:
+                walk.gradient_of(chunk).copy_(logits)
+            walk.back(chunk, mine)
         kls.append(kl)
         entropies.append(entropy)
+    walk.finish()
     kl, entropy = torch.cat(kls), torch.cat([kls[0], *entropies])
     sums = torch.stack((torch.full_like(kl, 1), kl, entropy)).sum(1, dtype=torch.float64)
     spread = [kl, entropy, walk.grad_hidden]

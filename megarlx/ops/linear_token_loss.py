@@ -65,6 +65,7 @@ def linear_token_loss(
     drop_masked: bool = True,
     rows_per_chunk: int | None = None,
     final_cap: float | None = None,
+    kept_gradients_mib: int = 0,
 ) -> TokenLoss:
     """token_loss of the logits `hidden` [..., d] @ `weight` [V, d].T, which never exist whole.
 
@@ -80,6 +81,9 @@ def linear_token_loss(
                         depends on data
     rows_per_chunk      rows of logits that exist at one time
     final_cap           logits z become cap tanh(z / cap) first
+    kept_gradients_mib  where the gradients by the logits of all chunks fit into so many MiB, they
+                        are kept, and that of `weight` is one product of all rows in place of one
+                        that is added for each chunk
     """
     op = "linear_token_loss"
     check_floats(op, "hidden", hidden, 1)
@@ -106,6 +110,8 @@ def linear_token_loss(
         rows_per_chunk = default_rows(hidden, weight)
     if not isinstance(rows_per_chunk, int | torch.SymInt) or rows_per_chunk < 1:
         refuse(op, "rows_per_chunk", rows_per_chunk, "an integer >= 1")
+    if not isinstance(kept_gradients_mib, int | torch.SymInt) or kept_gradients_mib < 0:
+        refuse(op, "kept_gradients_mib", kept_gradients_mib, "an integer >= 0")
     rows = hidden if hidden.dim() == 2 else hidden.reshape(-1, hidden.shape[-1])
     needs_gradient = hidden.requires_grad or weight.requires_grad or weight_grad_ is not None
     with_gradient = torch.is_grad_enabled() and needs_gradient
@@ -123,6 +129,7 @@ def linear_token_loss(
             vocab_size,
             *spec.arguments,
             rows_per_chunk,
+            kept_gradients_mib,
             drop_masked,
             with_gradient,
         )[:4]
@@ -140,6 +147,7 @@ def linear_token_loss(
             weight_grad_,
             reduce_hidden_grad,
             final_cap,
+            kept_gradients_mib,
         )
     return shaped(result, targets.shape)
 
@@ -154,6 +162,7 @@ class Head:
     vocab_size: int
     final_cap: float | None = None
     weight_grad: Tensor | None = None  # where training adds weight gradients by the product itself
+    kept_gradients_mib: int = 0  # as of linear_token_loss
     added: list[Tensor] = field(default_factory=list)  # losses whose gradient was added to it
 
     def token_loss(
@@ -194,6 +203,7 @@ class Head:
             reduce_hidden_grad=False,
             rows_per_chunk=rows_per_chunk,
             final_cap=self.final_cap,
+            kept_gradients_mib=self.kept_gradients_mib,
             weight_grad_=into,
             drop_masked=drop_masked,
         )
@@ -258,6 +268,7 @@ class _LinearTokenLoss(torch.autograd.Function):
         weight_grad_: Tensor | None,
         reduce_hidden_grad: bool,
         final_cap: float | None,
+        kept_gradients_mib: int,
     ) -> tuple[Tensor, ...]:
         ctx.accumulated = weight_grad_ is not None
         ctx.weight_dtype = weight.dtype
@@ -269,6 +280,7 @@ class _LinearTokenLoss(torch.autograd.Function):
                 vocab_size,
                 *spec.arguments,
                 rows_per_chunk,
+                kept_gradients_mib,
                 drop_masked,
                 weight_grad_,
             )
@@ -286,6 +298,7 @@ class _LinearTokenLoss(torch.autograd.Function):
                 group,
                 weight_grad_ if with_gradient else None,
                 final_cap,
+                kept_gradients_mib,
             )
             result = list(found)
             if group is not None and with_gradient and reduce_hidden_grad:
@@ -309,7 +322,7 @@ class _LinearTokenLoss(torch.autograd.Function):
             )
         grad_hidden, *of_weight = (scaled(gradient, upstream) for gradient in ctx.saved_tensors)
         grad_weight = of_weight[0].to(ctx.weight_dtype) if of_weight else None
-        return (grad_hidden, grad_weight, *[None] * 10)
+        return (grad_hidden, grad_weight, *[None] * 11)
 
 
 @torch.library.register_fake("megarlx::linear_token_loss")

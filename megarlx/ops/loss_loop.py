@@ -5,12 +5,16 @@ That of csrc/linear_token_loss.cpp, which has the formulas that the native op ha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from megarlx.ops import beside
+from megarlx.ops.beside import Order, Result
 from megarlx.ops.loss_seam import Derivatives, RowTerms, add_sums, row_terms
 from megarlx.ops.loss_spec import LossSpec
 from megarlx.ops.product import product, product_
@@ -22,7 +26,11 @@ if TYPE_CHECKING:
 
 
 class Products:
-    """Hidden rows, the weight and a buffer of a chunk's logits: the three products."""
+    """Hidden rows, the weight and a chunk of logits: the three products.
+
+    Where the gradients by logits of all chunks fit into `kept_gradients_mib`, they are kept, and
+    the weight's is one product. `apart`: they do not take the places of their logits.
+    """
 
     def __init__(
         self,
@@ -32,6 +40,9 @@ class Products:
         grad_weight: Tensor | None,
         final_cap: float | None,
         mask: Tensor | None = None,
+        *,
+        kept_gradients_mib: int = 0,
+        apart: bool = False,
     ) -> None:
         self.final_cap, self.mask = final_cap, mask
         self.hidden, self.grad_weight = hidden, grad_weight
@@ -40,10 +51,19 @@ class Products:
         narrow = hidden.dtype != self.precision
         self.mixed = narrow and hidden.device.type == "cuda"  # products of bf16 with fp32 results
         self.weight = weight.to(self.precision) if narrow and not self.mixed else weight
-        most = min(rows, max(self.count, 1))
-        self.buffer = hidden.new_empty(most, len(weight), dtype=self.precision)
-        self.narrow = torch.empty_like(self.buffer, dtype=hidden.dtype) if self.mixed else None
         self.grad_hidden = torch.empty_like(hidden)
+        self.apart = self.mixed or apart
+        kind, back = hidden.dtype if self.mixed else self.precision, grad_weight is not None
+        mib = self.count * len(weight) * kind.itemsize / 2**20
+        self.keeps = back and self.count > rows and mib <= kept_gradients_mib
+        in_turn = min(rows, max(self.count, 1)), len(weight)
+        every = (self.count, len(weight)) if self.keeps else in_turn
+        self._logits = hidden.new_empty(in_turn if self.apart else every, dtype=self.precision)
+        self._gradients = self._logits
+        if self.apart and back:
+            self._gradients = hidden.new_empty(every, dtype=kind)
+        if self.keeps:
+            self.hidden, self.mask = self.hidden_of(slice(None)), None
 
     def chunks(self) -> Iterator[slice]:
         for begin in range(0, self.count, self.rows):
@@ -55,8 +75,9 @@ class Products:
             found = found.where(mask[chunk, None], 0)
         return found if self.mixed else found.to(self.precision)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        out = self.buffer[: len(hidden)]
+    def logits(self, part: slice, hidden: Tensor) -> Tensor:
+        """Of a chunk or a part of one."""
+        out = _place(self._logits, part)
         if self.mixed:
             torch.mm(hidden, self.weight.t(), out_dtype=self.precision, out=out)
         else:
@@ -71,13 +92,23 @@ class Products:
             return None
         return (logits / self.final_cap).square_().neg_().add_(1)
 
-    def back(self, chunk: slice, hidden: Tensor, gradient: Tensor, slope: Tensor | None) -> None:
+    def gradient_of(self, part: slice) -> Tensor:
+        """Where the gradient by these logits belongs."""
+        return _place(self._gradients, part)
+
+    def back(self, chunk: slice, hidden: Tensor) -> None:
         """Adds the chunk's part of the weight's gradient, and sets that of its hidden rows."""
-        if slope is not None:
-            gradient.mul_(slope)
-        if self.mixed:
-            gradient = gradient.to(self.hidden.dtype)
+        gradient = self.gradient_of(chunk)
         self.grad_hidden[chunk] = product(gradient, self.weight)
+        if not self.keeps:
+            self._add(gradient, hidden)
+
+    def finish(self) -> None:
+        """Behind all chunks."""
+        if self.keeps:
+            self._add(self._gradients, self.hidden)
+
+    def _add(self, gradient: Tensor, hidden: Tensor) -> None:
         total = self.grad_weight
         assert total is not None
         if self.mixed:
@@ -86,75 +117,115 @@ class Products:
             product_(total, gradient.t(), hidden, add=True)
 
 
-class _Rows(Products):
-    """Products around the two ops of the seam."""
+def _place(rows: Tensor, part: slice) -> Tensor:
+    """Where all have a row their own, else in as many as one chunk has."""
+    begin = part.start % len(rows)
+    return rows[begin : begin + part.stop - part.start]
+
+
+Work = Callable[[slice, Tensor], Result]  # of a chunk, or a part of one, and its logits
+
+
+class _Rows:
+    """The walk over chunks, around the two ops of the seam."""
 
     def __init__(
         self,
-        hidden: Tensor,
         weight: Tensor,
         tokens: TokenInputs,
         group: Group | None,
         vocab_size: int,
-        rows: int,
-        grad_weight: Tensor | None,
-        final_cap: float | None,
+        products: Products,
+        order: Order,
     ) -> None:
-        super().__init__(hidden, weight, rows, grad_weight, final_cap, tokens.mask)
-        self.tokens, self.group = tokens, group
+        self.tokens, self.group, self.products, self.order = tokens, group, products, order
         self.place = (0 if group is None else group.rank * len(weight), vocab_size)
 
-    def sums(self, logits: Tensor, tokens: TokenInputs) -> Tensor:
+    @property
+    def with_gradient(self) -> bool:
+        return self.products.grad_weight is not None
+
+    def walk(self, work: Work[Result], *, back: bool) -> list[Result]:
+        """What `work` finds of each part; where it makes the gradient, the walk goes `back`."""
+        products, found = self.products, list[Result]()
+        under_way, ended = deque[Callable[[], Result]](), list[tuple[slice, Tensor]]()
+
+        def join(left: int = 0) -> None:
+            while len(under_way) > left:
+                found.append(under_way.popleft()())
+
+        def go_back() -> None:
+            join()
+            for chunk, hidden in ended:
+                if back:
+                    products.back(chunk, hidden)
+            ended.clear()
+
+        for chunk in products.chunks():
+            hidden = products.hidden_of(chunk)
+            for part, states in self._parts(chunk, hidden):
+                join(left=1)  # the one before that was in this place
+                logits = products.logits(part, states)
+                if ended:
+                    go_back()
+                under_way.append(self.order.begin(partial(work, part, logits)))
+            ended.append((chunk, hidden))
+            if self.order.parts == 1:
+                go_back()
+        go_back()
+        return found
+
+    def _parts(self, chunk: slice, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        begin = chunk.start
+        for states in hidden.split(-(-self.products.rows // self.order.parts)):
+            yield slice(begin, begin + len(states)), states
+            begin += len(states)
+
+    def sums(self, chunk: slice, logits: Tensor) -> Tensor:
+        tokens = self.tokens.rows(chunk.start, chunk.stop)
         of_rows = (tokens.targets, tokens.mask, tokens.temperature)
         partials: Tensor = torch.ops.megarlx.token_loss_sums(logits, *of_rows, *self.place)
         return partials
 
-    def go_back(
-        self,
-        chunk: slice,
-        hidden: Tensor,
-        logits: Tensor,
-        partials: Tensor,
-        derivatives: Derivatives,
+    def make_gradient(
+        self, chunk: slice, logits: Tensor, partials: Tensor, derivatives: Derivatives
     ) -> None:
-        tokens = self.tokens.rows(chunk.start, chunk.stop)
-        into = None if self.narrow is None else self.narrow[: len(hidden)]
-        slope = self.slope_of_cap(logits)
+        tokens, products = self.tokens.rows(chunk.start, chunk.stop), self.products
+        slope = products.slope_of_cap(logits)
+        gradient = products.gradient_of(chunk)
         of_rows = (tokens.targets, tokens.mask, *derivatives, tokens.temperature)
+        into = gradient if products.apart else None
         torch.ops.megarlx.token_loss_gradient_(logits, partials, *of_rows, *self.place, into)
-        self.back(chunk, hidden, logits if into is None else into, slope)
+        if slope is not None:
+            gradient.mul_(slope)
 
 
 def by_chunks(rows: _Rows, spec: LossSpec) -> list[RowTerms]:
     """Each chunk by itself: three products."""
-    found = []
-    for chunk in rows.chunks():
-        hidden, tokens = rows.hidden_of(chunk), rows.tokens.rows(chunk.start, chunk.stop)
-        logits = rows.logits(hidden)
-        partials = combine_partials_(rows.sums(logits, tokens), rows.group)
-        with_gradient = rows.grad_weight is not None
-        terms = row_terms(partials, tokens, spec, with_gradient=with_gradient)
-        if with_gradient:
-            rows.go_back(chunk, hidden, logits, partials, terms.derivatives)
-        found.append(terms)
-    return found
+
+    def terms_of(chunk: slice, logits: Tensor) -> RowTerms:
+        tokens = rows.tokens.rows(chunk.start, chunk.stop)
+        partials = combine_partials_(rows.sums(chunk, logits), rows.group)
+        terms = row_terms(partials, tokens, spec, with_gradient=rows.with_gradient)
+        if rows.with_gradient:
+            rows.make_gradient(chunk, logits, partials, terms.derivatives)
+        return terms
+
+    return rows.walk(terms_of, back=rows.with_gradient)
 
 
 def by_sequences(rows: _Rows, spec: LossSpec) -> list[RowTerms]:
     """All chunks together, between two walks over them: four products."""
-    parts = [
-        rows.sums(rows.logits(rows.hidden_of(chunk)), rows.tokens.rows(chunk.start, chunk.stop))
-        for chunk in rows.chunks()
-    ]
+    parts = rows.walk(rows.sums, back=False)
     partials = combine_partials_(torch.cat(parts, 1), rows.group)
-    with_gradient = rows.grad_weight is not None
-    terms = row_terms(partials, rows.tokens, spec, with_gradient=with_gradient)
-    if with_gradient:
-        for chunk in rows.chunks():
-            hidden = rows.hidden_of(chunk)
-            of_chunk = Derivatives(*(slope[chunk] for slope in terms.derivatives))
-            in_chunk = partials[:, chunk].contiguous()
-            rows.go_back(chunk, hidden, rows.logits(hidden), in_chunk, of_chunk)
+    terms = row_terms(partials, rows.tokens, spec, with_gradient=rows.with_gradient)
+
+    def gradient(chunk: slice, logits: Tensor) -> None:
+        of_chunk = Derivatives(*(slope[chunk] for slope in terms.derivatives))
+        rows.make_gradient(chunk, logits, partials[:, chunk].contiguous(), of_chunk)
+
+    if rows.with_gradient:
+        rows.walk(gradient, back=True)
     return [terms]
 
 
@@ -169,6 +240,7 @@ def python_loop(
     group: Group | None,
     grad_weight: Tensor | None,
     final_cap: float | None = None,
+    kept_gradients_mib: int = 0,
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """((loss, log-probs, entropy, metrics), this rank's part of grad_hidden).
 
@@ -178,17 +250,24 @@ def python_loop(
     if tokens.mask is not None and drop_masked:
         kept = tokens.mask.nonzero()[:, 0]
         hidden, tokens = hidden.index_select(0, kept), tokens.select(kept)
-    rows = _Rows(hidden, weight, tokens, group, vocab_size, rows_per_chunk, grad_weight, final_cap)
-    walk = by_sequences if spec.loss.needs_sequence and rows.count > rows.rows else by_chunks
-    found = walk(rows, spec)
+    several = len(hidden) > rows_per_chunk
+    walk = by_sequences if spec.loss.needs_sequence and several else by_chunks
+    with beside.order(hidden, rows_per_chunk) as order:
+        products = Products(
+            *(hidden, weight, rows_per_chunk, grad_weight, final_cap, tokens.mask),
+            kept_gradients_mib=kept_gradients_mib,
+            apart=order.parts > 1,
+        )
+        found = walk(_Rows(weight, tokens, group, vocab_size, products, order), spec)
+        products.finish()
     sums = hidden.new_zeros(1 + len(spec.metrics), dtype=torch.float64)
     for terms in found:
         sums = add_sums(sums, terms.sums)
-    empty = hidden.new_zeros(0, dtype=rows.precision)
+    empty = hidden.new_zeros(0, dtype=products.precision)
     logprobs = torch.cat([empty, *(terms.logprobs for terms in found)])
     entropy = torch.cat([empty, *(terms.entropy for terms in found)])
-    spread = [logprobs, entropy, rows.grad_hidden]
+    spread = [logprobs, entropy, products.grad_hidden]
     if kept is not None:
         spread = [x.new_zeros(total, *x.shape[1:]).index_copy_(0, kept, x) for x in spread]
-    sums = sums.to(rows.precision)
+    sums = sums.to(products.precision)
     return (sums[0].clone(), spread[0], spread[1], sums[1:]), spread[2]

@@ -132,23 +132,30 @@ def layer_delayed(n: Widths) -> int:
 
 
 def loss_workspace(job: Job, n: Widths) -> int:
-    """At the end of the last stage's forward: normed states, a chunk of logits, both gradients."""
-    chunk = job.loss_rows * n.V
-    logits = chunk * n.w * (2 if job.model.final_cap else 1)  # and the cap's slope
+    """At the end of the last stage's forward: normed states, chunks of logits, both gradients."""
+    logits = _logits(job, n)
     hidden = n.T * n.h * n.e
     weight_gradient = n.V * n.h * n.w
     widened = 0
-    if n.e != n.w:
-        if job.on_gpu:
-            logits += chunk * n.e  # the products read a narrow copy of the logits' gradient
-        else:
-            widened = weight_gradient  # the weight itself, for products that a CPU has
+    if n.e != n.w and not job.on_gpu:
+        widened = weight_gradient  # the weight itself, for products that a CPU has
+        widened += n.T * n.h * n.w if job.keeps_gradients else 0  # and all hidden rows
     table = n.T * (2 + FIELDS_OF_A_TOKEN) * n.w
     in_loss = logits + widened + weight_gradient
     if n.e != n.w and job.tp == 1:
         in_loss = max(in_loss, weight_gradient + n.V * n.h * n.e)  # narrowed at the end
     gathered = hidden if job.splits_sequence else 0
     return (n.t * n.h * n.e) + gathered + in_loss + hidden + table
+
+
+def _logits(job: Job, n: Widths) -> int:
+    """A chunk of the loss's logits and the gradients by them, of a chunk or all."""
+    chunk = job.loss_rows * n.V
+    gradients = n.T * n.V if job.keeps_gradients else chunk
+    slope = chunk * n.w if job.model.final_cap else 0
+    if n.e != n.w and job.on_gpu:  # the products read a narrow copy of the logits' gradient
+        return chunk * n.w + gradients * n.e + slope
+    return gradients * n.w + slope  # each gradient in the place of its logits
 
 
 def layer_backward_workspace(job: Job, n: Widths) -> int:

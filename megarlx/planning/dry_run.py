@@ -111,6 +111,7 @@ def build(job: Job, device: torch.device) -> ParallelModel:
         layers_per_stage=job.layers_per_stage,
         sequence_parallel=job.sequence_parallel,
         recompute=recompute,
+        kept_gradients_mib=job.kept_gradients_mib,
         dtype=DTYPES[job.precision],
         device=device,
         bucket_elements=job.bucket_elements,

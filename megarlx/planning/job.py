@@ -59,6 +59,7 @@ class Job:
     layers_per_stage: tuple[int, ...] | None = None
     sequence_parallel: bool = False
     recompute: str = "none"
+    kept_gradients_mib: int = 0
     precision: str = "bf16"
     fp8: bool = False  # products of the layers
     tf32: bool = True  # where the precision is fp32
@@ -110,6 +111,7 @@ class Job:
             layers_per_stage=layout.layers_per_stage,
             sequence_parallel=layout.sequence_parallel,
             recompute=training.recompute,
+            kept_gradients_mib=training.kept_gradients_mib,
             precision=_precision(training.precision, changes.get("on_gpu", True)),
             fp8=training.fp8 != "none",
             tf32=training.tf32,
@@ -258,6 +260,14 @@ class Job:
         """Rows of logits that exist at one time."""
         rows = rows_for(self.local_vocabulary, on_cuda=self.on_gpu)
         return min(rows, self.tokens_per_microbatch)
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether the gradients by all logits of a micro-batch are there at one time."""
+        tokens = self.tokens_per_microbatch
+        each = self.element_bytes if self.on_gpu else self.wide_bytes
+        mib = tokens * self.local_vocabulary * each / 2**20
+        return tokens > self.loss_rows and mib <= self.kept_gradients_mib
 
     def stages(self, pp_rank: int) -> Iterator[StagePart]:
         for index in self.plan.stages_of(pp_rank):

@@ -1,6 +1,7 @@
 """Bytes of memory on each rank, by kind.
 
-    weights          the model's, in the type it computes in
+    weights          the model's, in the type it computes in, and their copies in fp8 where
+                     rollouts decode with those
     gradients        the flat buffer that every objective's backward fills in turn
     optimizer        masters, of each objective a gradient shard and what its update rule keeps;
                      local masters, what is combined, outer momentum, frozen references, masks of
@@ -68,16 +69,18 @@ def rank_memory(job: Job, rank: int, rollouts: Rollouts | None = None) -> Memory
     trained = job.trained_on(rank)
     added = max((_of_step(one, pp_rank) for one in trained), key=sum)
     makers = job.all_objectives if job.generates_together else trained
-    caches = [one.rollouts for one in makers if one.rollouts is not None]
-    caches += [] if rollouts is None else [rollouts]
+    engines = [one.rollouts for one in makers if one.rollouts is not None]
+    engines += [] if rollouts is None else [rollouts]
+    layers = sum(stage.layers for stage in job.stages(pp_rank))
+    copies = sum(engine.fp8 for engine in engines) * layers * layer_in_fp8(n)
     return Memory(
-        weights=numbers * n.e,
+        weights=numbers * n.e + copies,
         gradients=numbers * n.w,
         optimizer=optimizer_bytes(trained[0], numbers),
         activations=added[0],
         workspace=added[1],
         batch=added[2],
-        kv_cache=sum(kv_cache_bytes(job, pp_rank, held) for held in caches),
+        kv_cache=sum(kv_cache_bytes(job, pp_rank, engine) for engine in engines),
     )
 
 
@@ -123,6 +126,12 @@ def optimizer_bytes(job: Job, numbers: int) -> int:
     if job.dp > 1 and job.element_bytes != w:
         total += shard * job.element_bytes  # updated weights on their way to everybody
     return total
+
+
+def layer_in_fp8(n: Widths) -> int:
+    """`Fp8Products`' bytes: one for each number of a matrix, an fp32 scale for each output."""
+    products = ((n.q + 2 * n.k, n.h), (n.h, n.q), (2 * n.F, n.h), (n.h, n.F))
+    return sum(outputs * (columns + 4) for outputs, columns in products)
 
 
 def kv_cache_bytes(job: Job, pp_rank: int, rollouts: Rollouts) -> int:

@@ -47,6 +47,7 @@ class Rollouts:
     completion_tokens: int
     most_tokens: int | None = None  # what a slot has room for; absent: just these
     cache_tokens: int | None = None  # that the caches hold; absent: what all slots fill
+    fp8: bool = False  # decodes with the layers' matrices rounded to e4m3
 
     @property
     def longest(self) -> int:

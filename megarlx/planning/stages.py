@@ -8,6 +8,7 @@ from megarlx import plug
 from megarlx.config import Config, RlConfig, SftConfig, StageConfig
 from megarlx.config.distill import DistillConfig
 from megarlx.config.objectives import PRETRAINING, AnyObjective, OwnConfig
+from megarlx.config.own_samples import FP8_GENERATOR
 from megarlx.model.check_layout import LayoutError
 from megarlx.planning.job import Job
 from megarlx.planning.memory import worst_rank
@@ -177,4 +178,5 @@ def _rollouts(config: Config, given: RlConfig | DistillConfig) -> Rollouts:
         completion_tokens=completion,
         most_tokens=longest + completion if played is None else most,
         cache_tokens=given.cache_tokens,
+        fp8=given.generator == FP8_GENERATOR,
     )

@@ -3,16 +3,17 @@
 Of each evaluation its metrics and, of suites that count, the counts of every question; of an
 excursion's steps before its last, only of suites that sample, unless suites are named. A report
 reads a folder of these files as it reads runs. settings.json beside them holds what the runs were
-told, once for all seeds: a run names its settings by their hash. Counts up to 35 are written as one
-character each or packed further, so that a study fits into a repository.
+told, once for all seeds: a run names its settings by their hash. What a suite measured in a run is
+written as columns, and counts up to 35 as one character each or packed further, so that a study
+fits into a repository.
+
+Letters: e evaluations of the same questions, q questions.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import zlib
-from base64 import b85decode, b85encode
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from megarlx.data.token_files import write_atomically
+from megarlx.evaluation import form
+from megarlx.evaluation.pass_at_k import Pool
+from megarlx.report.packed_counts import counts_of, ids_in_short, ids_of, packed
 from megarlx.report.runs import (
     AGENT,
     Run,
@@ -32,13 +36,11 @@ from megarlx.report.runs import (
 from megarlx.report.settings import comparable
 from megarlx.training.metrics import read_metrics
 
-FORMAT = "megarlx records 1"
+FORMAT = "megarlx records 2"
 SETTINGS = "settings.json"
-DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
-PACKED = ":"  # before counts as bytes, compressed by zlib, in base 85
-BITS = b"\xff"  # before bits; no count is so large
 COUNTS = ("samples", "correct", "marked", "marked_correct")  # of an item
 SIGNIFICANT = 5  # digits of a metric
+FORM = ("marked", "right_of_marked")  # metrics that follow from counts too
 # Standard errors that follow from the counts, or that nothing asks for.
 LEFT_OUT = ("pass_at_", "accuracy", "informative_groups", "truncated", "probability_told", "nll")
 ON_THE_WAY = ("pass_at_k", AGENT)  # kinds that are kept of the steps before a run's last
@@ -90,7 +92,7 @@ class SeedRecords:
         found = [_read_json(file) for file in (folder / "evaluations").glob("iter_*.json")]
         last = max((e["iteration"] for e in found), default=0)
         evaluations = [
-            self._compact(e)
+            e
             for e in found
             if (
                 e["suite"] in suites
@@ -98,15 +100,15 @@ class SeedRecords:
                 else parent is None or e["iteration"] == last or e["kind"] in ON_THE_WAY
             )
         ]
-        before = self.runs.get(name, {}).get("evaluations", [])
+        before = self.evaluations(name) if name in self.runs else []
         there = {(e["iteration"], e["suite"]) for e in evaluations}
         evaluations += [e for e in before if (e["iteration"], e["suite"]) not in there]
-        evaluations.sort(key=lambda e: (e["iteration"], e["suite"]))
+        metrics = _metrics(folder, {e["iteration"] for e in evaluations})
         self.runs[name] = {
             "lineage": kept,
             "settings": hash_of(settings),
-            "metrics": list(_metrics(folder, {e["iteration"] for e in evaluations})),
-            "evaluations": evaluations,
+            "metrics": _columns(list(metrics)),
+            "evaluations": self._compact(evaluations),
         }
 
     def write(self) -> None:
@@ -115,30 +117,29 @@ class SeedRecords:
         held |= {"questions": self.questions, "runs": self.runs}
         write_atomically(self.path, _lines_of(held))
 
-    def _compact(self, evaluation: Mapping[str, Any]) -> dict[str, Any]:
-        kept = {key: evaluation[key] for key in ("suite", "kind", "iteration", "trunk_tokens")}
-        kept["metrics"] = _rounded(evaluation["metrics"])
-        errors = evaluation.get("standard_errors") or {}
-        if own := {key: value for key, value in errors.items() if not key.startswith(LEFT_OUT)}:
-            kept["standard_errors"] = _rounded(own)
-        items = evaluation["items"]
-        kept["questions"] = self._asked(evaluation)
-        if items and "correct" in items[0]:
-            columns = {key: [int(i[key]) for i in items] for key in COUNTS if key in items[0]}
-            if columns.get("marked_correct") == columns["correct"]:
-                columns["marked_correct"] = []
-            kept["counts"] = {key: _packed(values) for key, values in columns.items()}
-        return kept
+    def _compact(self, evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """One of each suite that was asked the same questions: a column of what it measured."""
+        alike: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+        for e in sorted(evaluations, key=lambda e: (e["suite"], e["iteration"])):
+            counted = [key for key in COUNTS if e["items"] and key in e["items"][0]]
+            ks = [key for key in e["metrics"] if e["kind"] == "pass_at_k" and _is_k(key)]
+            columns = (" ".join(counted), " ".join(ks))
+            alike.setdefault((e["suite"], e["kind"], self._asked(e), *columns), []).append(e)
+        return [
+            {"suite": suite, "kind": kind, "questions": asked}
+            | _measured(found, counted.split(), ks.split())
+            for (suite, kind, asked, counted, ks), found in alike.items()
+        ]
 
     def _asked(self, evaluation: Mapping[str, Any]) -> str:
         """The name of these questions, asked in this way, in the file's table of them."""
         items = evaluation["items"]
         asked: dict[str, Any] = {"ids": []}
         if items and "correct" in items[0]:
-            asked["ids"] = _ids([str(item["id"]) for item in items])
+            asked["ids"] = ids_in_short([str(item["id"]) for item in items])
             if "group" in items[0]:
                 names = sorted({item["group"] for item in items})
-                places = _packed([names.index(item["group"]) for item in items])
+                places = packed([names.index(item["group"]) for item in items])
                 asked["groups"] = {"names": names, "of": places}
         if template := (evaluation.get("settings") or {}).get("template"):
             asked["template"] = template
@@ -148,22 +149,102 @@ class SeedRecords:
         self.questions.setdefault(name, asked)
         return name
 
-    def whole(self, kept: Mapping[str, Any]) -> dict[str, Any]:
-        """As the file of an evaluation has it."""
+    def evaluations(self, name: str) -> list[dict[str, Any]]:
+        """Of a run, by iteration, as their files have them."""
+        found = [e for kept in self.runs[name]["evaluations"] for e in self._whole(kept)]
+        return sorted(found, key=lambda e: (e["iteration"], e["suite"]))
+
+    def _whole(self, kept: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         asked = self.questions[kept["questions"]]
-        items: list[dict[str, Any]] = [{"id": name} for name in _ids_of(asked["ids"])]
-        for key, packed in kept.get("counts", {}).items():
-            for item, count in zip(items, _counts_of(packed, len(items)), strict=False):
-                item[key] = count
-            if not packed and not isinstance(packed, int):
-                for item in items:
-                    item[key] = item["correct"]
-        if "groups" in asked:
-            names = asked["groups"]["names"]
-            for item, at in zip(items, _counts_of(asked["groups"]["of"], len(items)), strict=True):
-                item["group"] = names[at]
-        how = {"settings": {"template": asked.get("template")}, "guessing": asked.get("guessing")}
-        return {"format": 1, **kept, **how, "items": items}
+        ids, how = ids_of(asked["ids"]), {"settings": {"template": asked.get("template")}}
+        groups = asked.get("groups")
+        of_ids = groups and counts_of(groups["of"], len(ids))
+        counts = {
+            key: counts_of(values, len(ids) * len(kept["iteration"]))
+            for key, values in kept.get("counts", {}).items()
+        }
+        places = range(len(kept["iteration"]))
+        measured: list[list[dict[str, Any]]] = [
+            _lines_of_columns(kept[key]) if key in kept else [{} for _ in places]
+            for key in ("metrics", "standard_errors")
+        ]
+        for at in places:
+            items: list[dict[str, Any]] = [{"id": name} for name in ids]
+            for q, item in enumerate(items):
+                for key, values in counts.items():
+                    # Without values of its own it is what is correct.
+                    item[key] = (values or counts["correct"])[q * len(places) + at]
+                if groups:
+                    item["group"] = groups["names"][of_ids[q]]
+            metrics, errors = _of_counts(kept.get("ks", ()), items)
+            yield {
+                "format": 1,
+                **{key: kept[key] for key in ("suite", "kind")},
+                **{key: kept[key][at] for key in ("iteration", "trunk_tokens")},
+                "metrics": metrics | measured[0][at],
+                "standard_errors": errors | measured[1][at],
+                **how,
+                "guessing": asked.get("guessing"),
+                "items": items,
+            }
+
+
+def _measured(
+    evaluations: Sequence[Mapping[str, Any]], counted: Sequence[str], ks: Sequence[str]
+) -> dict[str, Any]:
+    """What e evaluations of the same questions measured; counts are [q, e]. Metrics and standard
+    errors that follow from counts are left out."""
+    kept: dict[str, Any] = {
+        key: [e[key] for e in evaluations] for key in ("iteration", "trunk_tokens")
+    }
+    follow = {*ks, *FORM} if ks else set()
+    kept |= {"ks": ks} if ks else {}
+    for name, known in (("metrics", ()), ("standard_errors", LEFT_OUT)):
+        lines = [
+            _rounded({k: v for k, v in (e.get(name) or {}).items() if not k.startswith(known)})
+            for e in evaluations
+        ]
+        columns = _columns([{k: v for k, v in x.items() if k not in follow} for x in lines])
+        kept |= {name: columns} if columns else {}
+    if "correct" in counted:
+        of_questions = list(zip(*(e["items"] for e in evaluations), strict=True))
+        counts = {key: [int(i[key]) for items in of_questions for i in items] for key in counted}
+        if counts.get("marked_correct") == counts["correct"]:
+            counts["marked_correct"] = []
+        kept["counts"] = {key: packed(values) for key, values in counts.items()}
+    return kept
+
+
+def _is_k(metric: str) -> bool:
+    return metric.startswith("pass_at_")
+
+
+def _of_counts(
+    ks: Sequence[str], items: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The metrics that follow from items, and their standard errors."""
+    if not ks:
+        return {}, {}
+    pool = Pool(tuple(i["samples"] for i in items), tuple(i["correct"] for i in items))
+    metrics = {key: pool.estimate(int(key.removeprefix("pass_at_"))).mean for key in ks}
+    if "marked" not in items[0]:
+        return metrics, {}
+    of_form, errors = form.summary(items)
+    return metrics | of_form, errors
+
+
+def _columns(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Key -> its value in each line; None where it has none."""
+    keys = dict.fromkeys(key for line in lines for key in line)
+    return {key: [line.get(key) for line in lines] for key in keys}
+
+
+def _lines_of_columns(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    lines = zip(*columns.values(), strict=True)
+    return [
+        {key: value for key, value in zip(columns, line, strict=True) if value is not None}
+        for line in lines
+    ]
 
 
 def _term(term: Mapping[str, Any]) -> dict[str, Any]:
@@ -219,8 +300,8 @@ def _runs_of(path: Path, prefix: Path) -> Iterator[Run]:
             (prefix / name).as_posix(),
             **lineage,
             settings=settings[kept["settings"]],
-            metrics=tuple(numbers(line) for line in kept["metrics"]),
-            evaluations=tuple(evaluation_of(held.whole(e)) for e in kept["evaluations"]),
+            metrics=tuple(numbers(line) for line in _lines_of_columns(kept["metrics"])),
+            evaluations=tuple(evaluation_of(e) for e in held.evaluations(name)),
         )
 
 
@@ -292,49 +373,3 @@ def _rounded(values: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in values.items()
         if value is not None
     }
-
-
-def _packed(counts: Sequence[int]) -> int | str | list[int]:
-    """One number where all are alike, else the shorter of a character each and of these packed;
-    a list where a count has no character."""
-    if len(set(counts)) == 1:
-        return counts[0]
-    if not counts or min(counts) < 0 or max(counts) >= len(DIGITS):
-        return list(counts)
-    plain = "".join(DIGITS[count] for count in counts)
-    packed = PACKED + b85encode(zlib.compress(_in_bytes(counts), 9)).decode()
-    return packed if len(packed) < len(plain) else plain
-
-
-def _in_bytes(counts: Sequence[int]) -> bytes:
-    """Bits where all are 0 or 1."""
-    if max(counts) > 1:
-        return bytes(counts)
-    bits = "".join(map(str, counts))
-    return BITS + int(bits, 2).to_bytes(-(-len(counts) // 8), "big")
-
-
-def _counts_of(packed: int | str | list[int], length: int) -> list[int]:
-    if isinstance(packed, int):
-        return [packed] * length
-    if isinstance(packed, list):
-        return packed
-    if not packed.startswith(PACKED):
-        return [DIGITS.index(character) for character in packed]
-    held = zlib.decompress(b85decode(packed.removeprefix(PACKED)))
-    if not held.startswith(BITS):
-        return list(held)
-    return [int(bit) for bit in f"{int.from_bytes(held.removeprefix(BITS), 'big'):0{length}b}"]
-
-
-def _ids(names: Sequence[str]) -> list[Any]:
-    """Names that are numbered from 0 as [what is before the number, how many]."""
-    before = names[0].removesuffix("0")
-    numbered = all(name == f"{before}{i}" for i, name in enumerate(names))
-    return [before, len(names)] if numbered else list(names)
-
-
-def _ids_of(kept: Sequence[Any]) -> list[str]:
-    if len(kept) == 2 and isinstance(kept[1], int):
-        return [f"{kept[0]}{i}" for i in range(kept[1])]
-    return list(kept)

@@ -133,8 +133,11 @@ class Sums(dict[str, tuple[float, float]]):
         before = self.get(key, (0.0, 0.0))
         self[key] = (before[0] + total, before[1] + number)
 
+    def most(self, key: str, value: float) -> None:
+        self[key] = (max(value, self.get(key, (value, 1.0))[0]), 1.0)
+
     def means(self, group: Group) -> dict[str, float]:
-        """Times (perf/…) are those of the slowest rank, counts of failures are sums."""
+        """Times and the like (perf/…) are the most of any rank, counts of failures are sums."""
         every = gather_values({k: list(v) for k, v in self.items()}, group)
         found: dict[str, float] = {}
         for key in dict.fromkeys(key for of_rank in every for key in of_rank):
@@ -202,6 +205,8 @@ class Sampler:
         self.waited_seconds += player.waited_seconds
         sums.add("perf/generate_seconds", player.seconds, 1)
         sums.add("perf/reward_seconds", player.reward_seconds, 1)
+        for name, value in player.generator().metrics().items():
+            sums.most(f"perf/{name}", value)
         for key, (total, number) in player.game.metrics(episodes).items():
             sums.add(key, total, number)
         for key, (total, number) in _by_source(starts, episodes, player).items():

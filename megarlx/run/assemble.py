@@ -150,6 +150,7 @@ def assemble(
         backend=training.layers,
         attention=training.attention,
         fp8=None if training.fp8 == "none" else training.fp8,
+        kept_gradients_mib=training.kept_gradients_mib,
         dtype=DTYPES[training.precision],
         device=device,
     )

@@ -38,7 +38,7 @@ from megarlx.run.reference import RunReference, tokens_of
 INHERITED = (*("model", "data", "template", "templates", "evaluation", "sft", "rl", "objectives"),)
 OF_TRAINING = (
     *("sequences_per_step", "sequences_per_microbatch", "sequence_length"),
-    *("z_loss", "seed", "precision", "recompute", "layers", "fp8", "device"),
+    *("z_loss", "seed", "precision", "recompute", "kept_gradients_mib", "layers", "fp8", "device"),
 )
 
 

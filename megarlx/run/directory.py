@@ -35,6 +35,7 @@ MAY_CHANGE = (
     # code for the same formulas, which each machine chooses
     *("training.layers", "training.attention", "training.tf32"),
     "training.capture_below_parameters",
+    "training.kept_gradients_mib",
     *("rl.prefill_tokens", "objectives.*.rl.prefill_tokens", "evaluation.prefill_tokens"),
     "data.validation",
     "stages.*.placement",

@@ -19,10 +19,11 @@ OPEN = 75  # when something is still to be measured
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
-        choices=["gate", "tuning", "hash", "kept", "kept-tuning", "kept-hash"],
+        choices=["gate", "tuning", "hash", "claims", "kept", "kept-tuning", "kept-hash"],
         help="gate: does competence grow smoothly in the world? tuning: which settings of the "
-        "recipes does the rule choose? hash: of the settings that claims are judged by. kept: the "
-        "table of what early RL leaves; kept-tuning and kept-hash: the same of that study",
+        "recipes does the rule choose? hash: of the settings that claims are judged by. claims: "
+        "each with its numbers. kept: the table of what early RL leaves; kept-tuning and kept-hash "
+        "are of that study",
     )
     parser.add_argument(
         "directory", type=Path, nargs="?", metavar="DIR", help="holds runs, or their records"
@@ -59,7 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     if arguments.what == "kept":
         return _kept(study, arguments.figure)
-    return {"gate": _gate, "tuning": _tuning, "kept-tuning": _kept_tuning}[arguments.what](study)
+    whats = {"gate": _gate, "tuning": _tuning, "claims": _claims, "kept-tuning": _kept_tuning}
+    return whats[arguments.what](study)
 
 
 def _gate(study: Study) -> int:
@@ -113,6 +115,17 @@ def _tuning(study: Study) -> int:
     runs = len(study.excursions)
     _say(f"{runs} runs of at most {MOST_RUNS}")
     return 0 if found and runs <= MOST_RUNS else FAILED
+
+
+def _claims(study: Study) -> int:
+    from megarlx.report.claims import judge_all
+    from megarlx.study.verdicts import HEAD, rows_of_claims
+
+    rows = list(rows_of_claims(study, judge_all(study)))
+    _print([*HEAD], rows)
+    for line in study.missing():
+        _say(f"missing: {line}")
+    return 0 if rows else FAILED
 
 
 def _kept(study: Study, figure: Path | None) -> int:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import correlation, fmean, stdev, variance
+from typing import TypeVar
 
 from megarlx.evaluation.pass_at_k import mean_and_error
 from megarlx.report.runs import Evaluation
@@ -21,6 +22,7 @@ MARKED = (4.0, 20.0)  # percent, in every seed
 COVERAGE = (30.0, 80.0)  # percent of pass@32, mean of the bases
 COVERAGE_AFTER_RL = 95.0
 LOOKUPS = "lookups"
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def _rising(study: Study) -> Iterator[Line]:
     """From each checkpoint to the next."""
     bases = _cells(study, BASE)
     known = {
-        tokens: {cell.seed: _looked_up(cell) for cell in cells} for tokens, cells in bases.items()
+        tokens: {cell.seed: looked_up(cell) for cell in cells} for tokens, cells in bases.items()
     }
     checkpoints = sorted(known)
     for before, tokens in itertools.pairwise(checkpoints):
@@ -137,7 +139,7 @@ def _rising(study: Study) -> Iterator[Line]:
         yield Line(tokens, demand, _all(rises, "+.1f"), min(rises) > 0 if rises else None)
 
 
-def _looked_up(cell: Cell) -> float | None:
+def looked_up(cell: Cell) -> float | None:
     """Percent: the mean probability of the right value."""
     found = cell.evaluations.get(LOOKUPS)
     return None if found is None else 100 * found.metrics["probability"]
@@ -146,16 +148,16 @@ def _looked_up(cell: Cell) -> float | None:
 def known(study: Study) -> Iterator[str]:
     """No demand: how differently seeds know their lookups, and how the rest goes with that."""
     for tokens, cells in _cells(study, BASE).items():
-        looked_up = {c.seed: value for c in cells if (value := _looked_up(c)) is not None}
-        if len(looked_up) < 3:
+        shares = {c.seed: value for c in cells if (value := looked_up(c)) is not None}
+        if len(shares) < 3:
             continue
         right = _by_seed(study, BASE, "right_of_marked", tokens)
         after = _by_seed(study, "rl", "pass_at_1", tokens)
         yield (
-            f"{tokens:,} tokens: lookups known over seeds, mean {fmean(looked_up.values()):.1f}, "
-            f"standard deviation {stdev(looked_up.values()):.1f}; correlation with "
-            f"P(right | marked) {_correlation(looked_up, right)}, with pass@1 after RL "
-            f"{_correlation(looked_up, after)}"
+            f"{tokens:,} tokens: lookups known over seeds, mean {fmean(shares.values()):.1f}, "
+            f"standard deviation {stdev(shares.values()):.1f}; correlation with "
+            f"P(right | marked) {correlation_of(shares, right)}, with pass@1 after RL "
+            f"{correlation_of(shares, after)}"
         )
 
 
@@ -168,8 +170,8 @@ def _by_seed(study: Study, recipe: str, metric: str, tokens: int) -> dict[int, f
     }
 
 
-def _correlation(one: Mapping[int, float], other: Mapping[int, float]) -> str:
-    """Of seeds that have both; "–" where there are few, or nothing differs."""
+def correlation_of(one: Mapping[K, float], other: Mapping[K, float]) -> str:
+    """Of seeds, or trunks, that have both; "–" where there are few, or nothing differs."""
     seeds = [seed for seed in one if seed in other]
     pairs = [one[seed] for seed in seeds], [other[seed] for seed in seeds]
     if len(seeds) < 3 or min(map(stdev, pairs)) == 0:

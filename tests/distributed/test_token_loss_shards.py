@@ -38,7 +38,9 @@ def case(spec: LossSpec) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor | Non
     return normal(TOKENS, SIZE), F.pad(normal(VOCABULARY, SIZE), (0, 0, 0, 7)), targets, inputs
 
 
-def sharded(size: int, spec: LossSpec, reduce_hidden_grad: bool, into: bool) -> dict[str, Tensor]:
+def sharded(
+    size: int, spec: LossSpec, reduce_hidden_grad: bool, into: bool, mib: int
+) -> dict[str, Tensor]:
     group = Mesh.build(tp=size).tp
     hidden, weight, targets, inputs = case(spec)
     mine = weight.chunk(size)[group.rank].clone().requires_grad_()
@@ -53,6 +55,7 @@ def sharded(size: int, spec: LossSpec, reduce_hidden_grad: bool, into: bool) -> 
         rows_per_chunk=5,
         reduce_hidden_grad=reduce_hidden_grad,
         weight_grad_=buffer,
+        kept_gradients_mib=mib,
         **common,
     )
     result.loss.backward()
@@ -73,9 +76,11 @@ def sharded(size: int, spec: LossSpec, reduce_hidden_grad: bool, into: bool) -> 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.mode}-{spec.z_loss}")
-@pytest.mark.parametrize(("reduced", "into"), [(True, False), (False, True)])
+@pytest.mark.parametrize(
+    ("reduced", "into", "mib"), [(True, False, 0), (False, True, 0), (False, True, 1)]
+)
 def test_any_number_of_shards_gives_the_single_process_result(
-    run, size: int, spec: LossSpec, reduced: bool, into: bool
+    run, size: int, spec: LossSpec, reduced: bool, into: bool, mib: int
 ) -> None:
     hidden, weight, targets, inputs = case(spec)
     hidden.requires_grad_()
@@ -85,7 +90,7 @@ def test_any_number_of_shards_gives_the_single_process_result(
     expected = token_loss(logits, targets, spec, **common)
     expected.loss.backward()
     linear_token_loss(hidden, weight, targets, spec, **common).loss.backward()
-    ranks = run(size, sharded, size, spec, reduced, into)
+    ranks = run(size, sharded, size, spec, reduced, into, mib)
     close = {"rtol": 1e-10, "atol": 1e-12}
     for rank in ranks:
         for name in ("loss", "logprobs", "entropy", "metrics"):

@@ -86,6 +86,7 @@ FITTING: dict[str, Callable[[], Any]] = {
     "weight": lambda: floats(V, D),
     "grad_weight": lambda: floats(V, D),
     "rows_per_chunk": lambda: 2,
+    "kept_gradients_mib": lambda: 1,
     "drop_masked": lambda: True,
     "gradient": lambda: None,
     **dict.fromkeys(("logprobs", "entropy"), lambda: floats(T)),

@@ -69,10 +69,10 @@ def check_losses(card: Any) -> None:
         torch.library.opcheck(ops.token_loss.default, (leaf(logits), *arguments, with_gradient))
         torch.library.opcheck(
             ops.linear_token_loss.default,
-            (leaf(hidden), leaf(weight), *arguments, 4, True, with_gradient),
+            (leaf(hidden), leaf(weight), *arguments, 4, 1, True, with_gradient),
         )
     into = torch.zeros(32, 16)
-    check(card, ops._linear_token_loss_, hidden, weight, *whole, 4, True, into)
+    check(card, ops._linear_token_loss_, hidden, weight, *whole, 4, 0, True, into)
     place = (number(0.9), 0, 31)
     check(card, ops.token_loss_sums, logits, targets, mask, *place)
     partials = ops.token_loss_sums(*card.moved([logits, targets, mask, *place]))

@@ -11,7 +11,7 @@ from torch import Tensor
 from megarlx.ops.linear_token_loss import linear_token_loss
 from megarlx.ops.loss_seam import row_terms
 from megarlx.ops.loss_spec import KL_ESTIMATORS, MODES, LossSpec
-from megarlx.ops.policy_loss import NATIVE
+from megarlx.ops.policy_loss import NATIVE, reinforce
 from megarlx.ops.token_inputs import TokenInputs
 from megarlx.ops.token_loss import move_to_maximum_, token_loss
 
@@ -150,6 +150,94 @@ def test_vocabulary_shards_equal_the_whole(
         expected = x.grad.double()
         assert (gradient[:, :vocabulary] - expected).norm() <= bound * expected.norm()
         assert (gradient[:, vocabulary:] == 0).all()
+
+
+def linear_inputs(
+    device: Any, tokens: int, size: int, vocabulary: int
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(tokens, size, generator=generator)
+    weight = torch.randn(vocabulary, size, generator=generator) / size**0.5
+    inputs = {
+        "targets": torch.randint(0, vocabulary, (tokens,), generator=generator),
+        "mask": torch.rand(tokens, generator=generator) > 0.2,
+        "advantages": torch.randn(tokens, generator=generator),
+    }
+    bf16 = (one.to(device, torch.bfloat16).requires_grad_() for one in (hidden, weight))
+    return *bf16, {name: value.to(device) for name, value in inputs.items()}
+
+
+@pytest.mark.parametrize("final_cap", [None, 5.0])
+@pytest.mark.parametrize("drop_masked", [False, True])
+@pytest.mark.parametrize("loss", ["reinforce", reinforce])
+def test_parts_beside_each_other_and_kept_gradients_change_nothing_but_rounding(
+    on_card: Any, loss: Any, drop_masked: bool, final_cap: float | None
+) -> None:
+    """In bf16, where a chunk has two parts; large enough that both streams have work."""
+    tokens, vocabulary = on_card.size(2048, 40), on_card.size(8192, 96)
+    if on_card.emulated and not (loss == "reinforce" and final_cap is None):
+        pytest.skip("bf16 products with fp32 results in Python need a GPU")
+    hidden, weight, inputs = linear_inputs(on_card.device, tokens, 32, vocabulary)
+    spec = LossSpec(loss, z_loss=0.01)
+
+    def gradients(rows: int, mib: int, into: bool) -> tuple[torch.Tensor, ...]:
+        buffer = torch.zeros(weight.shape, device=on_card.device) if into else None
+        result = linear_token_loss(
+            hidden, weight, spec=spec, normalizer=tokens, rows_per_chunk=rows,
+            kept_gradients_mib=mib, weight_grad_=buffer, drop_masked=drop_masked,
+            final_cap=final_cap, **inputs,
+        )  # fmt: skip
+        hidden.grad = weight.grad = None
+        result.loss.backward()
+        return (
+            result.loss.detach(),
+            result.logprobs,
+            hidden.grad,
+            weight.grad if not into else buffer,
+        )
+
+    whole = gradients(tokens, 0, False)
+    for rows in (tokens // 2, tokens // 8, tokens // 8 - 1, 3):
+        for mib, into in ((0, False), (64, False), (0, True), (64, True)):
+            if rows == 3 and tokens > 40:
+                continue
+            for ours, expected in zip(gradients(rows, mib, into), whole, strict=True):
+                gap = (ours.double() - expected.double()).norm()
+                assert gap <= 1e-2 * expected.double().norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("loss", ["reinforce", reinforce])
+def test_a_cuda_graph_takes_in_the_second_stream(loss: Any) -> None:
+    """Replayed with other hidden rows, between kernels that reuse memory."""
+    hidden, weight, inputs = linear_inputs("cuda", 4096, 256, 16_384)
+    spec, buffer = LossSpec(loss), torch.zeros(16_384, 256, device="cuda")
+
+    def call(mib: int) -> torch.Tensor:
+        buffer.zero_()
+        found = linear_token_loss(
+            hidden, weight, spec=spec, normalizer=4096, rows_per_chunk=512, weight_grad_=buffer,
+            kept_gradients_mib=mib, drop_masked=False, **inputs,
+        )  # fmt: skip
+        (by_hidden,) = torch.autograd.grad(found.loss, hidden)
+        return by_hidden
+
+    for mib in (0, 256):
+        call(mib)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            held = call(mib)
+        for _ in range(5):
+            with torch.no_grad():
+                hidden.normal_()
+            expected = [call(mib).clone(), buffer.clone()]
+            noise = [torch.randn(4096, 16_384, device="cuda") for _ in range(3)]
+            graph.replay()
+            found = [held.clone(), buffer.clone()]
+            for a, b in zip(found, expected, strict=True):
+                assert (a.double() - b.double()).norm() <= 1e-3 * b.double().norm()
+            del noise
 
 
 def test_a_function_equals_the_native_loss(on_card: Any) -> None:

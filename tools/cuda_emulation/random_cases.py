@@ -291,7 +291,7 @@ def linear_losses(draw: Draw, ops: Any) -> None:
         *(torch.tensor(value, dtype=precision) for value in (3.0, 0.9)),
         vocabulary,
         *(mode, kl, 0.2, 0.3, 0.0, 0.2, 0.1, draw.of(0.0, 0.1)),
-        *(draw.of(4, 16, 1000), draw.chance(0.5), True),
+        *(draw.of(1, 4, 16, 1000), draw.of(0, 1), draw.chance(0.5), True),
     )
     bound = {FLOAT: 2e-4, BFLOAT16: 1e-2, DOUBLE: 1e-10}[dtype]
     for i, (a, b) in enumerate(

@@ -21,6 +21,7 @@ from megarlx.config import Config, ConfigError, load_config
 from megarlx.config.distill import DistillConfig
 from megarlx.config.evaluation import SuiteConfig
 from megarlx.config.families import listed
+from megarlx.config.own_samples import FP8_GENERATOR
 from megarlx.generation import fp8
 from megarlx.generation.decoders import choose, in_place
 from megarlx.generation.decoders.fp8 import Fp8Products, Fp8Rows, scaled_product_
@@ -33,6 +34,10 @@ from megarlx.generation.requests import Completion, Request, SamplingSettings
 from megarlx.model.build import build_model
 from megarlx.model.transformer import Stage
 from megarlx.ops.e4m3 import e4m3_rows_reference
+from megarlx.planning.job import Job
+from megarlx.planning.memory import rank_memory
+from megarlx.planning.pieces import Rollouts
+from megarlx.planning.stages import job_of_stage
 from megarlx.run import make_objectives
 from megarlx.run.directory import RunError
 from megarlx.run.make_objectives import ObjectiveMaker
@@ -159,6 +164,41 @@ def test_an_engine_in_fp8_draws_what_its_rounded_weights_draw() -> None:
             for parameter in stage.parameters():
                 parameter.mul_(1.2)
     assert not kept.exact
+
+
+@pytest.mark.usefixtures("in_place_on_a_cpu")
+@pytest.mark.parametrize("family", ["olmo2", "llama3"])
+def test_plans_count_the_rounded_copies(family: str) -> None:
+    stage = small_stage(family)
+    kept = Engine([stage], slots=3, longest=64, fp8=True)
+    drawn(kept)
+    (decoder,) = kept.decoders
+    assert isinstance(decoder, InPlaceDecoder)
+    assert isinstance(decoder.products, Fp8Products)
+    copies = decoder.products.kept.values()
+    held = sum(one.values.nbytes + one.scales.nbytes for one in copies)
+    job = Job(stage.config, 1, 1, 64, on_gpu=False)
+    planned = [rank_memory(job, 0, Rollouts(3, 32, 32, fp8=fp8)).weights for fp8 in (True, False)]
+    assert planned[0] - planned[1] == held
+
+
+def test_a_plan_reads_the_generator() -> None:
+    options = {"prompts": "x.jsonl", "policy": {"importance_cap": 2.0}}
+    shape = {"family": "olmo2", "vocab_size": 96, "hidden_size": 32, "layers": 2, "heads": 2}
+    config, rounded = (
+        Config.model_validate(
+            {
+                "model": {**shape, "intermediate_size": 64, "max_sequence_length": 64},
+                "training": {"sequence_length": 32},
+                "template": {"user": "{content}"},
+                "rl": {**options, "max_completion_tokens": 16, "generator": generator},
+                "stages": [{"objectives": {"rl": {"lr": 1e-6}}, "steps": 1}],
+            }
+        )
+        for generator in ("engine", FP8_GENERATOR)
+    )
+    weights = [rank_memory(job_of_stage(c, 1, 0), 0).weights for c in (config, rounded)]
+    assert weights[0] < weights[1] < 1.6 * weights[0]
 
 
 @pytest.mark.usefixtures("in_place_on_a_cpu")

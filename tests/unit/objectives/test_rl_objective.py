@@ -304,6 +304,9 @@ def test_dull_groups_are_replaced_by_later_prompts_until_there_are_enough(
     trainer_of(one).step()
     metrics = one.metrics()
     assert metrics["rl/sampling_rounds"] == made
+    held = one.sampler.player.generator().metrics()["cache_tokens_held"]
+    assert held > 0
+    assert metrics["perf/cache_tokens_held"] >= held
     assert metrics["rl/groups_used"] == len(kept)
     assert expected is None or len(kept) == expected
     assert one.sampler.prompts.drawn == drawn

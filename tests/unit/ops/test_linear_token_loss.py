@@ -221,7 +221,7 @@ def test_opcheck() -> None:
         one = torch.ones((), dtype=torch.float64)
         arguments = (hidden, weight, targets, *inputs.values(), one * 3, one, 31, *spec.arguments)
         torch.library.opcheck(
-            torch.ops.megarlx.linear_token_loss, (*arguments, 4, True, with_gradient)
+            torch.ops.megarlx.linear_token_loss, (*arguments, 4, 1, True, with_gradient)
         )
 
 
@@ -248,6 +248,7 @@ def test_any_argument_works_or_raises_an_error_that_names_it(data: st.DataObject
         "vocab_size": None,
         "weight_grad_": None,
         "rows_per_chunk": 2,
+        "kept_gradients_mib": 1,
     }
     changed = data.draw(st.lists(st.sampled_from(sorted(arguments)), max_size=3, unique=True))
     for key in changed:
@@ -268,7 +269,7 @@ def test_any_argument_works_or_raises_an_error_that_names_it(data: st.DataObject
 def test_opcheck_of_the_accumulating_op() -> None:
     hidden, weight, targets, inputs = example(LossSpec(), tokens=9)
     one = torch.ones((), dtype=torch.float64)
-    arguments = (targets, *inputs.values(), one, one, 31, *LossSpec().arguments, 4, True)
+    arguments = (targets, *inputs.values(), one, one, 31, *LossSpec().arguments, 4, 0, True)
     h, w = hidden.detach(), weight.detach()
     op = torch.ops.megarlx._linear_token_loss_
     torch.library.opcheck(op, (h, w, *arguments, torch.zeros_like(w)))

@@ -377,11 +377,13 @@ def test_z_loss(mode: str, rows: int) -> None:
 
 
 class Products(TorchFunctionMode):
-    """Counts the rows of matrix products, and the largest tensor that an op made."""
+    """Counts the rows of matrix products, those into the weight's gradient, and the largest tensor
+    that an op made."""
 
     def __init__(self) -> None:
         super().__init__()
         self.rows: Counter[str] = Counter()
+        self.into_weight = 0
         self.largest = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -391,6 +393,7 @@ class Products(TorchFunctionMode):
             of_logits = left.shape[1] == 5 and right.shape == (5, 31)
             kind = "logits" if of_logits else "hidden" if right.shape == (31, 5) else "weight"
             self.rows[kind] += left.shape[1] if kind == "weight" else left.shape[0]
+            self.into_weight += kind == "weight"
         if torch.is_tensor(made):
             self.largest = max(self.largest, made.numel())
         return made
@@ -402,22 +405,26 @@ class Products(TorchFunctionMode):
 )
 def test_products_of_a_loss_are_counted(loss: PolicyLoss, rows: int, logits: int) -> None:
     """Three for losses of single tokens and for one chunk; a fourth for sequences in several.
-    Never are there more logits than a chunk's; and the result is the same."""
+    Never are there more logits than a chunk's unless all may be kept, and then the weight's
+    gradient is one product; and the result is the same."""
     targets, inputs = tokens_of(23, 31)
     del inputs["mask"]
     hidden, weight = normal(23, 5).requires_grad_(), normal(31, 5, seed=2).requires_grad_()
     spec = LossSpec(loss)
     whole = linear_token_loss(hidden, weight, targets, spec, normalizer=3.0, **inputs)
     expected = torch.autograd.grad(whole.loss, (hidden, weight))
-    with Products() as products:
-        result = linear_token_loss(
-            hidden, weight, targets, spec, normalizer=3.0, rows_per_chunk=rows, **inputs
-        )
-    assert products.rows == {"logits": logits, "hidden": 23, "weight": 23}
-    assert (products.largest == 23 * 31) == (rows > 23)
-    torch.testing.assert_close(result, whole, rtol=1e-12, atol=1e-13)
-    found = torch.autograd.grad(result.loss, (hidden, weight))
-    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
+    for mib in (0, 1):
+        with Products() as products:
+            result = linear_token_loss(
+                hidden, weight, targets, spec,
+                normalizer=3.0, rows_per_chunk=rows, kept_gradients_mib=mib, **inputs,
+            )  # fmt: skip
+        assert products.rows == {"logits": logits, "hidden": 23, "weight": 23}
+        assert products.into_weight == (1 if mib else -(-23 // rows))
+        assert (products.largest == 23 * 31) == (rows > 23 or mib == 1)
+        torch.testing.assert_close(result, whole, rtol=1e-12, atol=1e-13)
+        found = torch.autograd.grad(result.loss, (hidden, weight))
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
     with Products() as products, torch.no_grad():
         linear_token_loss(
             hidden, weight, targets, spec, normalizer=3.0, rows_per_chunk=rows, **inputs
@@ -460,6 +467,20 @@ def test_a_weight_gradient_of_a_function_is_added_to_a_buffer() -> None:
     torch.testing.assert_close(hidden.grad, expected[0], rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(buffer, expected[1] + 2.0, rtol=1e-12, atol=1e-12)
     assert weight.grad is None
+
+
+@pytest.mark.parametrize(("tokens", "products"), [(4228, 1), (4229, 5)])
+def test_gradients_are_kept_where_all_fit(tokens: int, products: int) -> None:
+    """4,228 rows of 31 numbers of 8 bytes are 32 bytes less than 1 MiB."""
+    targets, inputs = tokens_of(tokens, 31)
+    del inputs["mask"]
+    hidden, weight = normal(tokens, 5).requires_grad_(), normal(31, 5, seed=2)
+    with Products() as seen:
+        linear_token_loss(
+            hidden, weight.requires_grad_(), targets, LossSpec(reinforce),
+            normalizer=3.0, rows_per_chunk=1000, kept_gradients_mib=1, **inputs,
+        )  # fmt: skip
+    assert seen.into_weight == products
 
 
 # What is refused.

@@ -24,6 +24,10 @@ from megarlx.planning.memory import (
 
 MEASURED = {
     "everything kept": (cpu_job(olmo2()), 0),
+    "gradients by logits kept": (
+        cpu_job(olmo2().model_copy(update={"vocab_size": 8000}), kept_gradients_mib=16),
+        0,
+    ),
     "layers computed again, two objectives": (
         cpu_job(llama3(), recompute="full", objectives=2, dp=2),
         1,
@@ -59,6 +63,26 @@ def test_planned_peak_is_within_a_tenth_of_the_measured_one(job: Job, rank: int)
     adds = planned.peak - planned.persistent
     assert adds == pytest.approx(measured.peak - measured.persistent, rel=0.1)
     assert adds > 0.1 * planned.persistent
+
+
+@pytest.mark.parametrize(("precision", "element"), [("bf16", 2), ("fp32", 4)])
+def test_a_gpu_has_a_chunk_of_logits_and_the_gradients_that_fit(
+    precision: str, element: int
+) -> None:
+    """8,192 tokens of 50,304 ids, 4,096 a chunk."""
+    model = olmo2().model_copy(update={"vocab_size": 50_304})
+    job = Job(model, 4, 4, 2048, precision=precision, recompute="full")
+    mib = 8192 * 50_304 * element // 2**20
+
+    def workspace(tokens: int, kept: int) -> int:
+        changed = job.changed(sequence_length=tokens // 4, kept_gradients_mib=kept)
+        return rank_memory(changed, 0).workspace
+
+    each = 10 * 4 + 2 * 128 * element  # of another token, beside its logits
+    assert workspace(8192, 0) - workspace(4096, 0) == 4096 * each
+    assert workspace(8192, mib) - workspace(8192, 0) == 4096 * 50_304 * element
+    assert workspace(8192, mib - 1) == workspace(8192, 0)
+    assert workspace(4096, mib) == workspace(4096, 0)  # one chunk is all
 
 
 def test_selective_recomputation_keeps_neither_attention_nor_the_product_of_gate_and_up() -> None:
