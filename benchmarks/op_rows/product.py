@@ -11,6 +11,9 @@ import torch
 from timing import Row, interleaved_seconds, row
 from torch import Tensor
 
+from megarlx.ops import native
+
+native.load()
 TOKENS = 2048
 # d, o: the projections of the training benchmark's 0.2M, 2M and 10M, a head, and few tokens
 LAYERS = ((64, 192), (64, 320), (160, 64), (64, 330), (192, 1024), (512, 192), (320, 1728))
