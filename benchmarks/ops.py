@@ -11,7 +11,10 @@ from pathlib import Path
 
 from timing import Row, add_outputs, machine, shown, write_results
 
-OPS = ("sample", "token_loss", "averaging", "elementwise", "normal", "narrow_product")
+OPS = (
+    *("sample", "token_loss", "averaging", "elementwise", "normal", "narrow_product"),
+    *("product", "attention"),
+)
 
 
 def main() -> None:

@@ -1,12 +1,13 @@
 """Two revisions of this repository, timed in turn: training, generation and RL steps on a CPU.
 
-    python benchmarks/revisions.py BEFORE AFTER [--rounds 15] [--only NAME …] [--json PATH]
-        [--markdown PATH]
+    python benchmarks/revisions.py BEFORE AFTER [--rounds 15] [--only NAME …] [--clock processor]
+        [--json PATH] [--markdown PATH]
 
 BEFORE and AFTER are folders with a revision each (git worktree), its native code built in place.
 Every case runs in two processes, one a revision, each from that revision's own benchmarks; they
 take turns, and only one works at a time. The change is the median over rounds of after / before,
-with the quartiles of that ratio beside it.
+with the quartiles of that ratio beside it. The processor's clock counts what a process computes, on
+one thread: for a machine that does other things too.
 """
 
 from __future__ import annotations
@@ -153,10 +154,12 @@ CASES = [
     *(f"rl, {size}, {preset}" for size in ("0.2M", "2M") for preset in ("grpo", "gspo")),
 ]
 TURN_SECONDS = 0.4  # a turn repeats what is shorter
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
 
-def serve(case: str) -> None:
+def serve(case: str, clock: str) -> None:
     """Runs the case as often as each line that comes in says, and answers with its seconds."""
+    now = CLOCKS[clock]
     kind, *words = case.split(", ")
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what the case prints is no answer
@@ -165,16 +168,19 @@ def serve(case: str) -> None:
     answers.write("ready\n")
     for line in sys.stdin:
         repetitions = int(line)
-        start = time.perf_counter()
+        start = now()
         for _ in range(repetitions):
             step()
-        answers.write(f"{(time.perf_counter() - start) / repetitions}\n")
+        answers.write(f"{(now() - start) / repetitions}\n")
 
 
 @contextlib.contextmanager
-def served(tree: Path, case: str) -> Iterator[subprocess.Popen[str]]:
+def served(tree: Path, case: str, clock: str) -> Iterator[subprocess.Popen[str]]:
     environment = {**os.environ, "PYTHONPATH": f"{tree}{os.pathsep}{tree / 'benchmarks'}"}
-    command = [sys.executable, "-P", __file__, "--serve", case]  # -P: nothing of this folder
+    if clock == "processor":
+        environment["OMP_NUM_THREADS"] = "1"
+    # -P: nothing of this folder
+    command = [sys.executable, "-P", __file__, "--serve", case, clock]
     with subprocess.Popen(
         command, cwd=tree, env=environment, stdin=-1, stdout=-1, stderr=2, text=True, bufsize=1
     ) as process:
@@ -199,9 +205,11 @@ def seconds(process: subprocess.Popen[str], repetitions: int) -> float:
     return float(answer(process))
 
 
-def compared(trees: tuple[Path, Path], case: str, rounds: int) -> tuple[list[float], list[float]]:
+def compared(
+    trees: tuple[Path, Path], case: str, clock: str, rounds: int
+) -> tuple[list[float], list[float]]:
     """Seconds of a step before and after, by round."""
-    with served(trees[0], case) as before, served(trees[1], case) as after:
+    with served(trees[0], case, clock) as before, served(trees[1], case, clock) as after:
         sides = (before, after)
         assert [answer(side) for side in sides] == ["ready", "ready"]
         warm_up = max(seconds(side, 1) for side in sides)
@@ -221,6 +229,7 @@ def main() -> None:
     parser.add_argument("after", type=Path)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", nargs="+", choices=CASES, default=CASES)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     sys.path.insert(0, str(Path(__file__).parent))
     from timing import machine, write_json
 
@@ -232,7 +241,7 @@ def main() -> None:
     lines = ["| | before, ms | after, ms | change | its quartiles |", "|---|---|---|---|---|"]
     rows: list[dict[str, object]] = []
     for case in options.only:
-        before, after = compared(trees, case, options.rounds)
+        before, after = compared(trees, case, options.clock, options.rounds)
         ratios = [a / b - 1 for a, b in zip(after, before, strict=True)]
         low, middle, high = (100 * q for q in statistics.quantiles(ratios, n=4))
         one, two = (1000 * statistics.median(side) for side in (before, after))
@@ -249,6 +258,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
-        serve(sys.argv[2])
+        serve(*sys.argv[2:])
     else:
         main()

@@ -6,6 +6,7 @@
 #include "beside.h"
 #include "dispatch.h"
 #include "math/token_loss.h"
+#include "product.h"
 #include "token_loss.h"
 
 namespace megarlx {
@@ -68,7 +69,7 @@ void check(const Tensor& hidden, const Tensor& weight, const TokenTensors& token
 // total [V, d] (+)= gradient [rows, V].T @ hidden [rows, d]
 void add_product(Tensor& total, const Tensor& gradient, const Tensor& hidden, bool replace) {
   if (gradient.scalar_type() == total.scalar_type()) {
-    at::addmm_out(total, total, gradient.t(), hidden, /*beta=*/replace ? 0 : 1, /*alpha=*/1);
+    product_(total, gradient.t(), hidden, /*add=*/!replace);
   } else if (replace) {
     at::mm_out(total, gradient.t(), hidden, total.scalar_type());
   } else {
@@ -191,7 +192,7 @@ class Chunks {
     if (mixed_) {
       at::mm_out(logits, input, transposed_, precision_);
     } else {
-      at::mm_out(logits, input, transposed_);
+      product_(logits, input, transposed_);
     }
   }
 
@@ -211,7 +212,7 @@ class Chunks {
     if (widened_) {
       out.copy_(at::mm(gradient, weight_));
     } else {
-      at::mm_out(out, gradient, weight_);
+      product_(out, gradient, weight_);
     }
     if (!keeps_) add_product(grad_weight_, gradient, input, replace_ && chunk == 0);
   }

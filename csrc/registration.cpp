@@ -7,6 +7,7 @@
 #include <string>
 
 #include "dispatch.h"
+#include "product.h"
 
 TORCH_LIBRARY(megarlx, m) {
   // sample
@@ -86,6 +87,17 @@ TORCH_LIBRARY(megarlx, m) {
   m.def(
       "narrow_product_(Tensor x, Tensor weight, Tensor? bias, Tensor? scales, bool dependent, "
       "Tensor(a!) out) -> ()");
+  // products in fp32 on a CPU: out (+)= a b; x weightᵀ + bias. Their fallback is in ops/product.py.
+  m.def("product_(Tensor(a!) out, Tensor a, Tensor b, bool add) -> ()");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  // causal attention over packed documents, fp32 on a CPU; lse is for backward
+  m.def(
+      "packed_attention(Tensor q, Tensor k, Tensor v, Tensor offsets, float scale) -> "
+      "(Tensor out, Tensor lse)");
+  m.def(
+      "packed_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, "
+      "Tensor lse, Tensor offsets, float scale) -> "
+      "(Tensor grad_q, Tensor grad_k, Tensor grad_v)");
   m.def("e4m3_rows_(Tensor x, Tensor(a!) values, Tensor(b!) scales) -> ()");
   // on both: heads into q and the cache, whose pages a table may name; the halves of attention over
   // a shared and an own part; the end of a step
@@ -167,8 +179,13 @@ static PyObject* load_cpu_kernels(PyObject*, PyObject* argument) {
   return PyUnicode_FromString(table->instruction_set);
 }
 
+static PyObject* own_products(PyObject*, PyObject*) {
+  return PyBool_FromLong(megarlx::own_products());
+}
+
 static PyMethodDef methods[] = {
     {"load_cpu_kernels", load_cpu_kernels, METH_O, "Loads the kernels of one instruction set."},
+    {"own_products", own_products, METH_NOARGS, "Whether products in fp32 are our own."},
     {nullptr, nullptr, 0, nullptr},
 };
 static PyModuleDef module = {

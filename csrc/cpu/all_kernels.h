@@ -2,6 +2,7 @@
 #pragma once
 #include <ATen/cpu/vec/vec.h>
 
+#include "cpu/attention.h"
 #include "cpu/averaging.h"
 #include "cpu/decode.h"
 #include "cpu/decode_step.h"
@@ -9,6 +10,7 @@
 #include "cpu/heads.h"
 #include "cpu/kernels.h"
 #include "cpu/normal.h"
+#include "cpu/product.h"
 #include "cpu/sample.h"
 #include "cpu/token_loss.h"
 
@@ -44,6 +46,11 @@ extern "C" const megarlx::cpu::Kernels* megarlx_cpu_kernels() {
       megarlx::cpu::decode_norm,
       megarlx::cpu::decode_swiglu,
       megarlx::cpu::decode_part,
+      // product
+      megarlx::cpu::product,
+      // attention
+      megarlx::cpu::packed_attention,
+      megarlx::cpu::packed_attention_backward,
   };
   return &table;
 }

@@ -9,14 +9,19 @@
 #include "math/decode.h"
 #include "math/elementwise.h"
 #include "math/normal.h"
+#include "math/product.h"
 #include "math/replica_average.h"
 #include "math/sample.h"
 #include "math/token_loss.h"
 
+namespace megarlx {
+struct AttentionArgs;
+}
+
 namespace megarlx::cpu {
 
 // Changes whenever a signature below does, so that a stale shared object is refused by name.
-constexpr std::int64_t kKernelsVersion = 8;
+constexpr std::int64_t kKernelsVersion = 9;
 
 struct Kernels {
   std::int64_t version;
@@ -52,6 +57,12 @@ struct Kernels {
   void (*decode_part)(const DecodeStepArgs&, DecodePart part, std::int64_t layer,
                       std::int64_t begin_row, std::int64_t end_row, std::int64_t begin_panel,
                       std::int64_t end_panel);
+  // product
+  void (*product)(const ProductArgs&, std::int64_t begin_row, std::int64_t end_row,
+                  std::int64_t begin_column, std::int64_t end_column);
+  // attention
+  void (*attention)(const AttentionArgs&, std::int64_t begin, std::int64_t end);
+  void (*attention_backward)(const AttentionArgs&, std::int64_t begin, std::int64_t end);
 };
 
 }  // namespace megarlx::cpu

@@ -21,6 +21,7 @@ from megarlx.comm import differentiable
 from megarlx.comm.groups import Group
 from megarlx.ops.delayed_linear import DelayedGradients, delayed_linear
 from megarlx.ops.elementwise import rms_norm
+from megarlx.ops.product import linear
 from megarlx.ops.weight_gradient import added_linear, adds_by_product
 
 
@@ -48,7 +49,7 @@ class _Linear(nn.Module):
             return delayed_linear(x, self.weight, self.bias, self.delayed)
         if self._by_product and adds_by_product(self.weight):
             return added_linear(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
     def add_by_product(self, on: bool) -> None:
         """Whether backward may add the weight's gradient to `.grad` by the product itself; else

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megarlx.comm.collectives import all_reduce_
 from megarlx.model.build import ParallelModel
 from megarlx.ops import Head, LossInputs, LossSpec, TokenLoss
+from megarlx.ops.product import linear
 from megarlx.parallel.microbatches import Microbatch
 
 TILE = 16  # places of a pass are a multiple of it, for sequence parallelism
@@ -97,7 +97,7 @@ def _are_likeliest(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
         # [row's largest, target's], where this rank holds them
         table = rows.new_full((2, len(rows)), -torch.inf, dtype=torch.float32)
         if real:
-            logits = F.linear(rows, weight[:real]).float()
+            logits = linear(rows, weight[:real]).float()
             table[0] = logits.amax(1)
             place = wanted - begin
             here = (place >= 0) & (place < real)

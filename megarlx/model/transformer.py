@@ -7,7 +7,6 @@ holds between tensor-parallel parts (T, or T / tp under sequence parallelism), V
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megarlx.comm.groups import Group
@@ -21,6 +20,7 @@ from megarlx.model.layers import layers
 from megarlx.model.metadata import TensorParallel, parameter_layouts
 from megarlx.model.transformer_layer import Layer, Recompute
 from megarlx.ops import Head, LossInputs
+from megarlx.ops.product import linear
 from megarlx.ops.weight_gradient import adds_by_product
 from megarlx.parallel.metadata import ParameterLayout
 from megarlx.parallel.microbatches import Loss
@@ -206,7 +206,7 @@ class Stage(nn.Module):
 
         For evaluation and generation; training never makes this matrix.
         """
-        out = F.linear(hidden, self.head_weight)
+        out = linear(hidden, self.head_weight)
         out = out if out.dtype == torch.float64 else out.float()
         if self.final_cap is not None:
             out = self.final_cap * torch.tanh(out / self.final_cap)

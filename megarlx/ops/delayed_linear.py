@@ -10,10 +10,10 @@ from collections import deque
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megarlx.ops.elementwise import refuse_second_derivative
+from megarlx.ops.product import linear, product
 from megarlx.ops.weight_gradient import add_product_
 
 
@@ -31,7 +31,7 @@ class DelayedGradients:
         x, upstream = self.waiting.popleft()
         with torch.no_grad():
             if weight.grad is None:
-                weight.grad = upstream.flatten(0, -2).mT @ x.flatten(0, -2)
+                weight.grad = product(upstream.flatten(0, -2).mT, x.flatten(0, -2))
             else:
                 add_product_(weight.grad, upstream, x)
 
@@ -41,7 +41,7 @@ def delayed_linear(
 ) -> Tensor:
     """`F.linear`, whose backward leaves the weight's gradient to `delayed`."""
     if not torch.is_grad_enabled():
-        return F.linear(x, weight, bias)
+        return linear(x, weight, bias)
     out: Tensor = _DelayedLinear.apply(x, weight, bias, delayed)
     return out
 
@@ -53,7 +53,7 @@ class _DelayedLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.delayed = delayed
-        return F.linear(x, weight, bias)
+        return linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
@@ -63,7 +63,7 @@ class _DelayedLinear(torch.autograd.Function):
         if needs_weight:
             ctx.delayed.waiting.append((x, upstream))
         return (
-            upstream @ weight if needs_input else None,
+            product(upstream, weight) if needs_input else None,
             None,
             upstream.flatten(0, -2).sum(0) if needs_bias else None,
             None,

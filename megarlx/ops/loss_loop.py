@@ -17,6 +17,7 @@ from megarlx.ops import beside
 from megarlx.ops.beside import Order, Result
 from megarlx.ops.loss_seam import Derivatives, RowTerms, add_sums, row_terms
 from megarlx.ops.loss_spec import LossSpec
+from megarlx.ops.product import product, product_
 from megarlx.ops.token_inputs import TokenInputs, precision_of
 from megarlx.ops.token_loss import combine_partials_
 
@@ -80,7 +81,7 @@ class Products:
         if self.mixed:
             torch.mm(hidden, self.weight.t(), out_dtype=self.precision, out=out)
         else:
-            torch.mm(hidden, self.weight.t(), out=out)
+            product_(out, hidden, self.weight.t())
         if self.final_cap is not None:
             out.div_(self.final_cap).tanh_().mul_(self.final_cap)
         return out
@@ -98,7 +99,7 @@ class Products:
     def back(self, chunk: slice, hidden: Tensor) -> None:
         """Adds the chunk's part of the weight's gradient, and sets that of its hidden rows."""
         gradient = self.gradient_of(chunk)
-        self.grad_hidden[chunk] = torch.mm(gradient, self.weight)
+        self.grad_hidden[chunk] = product(gradient, self.weight)
         if not self.keeps:
             self._add(gradient, hidden)
 
@@ -113,7 +114,7 @@ class Products:
         if self.mixed:
             torch.addmm(total, gradient.t(), hidden, out_dtype=self.precision, out=total)
         else:
-            total.addmm_(gradient.t(), hidden)
+            product_(total, gradient.t(), hidden, add=True)
 
 
 def _place(rows: Tensor, part: slice) -> Tensor:

@@ -28,6 +28,7 @@ class Native:
 
     instruction_set: str
     built_with: dict
+    own_products: bool  # in fp32 on the CPU
 
 
 def _built_with() -> dict:
@@ -69,4 +70,5 @@ def load() -> Native:
             f"{', '.join(built_with['instruction_sets'])}). Run:\n  {REBUILD}"
         )
     extension = importlib.import_module("megarlx._C")
-    return Native(extension.load_cpu_kernels(library.origin).lower(), built_with)
+    instruction_set = extension.load_cpu_kernels(library.origin).lower()
+    return Native(instruction_set, built_with, extension.own_products())

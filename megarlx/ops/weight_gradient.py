@@ -11,10 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megarlx.ops.elementwise import refuse_second_derivative
+from megarlx.ops.product import linear, product, product_
 
 DEVICES = {"cuda"}  # where it is faster; elsewhere autograd adds, as before
 
@@ -36,9 +36,9 @@ def add_product_(total: Tensor, upstream: Tensor, x: Tensor) -> None:
     """total [out, in] += upstream [..., out].T @ x [..., in]."""
     upstream, x = upstream.flatten(0, -2), x.flatten(0, -2)
     if total.device.type not in DEVICES:
-        total.add_(upstream.mT @ x)
+        total.add_(product(upstream.mT, x))
     elif total.dtype == x.dtype:
-        total.addmm_(upstream.mT, x)
+        product_(total, upstream.mT, x, add=True)
     elif x.is_cuda:
         torch.addmm(total, upstream.mT, x, out_dtype=total.dtype, out=total)
     else:  # only CUDA has products of bf16 with an fp32 result
@@ -60,7 +60,7 @@ class _AddedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.weight = weight  # what is saved comes back as another object
-        return F.linear(x, weight, bias)
+        return linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
@@ -71,7 +71,7 @@ class _AddedLinear(torch.autograd.Function):
             with torch.no_grad():
                 add_product_(ctx.weight.grad, upstream, x)
         return (
-            upstream @ weight if needs_input else None,
+            product(upstream, weight) if needs_input else None,
             None,
             upstream.flatten(0, -2).sum(0) if needs_bias else None,
         )

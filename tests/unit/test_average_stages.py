@@ -296,7 +296,7 @@ def test_rates_are_not_rounded(dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
         assert options["weights"].tolist() == [1 / 3, 2 / 3]
         norms = [report.gradient_norms[name].double() for name in ("a", "b")]
         clips = [
-            float(limit / norm) for limit, norm in zip((1e-2 / 3, 1e-2 / 7), norms, strict=True)
+            limit / float(norm) for limit, norm in zip((1e-2 / 3, 1e-2 / 7), norms, strict=True)
         ]
         assert max(clips) < 1
         assert options["clips"].tolist() == clips

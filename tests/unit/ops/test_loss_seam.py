@@ -388,7 +388,7 @@ class Products(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") in ("mm", "addmm", "addmm_"):
+        if getattr(func, "__name__", "") in ("mm", "matmul", "addmm", "addmm_"):
             left, right = args[-2:]
             of_logits = left.shape[1] == 5 and right.shape == (5, 31)
             kind = "logits" if of_logits else "hidden" if right.shape == (31, 5) else "weight"

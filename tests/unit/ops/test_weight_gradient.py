@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megarlx.ops import weight_gradient
+from megarlx.ops.product import linear, product
 from megarlx.ops.weight_gradient import add_product_, added_linear, adds_by_product
 
 
@@ -32,14 +32,14 @@ def test_gradients_are_autograds(dtype: torch.dtype, leading: tuple[int, ...]) -
     x, weight, bias, upstream = case(dtype, *leading)
     for leaf in (weight, bias):
         leaf.grad = torch.ones_like(leaf)
-    F.linear(x, weight, bias).backward(upstream)
+    linear(x, weight, bias).backward(upstream)
     expected = [t.grad for t in (x, weight, bias)]
 
     x, weight, bias, upstream = case(dtype, *leading)
     weight.grad, bias.grad = torch.ones_like(weight), torch.ones_like(bias)
     buffer = weight.grad
     out = added_linear(x, weight, bias)
-    assert torch.equal(out, F.linear(x, weight, bias))
+    assert torch.equal(out, linear(x, weight, bias))
     out.backward(upstream)
     assert torch.equal(x.grad, expected[0])
     assert torch.equal(bias.grad, expected[2])
@@ -92,7 +92,7 @@ def test_elsewhere_than_on_cuda_autograd_adds(monkeypatch: pytest.MonkeyPatch) -
     x, _, _, upstream = case(torch.float32, 11)
     total, expected = torch.full((7, 5), 0.3), torch.full((7, 5), 0.3)
     add_product_(total, upstream, x.detach())
-    assert torch.equal(total, expected.add_(upstream.T @ x.detach()))
+    assert torch.equal(total, expected.add_(product(upstream.T, x.detach())))
 
 
 def test_a_second_derivative_is_refused() -> None:

@@ -1,0 +1,13 @@
+// Products of matrices, for bindings that make some: our own kernel where it is the faster one.
+#pragma once
+#include <ATen/ATen.h>
+
+namespace megarlx {
+
+// Whether this machine's products in fp32 are our own: said once, here and for Python.
+bool own_products();
+
+// out (+)= a b, of matrices of one type on one device
+void product_(at::Tensor out, const at::Tensor& a, const at::Tensor& b, bool add = false);
+
+}  // namespace megarlx
