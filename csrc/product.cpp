@@ -131,7 +131,7 @@ void product_(Tensor out, const Tensor& a, const Tensor& b, bool add) {
   if (out.is_cpu() && out.scalar_type() == at::kFloat && own_products())
     own_product_(out, a, b, add);
   else if (add)
-    at::addmm_out(out, out, a, b);
+    at::addmm_out(out, out, a, b, /*beta=*/1, /*alpha=*/1);
   else
     at::mm_out(out, a, b);
 }
