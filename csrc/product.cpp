@@ -1,13 +1,9 @@
-// Products of matrices in fp32 on a CPU, and a linear layer made of them.
+// Products of matrices: our own in fp32 on some CPUs, else torch's.
 #include "product.h"
 
 #include <ATen/Context.h>
 #include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
-#include <ATen/TensorSubclassLikeUtils.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <string_view>
@@ -18,9 +14,6 @@
 namespace megarlx {
 namespace {
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 
 constexpr std::int64_t kFewRows = 32;               // below: columns of out are made as rows
 constexpr double kFlopsPerThread = 2e6;             // for which a thread is worth waking
@@ -94,6 +87,23 @@ void compute(ProductArgs p) {
   });
 }
 
+bool is_intel() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+
+// MKL takes AVX-512 on Intel's processors only: on others with it ours is twice as fast.
+bool own_products() {
+  static const bool intel = is_intel();
+  return at::hasMKL() && !intel && std::string_view(cpu_kernels().instruction_set) == "AVX512";
+}
+
 void own_product_(Tensor out, const Tensor& a, const Tensor& b, bool add) {
   const char* op = "product_";
   check_matrix(op, "a", a);
@@ -117,89 +127,11 @@ void own_product_(Tensor out, const Tensor& a, const Tensor& b, bool add) {
   out.unsafeGetTensorImpl()->bump_version();
 }
 
-// As a matrix: all sides but the last are one.
-Tensor flat(const Tensor& t) {
-  return t.dim() == 2
-             ? t
-             : t.reshape({c10::multiply_integers(t.sizes().slice(0, t.dim() - 1)), t.size(-1)});
-}
-
-Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  MEGARLX_CHECK("linear", x.dim() > 0, "x's shape", x.sizes(), "[..., columns of weight]");
-  check_matrix("linear", "weight", weight);
-  auto sizes = x.sizes().vec();
-  sizes.back() = weight.size(0);
-  Tensor out = at::empty(sizes, x.options());
-  if (bias) out.copy_(*bias);
-  own_product_(flat(out), flat(x), weight.t(), bias.has_value());
-  return out;
-}
-
-struct Linear : torch::autograd::Function<Linear> {
-  static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& weight,
-                        const OptionalTensor& bias) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    context->save_for_backward({x, weight});
-    context->saved_data["bias"] = bias.has_value();
-    return call(x, weight, bias);
-  }
-
-  static variable_list backward(AutogradContext* context, const variable_list& upstream) {
-    const Tensor& grad = upstream[0];
-    TORCH_CHECK(
-        !at::GradMode::is_enabled() || at::isTensorSubclassLike(grad),
-        "megarlx.linear: create_graph is True; allowed: False, its gradient has no derivative");
-    const auto saved = context->get_saved_variables();
-    Tensor by_x, by_weight, by_bias;
-    if (context->needs_input_grad(0)) by_x = call(grad, saved[1].t(), std::nullopt);
-    if (context->needs_input_grad(1))
-      by_weight = call(flat(grad).t(), flat(saved[0]).t(), std::nullopt);
-    if (context->saved_data["bias"].toBool() && context->needs_input_grad(2))
-      by_bias = flat(grad).sum(0);
-    return {by_x, by_weight, by_bias};
-  }
-
-  static Tensor call(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-    static const auto op =
-        c10::Dispatcher::singleton()
-            .findSchemaOrThrow("megarlx::linear", "")
-            .typed<Tensor(const Tensor&, const Tensor&, const OptionalTensor&)>();
-    return op.call(x, weight, bias);
-  }
-};
-
-Tensor linear_autograd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  return Linear::apply(x, weight, bias);
-}
-
-TORCH_LIBRARY_IMPL(megarlx, CPU, m) {
-  m.impl("product_", own_product_);
-  m.impl("linear", linear);
-}
-TORCH_LIBRARY_IMPL(megarlx, Autograd, m) { m.impl("linear", linear_autograd); }
-
-bool is_intel() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  return __builtin_cpu_is("intel");
-#else
-  return false;
-#endif
-}
-
-}  // namespace
-
-// MKL takes AVX-512 on Intel's processors only: on others with it ours is twice as fast.
-bool own_products() {
-  static const bool intel = is_intel();
-  return at::hasMKL() && !intel && std::string_view(cpu_kernels().instruction_set) == "AVX512";
-}
-
 void product_(Tensor out, const Tensor& a, const Tensor& b, bool add) {
-  if (own_products() && out.is_cpu() && out.scalar_type() == at::kFloat)
+  if (out.is_cpu() && out.scalar_type() == at::kFloat && own_products())
     own_product_(out, a, b, add);
   else if (add)
-    at::addmm_out(out, out, a, b);
+    at::addmm_out(out, out, a, b, /*beta=*/1, /*alpha=*/1);
   else
     at::mm_out(out, a, b);
 }

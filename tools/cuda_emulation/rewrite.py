@@ -31,7 +31,7 @@ PTX = {
 }
 
 # Bindings without a CUDA half.
-CPU_ONLY = {"decode.cpp"}
+CPU_ONLY = {"decode.cpp", "attention.cpp", "linear.cpp"}
 
 
 class CannotRewrite(ValueError):
