@@ -141,6 +141,11 @@ FITTING: dict[str, Callable[[], Any]] = {
 }
 OPTIMIZER = {"eps": lambda: 1e-8, "steps": lambda: below(9, 1) + 1}
 NORM = {"weight": lambda: floats(D), "eps": lambda: 1e-6}
+PACKED = {
+    "q": lambda: floats(T, H, E),
+    **dict.fromkeys(("k", "v"), lambda: floats(T, K, E)),
+    "offsets": lambda: torch.tensor([0, 1, T], dtype=torch.int32),
+}
 OWN: dict[str, dict[str, Callable[[], Any]]] = {
     "adamw_update_": {**OPTIMIZER, "found_inf": lambda: torch.zeros(1, dtype=torch.bool)},
     "sample_combine": {"partials": lambda: None},  # made by sample_partials, see below
@@ -182,6 +187,15 @@ OWN: dict[str, dict[str, Callable[[], Any]]] = {
         **dict.fromkeys(("bias", "scales"), lambda: None),
         "dependent": lambda: False,
         "out": lambda: floats(T, F),
+    },
+    "product_": {"out": lambda: floats(T, F), "a": lambda: floats(T, D), "b": lambda: floats(D, F)},
+    "linear": {"bias": lambda: floats(V)},
+    "packed_attention": PACKED,
+    "packed_attention_backward": {
+        **PACKED,
+        "grad": lambda: floats(T, H, E),
+        "out": lambda: floats(T, H, E),
+        "lse": lambda: floats(T, H),
     },
     "e4m3_rows_": {
         "values": lambda: floats(T, D).to(torch.float8_e4m3fn),

@@ -93,7 +93,10 @@ class Machine:
             package,
             ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__"),
         )
-        (package / "_C.py").write_text("def load_cpu_kernels(path):\n    return 'AVX2'\n")
+        (package / "_C.py").write_text(
+            "def load_cpu_kernels(path):\n    return 'AVX2'\n"
+            "def own_products():\n    return False\n"
+        )
         for name in ("_cpu_default", "_cpu_avx2", "_index"):
             (package / f"{name}.py").touch()
         for needed in NEEDED:
