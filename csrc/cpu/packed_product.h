@@ -3,11 +3,12 @@
 // multiply-adds from depth 0 on, so its bits depend on its row and its column alone: not on how
 // many rows there are, nor on how they are dealt to threads.
 #pragma once
-#include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
 #include <cstdint>
+
+#include "cpu/sum_tile.h"
 
 namespace megarlx::cpu {
 namespace {
@@ -33,26 +34,8 @@ inline void product_tile(const T* x, std::int64_t stride, std::int64_t depth, co
                          T* sums) {
   using Vec = DecodeVec<T>;
   constexpr int kVecs = kPanel<T> / Vec::size();
-  constexpr int kBases = (kRows + 2) / 3;  // few enough pointers for the registers
-  const T* bases[kBases];
-  for (int j = 0; j < kBases; ++j) bases[j] = x + 3 * j * stride;
   Vec sum[kRows][kVecs];
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) sum[r][v] = Vec(T(0));
-#pragma GCC unroll 2
-  for (std::int64_t k = 0; k < depth; ++k) {
-    Vec w[kVecs];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) w[v] = Vec::loadu(panel + k * kPanel<T> + v * Vec::size());
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      const Vec a(bases[r / 3][k + r % 3 * stride]);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) sum[r][v] = at::vec::fmadd(a, w[v], sum[r][v]);
-    }
-  }
+  sum_tile<kVecs, false>(x, stride, depth, panel, static_cast<const T*>(nullptr), 0, sum);
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/sum_tile.h"
 #include "math/product.h"
 
 namespace megarlx::cpu {
@@ -74,32 +75,8 @@ inline void write_turned_tile(const ProductTile& t, const ProductVec (&sum)[kRow
 
 template <int kRows, int kVecs, bool kByColumns>
 inline void product_tile(const ProductTile& t) {
-  constexpr int kBases = kByColumns ? 1 : (kRows + 2) / 3;  // few enough pointers for the registers
-  const std::int64_t step = t.a_step, depth = t.depth;
-  const std::int64_t ahead_step = t.ahead_step;
-  const float *a = t.a, *panel = t.panel, *ahead = t.ahead == nullptr ? a : t.ahead;
-  const float* bases[kBases];
-  for (int j = 0; j < kBases; ++j) bases[j] = a + 3 * j * step;
   ProductVec sum[kRows][kVecs];
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) sum[r][v] = ProductVec(0.f);
-#pragma GCC unroll 2
-  for (std::int64_t k = 0; k < depth; ++k) {
-    ProductVec b[kVecs];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v)
-      b[v] = ProductVec::loadu(panel + k * kPanelColumns + v * kProductVec);
-    __builtin_prefetch(ahead);
-    ahead += ahead_step;
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      const ProductVec x(kByColumns ? a[k * step + r] : bases[r / 3][k + r % 3 * step]);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) sum[r][v] = at::vec::fmadd(x, b[v], sum[r][v]);
-    }
-  }
+  sum_tile<kPanelVecs, kByColumns>(t.a, t.a_step, t.depth, t.panel, t.ahead, t.ahead_step, sum);
   if (t.c.column != 1)
     write_turned_tile<kRows, kVecs>(t, sum);
   else
