@@ -5,14 +5,12 @@ Letters: T rows or tokens, d a normalised width, H query heads, K key/value head
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from other_processes import INSTRUCTION_SETS, passed_on, start_tests
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -418,31 +416,9 @@ def test_opcheck(dtype: torch.dtype) -> None:
             check(ops._heads_backward, (*given, True, sums, 2))
 
 
-OTHER_SET = """
-import sys
-import pytest
-from megarlx.ops import native
-print(native.load().instruction_set)
-chosen = "torchs or contiguous or huge or nan"
-sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-k", chosen, sys.argv[1]]))
-"""
-
-
 def test_every_instruction_set_is_right() -> None:
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", OTHER_SET, __file__],
-            env=os.environ | {"ATEN_CPU_CAPABILITY": capability},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for capability in ("default", "avx2", "avx512")
-    ]
-    ran = set()
-    for run in runs:
-        said, _ = run.communicate(timeout=300)
-        assert run.returncode == 0, said
-        ran.add(said.split()[0])
+    chosen = "torchs or contiguous or huge or nan"
+    runs = [start_tests(name, __file__, chosen) for name in INSTRUCTION_SETS]
+    ran = {passed_on(run) for run in runs}
     if len(ran) < 2:
         pytest.skip(f"this CPU runs only {ran}")

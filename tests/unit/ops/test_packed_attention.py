@@ -6,15 +6,13 @@ Letters: T tokens, L tokens of a document, H query heads, K key/value heads, D h
 from __future__ import annotations
 
 import gc
-import os
-import subprocess
-import sys
 import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from other_processes import INSTRUCTION_SETS, passed_on, printed_with_threads, start_tests
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -129,16 +127,7 @@ for x in (out.detach(), *(leaf.grad for leaf in leaves)):
 
 
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
-    found = [
-        subprocess.run(
-            [sys.executable, "-c", THREADS, str(threads)],
-            env=os.environ | {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "7"},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for threads in (1, 2, 7)
-    ]
+    found = printed_with_threads(THREADS)
     assert len(found[0].split()) == 4
     assert found[0] == found[1] == found[2]
 
@@ -196,23 +185,6 @@ def test_opcheck() -> None:
     torch.library.opcheck(ops.packed_attention_backward, given)
 
 
-OTHER_SET = """
-import sys
-import pytest
-from megarlx.ops import native
-print(native.load().instruction_set)
-chosen = "formulas or bits_do or overflow"
-sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-k", chosen, sys.argv[1]]))
-"""
-
-
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-def test_every_instruction_set_is_right(capability: str) -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", OTHER_SET, __file__],
-        env=os.environ | {"ATEN_CPU_CAPABILITY": capability},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+def test_every_instruction_set_is_right(name: str) -> None:
+    assert passed_on(start_tests(name, __file__, "formulas or bits_do or overflow"))

@@ -6,15 +6,13 @@ Letters: M rows, K depth, N columns.
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from other_processes import INSTRUCTION_SETS, passed_on, printed_with_threads, start_tests
 from torch import Tensor
 
 from megarlx.ops import native
@@ -98,16 +96,7 @@ for m, k, n in ((2048, 64, 192), (64, 2048, 64), (500, 700, 33), (20, 900, 900),
 
 
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
-    found = [
-        subprocess.run(
-            [sys.executable, "-c", THREADS, str(threads)],
-            env=os.environ | {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "7"},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for threads in (1, 2, 7)
-    ]
+    found = printed_with_threads(THREADS)
     assert len(found[0].split()) == 5
     assert found[0] == found[1] == found[2]
 
@@ -208,23 +197,6 @@ def test_opcheck() -> None:
     check(ops.product_, (torch.zeros(6, 3), x.detach(), weight.detach().t(), True))
 
 
-OTHER_SET = """
-import sys
-import pytest
-from megarlx.ops import native
-print(native.load().instruction_set)
-chosen = "lie_anyhow or bits_are or gradients"
-sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-k", chosen, sys.argv[1]]))
-"""
-
-
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-def test_every_instruction_set_is_right(capability: str) -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", OTHER_SET, __file__],
-        env=os.environ | {"ATEN_CPU_CAPABILITY": capability},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+def test_every_instruction_set_is_right(name: str) -> None:
+    assert passed_on(start_tests(name, __file__, "lie_anyhow or bits_are or gradients"))
