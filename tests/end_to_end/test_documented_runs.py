@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -260,9 +261,12 @@ def execute(line: str) -> None:
         assert out.is_dir() or out.with_suffix(".bin").is_file(), line
 
 
-def give_what_is_the_readers(folder: Path) -> None:
+def give_what_is_the_readers(folder: Path, document: Path) -> None:
     """Files that the documents take for granted: models, data, suites, a recipe."""
     (folder / "configs").symlink_to(ROOT / "configs")
+    if document.name == "study.md":  # copied: a report writes beside what it reads
+        records = Path("benchmarks/results/study")
+        shutil.copytree(ROOT / records, folder / records)
     texts = "".join(json.dumps({"text": f"{n} plus {n} is {2 * n}. "}) + "\n" for n in range(99))
     (folder / "documents.jsonl").write_text(texts)
     questions = [{"question": f"{n} + 1 ?", "answer": str(n + 1)} for n in range(4)]
@@ -310,7 +314,7 @@ def test_every_command_of_a_document_runs_in_its_order(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # of what a sweep starts
-    give_what_is_the_readers(tmp_path)
+    give_what_is_the_readers(tmp_path, document)
     if document.name == "convert.md":
         pytest.importorskip("transformers")
         for name in ("OLMo-2-1B", "step1000", "step2000"):
