@@ -3,9 +3,9 @@
 Of each evaluation its metrics and, of suites that count, the counts of every question; of an
 excursion's steps before its last, only of suites that sample, unless suites are named. A report
 reads a folder of these files as it reads runs. settings.json beside them holds what the runs were
-told, once for all seeds: a run names its settings by their hash. What a suite measured in a run is
-written as columns, and counts up to 35 as one character each or packed further, so that a study
-fits into a repository.
+told, each section once for all seeds: a run names its settings by their hash. What a suite measured
+in a run is written as columns, their names once a file, and counts up to 35 as one character each
+or packed further, so that a study fits into a repository.
 
 Letters: e evaluations of the same questions, q questions.
 """
@@ -36,10 +36,11 @@ from megarlx.report.runs import (
 from megarlx.report.settings import comparable
 from megarlx.training.metrics import read_metrics
 
-FORMAT = "megarlx records 2"
+FORMAT = "megarlx records 3"
 SETTINGS = "settings.json"
 COUNTS = ("samples", "correct", "marked", "marked_correct")  # of an item
 SIGNIFICANT = 5  # digits of a metric
+SHORT = 8  # characters of a hash that names a line of a table
 FORM = ("marked", "right_of_marked")  # metrics that follow from counts too
 # Standard errors that follow from the counts, or that nothing asks for.
 LEFT_OUT = ("pass_at_", "accuracy", "informative_groups", "truncated", "probability_told", "nll")
@@ -59,7 +60,8 @@ class SeedRecords:
     path: Path
     seed: int
     done: dict[str, str] = field(default_factory=dict)
-    questions: dict[str, Any] = field(default_factory=dict)
+    questions: dict[str, Any] = field(default_factory=dict)  # and how they were asked
+    names: dict[str, list[str]] = field(default_factory=dict)  # of columns
     runs: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -70,7 +72,8 @@ class SeedRecords:
     @classmethod
     def read(cls, path: Path) -> SeedRecords:
         held = _read(path)
-        return cls(path, held["seed"], held["done"], held["questions"], held["runs"])
+        tables = (held[key] for key in ("done", "questions", "names", "runs"))
+        return cls(path, held["seed"], *tables)
 
     def add(self, folder: Path, suites: Sequence[str] = ()) -> None:
         """What the files of a run hold, of suites by name at every step, if any are given;
@@ -88,7 +91,6 @@ class SeedRecords:
         if "sum" in lineage:
             kept["sum"] = {"terms": [_term(term) for term in lineage["sum"]["terms"]]}
         settings = comparable(settings_of(_read_json(folder / "resolved.json")))
-        _keep_settings(self.path.parent, settings)
         found = [_read_json(file) for file in (folder / "evaluations").glob("iter_*.json")]
         last = max((e["iteration"] for e in found), default=0)
         evaluations = [
@@ -106,15 +108,15 @@ class SeedRecords:
         metrics = _metrics(folder, {e["iteration"] for e in evaluations})
         self.runs[name] = {
             "lineage": kept,
-            "settings": hash_of(settings),
-            "metrics": _columns(list(metrics)),
+            "settings": _keep_settings(self.path.parent, settings),
+            "metrics": self._columns(list(metrics)),
             "evaluations": self._compact(evaluations),
         }
 
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         held = {"format": FORMAT, "seed": self.seed, "done": self.done}
-        held |= {"questions": self.questions, "runs": self.runs}
+        held |= {"questions": self.questions, "names": self.names, "runs": self.runs}
         write_atomically(self.path, _lines_of(held))
 
     def _compact(self, evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -123,18 +125,17 @@ class SeedRecords:
         for e in sorted(evaluations, key=lambda e: (e["suite"], e["iteration"])):
             counted = [key for key in COUNTS if e["items"] and key in e["items"][0]]
             ks = [key for key in e["metrics"] if e["kind"] == "pass_at_k" and _is_k(key)]
-            columns = (" ".join(counted), " ".join(ks))
-            alike.setdefault((e["suite"], e["kind"], self._asked(e), *columns), []).append(e)
+            alike.setdefault((self._asked(e, ks), " ".join(counted)), []).append(e)
         return [
-            {"suite": suite, "kind": kind, "questions": asked}
-            | _measured(found, counted.split(), ks.split())
-            for (suite, kind, asked, counted, ks), found in alike.items()
+            {"questions": asked} | self._measured(found, counted.split(), self.questions[asked])
+            for (asked, counted), found in alike.items()
         ]
 
-    def _asked(self, evaluation: Mapping[str, Any]) -> str:
+    def _asked(self, evaluation: Mapping[str, Any], ks: Sequence[str]) -> str:
         """The name of these questions, asked in this way, in the file's table of them."""
         items = evaluation["items"]
-        asked: dict[str, Any] = {"ids": []}
+        asked: dict[str, Any] = {key: evaluation[key] for key in ("suite", "kind")}
+        asked |= {"ids": []} | ({"ks": ks} if ks else {})
         if items and "correct" in items[0]:
             asked["ids"] = ids_in_short([str(item["id"]) for item in items])
             if "group" in items[0]:
@@ -145,7 +146,7 @@ class SeedRecords:
             asked["template"] = template
         if guessing := evaluation.get("guessing"):
             asked["guessing"] = _rounded(guessing)
-        name = hash_of(asked)[:8]
+        name = hash_of(asked)[:SHORT]
         self.questions.setdefault(name, asked)
         return name
 
@@ -165,7 +166,7 @@ class SeedRecords:
         }
         places = range(len(kept["iteration"]))
         measured: list[list[dict[str, Any]]] = [
-            _lines_of_columns(kept[key]) if key in kept else [{} for _ in places]
+            self.lines(kept[key]) if key in kept else [{} for _ in places]
             for key in ("metrics", "standard_errors")
         ]
         for at in places:
@@ -176,10 +177,10 @@ class SeedRecords:
                     item[key] = (values or counts["correct"])[q * len(places) + at]
                 if groups:
                     item["group"] = groups["names"][of_ids[q]]
-            metrics, errors = _of_counts(kept.get("ks", ()), items)
+            metrics, errors = _of_counts(asked.get("ks", ()), items)
             yield {
                 "format": 1,
-                **{key: kept[key] for key in ("suite", "kind")},
+                **{key: asked[key] for key in ("suite", "kind")},
                 **{key: kept[key][at] for key in ("iteration", "trunk_tokens")},
                 "metrics": metrics | measured[0][at],
                 "standard_errors": errors | measured[1][at],
@@ -188,31 +189,50 @@ class SeedRecords:
                 "items": items,
             }
 
+    def _measured(
+        self,
+        evaluations: Sequence[Mapping[str, Any]],
+        counted: Sequence[str],
+        asked: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """What e evaluations of the same questions measured; counts are [q, e]. Metrics and
+        standard errors that follow from counts are left out."""
+        kept: dict[str, Any] = {
+            key: [e[key] for e in evaluations] for key in ("iteration", "trunk_tokens")
+        }
+        follow = {*asked["ks"], *FORM} if "ks" in asked else set()
+        for name, known in (("metrics", ()), ("standard_errors", LEFT_OUT)):
+            found = [(e.get(name) or {}).items() for e in evaluations]
+            lines = [_rounded({k: v for k, v in x if not k.startswith(known)}) for x in found]
+            columns = self._columns(
+                [{k: v for k, v in x.items() if k not in follow} for x in lines]
+            )
+            kept |= {name: columns} if len(columns) > 1 else {}
+        if "correct" in counted:
+            of_questions = list(zip(*(e["items"] for e in evaluations), strict=True))
+            counts = {
+                key: [int(i[key]) for items in of_questions for i in items] for key in counted
+            }
+            if counts.get("marked_correct") == counts["correct"]:
+                counts["marked_correct"] = []
+            kept["counts"] = {key: packed(values) for key, values in counts.items()}
+        return kept
 
-def _measured(
-    evaluations: Sequence[Mapping[str, Any]], counted: Sequence[str], ks: Sequence[str]
-) -> dict[str, Any]:
-    """What e evaluations of the same questions measured; counts are [q, e]. Metrics and standard
-    errors that follow from counts are left out."""
-    kept: dict[str, Any] = {
-        key: [e[key] for e in evaluations] for key in ("iteration", "trunk_tokens")
-    }
-    follow = {*ks, *FORM} if ks else set()
-    kept |= {"ks": ks} if ks else {}
-    for name, known in (("metrics", ()), ("standard_errors", LEFT_OUT)):
-        lines = [
-            _rounded({k: v for k, v in (e.get(name) or {}).items() if not k.startswith(known)})
-            for e in evaluations
+    def _columns(self, lines: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """The name of the columns' names, and each key's values in the lines; None where it has
+        none."""
+        keys = list(dict.fromkeys(key for line in lines for key in line))
+        name = hash_of(keys)[:SHORT]
+        if keys:
+            self.names.setdefault(name, keys)
+        return [name, *([line.get(key) for line in lines] for key in keys)]
+
+    def lines(self, columns: Sequence[Any]) -> list[dict[str, Any]]:
+        keys, values = self.names.get(columns[0], []), columns[1:]
+        return [
+            {key: value for key, value in zip(keys, line, strict=True) if value is not None}
+            for line in zip(*values, strict=True)
         ]
-        columns = _columns([{k: v for k, v in x.items() if k not in follow} for x in lines])
-        kept |= {name: columns} if columns else {}
-    if "correct" in counted:
-        of_questions = list(zip(*(e["items"] for e in evaluations), strict=True))
-        counts = {key: [int(i[key]) for items in of_questions for i in items] for key in counted}
-        if counts.get("marked_correct") == counts["correct"]:
-            counts["marked_correct"] = []
-        kept["counts"] = {key: packed(values) for key, values in counts.items()}
-    return kept
 
 
 def _is_k(metric: str) -> bool:
@@ -231,20 +251,6 @@ def _of_counts(
         return metrics, {}
     of_form, errors = form.summary(items)
     return metrics | of_form, errors
-
-
-def _columns(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Key -> its value in each line; None where it has none."""
-    keys = dict.fromkeys(key for line in lines for key in line)
-    return {key: [line.get(key) for line in lines] for key in keys}
-
-
-def _lines_of_columns(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    lines = zip(*columns.values(), strict=True)
-    return [
-        {key: value for key, value in zip(columns, line, strict=True) if value is not None}
-        for line in lines
-    ]
 
 
 def _term(term: Mapping[str, Any]) -> dict[str, Any]:
@@ -290,7 +296,7 @@ def _below(run: Run, stands_for: Mapping[str, str]) -> Run:
 
 def _runs_of(path: Path, prefix: Path) -> Iterator[Run]:
     held = SeedRecords.read(path)
-    settings = _read(path.parent / SETTINGS)["settings"]
+    settings = _kept_settings(path.parent)
     for name, kept in held.runs.items():
         lineage = lineage_of(kept["lineage"])
         if (parent := lineage["parent"]) is not None:
@@ -300,7 +306,7 @@ def _runs_of(path: Path, prefix: Path) -> Iterator[Run]:
             (prefix / name).as_posix(),
             **lineage,
             settings=settings[kept["settings"]],
-            metrics=tuple(numbers(line) for line in _lines_of_columns(kept["metrics"])),
+            metrics=tuple(numbers(line) for line in held.lines(kept["metrics"])),
             evaluations=tuple(evaluation_of(e) for e in held.evaluations(name)),
         )
 
@@ -322,15 +328,28 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _keep_settings(folder: Path, settings: Any) -> None:
+def _keep_settings(folder: Path, settings: Mapping[str, Any]) -> str:
+    """Their name in settings.json, where each section that runs share stands once."""
     path = folder / SETTINGS
-    held: dict[str, Any] = {"format": FORMAT, "settings": {}}
+    held: dict[str, Any] = {"format": FORMAT, "sections": {}, "settings": {}}
     if path.exists():
         held = _read(path)
-    if hash_of(settings) not in held["settings"]:
-        held["settings"][hash_of(settings)] = settings
+    name = hash_of(settings)[:SHORT]
+    if name not in held["settings"]:
+        sections = {key: hash_of(section)[:SHORT] for key, section in settings.items()}
+        held["sections"] |= {sections[key]: section for key, section in settings.items()}
+        held["settings"][name] = sections
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, _lines_of(held))
+    return name
+
+
+def _kept_settings(folder: Path) -> dict[str, dict[str, Any]]:
+    held = _read(folder / SETTINGS)
+    return {
+        name: {key: held["sections"][section] for key, section in sections.items()}
+        for name, sections in held["settings"].items()
+    }
 
 
 def _lines_of(held: Mapping[str, Any]) -> str:
