@@ -63,8 +63,8 @@ class Engine:
     ) -> None:
         """`stages` are those of this rank; `detokenize` is needed for stop strings only.
 
-        one_width     decode every step at the width of all slots; by default only where the rows
-                      of products of different widths differ, and never on CUDA
+        one_width     decode every step at the width of all slots; by default where the rows of
+                      products of different widths differ, and where the weights are in fp8
         prefill_tokens  most tokens of several prompts in one product; None: by the device
         cache_tokens  that the caches hold, in whole pages; None: what `slots` sequences of the
                       longest length fill
@@ -90,14 +90,17 @@ class Engine:
         self.idle_slot = self.ranks * each  # where rows of padding write
         on_cpu = self.device.type == "cpu"
         self.prefill_tokens = prefill_tokens or PREFILL_TOKENS["cpu" if on_cpu else "cuda"]
-        if one_width is None and on_cpu and not few:
-            one_width = not self._rows_agree(self.widths)
+        # a card would spend its time on launches, were its prompts prefilled one by one
+        prompts_alone = bool(one_width) or on_cpu
+        if one_width is None and not few:
+            one_width = fp8 or not self._rows_agree(self.widths)
             # sequence parallelism splits the rows of the model's own layers
-            if not one_width and not self.stages[0].sequence_parallel:
+            if on_cpu and not one_width and not self.stages[0].sequence_parallel:
                 narrow = (*NARROW, *self.widths)
                 self.widths = narrow if self._rows_agree(narrow) else self.widths
         if one_width:
-            self.widths, self.prefill_tokens = self.widths[-1:], 0
+            self.widths = self.widths[-1:]
+            self.prefill_tokens = 0 if prompts_alone else self.prefill_tokens
         most, places = self.widths[-1], padded_length(longest)
         self.table = PageTable.empty(
             self.idle_slot + 1,
@@ -178,7 +181,7 @@ class Engine:
     def _rows_agree(self, widths: Sequence[int]) -> bool:
         weights = [p.detach() for stage in self.stages for p in stage.parameters()]
         agree = rows_agree(weights, (*widths, 1024))
-        everyone = torch.tensor([float(agree)])
+        everyone = torch.tensor([float(agree)], device=self.device)
         for group in (self.mesh.model, self.mesh.dp):
             all_reduce_(everyone, group, op="min")
         return bool(everyone)

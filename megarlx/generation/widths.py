@@ -3,8 +3,8 @@
 A row of a matrix product may differ in its last bits between products of different heights: the
 library picks its kernel, and with it the order of its sums, by the shape. Heights that are
 multiples of 16 mostly take the same kernel, and often 4 and 8 do too. `rows_agree` looks whether
-they do here: then decoding runs at the narrowest width of the ladder that holds its rows. Where
-they do not, an engine keeps to one width from beginning to end.
+they do on the device: then decoding runs at the narrowest width of the ladder that holds its rows.
+Where they do not, an engine keeps to one width from beginning to end.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def narrowest(widths: Sequence[int], rows: int) -> int:
 def rows_agree(weights: Iterable[Tensor], widths: Sequence[int]) -> bool:
     """Whether products of these heights with matrices of these shapes give a row the same bits."""
     tallest = max(widths)
-    generator = torch.Generator().manual_seed(0)
     shapes = {(w.shape, w.dtype): w for w in weights if w.dim() == 2}
     for weight in shapes.values():
-        columns = weight.shape[1]
-        x = torch.randn(tallest, columns, generator=generator).to(weight.device, weight.dtype)
+        columns, device = weight.shape[1], weight.device
+        generator = torch.Generator(device).manual_seed(0)
+        x = torch.randn(tallest, columns, generator=generator, device=device).to(weight.dtype)
         whole = torch.mm(x, weight.t())
         if not all(torch.equal(torch.mm(x[:n], weight.t()), whole[:n]) for n in widths):
             return False

@@ -88,6 +88,18 @@ def test_few_slots_give_the_samples_of_many(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fewer_sequences_beside_it_leave_a_sample_as_it_is(dtype: torch.dtype) -> None:
+    """Prompts of one token: products of a prefill do depend on what is prefilled together."""
+    stage = Stage(small(), dtype=dtype, device="cuda").initialise_(3)
+    one_token = [Request([7 + g], list(range(8 * g, 8 * g + 8)), 12) for g in range(12)]
+    engine = Engine([stage], slots=96, longest=96)
+    whole = engine.generate(one_token, SamplingSettings(), seed=5)
+    parts = [engine.generate([one], SamplingSettings(), seed=5) for one in one_token]
+    alone = [completion for part in parts for completion in part]
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(whole, alone, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_as_many_slots_as_one_pass_of_a_matrix_serves_give_the_samples_of_more(
     dtype: torch.dtype,
 ) -> None:
