@@ -12,8 +12,6 @@ Letters: e evaluations of the same questions, q questions.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +22,17 @@ from megarlx.data.token_files import write_atomically
 from megarlx.evaluation import form
 from megarlx.evaluation.pass_at_k import Pool
 from megarlx.report.packed_counts import counts_of, ids_in_short, ids_of, packed
+from megarlx.report.record_files import (
+    FORMAT,
+    SHORT,
+    hash_of,
+    is_of_records,
+    keep_settings,
+    kept_settings,
+    lines_of,
+    read,
+    read_json,
+)
 from megarlx.report.runs import (
     AGENT,
     Run,
@@ -36,21 +45,14 @@ from megarlx.report.runs import (
 from megarlx.report.settings import comparable
 from megarlx.training.metrics import read_metrics
 
-FORMAT = "megarlx records 3"
-SETTINGS = "settings.json"
 COUNTS = ("samples", "correct", "marked", "marked_correct")  # of an item
 SIGNIFICANT = 5  # digits of a metric
-SHORT = 8  # characters of a hash that names a line of a table
 FORM = ("marked", "right_of_marked")  # metrics that follow from counts too
 # Standard errors that follow from the counts, or that nothing asks for.
 LEFT_OUT = ("pass_at_", "accuracy", "informative_groups", "truncated", "probability_told", "nll")
 ON_THE_WAY = ("pass_at_k", AGENT)  # kinds that are kept of the steps before a run's last
 WHOLE = ("cost/", "data/")  # prefixes of metrics that are kept
 LINEAGE = ("recipe", "seed", "trunk_tokens", "composition")
-
-
-def hash_of(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass
@@ -71,7 +73,7 @@ class SeedRecords:
 
     @classmethod
     def read(cls, path: Path) -> SeedRecords:
-        held = _read(path)
+        held = read(path)
         tables = (held[key] for key in ("done", "questions", "names", "runs"))
         return cls(path, held["seed"], *tables)
 
@@ -79,7 +81,7 @@ class SeedRecords:
         """What the files of a run hold, of suites by name at every step, if any are given;
         evaluations of a step that are there already stay."""
         name = folder.name
-        lineage = _read_json(folder / "lineage.json")
+        lineage = read_json(folder / "lineage.json")
         parent = lineage["parent"]
         kept = {key: lineage[key] for key in LINEAGE} | {
             "parent": parent
@@ -90,8 +92,8 @@ class SeedRecords:
         }
         if "sum" in lineage:
             kept["sum"] = {"terms": [_term(term) for term in lineage["sum"]["terms"]]}
-        settings = comparable(settings_of(_read_json(folder / "resolved.json")))
-        found = [_read_json(file) for file in (folder / "evaluations").glob("iter_*.json")]
+        settings = comparable(settings_of(read_json(folder / "resolved.json")))
+        found = [read_json(file) for file in (folder / "evaluations").glob("iter_*.json")]
         last = max((e["iteration"] for e in found), default=0)
         evaluations = [
             e
@@ -108,28 +110,31 @@ class SeedRecords:
         metrics = _metrics(folder, {e["iteration"] for e in evaluations})
         self.runs[name] = {
             "lineage": kept,
-            "settings": _keep_settings(self.path.parent, settings),
+            "settings": keep_settings(self.path.parent, settings),
             "metrics": self._columns(list(metrics)),
-            "evaluations": self._compact(evaluations),
-        }
+        } | self._compact(evaluations)
 
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         held = {"format": FORMAT, "seed": self.seed, "done": self.done}
         held |= {"questions": self.questions, "names": self.names, "runs": self.runs}
-        write_atomically(self.path, _lines_of(held))
+        write_atomically(self.path, lines_of(held))
 
-    def _compact(self, evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """One of each suite that was asked the same questions: a column of what it measured."""
+    def _compact(self, evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Steps and tokens at which several suites measured, and of each suite that was asked the
+        same questions a column of what it measured."""
         alike: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
         for e in sorted(evaluations, key=lambda e: (e["suite"], e["iteration"])):
             counted = [key for key in COUNTS if e["items"] and key in e["items"][0]]
             ks = [key for key in e["metrics"] if e["kind"] == "pass_at_k" and _is_k(key)]
             alike.setdefault((self._asked(e, ks), " ".join(counted)), []).append(e)
-        return [
-            {"questions": asked} | self._measured(found, counted.split(), self.questions[asked])
-            for (asked, counted), found in alike.items()
-        ]
+        kept, at = [], list[Any]()
+        for (asked, counts), found in alike.items():
+            place = [[e[key] for e in found] for key in ("iteration", "trunk_tokens")]
+            at += [place] if place not in at else []
+            measured = self._measured(found, counts.split(), self.questions[asked])
+            kept.append({"questions": asked, "at": at.index(place)} | measured)
+        return {"at": at, "evaluations": kept}
 
     def _asked(self, evaluation: Mapping[str, Any], ks: Sequence[str]) -> str:
         """The name of these questions, asked in this way, in the file's table of them."""
@@ -152,19 +157,21 @@ class SeedRecords:
 
     def evaluations(self, name: str) -> list[dict[str, Any]]:
         """Of a run, by iteration, as their files have them."""
-        found = [e for kept in self.runs[name]["evaluations"] for e in self._whole(kept)]
+        run = self.runs[name]
+        found = [e for kept in run["evaluations"] for e in self._whole(kept, run["at"])]
         return sorted(found, key=lambda e: (e["iteration"], e["suite"]))
 
-    def _whole(self, kept: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    def _whole(self, kept: Mapping[str, Any], at_steps: Sequence[Any]) -> Iterator[dict[str, Any]]:
         asked = self.questions[kept["questions"]]
         ids, how = ids_of(asked["ids"]), {"settings": {"template": asked.get("template")}}
         groups = asked.get("groups")
         of_ids = groups and counts_of(groups["of"], len(ids))
+        iterations, trunk_tokens = at_steps[kept["at"]]
+        places = range(len(iterations))
         counts = {
-            key: counts_of(values, len(ids) * len(kept["iteration"]))
+            key: counts_of(values, len(ids) * len(places))
             for key, values in kept.get("counts", {}).items()
         }
-        places = range(len(kept["iteration"]))
         measured: list[list[dict[str, Any]]] = [
             self.lines(kept[key]) if key in kept else [{} for _ in places]
             for key in ("metrics", "standard_errors")
@@ -181,7 +188,8 @@ class SeedRecords:
             yield {
                 "format": 1,
                 **{key: asked[key] for key in ("suite", "kind")},
-                **{key: kept[key][at] for key in ("iteration", "trunk_tokens")},
+                "iteration": iterations[at],
+                "trunk_tokens": trunk_tokens[at],
                 "metrics": metrics | measured[0][at],
                 "standard_errors": errors | measured[1][at],
                 **how,
@@ -197,9 +205,7 @@ class SeedRecords:
     ) -> dict[str, Any]:
         """What e evaluations of the same questions measured; counts are [q, e]. Metrics and
         standard errors that follow from counts are left out."""
-        kept: dict[str, Any] = {
-            key: [e[key] for e in evaluations] for key in ("iteration", "trunk_tokens")
-        }
+        kept: dict[str, Any] = {}
         follow = {*asked["ks"], *FORM} if "ks" in asked else set()
         for name, known in (("metrics", ()), ("standard_errors", LEFT_OUT)):
             found = [(e.get(name) or {}).items() for e in evaluations]
@@ -262,7 +268,7 @@ def _term(term: Mapping[str, Any]) -> dict[str, Any]:
 def runs_of_records(root: Path, problems: list[str]) -> list[Run]:
     """Those that the files below a folder tell of; what is wrong is added to `problems`."""
     found: list[Run] = []
-    for path in sorted(path for path in root.rglob("seed-*.json") if _is_of_records(path)):
+    for path in sorted(path for path in root.rglob("seed-*.json") if is_of_records(path)):
         name = path.relative_to(root).as_posix()
         try:
             found += _runs_of(path, Path(name).parent)
@@ -296,7 +302,7 @@ def _below(run: Run, stands_for: Mapping[str, str]) -> Run:
 
 def _runs_of(path: Path, prefix: Path) -> Iterator[Run]:
     held = SeedRecords.read(path)
-    settings = _kept_settings(path.parent)
+    settings = kept_settings(path.parent)
     for name, kept in held.runs.items():
         lineage = lineage_of(kept["lineage"])
         if (parent := lineage["parent"]) is not None:
@@ -309,63 +315,6 @@ def _runs_of(path: Path, prefix: Path) -> Iterator[Run]:
             metrics=tuple(numbers(line) for line in held.lines(kept["metrics"])),
             evaluations=tuple(evaluation_of(e) for e in held.evaluations(name)),
         )
-
-
-def _is_of_records(path: Path) -> bool:
-    with path.open(encoding="utf-8", errors="replace") as stream:
-        return FORMAT in stream.read(100)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    held = _read_json(path)
-    if held.get("format") != FORMAT:
-        raise ValueError(f"{path}: format is {held.get('format')!r}; allowed is {FORMAT!r}")
-    return held
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
-
-
-def _keep_settings(folder: Path, settings: Mapping[str, Any]) -> str:
-    """Their name in settings.json, where each section that runs share stands once."""
-    path = folder / SETTINGS
-    held: dict[str, Any] = {"format": FORMAT, "sections": {}, "settings": {}}
-    if path.exists():
-        held = _read(path)
-    name = hash_of(settings)[:SHORT]
-    if name not in held["settings"]:
-        sections = {key: hash_of(section)[:SHORT] for key, section in settings.items()}
-        held["sections"] |= {sections[key]: section for key, section in settings.items()}
-        held["settings"][name] = sections
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, _lines_of(held))
-    return name
-
-
-def _kept_settings(folder: Path) -> dict[str, dict[str, Any]]:
-    held = _read(folder / SETTINGS)
-    return {
-        name: {key: held["sections"][section] for key, section in sections.items()}
-        for name, sections in held["settings"].items()
-    }
-
-
-def _lines_of(held: Mapping[str, Any]) -> str:
-    """JSON with a line for each run, so that a changed one is a changed line."""
-
-    def compact(value: Any) -> str:
-        return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-
-    parts = []
-    for key, value in held.items():
-        if isinstance(value, Mapping) and value:
-            inside = ",\n".join(f"{json.dumps(k)}:{compact(v)}" for k, v in sorted(value.items()))
-            parts.append(f"{json.dumps(key)}:{{\n{inside}\n}}")
-        else:
-            parts.append(f"{json.dumps(key)}:{compact(value)}")
-    return "{" + ",\n".join(parts) + "}\n"
 
 
 def _metrics(folder: Path, evaluated: set[int]) -> Iterator[dict[str, Any]]:

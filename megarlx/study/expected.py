@@ -20,14 +20,14 @@ STATED = re.compile(r"settings hash:?\s+`?([0-9a-f]{64})\b", re.IGNORECASE)
 
 def settings_hash() -> str:
     """Of the sweeps that claims are judged by, whatever their seeds; in megarlx's own folder."""
-    from megarlx.report.records import hash_of
+    from megarlx.report.record_files import hash_of
 
     return hash_of([hash_of_sweep(path) for path in SWEEPS])
 
 
 def kept_hash() -> str:
     """Of the kept study: its sweeps, of which one seed says all, and the rates that were chosen."""
-    from megarlx.report.records import hash_of
+    from megarlx.report.record_files import hash_of
 
     chosen = tomllib.loads(KEPT_CHOSEN.read_text()) if KEPT_CHOSEN.exists() else {}
     return hash_of([*(hash_of_sweep(path, "seeds=[0]") for path in KEPT_SWEEPS), chosen])

@@ -15,10 +15,12 @@ from typing import Any
 
 from megarlx import plug
 from megarlx.config import Config, load_config
-from megarlx.report.records import SeedRecords, hash_of
+from megarlx.report.record_files import hash_of
+from megarlx.report.records import SeedRecords
 from megarlx.report.settings import comparable
 from megarlx.sweeps.plan import Job
 
+KEPT = 16  # characters of the hash that a record has of a finished job
 NOT_OF_RESULTS = {"checkpoints", "logging"}  # sections of a run
 
 
@@ -105,14 +107,14 @@ class SweepRecords:
 
     def has(self, job: Job) -> bool:
         known = self.seeds[job.seed].done.get(job.name)
-        return known is not None and known == self.settings(job)
+        return known is not None and known == self.settings(job)[:KEPT]
 
     def add(self, job: Job) -> None:
         """What a finished job has left in the folder of its run; a trunk is kept when measured."""
         if job.arguments[0] != "train" and not self.has(job):
             records = self.seeds[job.seed]
             records.add(job.run, self.suites)
-            records.done[job.name] = self.settings(job)
+            records.done[job.name] = self.settings(job)[:KEPT]
             records.write()
 
 

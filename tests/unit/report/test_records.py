@@ -9,7 +9,8 @@ import pytest
 from fake_sweep import Sweep
 
 from megarlx.report.claims import judge_all
-from megarlx.report.records import FORMAT, SeedRecords
+from megarlx.report.record_files import FORMAT
+from megarlx.report.records import SeedRecords
 from megarlx.report.study import Study
 from megarlx.report.summary import summary
 
