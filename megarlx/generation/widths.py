@@ -37,11 +37,11 @@ def narrowest(widths: Sequence[int], rows: int) -> int:
 def rows_agree(weights: Iterable[Tensor], widths: Sequence[int]) -> bool:
     """Whether products of these heights with matrices of these shapes give a row the same bits."""
     tallest = max(widths)
+    generator = torch.Generator().manual_seed(0)
     shapes = {(w.shape, w.dtype): w for w in weights if w.dim() == 2}
     for weight in shapes.values():
-        columns, device = weight.shape[1], weight.device
-        generator = torch.Generator(device).manual_seed(0)
-        x = torch.randn(tallest, columns, generator=generator, device=device).to(weight.dtype)
+        columns = weight.shape[1]
+        x = torch.randn(tallest, columns, generator=generator).to(weight.device, weight.dtype)
         whole = torch.mm(x, weight.t())
         if not all(torch.equal(torch.mm(x[:n], weight.t()), whole[:n]) for n in widths):
             return False
