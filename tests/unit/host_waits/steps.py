@@ -177,7 +177,7 @@ def generating(found: watch.Watched, steps_before: int) -> None:
     """Eight samples of two prompts in four slots, each of six tokens: the seventh step takes in the
     samples that waited."""
     stage = model(Mesh.alone()).stages[0]
-    # An engine asks once, when it is made, whether rows agree; a device that does nothing cannot say.
+    # Whether rows agree is asked when an engine is made; a device that does nothing cannot say.
     engine = engines.Engine([stage], slots=4, longest=48, one_width=False)
     # the second prompt has other samples in the first steps and in the later ones
     requests = [
