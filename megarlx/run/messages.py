@@ -134,7 +134,7 @@ def done(run: Run, seconds: float, trained: int) -> str:
     named = untold(names_in(config, {"model", "data", "evaluation"}))
     trust = [word for name in named for word in ("--trust", name)]
     commands = (
-        [*evaluate, *(trust if asks else [])],
+        [*evaluate, *trust],
         ["branch", folder, "RECIPE.toml", "--out", "RUN2", *trust],
         ["report", str(run.directory.path.parent)],
     )

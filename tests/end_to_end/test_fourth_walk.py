@@ -3,6 +3,7 @@ files that are not there or were rewritten, code of one's own in every place tha
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -12,8 +13,12 @@ from typing import Any
 import pytest
 
 import megarlx
+from megarlx import plug
 from megarlx.cli import main
 from megarlx.config import ConfigError
+from megarlx.config.evaluation import SuiteConfig
+from megarlx.data.documents import BadLineError
+from megarlx.evaluation import capability
 
 PRETRAINING = """
 [model]
@@ -164,6 +169,9 @@ def test_all_of_what_a_run_names_next_can_be_typed(capsys: pytest.CaptureFixture
     evaluate, again, _ = done.partition("next: ")[2].split(", ")
     assert "--trust models.py:narrow" in again
     assert main(evaluate.split()[1:]) == 0
+    assert branch("longer.toml", "runs/no_suites") == 0
+    done = capsys.readouterr().out.splitlines()[-1]
+    assert "--config SUITES.toml --trust models.py:narrow," in done
 
 
 def test_answers_are_scored_again_where_their_reward_was_rewritten(
@@ -178,15 +186,13 @@ def test_answers_are_scored_again_where_their_reward_was_rewritten(
     for value, said in ((0, "pass@1 0.000"), (0, "there already"), (1, "pass@1 1.000")):
         code = f"def short(samples):\n    return [{value}.0 for _ in samples]\n"
         Path("own.py").write_text(code)
-        megarlx_files_forgotten()
+        forget_the_files()
         assert main(words) == 0
         assert f"asked: {said}" in capsys.readouterr().out.replace("pass_at_1", "pass@1")
 
 
-def megarlx_files_forgotten() -> None:
+def forget_the_files() -> None:
     """Another process would read them anew."""
-    from megarlx import plug
-
     plug._of_file.cache_clear()
 
 
@@ -245,3 +251,27 @@ def test_nothing_is_measured_that_cannot_be_kept(
     )
     assert main(["evaluate", "runs/trunk", "--config", "texts.toml", *TRUST]) == 1
     assert "results are written there, and it cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_question_that_is_no_text_is_refused(
+    raw: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a terminal in Latin-1 gives it."""
+    typed = ["generate", "runs/trunk", *TRUST, "--prompt", "caf\udce9", *(["--raw"] if raw else [])]
+    assert main(typed) == 1
+    monkeypatch.setattr("sys.stdin", io.StringIO("caf\udce9\n"))
+    assert main(["chat", "runs/trunk", *TRUST, *(["--raw"] if raw else [])]) == 1
+    assert capsys.readouterr().err.count("holds half a surrogate pair") == 2
+
+
+def test_an_empty_choice_is_named_with_its_line() -> None:
+    Path("choices.jsonl").write_text('{"context": "a", "choices": ["b", ""], "answer": 0}\n')
+    suite = SuiteConfig(name="c", kind="choice", path="choices.jsonl")
+    with pytest.raises(BadLineError, match=r"choices\.jsonl, line 1: .* texts that are not empty"):
+        capability.tests_of(suite, None)
+
+
+def test_an_opened_run_is_shown_in_a_line() -> None:
+    with megarlx.open("runs/trunk", trusted=["models.py:narrow"]) as run:
+        assert repr(run) == "OpenedRun('runs/trunk' at step 6: models.py:narrow)"
