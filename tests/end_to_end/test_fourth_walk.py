@@ -17,7 +17,10 @@ from megarlx import plug
 from megarlx.cli import main
 from megarlx.config import ConfigError
 from megarlx.config.evaluation import SuiteConfig
+from megarlx.data.chat_template import ChatTemplate
+from megarlx.data.conversations import Conversation, ConversationError, turns_of
 from megarlx.data.documents import BadLineError
+from megarlx.data.tokenizer import ByteTokenizer
 from megarlx.evaluation import capability
 
 PRETRAINING = """
@@ -275,3 +278,23 @@ def test_an_empty_choice_is_named_with_its_line() -> None:
 def test_an_opened_run_is_shown_in_a_line() -> None:
     with megarlx.open("runs/trunk", trusted=["models.py:narrow"]) as run:
         assert repr(run) == "OpenedRun('runs/trunk' at step 6: models.py:narrow)"
+
+
+@pytest.mark.parametrize("knows", [False, True])
+def test_a_call_that_the_chat_template_does_not_write_is_not_learned_as_silence(
+    knows: bool,
+) -> None:
+    call = "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}" if knows else ""
+    chat = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}"
+    chat += f"{{{{ m.content }}}}{call}{{{{ eos_token }}}}{{% endif %}}{{% endfor %}}"
+    template = ChatTemplate(chat)
+    called = {"type": "function", "function": {"name": "end", "arguments": {}}}
+    says = {"role": "assistant", "content": None, "tool_calls": [called]}
+    turns = turns_of([{"role": "user", "content": "?"}, says])
+    tokenizer = ByteTokenizer()
+    if not knows:
+        with pytest.raises(ConversationError, match="it does not write the call of 'end'"):
+            template.encode(Conversation(tuple(turns)), tokenizer)
+        return
+    ids, _ = template.encode(Conversation(tuple(turns)), tokenizer)
+    assert tokenizer.decode(ids[:-1]) == "?end"
