@@ -171,6 +171,23 @@ def resolve(kind: str, name: str) -> Any:
         ) from error
 
 
+def file_of(name: str) -> Path | None:
+    """Where a user's `module:name` or `file.py:name` lies, without running it; None: not known."""
+    place = name.rpartition(":")[0]
+    if place.endswith(".py"):
+        found = [Path(place)]
+    else:
+        top, *rest = place.split(".")
+        spec = None if top == "__main__" else importlib.util.find_spec(top)
+        folders = (spec.submodule_search_locations if spec else None) or ()
+        # To find a module in a package would run the package: it is looked for by name.
+        found = [Path(folder, *rest) for folder in folders]
+        found = [one for at in found for one in (at.with_suffix(".py"), at / "__init__.py")]
+        if spec and spec.origin and not rest:
+            found = [Path(spec.origin)]
+    return next((path for path in found if path.is_file()), None)
+
+
 def load(name: str) -> Any:
     """What `module:name` or `file.py:name` names."""
     place, _, attribute = name.rpartition(":")

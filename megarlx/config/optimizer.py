@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -66,3 +67,11 @@ class OptimizerConfig(Section):
         if self.decay_steps is None or self.schedule == "wsd":
             return []
         return [("decay_steps", f"is used by schedule = 'wsd' only, not by '{self.schedule}'")]
+
+
+def merged(before: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """What one table does not say another does; wsd's decay_steps is not for another schedule."""
+    found = {**before, **own}
+    if own.get("schedule", "wsd") != "wsd" and "decay_steps" not in own:
+        found.pop("decay_steps", None)
+    return found

@@ -24,7 +24,7 @@ from megarlx.config.objectives import (
     TemplateConfig,
     unknown_template,
 )
-from megarlx.config.optimizer import OptimizerConfig
+from megarlx.config.optimizer import OptimizerConfig, merged
 from megarlx.config.run_sections import CheckpointConfig, DataConfig, LoggingConfig
 from megarlx.config.section import Section, may_import
 from megarlx.config.stages import StageConfig, StageObjective
@@ -168,16 +168,16 @@ class Config(Section):
         if not isinstance(stages, list | tuple):
             return given
 
-        def merged(stage: Any) -> Any:
+        def whole(stage: Any) -> Any:
             if not isinstance(stage, Mapping) or not isinstance(stage.get("objectives"), Mapping):
                 return stage
             objectives = {
-                name: {**given["optimizer"], **own} if isinstance(own, Mapping) else own
+                name: merged(given["optimizer"], own) if isinstance(own, Mapping) else own
                 for name, own in stage["objectives"].items()
             }
             return {**stage, "objectives": objectives}
 
-        return {**given, "stages": [merged(stage) for stage in stages]}
+        return {**given, "stages": [whole(stage) for stage in stages]}
 
     @model_validator(mode="before")
     @classmethod

@@ -71,7 +71,9 @@ class ChatTemplate:
         written = self._written(tokenizer, turns, conversation.tools)
         ids: list[int] = []
         learned: list[bool] = []
-        for part, said in written.parts(turns, text := written.text(turns)):
+        text = written.text(turns)
+        _check_tells_calls(turns, written.specials.sub("", text))
+        for part, said in written.parts(turns, text):
             these = written.ids(part, bool(ids))
             ids += these
             learned += [said] * len(these)
@@ -265,6 +267,18 @@ def _call(call: dict[str, Any]) -> dict[str, Any]:
         except ValueError:
             return call
     return {**call, "function": inner} if isinstance(function, dict) else inner
+
+
+def _check_tells_calls(turns: Iterable[Turn], text: str) -> None:
+    """A template may know of no calls; an answer that makes one would be learned to say nothing."""
+    calls = (_call(one) for turn in turns if turn.calls for one in json.loads(turn.calls))
+    for call in calls:
+        name = call.get("function", call).get("name")
+        if isinstance(name, str) and name not in text:
+            raise ConversationError(
+                f"chat template: it does not write the call of {name!r}; a template that knows "
+                "tool_calls does, and so does a [template] in frames, as JSON behind the content"
+            )
 
 
 def _limited(parts: Iterable[str]) -> str:

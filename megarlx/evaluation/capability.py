@@ -188,13 +188,14 @@ def _test(suite: SuiteConfig, path: str, number: int, line: dict[str, Any]) -> C
         choices, answer = [answer], 0
     least = 1 if suite.kind == "cloze" else 2
     good = isinstance(context, str) and isinstance(choices, list) and len(choices) >= least
+    good = good and all(str(choice) for choice in choices or ())
     if not good or type(answer) is not int or not 0 <= answer < len(choices):  # type: ignore[arg-type]
         raise BadLineError(
             path,
             number,
             f"has context {context!r}, choices {choices!r} and answer {answer!r}; expected a text, "
-            f"at least {least} texts, and the place of the right one counted from 0"
-            + (" (or, without choices, the text itself)" if suite.kind == "cloze" else ""),
+            f"at least {least} texts that are not empty, and the place of the right one counted "
+            "from 0" + (" (or, without choices, the text itself)" if suite.kind == "cloze" else ""),
         )
     name, group = line.get("id", f"{Path(path).stem}/{number}"), line.get("group")
     return CapabilityTest(

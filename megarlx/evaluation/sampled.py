@@ -80,7 +80,7 @@ def play(
     progress: Progress | None = None,
 ) -> list[Played]:
     """Called by all ranks; each gets the questions of its data-parallel rank."""
-    prompts = _prompts(template, tokenizer, suite, questions, few_shot)
+    prompts = prompts_of(template, tokenizer, suite, questions, few_shot)
     n, group = suite.samples, model.mesh.dp
     mine = range(group.rank, len(questions), group.size)
     most = -(-len(questions) // group.size)  # of any rank
@@ -88,7 +88,7 @@ def play(
         suite.generator,
         model,
         slots=min(slots, most * n),
-        longest=_longest(model, suite, prompts),
+        longest=longest_of(model, suite, prompts),
         detokenize=tokenizer.decode_sampled,
         prefill_tokens=prefill_tokens,
     )
@@ -128,7 +128,7 @@ def _prompt(question: Question) -> Prompt:
     return Prompt(question.text, question.reference, question.metadata)
 
 
-def _prompts(
+def prompts_of(
     template: Template,
     tokenizer: Tokenizer,
     suite: SuiteConfig,
@@ -143,7 +143,7 @@ def _prompts(
     return [shots + q.prompt_ids(template, tokenizer, follows=follows) for q in questions]
 
 
-def _longest(model: ParallelModel, suite: SuiteConfig, prompts: list[list[int]]) -> int:
+def longest_of(model: ParallelModel, suite: SuiteConfig, prompts: list[list[int]]) -> int:
     """Tokens of a sequence."""
     if suite.environment is not None:
         longest = suite.environment.max_episode_tokens

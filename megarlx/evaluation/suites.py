@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from megarlx import plug
 from megarlx.comm.collectives import gather_values
 from megarlx.config.evaluation import EvaluationConfig, SuiteConfig
+from megarlx.config.trust import names_in
 from megarlx.evaluation import behaviour
 from megarlx.evaluation.interface import Asked, Measured, Progress, Subject
 from megarlx.evaluation.questions import made_suite
@@ -57,6 +59,14 @@ def evaluate(
     return [_suite(subject, config, suite, run, parent, say, again) for suite in config.suites]
 
 
+def _check_writable(run: Path) -> None:
+    """Before anything is measured that could not be kept."""
+    for place in (run / "evaluations", run / "samples"):
+        there = next((at for at in (place, *place.parents) if at.exists()), place)
+        if not os.access(there, os.W_OK):
+            raise PermissionError(f"{place}: results are written there, and it cannot be written")
+
+
 def metrics_of(results: Sequence[Result]) -> dict[str, float]:
     """As keys of metrics.jsonl and TensorBoard: eval/SUITE/accuracy, …"""
     return {
@@ -87,6 +97,8 @@ def _suite(
             say(f"{suite.name}: there already")
         done: Result = there
         return done
+    if run is not None:
+        _check_writable(run)
     begin = time.perf_counter()
     progress = _progress(suite) if first and say is not None else None
     measure: Callable[[Asked], Measured] = plug.resolve("suite", suite.kind)
@@ -128,14 +140,20 @@ def settings_of(subject: Subject, config: EvaluationConfig, suite: SuiteConfig) 
         "is_base": subject.is_base,
         "tokenizer": subject.tokenizer.fingerprint,
         "template": None if template is None else template.described,
-        "files": {
-            path: _sha256(path) for path in (suite.path, suite.few_shot_path) if path is not None
-        },
+        "files": {name: _sha256(path) for name, path in _files_of(suite)},
         "made": None if suite.made is None else made_suite(suite, subject.made).identity,
     }
 
 
-def _sha256(path: str) -> str:
+def _files_of(suite: SuiteConfig) -> Iterator[tuple[str, str | Path]]:
+    """What it reads, and the code of the user's that scores it."""
+    yield from ((path, path) for path in (suite.path, suite.few_shot_path) if path is not None)
+    for _, kind, name in names_in(suite):
+        if name not in plug.ours(kind) and (path := plug.file_of(name)) is not None:
+            yield name, path
+
+
+def _sha256(path: str | Path) -> str:
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

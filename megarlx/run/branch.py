@@ -29,6 +29,7 @@ from megarlx.comm import launch
 from megarlx.config import Config, load_config
 from megarlx.config.load import over
 from megarlx.config.objectives import PRETRAINING
+from megarlx.config.optimizer import merged
 from megarlx.config.trust import check_trust, names_in, used
 from megarlx.run.assemble import assemble
 from megarlx.run.directory import Parent, RunDirectory, RunError, Weights, versions
@@ -110,7 +111,7 @@ def _completed(given: dict[str, Any], base: dict[str, Any], before: Config) -> d
             continue
         for name, one in objectives.items():
             if isinstance(one, dict) and one.get("inherit") is True:
-                objectives[name] = (course_of(before, name) or {}) | one
+                objectives[name] = merged(course_of(before, name) or {}, one)
     return over(base, given)
 
 
@@ -145,13 +146,15 @@ def write_lineage(out: RunDirectory, parent: Parent, recipe: Path, config: Confi
     """Before the excursion's first step; a folder that has one already must be the same."""
     known = out.parent
     if known is not None:
-        if known != parent:
+        if not known.is_same(parent):
             raise RunError(
                 f"{out.path} is an excursion from {known.run} at iteration {known.iteration} "
                 f"({known.digest[:12]}, weights {known.weights}), not from {parent.run} at "
                 f"{parent.iteration} ({parent.digest[:12]}, weights {parent.weights}); choose "
                 "another --out"
             )
+        if known != parent:  # which lies elsewhere by now
+            out.write_json("lineage.json", {**out.lineage, "parent": asdict(parent)})
         return
     if (out.path / "lineage.json").exists():
         raise RunError(f"{out.path} holds a run that is no excursion; choose another --out")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from dataclasses import dataclass, field
 
-from megarlx.data.conversations import Turn
+from megarlx.data.conversations import Turn, turns_of
 from megarlx.generation.text import TextPiece
 from megarlx.run.opened import OpenedRun
 
@@ -51,7 +51,7 @@ class Conversation:
     def _ask(
         self, before: list[Turn], question: str
     ) -> Generator[tuple[int, TextPiece], None, None]:
-        asked = [*before, Turn("user", question)]
+        asked = [*before, *turns_of([{"role": "user", "content": question}])]
         prompt = question if self.plain else self._that_fit(asked)
         count = self.drawing.samples
         first, self._drawn = self._drawn, self._drawn + count

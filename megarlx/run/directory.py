@@ -75,6 +75,11 @@ class Parent:
     replayed: str | None = None  # the checkpoint itself, where the parent had not saved it
     weights: Weights = "last"
 
+    def is_same(self, other: Parent) -> bool:
+        """The same checkpoint, wherever it lies."""
+        mine, theirs = ((one.iteration, one.digest, one.weights) for one in (self, other))
+        return mine == theirs
+
     @property
     def checkpoint(self) -> Path:
         if self.replayed is not None:

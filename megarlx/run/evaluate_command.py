@@ -75,6 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
     except ConfigError as error:
         complain(error)
         return 2
+    except BrokenPipeError:  # who read the output has gone
+        raise
     # What the user can mend is told in one line each; anything else keeps its traceback.
     except (
         *(ValueError, OSError, CheckpointError, RewardError),

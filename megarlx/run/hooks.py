@@ -8,7 +8,7 @@ import math
 import resource
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from megarlx.comm.collectives import all_reduce_, gather_values
 from megarlx.config.evaluation import EvaluationConfig
 from megarlx.config.objectives import PRETRAINING, RlConfig
+from megarlx.evaluation.beforehand import check_files
 from megarlx.evaluation.interface import Subject
 from megarlx.evaluation.results import samples_path
 from megarlx.evaluation.suites import Parent as EvaluatedParent
@@ -227,6 +228,17 @@ class Evaluation:
         headline = "  ".join(f"{key} {value:.3f}" for key, value in list(values.items())[:6])
         self.screen.say(done, headline, values, self.costs.trunk_tokens)
         self.steps.leave_out(time.perf_counter() - begun)
+
+    def check(self) -> None:
+        """Before anything is trained: what this run will measure can be measured."""
+        config = self.run.config
+        evaluation = config.evaluation
+        due = evaluation.every_steps is not None or evaluation.at_steps or evaluation.at_end
+        if due and evaluation.suites:
+            trained = {name for stage in config.all_stages for name in stage.objectives}
+            subject = self._subject(evaluation)
+            at_end = subject.is_base and trained <= {PRETRAINING}
+            check_files(replace(subject, is_base=at_end), evaluation)
 
     def _subject(self, evaluation: EvaluationConfig) -> Subject:
         run, tokens = self.run, self.costs.tokens()

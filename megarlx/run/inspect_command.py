@@ -64,6 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
     except ConfigError as error:
         complain(error)
         return 2
+    except BrokenPipeError:  # who read the output has gone
+        raise
     except (ValueError, OSError, CheckpointError) as error:
         complain(f"megarlx inspect: {error}")
         return 1

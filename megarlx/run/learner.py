@@ -10,7 +10,7 @@ import torch
 
 from megarlx.config import RlConfig
 from megarlx.config.load import checked
-from megarlx.config.policy import PolicyConfig
+from megarlx.config.optimizer import OptimizerConfig
 from megarlx.data.prompts import PromptData
 from megarlx.generation.requests import Completion
 from megarlx.model.build import ParallelModel
@@ -53,12 +53,15 @@ class Learner:
     ) -> None:
         """policy   keys of [rl.policy], as {"preset": "dr_grpo"}"""
         model: ParallelModel = run.model
-        self.config = RlConfig(
-            policy=checked(PolicyConfig, policy or {}, "policy"),
-            temperature=temperature,
-            tokens_per_microbatch=tokens_per_microbatch,
-            max_completion_tokens=run.config.model.max_sequence_length,
-        )
+        given = {
+            "policy": policy or {},
+            "temperature": temperature,
+            "tokens_per_microbatch": tokens_per_microbatch,
+            "max_completion_tokens": run.config.model.max_sequence_length,
+        }
+        self.config = checked(RlConfig, given, "learner")
+        rates = {"lr": lr, "weight_decay": weight_decay}
+        checked(OptimizerConfig, rates, "learner")
         self._source = _Given(model, run.config.training.seed)
         self._objective = Reinforcement("rl", self.config, model, self._source)
         settings = UpdateSettings(weight_decay=weight_decay)

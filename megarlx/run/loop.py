@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
 from megarlx.checkpoint import check_run_state, latest, read_manifest, reading_state
@@ -102,6 +102,7 @@ def _start(run: Run) -> Costs:
         with reading_state(parent.checkpoint):
             trainer.start_from(parent.checkpoint, PREFIX_OF[parent.weights])
         text = f"starting from {parent.checkpoint}"
+        text += "".join(f"\n{said}" for said in _ended_courses(run))
     else:
         _check_nothing_goes_on(run)
         return costs
@@ -109,6 +110,17 @@ def _start(run: Run) -> Costs:
         clear_mark(run.directory.path)
         print(text)
     return costs
+
+
+def _ended_courses(run: Run) -> Iterator[str]:
+    """A course stays at the rate in which it ends, and that may be none."""
+    for name, one in run.config.all_stages[0].objectives.items():
+        if one.inherit and one.lr > 0 and run.trainer.learning_rate(name) == 0:
+            yield (
+                f"warning: {name} goes on at the learning rate 0, in which its course of "
+                f"{one.schedule_steps:,} steps ended, and learns nothing; a longer schedule_steps "
+                "in its table goes on with the course"
+            )
 
 
 def _check_nothing_goes_on(run: Run) -> None:
@@ -135,6 +147,7 @@ class _Loop:
 
     def until(self, steps: int, stop: StopRequest) -> bool:
         """Whether it was told to stop before."""
+        self.evaluate.check()
         trainer, config = self.run.trainer, self.run.config
         while trainer.steps_done < steps:
             if names := self.probed.get(trainer.steps_done):

@@ -131,9 +131,10 @@ def done(run: Run, seconds: float, trained: int) -> str:
         steps += f" before this start, which had nothing to train ({_longer(config)})"
     asks = bool(config.evaluation.suites) or (config.data is not None and config.data.maker)
     evaluate = ["evaluate", folder, *([] if asks else ["--config", "SUITES.toml"])]
-    trust = [w for name in untold(names_in(config, {"evaluation"})) for w in ("--trust", name)]
+    named = untold(names_in(config, {"model", "data", "evaluation"}))
+    trust = [word for name in named for word in ("--trust", name)]
     commands = (
-        [*evaluate, *(trust if asks else [])],
+        [*evaluate, *trust],
         ["branch", folder, "RECIPE.toml", "--out", "RUN2", *trust],
         ["report", str(run.directory.path.parent)],
     )

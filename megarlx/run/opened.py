@@ -16,7 +16,7 @@ from megarlx.comm.groups import Mesh
 from megarlx.config import Config
 from megarlx.config.objectives import PRETRAINING, WRITE_TEMPLATE, unknown_template
 from megarlx.config.trust import check_trust, names_in
-from megarlx.data.conversations import Messages, Template, Turn, turns_of
+from megarlx.data.conversations import Messages, Template, turns_of
 from megarlx.data.tokenizer import Tokenizer
 from megarlx.generation.interface import generator_of
 from megarlx.generation.requests import Request, SamplingSettings
@@ -56,6 +56,10 @@ class OpenedRun:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def __repr__(self) -> str:
+        name, family = str(self.reference.run), self.config.model.family
+        return f"OpenedRun({name!r} at step {self.reference.iteration:,}: {family})"
 
     def close(self) -> None:
         """Ends the communication with other processes. `with megarlx.open(…) as run` does it."""
@@ -248,8 +252,9 @@ class OpenedRun:
         """Of a question, or of the turns before an answer, in the run's template or the one of
         [templates] by that name; of a text as it stands where it has none, or with `raw`."""
         written = self.template if template is None else self._named(template)
+        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        turns = turns_of(asked)
         if written is not None and not raw:
-            turns = [Turn("user", prompt)] if isinstance(prompt, str) else turns_of(prompt)
             return written.prompt_ids(turns, self.tokenizer)
         if not isinstance(prompt, str):
             raise RunError(

@@ -106,7 +106,9 @@ def test_a_loop_of_ones_own_learns_what_it_is_paid_for_and_writes_nothing(traine
             learner.step(samples, [[1.0]])
         with pytest.raises(ValueError, match="a list for each prompt, with one number a sample"):
             learner.step(samples, [1.0] * 32)  # type: ignore[list-item]
-        with pytest.raises(ConfigError, match="presett: unknown key; did you mean 'preset'"):
+        with pytest.raises(
+            ConfigError, match=r"presett: unknown key; did you mean 'policy\.preset'"
+        ):
             run.learner(lr=3e-3, policy={"presett": "dr_grpo"})
         cold = run.sample(["ann has"], samples=2, temperature=0.5, max_new_tokens=2)
         with pytest.raises(ValueError, match=r"drawn at temperature 0\.5, and the learner's is 1"):
