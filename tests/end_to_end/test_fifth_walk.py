@@ -109,6 +109,16 @@ def test_a_reward_that_is_not_there_is_told_before_the_stages_that_come_first(
     assert not Path(out).exists()
 
 
+def test_an_answer_key_that_no_line_has_is_refused_by_rl_and_by_a_suite(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for where in ("rl", "evaluation.suites.0"):
+        assert branch("runs/keys", f"{where}.answer_key=Answer") == 1
+        said = "dates.jsonl: answer_key is 'Answer', and no line has it (other keys of the first: "
+        assert f"{said}answer)" in capsys.readouterr().err
+    assert not Path("runs/keys").exists()
+
+
 @pytest.fixture(scope="module")
 def graded(folder: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
