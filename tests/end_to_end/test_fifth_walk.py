@@ -137,6 +137,18 @@ def test_who_guesses_answers_with_a_number_in_them_guesses_all_of_them(graded: P
     assert measured(graded, "00000002.dates")["guessing"] == {"pass_at_1": 0.0}
 
 
+def test_a_suite_is_named_whose_file_is_not_below_the_folder_that_one_is_in(
+    graded: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "graded.py").write_text(REWARD)
+    assert main(["evaluate", str(graded), "--trust", "graded.py:letters"]) == 1
+    assert "suite dates: path is 'dates.jsonl': there is no such file" in capsys.readouterr().err
+
+
 def test_with_partial_credit_groups_inform_before_any_answer_is_right(graded: Path) -> None:
     probe = measured(graded, "00000001.rl-readiness")
     lines = (graded / "metrics.jsonl").read_text().splitlines()
