@@ -100,9 +100,13 @@ def _latest(folder: Path, read_only: bool) -> str | None:
         except CheckpointError as error:
             problems.append(str(error))
             continue
-        warnings.warn(f"{'; '.join(problems)}. Going on from {folder / name}", stacklevel=3)
+        warnings.warn(f"{_each_once(problems)}. Going on from {folder / name}", stacklevel=3)
         return name
-    raise CheckpointError(f"{folder} holds no complete checkpoint: " + "; ".join(problems))
+    raise CheckpointError(f"{folder} holds no complete checkpoint: {_each_once(problems)}")
+
+
+def _each_once(problems: list[str]) -> str:
+    return "; ".join(dict.fromkeys(problems))  # `latest` names what is then found again
 
 
 def _named_by_latest(folder: Path) -> str | None:

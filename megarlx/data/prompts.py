@@ -103,7 +103,19 @@ def read_prompts(
             raise bad
         if skipped is not None:
             skipped.append(bad)
+    _check_answers(str(path), keys, prompts)
     return prompts
+
+
+def _check_answers(path: str, keys: PromptKeys, prompts: Sequence[Prompt]) -> None:
+    """Some rewards need no reference; who names a key of it has one."""
+    named = keys.answer != PromptKeys.answer
+    if named and prompts and all(prompt.answer is None for prompt in prompts):
+        others = ", ".join(prompts[0].metadata) or "none"
+        raise PromptError(
+            f"{path}: answer_key is {keys.answer!r}, and no line has it (other keys of the first: "
+            f"{others})"
+        )
 
 
 def _prompt(line: bytes, keys: PromptKeys) -> Prompt | str:

@@ -15,6 +15,13 @@ from megarlx.evaluation.questions import SuiteError, few_shot_of, questions_of, 
 
 def check_files(subject: Subject, config: EvaluationConfig) -> None:
     """They are there, can be read, and leave an answer room; what a maker made is not looked at."""
+    check_there(config)
+    for suite in config.suites:
+        if suite.path is not None and suite.is_ours:
+            _read(Asked(subject, config, suite))
+
+
+def check_there(config: EvaluationConfig) -> None:
     for suite in config.suites:
         for key in ("path", "few_shot_path"):
             path = getattr(suite, key)
@@ -23,8 +30,6 @@ def check_files(subject: Subject, config: EvaluationConfig) -> None:
         for where, _, name in names_in(suite):
             if ".py:" in name and plug.file_of(name) is None:
                 raise SuiteError(f"suite {suite.name}: {where} is {name!r}: there is no such file")
-        if suite.path is not None and suite.is_ours:
-            _read(Asked(subject, config, suite))
 
 
 def _read(asked: Asked) -> None:

@@ -12,9 +12,9 @@ from megarlx.evaluation import capability, form, sampled
 from megarlx.evaluation.interface import Asked, Measured
 from megarlx.evaluation.pass_at_k import Pool, guessing_pass_at_k
 from megarlx.evaluation.questions import Question, few_shot_of, questions_of, short_enough
-from megarlx.evaluation.readiness import informative_groups
+from megarlx.evaluation.readiness import equal_rewards, informative_groups
 from megarlx.evaluation.sampled import Played
-from megarlx.rollouts.rewards.answers import final_answer
+from megarlx.rollouts.rewards.answers import Style, final_answer
 
 Item = dict[str, Any]
 
@@ -33,7 +33,7 @@ def pass_at_k(asked: Asked) -> Measured:
             guessing[f"pass_at_{k}"] = guessing_pass_at_k(answers, k, leave_one_out=True)
     metrics["truncated"] = sum(i["truncated"] for i in items) / sum(pool.samples)
     if suite.group_size is not None:
-        _add_informative(suite.group_size, pool, metrics, errors)
+        _add_informative(suite.group_size, items, metrics, errors)
     if suite.form is not None:
         of_form, their_errors = form.summary(items)
         metrics |= of_form
@@ -87,7 +87,7 @@ def agent(asked: Asked) -> Measured:
         for k in (k for k in suite.ks if k <= group):
             metrics[f"pass_at_{k}"] = pool.estimate(k).mean
             errors[f"pass_at_{k}"] = pool.estimate(k).standard_error
-        _add_informative(group, pool, metrics, errors)
+        _add_informative(group, whole, metrics, errors)
     guessing = sampled.at_random(suite, questions, asked.config.seed)
     return Measured(metrics, items, errors, guessing, samples)
 
@@ -134,6 +134,8 @@ def _item(played: Played, suite: SuiteConfig) -> Item:
         "correct": sum(reward >= correct_from for reward in played.rewards),
         "truncated": played.truncated,
     }
+    if suite.group_size is not None:
+        found["alike"] = equal_rewards(played.rewards)
     if suite.form is not None:
         found |= form.of_item(played.episodes, played.rewards, correct_from)
     return found if question.group is None else {**found, "group": question.group}
@@ -144,9 +146,9 @@ def _pool_of(items: Sequence[Mapping[str, Any]]) -> Pool:
 
 
 def _add_informative(
-    group_size: int, pool: Pool, metrics: dict[str, float], errors: dict[str, float]
+    group_size: int, items: Sequence[Item], metrics: dict[str, float], errors: dict[str, float]
 ) -> None:
-    informative = informative_groups(pool, group_size)
+    informative = informative_groups(items, group_size)
     metrics["informative_groups"] = informative.mean
     errors["informative_groups"] = informative.standard_error
 
@@ -157,4 +159,7 @@ def _answers(asked: Asked, questions: Sequence[Question]) -> list[Hashable]:
         return list(asked.made.guesses())
     if len(questions) < 2 or not all(q.reference for q in questions):
         return []
-    return [final_answer(q.reference or "") or q.reference for q in questions]
+    rewards = asked.suite.rewards or _default_rewards(asked)
+    by_number = any(reward.function == "final_number" for reward in rewards)
+    style: Style = "any" if by_number else "marked"  # of "3. May 2021" 2021 answers nothing
+    return [final_answer(q.reference or "", style) or q.reference for q in questions]

@@ -76,14 +76,15 @@ def mean_and_error(values: Sequence[float]) -> Estimate:
     return Estimate(mean, math.sqrt(variance / count), count)
 
 
-def informative_share(samples: int, correct: int, group_size: int) -> float:
-    """The chance that a group drawn from the pool holds both a correct and a wrong sample.
+def informative_share(samples: int, alike: Sequence[int], group_size: int) -> float:
+    """The chance that a group drawn from the pool holds two different rewards.
 
-    Only from such groups does group-relative RL learn anything.
+    Only from such groups does group-relative RL learn anything. `alike`: how many samples have
+    the one, the next … known reward; one whose reward is not known differs from none.
     """
-    some_correct = pass_at_k(samples, correct, group_size)
-    some_wrong = pass_at_k(samples, samples - correct, group_size)
-    return some_correct + some_wrong - 1.0
+    known = sum(alike)
+    others = [pass_at_k(samples, known - count, group_size) for count in alike]
+    return math.fsum(others) - (len(alike) - 1) * pass_at_k(samples, known, group_size)
 
 
 def guessing_pass_at_k(

@@ -1,24 +1,40 @@
 """Whether a model is ready for RL: how often a group of its samples has anything to teach.
 
-A group-relative advantage is zero where all samples of a group are right, or all are wrong. The
+A group-relative advantage is zero where all samples of a group have the same reward. The
 probe draws as RL will: its prompts and examples, its temperature, its groups, its first reward.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megarlx.config.evaluation import SuiteConfig
 from megarlx.config.objectives import RlConfig
-from megarlx.evaluation.pass_at_k import Estimate, Pool, informative_share, mean_and_error
+from megarlx.evaluation.pass_at_k import Estimate, informative_share, mean_and_error
 
 PROBE = "-readiness"  # ends the name of such a suite, after the objective's
+EQUAL_PLACES = 6  # decimals to which rewards are compared
 
 
-def informative_groups(pool: Pool, group_size: int) -> Estimate:
-    """The share of groups of that size that hold a right and a wrong sample, over questions."""
-    pairs = zip(pool.samples, pool.correct, strict=True)
-    return mean_and_error([informative_share(n, c, group_size) for n, c in pairs])
+def equal_rewards(rewards: Sequence[float]) -> list[int]:
+    """How many have each of the rewards that are known (not NaN), the lowest first."""
+    counts = Counter(round(reward, EQUAL_PLACES) for reward in rewards if math.isfinite(reward))
+    return [counts[reward] for reward in sorted(counts)]
+
+
+def informative_groups(items: Sequence[Mapping[str, Any]], group_size: int) -> Estimate:
+    """The share of groups of that size that hold two different rewards, over questions; of items
+    without `alike`, as those of agents, that hold a right and a wrong sample."""
+    return mean_and_error([informative_share(i["samples"], _alike(i), group_size) for i in items])
+
+
+def _alike(item: Mapping[str, Any]) -> Sequence[int]:
+    wrong = item["samples"] - item["correct"]
+    alike: Sequence[int] = item.get("alike", (item["correct"], wrong))
+    return alike
 
 
 def readiness_suite(

@@ -17,6 +17,7 @@ from megarlx.comm.collectives import gather_values
 from megarlx.config.evaluation import EvaluationConfig, SuiteConfig
 from megarlx.config.trust import names_in
 from megarlx.evaluation import behaviour
+from megarlx.evaluation.beforehand import check_there
 from megarlx.evaluation.interface import Asked, Measured, Progress, Subject
 from megarlx.evaluation.questions import made_suite
 from megarlx.evaluation.results import (
@@ -56,6 +57,7 @@ def evaluate(
     With `run`, results are written there, and those that are there already are not computed
     again; with `again` they are.
     """
+    check_there(config)
     return [_suite(subject, config, suite, run, parent, say, again) for suite in config.suites]
 
 

@@ -55,7 +55,8 @@ def find_checkpoint(text: str) -> Path:
     checkpoints = path / "checkpoints"
     saved = iterations(checkpoints)
     if not saved:
-        raise ConversionError(f"{text}: {checkpoints} holds no checkpoint")
+        what = f"{checkpoints} holds no checkpoint" if path.is_dir() else "there is no such folder"
+        raise ConversionError(f"{text}: {what}")
     if where in ("", "latest"):
         newest = latest(checkpoints)
         assert newest is not None

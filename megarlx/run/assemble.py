@@ -161,7 +161,7 @@ def assemble(
         every=keep.keep_every_steps,
         listed=frozenset(steps_at_tokens(config)),
     )
-    return Run(
+    run = Run(
         config,
         chosen.choices,
         directory,
@@ -177,6 +177,8 @@ def assemble(
         Saver(directory.checkpoints, mesh.world, retention),
         device,
     )
+    objectives.start_rewards()
+    return run
 
 
 def use_tf32(config: Config, device: torch.device) -> None:

@@ -77,7 +77,11 @@ def begin(
     fresh   refuse a folder that already holds checkpoints
     """
     made = assemble(config, out, started, device, tokenizer_from=tokenizer_from)
-    check_startable(made, fresh)
+    try:
+        check_startable(made, fresh)
+    except BaseException:
+        made.close()  # rewards have processes
+        raise
     if started.rank == 0:
         made.write_description(source)
     return made

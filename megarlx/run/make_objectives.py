@@ -61,11 +61,17 @@ class ObjectiveMaker:
         self._tokenizer = tokenizer
         self.data = data_of(config)
         self._made: dict[str, Objective] = {}
+        self._rewards: list[Rewards] = []
 
     def __getitem__(self, name: str) -> Objective:
         if name not in self._made:
             self._made[name] = self._make(name)
         return self._made[name]
+
+    def start_rewards(self) -> None:
+        """Their code is there: a later stage would be a late place to find out."""
+        for rewards in self._rewards:
+            rewards.start(self.mesh.world, here=self.mesh.model.is_first)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -265,6 +271,7 @@ class ObjectiveMaker:
     def _questions(self, name: str, config: RlConfig) -> tuple[Player, PromptData]:
         prompts, longest = self.questions(name, config)
         rewards = Rewards(config.rewards, config.reward_failures_allowed)
+        self._rewards.append(rewards)
         game = QuestionGame(rewards, config.max_completion_tokens, self.mesh)
         return Player(self.generator(config, longest), game, self.tokenizer), prompts
 

@@ -23,7 +23,9 @@ from megarlx.report.study import Study
 transformers = pytest.importorskip("transformers")
 
 CHAT = (
-    "{% for m in messages %}<|turn|>{{ m['role'] }}: {{ m['content'] }}<|done|>{% endfor %}"
+    "{% for m in messages %}<|turn|>{{ m['role'] }}: {{ m['content'] }}"
+    "{% for call in m['tool_calls'] or [] %}{{ call['function']['name'] }}{% endfor %}"
+    "<|done|>{% endfor %}"
     "{% if add_generation_prompt %}<|turn|>assistant: {% endif %}"
 )
 SUITES = """

@@ -100,11 +100,15 @@ class RewardProcess:
             Limits(config.time_limit_seconds, config.start_limit_seconds, config.memory_limit_mb),
         )
 
-    def ask(self, samples: list[Sample]) -> Sequence[Any]:
+    def start(self) -> None:
         try:
-            reply = self._worker.ask([asdict(sample) for sample in samples])
+            self._worker.start()
         except CannotStart as error:
             raise RewardError(f"reward {self.config.function}: could not start: {error}") from error
+
+    def ask(self, samples: list[Sample]) -> Sequence[Any]:
+        self.start()
+        reply = self._worker.ask([asdict(sample) for sample in samples])
         if "wrong_shape" in reply:
             raise CallFailed("wrong_shape", reply["wrong_shape"])
         rewards: Sequence[Any] = reply["rewards"]
@@ -136,6 +140,11 @@ class RewardPool:
         for process in self._processes:
             self._idle.put(process)
         self._threads = ThreadPoolExecutor(config.workers, thread_name_prefix="reward")
+
+    def start(self) -> None:
+        """One of the processes, which tells whether the others can start."""
+        if self._function is None:
+            self._processes[0].start()
 
     def score(self, samples: list[Sample]) -> Outcome:
         size, tally = self.config.samples_per_call, Tally()

@@ -59,6 +59,17 @@ class Rewards:
         self.allowed_failures = allowed_failures
         self._pools = {config.label: RewardPool(config) for config in configs}
 
+    def start(self, group: Group, *, here: bool = True) -> None:
+        """Before there are samples, on the ranks that score (`here`); all of the group call it."""
+        problem = ""
+        try:
+            for pool in self._pools.values() if here else ():
+                pool.start()
+        except RewardError as error:
+            problem = str(error)
+            self.close()
+        _stop_together(problem, group)
+
     def score(self, samples: list[Sample], group: Group | None = None) -> Scored:
         """With a group, all its ranks call this together, and stop together."""
         outcomes, problem = {}, ""

@@ -78,8 +78,11 @@ class WorkerProcess:
     def running(self) -> bool:
         return self._process is not None
 
+    def start(self) -> subprocess.Popen[str]:
+        return self._process or self._started()
+
     def ask(self, request: Any) -> dict[str, Any]:
-        process = self._process or self._started()
+        process = self.start()
         reply = self._exchange(process, request, self.limits.call_seconds)
         if "error" in reply:
             raise CallFailed("error", reply["error"])

@@ -3,6 +3,7 @@
 import itertools
 import math
 import statistics
+from collections import Counter
 from fractions import Fraction
 
 import pytest
@@ -73,13 +74,22 @@ def test_impossible_pools_are_refused() -> None:
             Pool(samples, correct)
 
 
-def test_informative_share_is_that_of_subsets_with_both_outcomes() -> None:
-    for samples, size in ((6, 2), (6, 4), (5, 3)):
-        for correct in range(samples + 1):
-            groups = list(itertools.combinations(range(samples), size))
-            mixed = sum(0 < sum(i < correct for i in group) < size for group in groups)
-            found = informative_share(samples, correct, size)
-            assert found == pytest.approx(mixed / len(groups), abs=1e-12)
+@pytest.mark.parametrize("rewards", [[0, 0, 1, 1, 1, 1], [1, 1, 1], [0, 1, 1, 2, 2, 2]])
+@pytest.mark.parametrize("unknown", [0, 1, 3])
+def test_informative_share_is_that_of_subsets_with_two_rewards(
+    rewards: list[int], unknown: int
+) -> None:
+    alike = list(Counter(rewards).values())
+    pool = [*rewards, *[None] * unknown]
+    for size in range(2, len(pool) + 1):
+        groups = list(itertools.combinations(pool, size))
+        mixed = sum(len({*group} - {None}) > 1 for group in groups)
+        found = informative_share(len(pool), alike, size)
+        assert found == pytest.approx(mixed / len(groups), abs=1e-12)
+
+
+def test_where_no_reward_is_known_nothing_informs() -> None:
+    assert informative_share(4, [], 2) == 0
 
 
 def test_guessing_without_ones_own_answer_draws_from_the_others() -> None:

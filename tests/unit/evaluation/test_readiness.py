@@ -1,23 +1,33 @@
 """Whether groups can teach: against counting the groups that can be drawn."""
 
 import itertools
+import math
 
 import pytest
 
 from megarlx.config.objectives import RlConfig
 from megarlx.config.reward import RewardConfig
-from megarlx.evaluation.pass_at_k import Pool
-from megarlx.evaluation.readiness import informative_groups, readiness_suite
+from megarlx.evaluation.readiness import equal_rewards, informative_groups, readiness_suite
 
 
 def test_informative_groups_are_those_with_both_outcomes() -> None:
-    pool = Pool((6, 6, 6, 6), (0, 1, 3, 6))
+    every = (0, 1, 3, 6)
     shares = []
-    for correct in pool.correct:
+    for correct in every:
         groups = list(itertools.combinations(range(6), 3))
         shares.append(sum(0 < sum(i < correct for i in g) < 3 for g in groups) / len(groups))
-    assert informative_groups(pool, 3).mean == pytest.approx(sum(shares) / 4)
+    items = [{"samples": 6, "correct": correct} for correct in every]
+    assert informative_groups(items, 3).mean == pytest.approx(sum(shares) / 4)
     assert (shares[0], shares[3]) == (0, 0)
+
+
+def test_partial_credit_informs_though_nothing_is_right() -> None:
+    alike = equal_rewards([0.3, 0.3, 0.1 + 0.2, 0.6, math.nan, math.inf])
+    assert alike == [3, 1]
+    items = [{"samples": 6, "correct": 0, "alike": alike}]
+    groups = list(itertools.combinations("aaab??", 2))
+    mixed = sum({*group} == {"a", "b"} for group in groups) / len(groups)
+    assert informative_groups(items, 2).mean == pytest.approx(mixed)
 
 
 def test_the_probe_draws_as_training_will() -> None:
