@@ -33,8 +33,9 @@ WITHHELD = {
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """With configurations of its own, so that what tuning chose can be put there."""
+    """With configurations of its own, so that what its tuning chooses can be put there."""
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "configs" / "kept_chosen.toml").unlink()
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -47,7 +48,8 @@ def shorten(name: str, steps: dict[int, int]) -> None:
     text = re.sub(r"\[80, 85.*?\]", "[2, 3]", text)
     text = text.replace("[320]", "[2]").replace("[10, 20, 40]", "[1]")
     text = text.replace("[0.25, 0.5, 1.0, 1.5]", "[0.5, 1.0]")
-    text = text.replace("[1e-4, 2e-4, 4e-4]", "[1e-4, 2e-4]" if "arith" in name else "[1e-4]")
+    rates = "[1e-4, 2e-4]" if "arith" in name else "[1e-4]"  # whichever tuning left there
+    text = re.sub(r'(objectives\.rl\.lr" = )\[.*?\]', rf"\g<1>{rates}", text)
     for before, after in steps.items():
         text = re.sub(rf"(?<![\d.]){before}(?![\d.])", str(after), text)
     path.write_text(text.replace("1e3", "1000"))
