@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from public_models import tiny_model
 
 from megarlx.cli import main
-from megarlx.data.tokenizer import ByteTokenizer
-from megarlx.hf.tokenizer_files import hugging_face_tokenizer
 
 MONTHS = ("Mai", "Juni", "März")
 RECIPE = """
@@ -57,27 +55,9 @@ def letters(samples):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import transformers
-
+    pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("fifth")
-    tokenizer = ByteTokenizer()
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=260,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_id,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
-    names = ("tokenizer.json", "tokenizer_config.json")
-    for name, content in zip(names, hugging_face_tokenizer(tokenizer), strict=True):
-        (folder / "model" / name).write_text(json.dumps(content))
+    tiny_model(folder / "model")
     rows = [
         {"question": f"2021-{n}-{day}", "answer": f"{day}. {month} 2021"}
         for n, month in enumerate(MONTHS)
