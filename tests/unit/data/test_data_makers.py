@@ -21,6 +21,8 @@ from megarlx.config.trust import check_trust, names_in
 from megarlx.data.making import DESCRIPTION, MakerError, made, make
 from megarlx.run.branch import recipe_config
 from megarlx.run.made import data_of
+from megarlx.study.kept.chosen import PATH as KEPT_CHOSEN
+from megarlx.study.kept.chosen import frozen_rates
 from megarlx.sweeps.plan import jobs_of
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -300,6 +302,9 @@ def test_all_configurations_load(path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert jobs_of(load_config(path, (), SweepConfig))
     elif "suites" in given:
         load_config(path, (), SuitesConfig)
+    elif path == ROOT / KEPT_CHOSEN:
+        assert given.keys() == {"kept", "kept_arithmetic"}
+        assert all(frozen_rates(world, path) for world in given)
     else:
         before = load_config(ROOT / "configs/demo_trunk.toml")
         assert recipe_config(before, path, (), "trunk").stages
