@@ -219,6 +219,10 @@ def _with_runs(trunk: _Trunk, settings: Mapping[str, Any]) -> tuple[dict[str, An
         return str(trunk.named(match[1]))
 
     def put(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: put(one) for key, one in value.items()}
+        if isinstance(value, list | tuple):
+            return [put(one) for one in value]
         return RUN.sub(folder, value) if isinstance(value, str) else value
 
     return {key: put(value) for key, value in settings.items()}, needs

@@ -166,7 +166,8 @@ NOT_RUN = {
                 *("combinations", "group_size", "longer"),
                 *("placement", "placement_agreeing", "composition"),
                 *("study_gate", "tuning/1_rl"),
-                *("kept", "kept_arithmetic", "kept_facts", "kept_matrix", "paper_1b/kept"),
+                *("kept", "kept_arithmetic", "kept_facts", "kept_matrix"),
+                *("kept_mechanisms", "paper_1b/kept"),
                 *(f"tuning/kept_{world}_1_alpha" for world in ("tables", "arithmetic", "facts")),
                 *(f"tuning/kept_{world}_2_rates" for world in ("tables", "arithmetic")),
             )

@@ -24,6 +24,7 @@ from megarlx.sweeps.records import SweepRecords
 TABLES = {1250: 2, 1750: 4, 2125: 6, 2500: 8, 750: 4, 125: 2}
 ARITHMETIC = {500: 2, 1000: 4, 1500: 6, 2000: 8, 250: 2}
 SUITES = {"math": {"questions": 4, "samples": 2}, "validation": {"questions": 4, "samples": 2}}
+SAMPLED = {"samples": 2, "max_new_tokens": 8, "ks": [1]}
 WITHHELD = {
     "data.options.settings.withheld": 12,
     "data.options.settings.told_wrongly": 12,
@@ -76,12 +77,22 @@ def short(name: str, **own: Any) -> SweepConfig:
     for one in sweep.excursions:
         recipe = Path(one.recipes[0]).stem
         steps: dict[str, Any] = {"stages.0.steps": 2, "logging.validation_sequences": 4}
-        if recipe.startswith("rl"):
+        if recipe.startswith(("rl", "islands")):
             steps |= {k: json.loads(v) for k, v in RL.items() if k.startswith("rl.")}
-        if recipe == "rl_early":
-            steps["stages.1.steps"] = 4
+        if recipe in ("rl_early", "islands"):
+            steps["stages.1.steps"] = 4 if recipe == "rl_early" else 2
         if recipe != "corpus":
-            steps[f"stages.0.objectives.{recipe[: 2 + (recipe == 'sft')]}.warmup_steps"] = 1
+            objective = "sft" if recipe == "sft" else "rl"
+            steps[f"stages.0.objectives.{objective}.warmup_steps"] = 1
+        if "data.sources" in one.set:  # so small a model has nothing right
+            steps["data.sources"] = [
+                {**source, "filter": {"min_reward": 0.0}} for source in one.set["data.sources"]
+            ]
+        if "evaluation.suites" in one.set:
+            steps["evaluation.suites"] = [
+                {**suite, "questions": 4, **(SAMPLED if suite["name"] == "math" else {})}
+                for suite in one.set["evaluation.suites"]
+            ]
         if one.name in ("marked", "verified"):  # so small a model marks nothing
             steps["sft.filter"] = {"min_reward": 0.0}
         excursions.append(one.model_copy(update={"set": {**one.set, **steps}}))
@@ -191,3 +202,29 @@ def test_facts_that_text_keeps_silent_on_and_tells_wrongly_are_told_of(
         section = said[said.index(title) :].split("\n\n")[0]
         for arm in ("trunk, middle", "RL in the middle", "trunk's end", "through"):
             assert re.search(rf"^{arm} +1 +\+\d", section, re.MULTILINE), (arm, section)
+
+
+MECHANISMS = (
+    *("rl-difficulty-maxrl", "rl_early-at"),
+    *("rl_early-distill-at-.*first-0.05", "rl_early-replay-at-.*0.02"),
+    *("rl_early-replay-unverified", "rl_early-mode-at", "rl_early-mode-asked-plainly"),
+    *("rl_early-protected-at-.*share-0.05", "rl_early-protected-at-random", "islands-outer"),
+)
+
+
+def test_what_could_carry_early_rl_runs_and_is_told_in_rows_of_its_own(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    score = "def score(samples): return [len(one.completion) for one in samples]\n"
+    Path("varied.py").write_text(score)
+    shorten("kept_mechanisms", {**TABLES, 80: 2, 3584000: 4 * 4 * 128, 20: 2, 50: 3})
+    sweep = short("kept_mechanisms")
+    for one in sweep.excursions:  # of a reward that so small a model's samples differ in
+        one.set["rl.rewards"] = [{"function": "varied.py:score", "workers": 0}]
+    made = run(sweep, capsys, "|".join((*MECHANISMS, ".*-evaluate")))
+    for name in MECHANISMS:
+        assert any(re.match(name, one) for one in made), (name, made)
+    said = of_records(capsys, "kept_mechanisms")
+    arms = [name for name in MECHANISMS if name != "rl_early-at"]
+    for name in (*arms, "through early RL", "RL in the middle"):
+        assert re.search(rf"^{name}\S* +1 ", said, re.MULTILINE), (name, said)

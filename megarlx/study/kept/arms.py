@@ -74,6 +74,17 @@ class Arms:
                 return run
         return None
 
+    def others_of_the_middle(self, but: Sequence[str]) -> dict[str, Run]:
+        """Excursions of other recipes from where the RL begins."""
+        found = {}
+        for name, run in self.runs.items():
+            if run.parent is None or run.parts or name.rpartition(AT)[0] in but:
+                continue
+            own = self.named(run.parent.run) in (None, self.trunk)
+            if own and run.parent.iteration == self.middle:
+                found[name] = run
+        return found
+
     def start(self, name: str) -> Run | None:
         """What late RL starts from: a transplant, or a run from the trunk's end."""
         return self.runs.get(name) or self.of(name, self.end)
@@ -98,17 +109,17 @@ class Arms:
     def flop(self, run: Run, step: int | None = None) -> tuple[float, float]:
         """Early and late: of all runs that it needs, by whether they start before the trunk's end.
 
-        Where RL is followed by the rest of pre-training, which the trunk has too, RL alone counts.
+        Of RL that is followed by the rest of pre-training what the trunk has too does not count.
         """
         early = late = 0.0
         for one, until in self._needed(run, step):
-            if (through := rl_steps(one)) is not None:
-                until = through
-            spent = one.cost(until).get("flop", 0.0)
-            if self._begun(one) >= self.end:
+            spent, begun = _flop(one, until), self._begun(one)
+            if begun >= self.end:
                 late += spent
-            else:
+            elif rl_steps(one) is None:
                 early += spent
+            else:
+                early += spent - (_flop(self.trunk, self.end) - _flop(self.trunk, begun))
         return early, late
 
     def _needed(self, run: Run, step: int | None) -> Iterator[tuple[Run, int | None]]:
@@ -133,6 +144,10 @@ class Arms:
         if above is None or above is self.trunk:
             return run.parent.iteration
         return self._begun(above)
+
+
+def _flop(run: Run, until: int | None) -> float:
+    return run.cost(until).get("flop", 0.0)
 
 
 def rl_steps(run: Run | None) -> int | None:
