@@ -80,7 +80,7 @@ class Arms:
         for name, run in self.runs.items():
             if run.parent is None or run.parts or name.rpartition(AT)[0] in but:
                 continue
-            own = self.named(run.parent.run) in (None, self.trunk)
+            own = Path(run.parent.run).name == Path(self.trunk.name).name
             if own and run.parent.iteration == self.middle:
                 found[name] = run
         return found
