@@ -233,6 +233,27 @@ def test_a_parent_that_was_asked_in_another_template_gives_no_drift(tmp_path: Pa
     assert found["metrics"]["drift"] == 0
 
 
+def test_a_parent_that_was_measured_in_another_way_gives_no_drift_and_both_are_said(
+    tmp_path: Path,
+) -> None:
+    asked = lines(tmp_path / "q.jsonl", {"question": "tom has 9 pears"}, {"question": "how many ?"})
+    warm, cold = (
+        config(suite(kind="behaviour", path=asked, rewards=[EVEN], temperature=t)) for t in (2, 0)
+    )
+    parent, said = tmp_path / "parent", list[str]()
+    evaluate(subject(), warm, run=parent)
+    child = subject(is_base=False)
+    (found,) = evaluate(child, cold, run=tmp_path / "one", parent=Parent(parent, 7))
+    assert "drift" not in found["metrics"]
+    assert "measured with temperature 2.0, and this with temperature 0.0" in described(found)
+    evaluate(subject(), cold, run=parent, say=said.append)
+    assert said[0] == "s: with temperature 0.0; replaces the result with temperature 2.0"
+    evaluate(subject(), cold, run=parent, say=said.append)
+    assert said[2:] == ["s: there already"]
+    (found,) = evaluate(child, cold, run=tmp_path / "two", parent=Parent(parent, 7))
+    assert found["metrics"]["drift"] == 0
+
+
 def test_what_asks_in_a_template_needs_one_and_its_result_says_which(tmp_path: Path) -> None:
     asked = lines(tmp_path / "q.jsonl", {"question": "tom has 9 pears", "answer": "12"})
     without = dataclasses.replace(subject(), template=None)
