@@ -309,6 +309,23 @@ def test_an_evaluations_line_has_every_suite(trained: Path) -> None:
     assert "eval/which/accuracy" in line
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (
+            ["evaluate", "{run}", "--trust", "mine.py:letters", "--samples", "0"],
+            "suite asked: sam",
+        ),
+        (["generate", "{run}", "--prompt", "3 knots ?", "--samples", "0"], "--samples is 0; allow"),
+    ],
+)
+def test_no_samples_are_refused_by_their_name(
+    command: list[str], said: str, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([word.format(run=trained) for word in command]) != 0
+    assert said in capsys.readouterr().err
+
+
 def test_answers_that_are_empty_are_told_and_a_line_without_suites_is_not_written() -> None:
     sets = ["sft.conversations=silent.jsonl", "evaluation.suites=[]", "evaluation.at_end=true"]
     words = [word for one in sets for word in ("--set", one)]
