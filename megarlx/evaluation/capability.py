@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from megarlx.evaluation.questions import checked, made_lines
 from megarlx.model.build import ParallelModel
 from megarlx.model.token_scores import Text, token_scores
 from megarlx.rollouts.exchange import gather_ragged
+
+LETTERS_OF_SCRIPTS_WITHOUT_SPACES = "\u0e00"  # Thai; Chinese, Japanese and others stand behind it
 
 Metrics = dict[str, float]
 
@@ -179,7 +182,20 @@ def tests_of(suite: SuiteConfig, made: Made | None) -> list[CapabilityTest]:
         tests.append(_test(suite, where, number, line))
         if len(tests) == suite.questions:
             break
+    if suite.path is not None and tests and all(map(_runs_on, tests)):
+        joined = tests[0].context[-20:] + tests[0].choices[0][:20]
+        warnings.warn(
+            f"suite {suite.name}: what follows stands behind the context as it is, in the middle "
+            f"of a word in every line of {where} ({joined!r}); begin it with a space",
+            stacklevel=2,
+        )
     return checked(suite, tests)
+
+
+def _runs_on(test: CapabilityTest) -> bool:
+    """Whether a choice goes on with the context's last word, in a script that parts words."""
+    edges = (test.context[-1:], *(choice[:1] for choice in test.choices))
+    return all(edge.isalnum() and edge < LETTERS_OF_SCRIPTS_WITHOUT_SPACES for edge in edges)
 
 
 def _test(suite: SuiteConfig, path: str, number: int, line: dict[str, Any]) -> CapabilityTest:

@@ -14,6 +14,7 @@ from megarlx.data.making import Line, Made, MadeSuite, Wanted
 from megarlx.data.order import key_of, shuffled
 from megarlx.data.prompts import FewShot, PromptKeys, prompt_of, read_prompts
 from megarlx.data.tokenizer import Tokenizer
+from megarlx.evaluation.readiness import PROBE
 
 
 class SuiteError(ValueError):
@@ -162,11 +163,18 @@ def few_shot_of(suite: SuiteConfig, made: Made | None, seed: int, *, is_base: bo
 def _examples_of_file(
     suite: SuiteConfig, path: str, count: int, seed: int
 ) -> Sequence[Conversation]:
+    """Those of the file that the suite does not ask: shown with its answer, a question tests
+    nothing. A probe shows what RL shows."""
     # A file of demonstrations may be long; its first thousand are enough to draw from.
-    there = list(itertools.islice(read_conversations(path), 1000))
+    held = list(itertools.islice(read_conversations(path), 1000))
+    asks = [] if suite.name.endswith(PROBE) else questions_of(suite, None)
+    asked = {question.text for question in asks}
+    there = [one for one in held if not (one.question and one.question[-1].content in asked)]
     if len(there) < count:
+        beside = " beside questions of the suite itself" if len(there) < len(held) else ""
         raise SuiteError(
-            f"suite {suite.name}: {path} holds {len(there)} examples; {count} are to be shown"
+            f"suite {suite.name}: {path} holds {len(there)} examples{beside}; "
+            f"{count} are to be shown"
         )
     order = shuffled(len(there), key_of(seed, "few shot"))[:count]
     return [there[int(i)] for i in order]

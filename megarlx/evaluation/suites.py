@@ -18,6 +18,7 @@ from megarlx.config.evaluation import EvaluationConfig, SuiteConfig
 from megarlx.config.trust import names_in
 from megarlx.evaluation import behaviour
 from megarlx.evaluation.beforehand import check_there
+from megarlx.evaluation.comparable import apart, how_asked, shown
 from megarlx.evaluation.interface import Asked, Measured, Progress, Subject
 from megarlx.evaluation.questions import made_suite
 from megarlx.evaluation.results import (
@@ -101,6 +102,8 @@ def _suite(
         return done
     if run is not None:
         _check_writable(run)
+    if first and say is not None and path is not None and path.exists():
+        _say_what_goes(suite.name, path, settings, say)
     begin = time.perf_counter()
     progress = _progress(suite) if first and say is not None else None
     measure: Callable[[Asked], Measured] = plug.resolve("suite", suite.kind)
@@ -127,6 +130,13 @@ def _suite(
     if first and say is not None:
         say(f"{suite.name}: {described(result)}")
     return result
+
+
+def _say_what_goes(name: str, path: Path, settings: Mapping[str, Any], say: Say) -> None:
+    """A run has one result of a suite and a step: that of other settings is replaced."""
+    before, now = how_asked(read_result(path).get("settings") or {}), how_asked(settings)
+    if names := apart(before, now):
+        say(f"{name}: with {shown(now, names)}; replaces the result with {shown(before, names)}")
 
 
 def settings_of(subject: Subject, config: EvaluationConfig, suite: SuiteConfig) -> dict[str, Any]:
@@ -163,16 +173,20 @@ def _sha256(path: str | Path) -> str:
 def _add_drift(
     result: Result, settings: Mapping[str, Any], parent: Parent, first: bool, world: Any
 ) -> None:
-    """Where the parent was measured with the same suite, and asked in the same template."""
+    """Where the parent was measured with the same suite, and asked alike."""
     path = result_path(parent.run, parent.iteration, result["suite"])
     found: Any = None
     if first and path.exists():
         before = read_result(path)
-        if before["settings"]["template"] == settings["template"]:
+        sides = [how_asked(one) for one in (before["settings"], settings)]
+        if before["settings"]["template"] != settings["template"]:
+            found = f"none: {path} was asked in another template"
+        elif names := apart(*sides):
+            own, others = (shown(side, names) for side in reversed(sides))
+            found = f"none: {path} was measured with {others}, and this with {own}"
+        else:
             away = behaviour.drift(result, before)
             found = [away.estimate, away.low, away.high]
-        else:
-            found = f"none: {path} was asked in another template"
     found = gather_values(found, world)[0]
     if isinstance(found, str):
         result["no_drift"] = found

@@ -143,15 +143,11 @@ def of_suite(after: Evaluation | None, before: Evaluation | None, metric: str) -
 
 
 def of_capability(after: Cell, before: Cell) -> Suites:
-    """Of every accuracy suite that both have."""
-    return {
-        suite: differences(
-            after.evaluations[suite].percent("accuracy"),
-            before.evaluations[suite].percent("accuracy"),
-        )
-        for suite in after.accuracy_suites
-        if suite in before.accuracy_suites
-    }
+    """Of every accuracy suite that both have, and were asked alike."""
+    found: Suites = {}
+    for suite in after.accuracy_suites:
+        found |= of_suite(after.evaluations[suite], before.evaluations.get(suite), "accuracy")
+    return found
 
 
 def _trunk(cell: Cell) -> str:

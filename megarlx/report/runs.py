@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from megarlx import plug
 from megarlx.config import as_asked
 from megarlx.config.objectives import PRETRAINING
+from megarlx.evaluation.comparable import apart, how_asked
 from megarlx.evaluation.pass_at_k import pass_at_k
 from megarlx.training.metrics import read_metrics
 
@@ -43,11 +44,12 @@ class Evaluation:
     guessing: Mapping[str, float]
     items: tuple[Mapping[str, Any], ...] = field(repr=False)
     template: Mapping[str, str] | None = None  # what the questions were written in, if in any
+    how: Mapping[str, Any] = field(default_factory=dict, repr=False)  # evaluation/comparable.py
     _values: dict[str, dict[str, float]] = field(default_factory=dict, init=False, repr=False)
 
     def asked_like(self, other: Evaluation) -> bool:
-        """Whether the questions were put alike: else a difference is the prompts' too."""
-        return self.template == other.template
+        """Whether the same was measured: else a difference is that of prompts or settings too."""
+        return self.template == other.template and not apart(self.how, other.how)
 
     def percent(self, metric: str) -> dict[str, float]:
         """Question -> "pass_at_K" or "accuracy" of it, in percent; {} where it was not measured."""
@@ -287,6 +289,7 @@ def evaluation_of(values: Any) -> Evaluation:
         raise ValueError(f"format is {values.get('format')!r}; allowed is {FORMAT}")
     if problem := plug.problem("suite", str(values["kind"])):
         raise ValueError(f"kind {problem}")
+    settings = values.get("settings") or {}
     made = Evaluation(
         suite=str(values["suite"]),
         kind=values["kind"],
@@ -296,7 +299,8 @@ def evaluation_of(values: Any) -> Evaluation:
         standard_errors=numbers(values.get("standard_errors") or {}),
         guessing=numbers(values.get("guessing") or {}),
         items=tuple(map(_object, values["items"])),
-        template=(values.get("settings") or {}).get("template"),
+        template=settings.get("template"),
+        how=how_asked(settings),
     )
     made.solved()  # items that lack something are told of here, with the file's name
     return made

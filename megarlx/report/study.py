@@ -6,16 +6,15 @@ trunks are cells too: their recipe is "base". Trunks are the runs that do nothin
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from megarlx.evaluation.readiness import PROBE
+from megarlx.report.asked_apart import asked_apart
 from megarlx.report.records import runs_of_records, with_recorded
 from megarlx.report.runs import (
     ACCURACY_KINDS,
@@ -349,7 +348,7 @@ class Study:
 
     def missing(self) -> list[str]:
         """What a full report would need and is not there, one line each."""
-        found = [*self.problems, *self._asked_apart()]
+        found = [*self.problems, *asked_apart(self.cells, self.headline)]
         if self.headline is None and not self.agent_suites:
             found.append("no pass@k evaluation of any run")
         suites = sorted({s for c in self.cells if c.recipe != BASE for s in c.accuracy_suites})
@@ -372,29 +371,3 @@ class Study:
             if lacks:
                 found.append(f"{where}: no evaluation of {', '.join(lacks)}")
         return found
-
-    def _asked_apart(self) -> Iterator[str]:
-        """Where runs of one checkpoint were asked in several templates: nothing is subtracted."""
-        asked: defaultdict[tuple[Run | None, int], dict[str, list[str]]]
-        asked = defaultdict(lambda: defaultdict(list))
-        for cell in self.cells:
-            if cell.headline is not None:
-                template = cell.headline.template
-                said = _shown_template(template)
-                asked[cell.trunk, cell.checkpoint_tokens][said].append(cell.run.name)
-        for (_, tokens), names in asked.items():
-            if len(names) > 1:
-                sides = "; ".join(f"{', '.join(runs)} in {said}" for said, runs in names.items())
-                yield (
-                    f"differences at {tokens:,} tokens, because {self.headline} was asked in "
-                    f"{len(names)} templates: {sides}. Measure one side in the other's"
-                )
-
-
-def _shown_template(template: Mapping[str, str] | None) -> str:
-    if template is None:
-        return "none"
-    if "chat" in template:
-        digest = hashlib.sha256(template["chat"].encode()).hexdigest()[:8]
-        return f"the chat template of a model ({digest})"
-    return json.dumps(template, ensure_ascii=False)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
+from megarlx.evaluation.readiness import PROBE
 from megarlx.printable import complain, printable
 from megarlx.report.runs import Evaluation, ReportError, Run
 from megarlx.report.settings import quantity
@@ -68,7 +69,13 @@ def described(study: Study, run: Run) -> list[str]:
     steps = "" if run.finished else f"step {run.steps_done:,} of {run.planned_steps:,}"
     success = _success_of(study, run)
     metric = success if success and evaluation is None else metric_of(evaluation)
+    if evaluation is None and not success and (suites := _other_suites(run)):
+        metric = f"measured by {suites}" + (f", not by {study.headline}" if study.headline else "")
     return [run.name, recipe, f"seed {run.seed}", start, reached, steps, metric]
+
+
+def _other_suites(run: Run) -> str:
+    return ", ".join(sorted({e.suite for e in run.evaluations if not e.suite.endswith(PROBE)}))
 
 
 def _success_of(study: Study, run: Run) -> str:

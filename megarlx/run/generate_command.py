@@ -53,6 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
     from megarlx.run.reference import resolve
 
     try:
+        if arguments.samples < 1:
+            raise RunError(f"--samples is {arguments.samples}; allowed: 1 or more")
         started = launch.read()
         reference = resolve(arguments.run)
         config = open_config(

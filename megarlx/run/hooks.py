@@ -7,7 +7,7 @@ import json
 import math
 import resource
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from megarlx.config.evaluation import EvaluationConfig
 from megarlx.config.objectives import PRETRAINING, RlConfig
 from megarlx.evaluation.beforehand import check_files
 from megarlx.evaluation.interface import Subject
-from megarlx.evaluation.results import samples_path
+from megarlx.evaluation.results import Result, samples_path
 from megarlx.evaluation.suites import Parent as EvaluatedParent
 from megarlx.evaluation.suites import evaluate, metrics_of
 from megarlx.objectives.supervised import Supervised
@@ -33,6 +33,7 @@ from megarlx.run.screen import SHOWN_SAMPLES, Screen
 from megarlx.run.tokenizer import template_of, templates_of
 from megarlx.run.watch import Watch
 
+SHOWN_METRICS = 6  # in the line of an evaluation
 LARGEST_LOSS = 700.0  # whose perplexity is a number
 
 
@@ -205,6 +206,13 @@ def validate(run: Run, costs: Costs, screen: Screen) -> None:
         screen.say(run.trainer.steps_done, text, values, costs.trunk_tokens)
 
 
+def _in_a_line(results: Sequence[Result]) -> str:
+    """Of each suite the first metrics, so that none is left out."""
+    each = max(1, SHOWN_METRICS // len(results))
+    first = [list(metrics_of([result]).items())[:each] for result in results]
+    return "  ".join(f"{key} {value:.3f}" for found in first for key, value in found)
+
+
 class Evaluation:
     """The suites on the weights as they are; a run that goes on has what it had measured."""
 
@@ -222,11 +230,11 @@ class Evaluation:
             parent=self._parent(),
             again=not self._went_on,  # what lies there was left by another run
         )
-        values = metrics_of(results)
         for result in results:
             self._show_samples(done, result["suite"])
-        headline = "  ".join(f"{key} {value:.3f}" for key, value in list(values.items())[:6])
-        self.screen.say(done, headline, values, self.costs.trunk_tokens)
+        if results:
+            values = metrics_of(results)
+            self.screen.say(done, _in_a_line(results), values, self.costs.trunk_tokens)
         self.steps.leave_out(time.perf_counter() - begun)
 
     def check(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +74,7 @@ class Learner:
         What comes back are the metrics of RL, "loss" among them.
         """
         wanted = [len(texts) for texts in samples.texts]
-        given = [len(of) if isinstance(of, Sequence) else 0 for of in rewards]
+        given = [_count(of) for of in rewards]
         if given != wanted:
             raise ValueError(
                 f"rewards are for {given} samples; drawn were {wanted}: a list for each prompt, "
@@ -127,6 +127,11 @@ class _NoPrompts(PromptData):
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Nothing is kept."""
+
+
+def _count(rewards: Any) -> int:
+    """Of one prompt: a list, a tuple, a row of an array or of a tensor; 0 for a single number."""
+    return len(rewards) if isinstance(rewards, Sized) and getattr(rewards, "ndim", 1) != 0 else 0
 
 
 class _Given:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from megarlx.config.own_samples import FP8_GENERATOR
 from megarlx.config.rollouts import run_and_step
 from megarlx.config.run_sections import DataConfig, SourceConfig
 from megarlx.data.blend import Blend, Composition
-from megarlx.data.conversations import Template, read_conversations
+from megarlx.data.conversations import Conversation, Template, read_conversations
 from megarlx.data.held_tokens import HeldTokens
 from megarlx.data.loader import BatchLayout, Loader
 from megarlx.data.packing import ConversationData
@@ -131,6 +132,7 @@ class ObjectiveMaker:
         else:
             path = file_of(config.conversations, self.config, f"{name}.conversations")
             conversations = list(read_conversations(path))
+            _tell_of_silence(path, conversations)
         length = config.sequence_length or training.sequence_length
         if length > self.config.model.max_sequence_length:
             raise RunError(
@@ -356,6 +358,16 @@ def _once(make: Callable[[], Generator]) -> Callable[[], Generator]:
         return made[0]
 
     return get
+
+
+def _tell_of_silence(path: str | Path, conversations: Sequence[Conversation]) -> None:
+    last = [one.turns[-1] for one in conversations]
+    silent = sum(not (turn.content.strip() or turn.calls or turn.more) for turn in last)
+    if silent:
+        warnings.warn(
+            f"{path}: {silent} of {len(last)} answers are empty; the model learns to say nothing",
+            stacklevel=2,
+        )
 
 
 def _check_alone(name: str, config: RlConfig | DistillConfig, prompts: Sequence[Prompt]) -> None:

@@ -99,7 +99,8 @@ def _changed(suite: SuiteConfig, changes: dict[str, Any]) -> SuiteConfig:
         return SuiteConfig.model_validate({**suite.model_dump(), **changes})
     except ValidationError as error:
         details = error.errors(include_url=False)
-        raise ConfigError([f"suite {suite.name}: {d['msg']}" for d in details]) from None
+        said = [f"{'.'.join(map(str, d['loc']))}: {d['msg']}".removeprefix(": ") for d in details]
+        raise ConfigError([f"suite {suite.name}: {one}" for one in said]) from None
 
 
 def made_suites(opened: OpenedRun, evaluation: EvaluationConfig) -> Made | None:

@@ -64,7 +64,7 @@ path = "questions.jsonl"
 samples = 2
 max_new_tokens = 4
 few_shot = 1
-few_shot_path = "questions.jsonl"
+few_shot_path = "solved.jsonl"
 """
 
 SWEEP = """
@@ -95,6 +95,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     questions = [{"question": f"{n} + 1 ?", "answer": str(n + 1)} for n in range(4)]
     lines = "".join(json.dumps(one) + "\n" for one in questions)
     (folder / "questions.jsonl").write_text(lines)
+    (folder / "solved.jsonl").write_text('{"question": "7 + 1 ?", "answer": "8"}\n')
     (folder / "both.toml").write_text(RECIPE)
     (folder / "suites.toml").write_text(SUITES)
     return folder

@@ -137,7 +137,7 @@ def logged(run: str, key: str) -> list[float]:
         ("0.max_new_tokens=64", "suite asked: a prompt has 7 tokens and max_new_tokens is 64"),
         ('0.rewards.0.function="mine.py:short"', "rewards[0].function is 'mine.py:short': there"),
         ('0={name="q",kind="pass_at_k",path="data/asked.jsonl",few_shot_trained=9,'
-         'few_shot_path="data/asked.jsonl",samples=2}', "holds 4 examples; 9 are to be shown"),
+         'few_shot_path="data/asked.jsonl",samples=2}', "holds 0 examples beside questions of the"),
     ],
     ids=["no file", "another file", "no room", "no reward", "no examples"],
 )  # fmt: skip

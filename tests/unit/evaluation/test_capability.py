@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +190,27 @@ def test_worlds_tests_ask_what_training_text_says_elsewhere() -> None:
         assert whole not in training
     documents = documents_of(suite("perplexity", made="stories", questions=3), MADE)
     assert [name for name, _ in documents] == ["held_out/0", "held_out/1", "held_out/2"]
+
+
+@pytest.mark.parametrize(
+    ("context", "choices", "told"),
+    [
+        ("The sea is", ["blue", "green"], True),
+        ("The sea is", [" blue", " green"], False),
+        ("The sea is ", ["blue", "green"], False),
+        ("The sea is", ["n't green", ", blue"], False),
+        ("海是", ["蓝", "绿"], False),
+        ("", ["blue", "green"], False),
+    ],
+)
+def test_choices_that_run_on_from_the_last_word_of_the_context_are_told(
+    context: str, choices: list[str], told: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "t.jsonl"
+    line = json.dumps({"context": context, "choices": choices, "answer": 0})
+    path.write_text(f"{line}\n{line}\n")
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        read_tests(suite(path=str(path)), None)
+    said = [f"every line of {path} ('The sea isblue'); begin it" in str(w.message) for w in found]
+    assert said == [True] * told

@@ -18,6 +18,7 @@ from megarlx.config.evaluation import EvaluationConfig, SuiteConfig
 from megarlx.data.conversations import Frames, Turn
 from megarlx.data.prompts import FewShot
 from megarlx.evaluation.questions import SuiteError, check_suites, few_shot_of, questions_of
+from megarlx.evaluation.readiness import PROBE
 from megarlx.evaluation.results import ResultError, finished, read_result, result_path, results_of
 from megarlx.evaluation.sampled import play
 from megarlx.evaluation.suites import Parent, described, evaluate, metrics_of
@@ -230,6 +231,43 @@ def test_a_parent_that_was_asked_in_another_template_gives_no_drift(tmp_path: Pa
     assert "s.json was asked in another template" in described(found)
     evaluate(subject(), chosen, run=tmp_path / "parent")
     (found,) = evaluate(child, chosen, run=tmp_path / "two", parent=Parent(tmp_path / "parent", 7))
+    assert found["metrics"]["drift"] == 0
+
+
+def test_no_question_is_asked_behind_its_own_answer(tmp_path: Path) -> None:
+    rows = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(9)]
+    asked = lines(tmp_path / "q.jsonl", *rows)
+    for first in range(8):  # the suite asks as many; the others may be shown
+        chosen = suite(path=asked, questions=first + 1, few_shot=8 - first, few_shot_path=asked)
+        shots = few_shot_of(chosen, None, 0, is_base=True)
+        shown = {example.question[-1].content for example in shots.examples}
+        assert shown == {f"q{i}" for i in range(first + 1, 9)}
+    whole = suite(path=asked, questions=9, few_shot=1, few_shot_path=asked)
+    with pytest.raises(SuiteError, match="0 examples beside questions of the suite itself; 1 are"):
+        few_shot_of(whole, None, 0, is_base=True)
+    # Where RL begins the probe asks as RL does.
+    probe = whole.model_copy(update={"name": f"rl{PROBE}"})
+    assert len(few_shot_of(probe, None, 0, is_base=True).examples) == 1
+
+
+def test_a_parent_that_was_measured_in_another_way_gives_no_drift_and_both_are_said(
+    tmp_path: Path,
+) -> None:
+    asked = lines(tmp_path / "q.jsonl", {"question": "tom has 9 pears"}, {"question": "how many ?"})
+    warm, cold = (
+        config(suite(kind="behaviour", path=asked, rewards=[EVEN], temperature=t)) for t in (2, 0)
+    )
+    parent, said = tmp_path / "parent", list[str]()
+    evaluate(subject(), warm, run=parent)
+    child = subject(is_base=False)
+    (found,) = evaluate(child, cold, run=tmp_path / "one", parent=Parent(parent, 7))
+    assert "drift" not in found["metrics"]
+    assert "measured with temperature 2.0, and this with temperature 0.0" in described(found)
+    evaluate(subject(), cold, run=parent, say=said.append)
+    assert said[0] == "s: with temperature 0.0; replaces the result with temperature 2.0"
+    evaluate(subject(), cold, run=parent, say=said.append)
+    assert said[2:] == ["s: there already"]
+    (found,) = evaluate(child, cold, run=tmp_path / "two", parent=Parent(parent, 7))
     assert found["metrics"]["drift"] == 0
 
 

@@ -134,6 +134,20 @@ def test_what_learned_more_than_pre_training_is_no_trunk(
     assert [run.name for run in study.excursions] == ["runs/cpt"]
 
 
+def test_a_run_that_was_measured_by_other_suites_is_not_said_to_be_measured_by_none(
+    tmp_path: Path,
+) -> None:
+    trunk = small(tmp_path, seeds=(0,)).trunk(0)
+    Sweep(tmp_path / "more", seeds=(1,), checkpoints=ONE).trunk(1)
+    for result in trunk.glob("evaluations/*.math.json"):
+        result.unlink()
+    screen = Console(file=io.StringIO(), width=160)
+    screen.print(lineage(Study.of(tmp_path)))
+    told = screen.file.getvalue()
+    assert "measured by facts-choice, facts-cloze, general-text, not by math" in told
+    assert "not evaluated" not in told
+
+
 def test_a_converted_model_has_no_steps_to_take(tmp_path: Path) -> None:
     trunk = small(tmp_path, seeds=(0,)).trunk(0)
     for log in trunk.glob("metrics.jsonl"):

@@ -1,9 +1,11 @@
-"""Answers to other prompts are other answers: nothing is subtracted, and the report says why."""
+"""Answers to other prompts, or measured in another way, are other answers: nothing is subtracted,
+and the report says why."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_sweep import Sweep
@@ -11,6 +13,7 @@ from fake_sweep import Sweep
 from megarlx.cli import main
 from megarlx.report import consistency
 from megarlx.report.claims import judge_all
+from megarlx.report.comparison import of_capability
 from megarlx.report.figures import gains
 from megarlx.report.study import Study
 
@@ -25,6 +28,16 @@ def ask_in(template: dict[str, str], root: Path, runs: str) -> None:
     for path in paths:
         result = json.loads(path.read_text())
         path.write_text(json.dumps({**result, "settings": {"template": template}}))
+
+
+def measure(root: Path, runs: str, suite: str, files: dict[str, str], **changed: Any) -> None:
+    """What the results of these runs say that a suite's settings were."""
+    own = {"path": "q.jsonl", "temperature": 0.6, "max_new_tokens": 64, "rewards": [], **changed}
+    paths = list(root.glob(f"{runs}/evaluations/*.{suite}.json"))
+    assert paths
+    for path in paths:
+        settings = {"template": ONE, "suite": own, "files": {"q.jsonl": "a" * 64, **files}}
+        path.write_text(json.dumps({**json.loads(path.read_text()), "settings": settings}))
 
 
 @pytest.fixture
@@ -64,7 +77,7 @@ def test_what_was_asked_in_another_template_is_not_subtracted_and_both_are_named
     printed = " ".join(capsys.readouterr().out.split())
     page = (root / "report" / "index.html").read_text()
     for said in (printed, page):
-        assert "differences at 2,000,000 tokens, because math was asked in 2 templates" in said
+        assert "differences at 2,000,000 tokens, because math was asked in 2 ways" in said
         assert "trunks/seed0 in" in said
     assert r'excursions/rl-2000000-seed0, excursions/sft-2000000-seed0 in {"user": "Q: {' in printed
 
@@ -76,3 +89,50 @@ def test_one_run_asked_in_another_template_is_left_out_alone(root: Path) -> None
     assert comparison["left_out"] == [
         "excursions/rl-2000000-seed1: no questions that both sides were asked alike"
     ]
+
+
+REWARD = {"function": "mine.py:f", "weight": 1.0, "options": {}}
+DIFFERENT: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {
+    "temperature": ({"temperature": 0.0}, {}, "with temperature 0.0"),
+    "room": ({"max_new_tokens": 8}, {}, "with max_new_tokens 8"),
+    "questions": ({}, {"q.jsonl": "b" * 64}, "with questions of digest bbbbbbbb"),
+    "reward": ({"rewards": [REWARD]}, {}, "with rewards [{'function': 'mine.py:f'"),
+    "code": ({"rewards": []}, {"mine.py:f": "b" * 64}, "with mine.py:f of digest bbbbbbbb"),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_what_was_measured_in_another_way_is_not_subtracted_and_both_ways_are_named(
+    name: str, root: Path
+) -> None:
+    changed, files, said = DIFFERENT[name]
+    measure(root, "trunks/*", "math", {"mine.py:f": "a" * 64})
+    measure(root, "excursions/*", "math", files, **changed)
+    study = Study.of(root)
+    (against_base,) = judge_all(study)["P1"].evidence["comparisons"]
+    assert (against_base["cells"], against_base["points"]) == (0, None)
+    assert gains(study, "") is None
+    (told, _) = [line for line in study.missing() if line.startswith("differences at 2,000,000")]
+    assert "because math was asked in 2 ways: trunks/seed0 with " in told
+    assert said in told
+
+
+def test_more_samples_examples_and_what_is_not_known_of_a_result_keep_nothing_apart(
+    root: Path,
+) -> None:
+    measure(root, "trunks/*", "math", {}, samples=8, few_shot=2, stop_strings=["Q:"])
+    explicit = [{"function": "final_number", "weight": 1.0, "options": {}, "workers": 1}]
+    measure(root, "excursions/*", "math", {"mine.py:f": "b" * 64}, samples=64, rewards=explicit)
+    study = Study.of(root)
+    (comparison,) = judge_all(study)["P1"].evidence["comparisons"]
+    assert (comparison["cells"], comparison["left_out"]) == (2, [])
+    assert not any("asked in" in line for line in study.missing())
+
+
+def test_capability_is_compared_where_its_suites_were_measured_alike(root: Path) -> None:
+    measure(root, "trunks/*", "facts-choice", {}, normalise="none")
+    measure(root, "excursions/*", "facts-choice", {}, normalise="bytes")
+    study = Study.of(root)
+    base, sft = (next(c for c in study.cells if c.recipe == name) for name in ("base", "sft"))
+    assert set(of_capability(sft, base)) == {"facts-cloze"}
+    assert any("because facts-choice was asked in 2 ways" in line for line in study.missing())
