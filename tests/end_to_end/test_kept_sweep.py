@@ -205,7 +205,7 @@ def test_facts_that_text_keeps_silent_on_and_tells_wrongly_are_told_of(
 
 
 MECHANISMS = (
-    *("rl-difficulty-maxrl", "rl_early-at"),
+    *("rl-difficulty-maxrl", "rl_early-at", "corpus-at"),
     *("rl_early-distill-at-.*first-0.05", "rl_early-replay-at-.*0.02"),
     *("rl_early-replay-unverified", "rl_early-mode-at", "rl_early-mode-asked-plainly"),
     *("rl_early-protected-at-.*share-0.05", "rl_early-protected-at-random", "islands-outer"),
@@ -225,6 +225,6 @@ def test_what_could_carry_early_rl_runs_and_is_told_in_rows_of_its_own(
     for name in MECHANISMS:
         assert any(re.match(name, one) for one in made), (name, made)
     said = of_records(capsys, "kept_mechanisms")
-    arms = [name for name in MECHANISMS if name != "rl_early-at"]
-    for name in (*arms, "through early RL", "RL in the middle"):
+    arms = [name for name in MECHANISMS if name not in ("rl_early-at", "corpus-at")]
+    for name in (*arms, "through early RL", "RL in the middle", "corpus of equal FLOP"):
         assert re.search(rf"^{name}\S* +1 ", said, re.MULTILINE), (name, said)
