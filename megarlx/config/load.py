@@ -87,6 +87,7 @@ def load_config(
         raise ConfigError(problems) from None
     finally:
         TRUSTED.reset(reading)
+    problems += [p for override in overrides if (p := _unread(values, override))]
     if problems:
         raise ConfigError(problems)
     return config
@@ -187,6 +188,24 @@ def _override(values: dict[str, Any], places: dict[KeyPath, str], override: str)
             here = here[step]
         places.setdefault(path, source)
     return None
+
+
+def _unread(values: Mapping[str, Any], override: str) -> str | None:
+    """What is wrong with a setting of [optimizer] that every objective of the stages replaces."""
+    section, _, key = override.partition("=")[0].replace(" ", "").partition(".")
+    key = key.partition(".")[0]
+    stages = values.get("stages")
+    if section != "optimizer" or not isinstance(stages, list):
+        return None
+    places = {
+        f"stages.{number}.objectives.{name}.{key}": key in own
+        for number, stage in enumerate(stages)
+        for name, own in stage["objectives"].items()
+    }
+    if not places or not all(places.values()):
+        return None
+    named = ", ".join(places)
+    return f"--set {override}: optimizer.{key} is read by nothing here: set {named}"
 
 
 def _explain(

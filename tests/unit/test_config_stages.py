@@ -59,6 +59,33 @@ def test_a_resolved_configuration_with_stages_is_itself(tmp_path: Path) -> None:
     assert load_config(resolved) == config
 
 
+def test_a_setting_of_the_command_line_that_every_objective_replaces_is_refused(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "run.toml"
+    text = START + AVERAGE + "[stages.objectives.rl]\nlr = 1e-4\n[stages.objectives.sft]\n"
+
+    def given(text: str, *overrides: str) -> Config:
+        path.write_text(text)
+        return load_config(path, overrides)
+
+    for override in ("optimizer.lr=1e-5", "optimizer . lr = 1e-5"):
+        with pytest.raises(ConfigError) as raised:
+            given(text + "lr = 2e-4\n", override)
+        assert raised.value.problems == [
+            f"--set {override}: optimizer.lr is read by nothing here: set "
+            "stages.0.objectives.rl.lr, stages.0.objectives.sft.lr"
+        ]
+    # One that says nothing itself reads it; so does a run without stages.
+    (stage,) = given(text, "optimizer.lr=1e-5").stages
+    assert (stage.objectives["rl"].lr, stage.objectives["sft"].lr) == (1e-4, 1e-5)
+    assert given(text + "lr = 2e-4\n", "optimizer.clip_norm=0.25").optimizer.clip_norm == 0.25
+    alone = START.replace("[training]", "[training]\nsteps = 1") + (
+        "[data]\nsources = [{ name = 'web', prefix = 'p' }]\n"
+    )
+    assert given(alone, "optimizer.lr=1e-5").optimizer.lr == 1e-5
+
+
 @pytest.mark.parametrize("kind", ["sft", "rl"])
 def test_a_learning_rate_that_nobody_said_is_refused_and_not_that_of_pretraining(
     tmp_path: Path, kind: str
