@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 from megarlx.report.style import PARAMETERS
@@ -29,7 +30,7 @@ def draw(tables: Mapping[str, Table], path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    late = {world: table for world, table in tables.items() if table.over_trunks("")}
+    late = {world: table for world, table in tables.items() if table.late_steps}
     facts = [found for table in tables.values() if (found := transfer(table.trunks)) is not None]
     panels = len(late) + len(facts)
     with matplotlib.rc_context(PARAMETERS):
@@ -69,6 +70,7 @@ def _known(ax: Axes, found: Transfer) -> None:
             None if over.trunks < 2 else [[over.estimate - over.low], [over.high - over.estimate]]
         )
         ax.bar(place, over.estimate, width=0.6, yerr=error, capsize=3, color="#7f9fbf")
-    ax.axhline(CHANCE, color="#888888", lw=1, ls="--")
-    ax.set_xticks(range(len(shown)), [name.replace(" ", "\n", 1) for name in shown])
+    ax.axhline(CHANCE, color="#888888", lw=1, ls="--", label="chance, 1/12")
+    ax.legend(frameon=False)
+    ax.set_xticks(range(len(shown)), [fill(name, 10) for name in shown], fontsize="small")
     ax.set_ylabel("P of facts that only early RL saw, %")

@@ -83,7 +83,7 @@ def _transfer(title: str, found: Transfer | None) -> Iterator[Section]:
         [
             name,
             str(over.trunks),
-            _interval(over),
+            _interval(over).replace("+", ""),
             _interval(found.gains[name]) if name in found.gains else NONE,
             _ratio(found.shares.get(name)),
         ]
