@@ -17,7 +17,7 @@ ASKED_BY = (
 REWARDS_ARE = ("function", "weight", "options")
 EPISODES_ARE = ("function", "options", "max_turns", "max_turn_tokens", "max_episode_tokens")
 DIGEST_LETTERS = 64
-SHOWN_LETTERS = 40
+SHOWN_LETTERS = 200
 
 How = Mapping[str, Any]
 

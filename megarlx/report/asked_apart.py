@@ -25,11 +25,14 @@ def asked_apart(cells: Iterable[Cell], headline: str | None) -> Iterator[str]:
         if not names and not in_templates:
             continue
         ways: defaultdict[str, list[str]] = defaultdict(list)
+        said: dict[str, str] = {}
         for run, found in measured:
-            said = [f"in {_shown_template(found.template)}"] if in_templates else []
-            said += [f"with {shown(found.how, names)}"] if names else []
-            ways[" ".join(said)].append(run)
-        sides = "; ".join(f"{', '.join(runs)} {said}" for said, runs in ways.items())
+            parts = [f"in {_shown_template(found.template)}"] if in_templates else []
+            parts += [f"with {shown(found.how, names)}"] if names else []
+            way = json.dumps([found.template, [found.how.get(n) for n in names]], sort_keys=True)
+            ways[way].append(run)
+            said[way] = " ".join(parts)
+        sides = "; ".join(f"{', '.join(runs)} {said[way]}" for way, runs in ways.items())
         yield (
             f"differences at {tokens:,} tokens, because {suite} was asked in {len(ways)} ways: "
             f"{sides}. Measure one side as the other"

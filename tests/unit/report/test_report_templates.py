@@ -136,3 +136,13 @@ def test_capability_is_compared_where_its_suites_were_measured_alike(root: Path)
     base, sft = (next(c for c in study.cells if c.recipe == name) for name in ("base", "sft"))
     assert set(of_capability(sft, base)) == {"facts-cloze"}
     assert any("because facts-choice was asked in 2 ways" in line for line in study.missing())
+
+
+def test_ways_that_differ_behind_what_is_shown_are_counted_as_two(root: Path) -> None:
+    files = {"mine.py:f": "a" * 64}
+    for runs, limit in {"trunks/*": 1, "excursions/*": 2}.items():
+        options = {"text": "x" * 300, "z": limit}
+        reward = {"function": "mine.py:f", "weight": 1.0, "options": options}
+        measure(root, runs, "math", files, rewards=[reward])
+    (told, _) = [line for line in Study.of(root).missing() if line.startswith("differences at 2")]
+    assert "because math was asked in 2 ways: trunks/seed0 with rewards " in told
