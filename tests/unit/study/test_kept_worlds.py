@@ -80,8 +80,11 @@ def test_what_an_arm_costs_is_what_its_runs_did_before_and_behind_the_trunks_end
 
     through = made_run(f"rl_early-at-{MIDDLE}", 7, flat(evaluation(830, 20, 60)), AT_MIDDLE)
     lines = ({"step": 80.0, "cost/flop": 5.0}, {"step": 830.0, "cost/flop": 500.0})
+    trunk = made_run("trunk", 7, flat(evaluation(END, 20, 60)))
+    flop = {float(MIDDLE): 1000.0, float(END): 1495.0}  # the rest of it is what through has too
+    trunk_lines = tuple({"step": step, "cost/flop": spent} for step, spent in flop.items())
     runs = [
-        made_run("trunk", 7, flat(evaluation(END, 20, 60)), flop=1e12),
+        replace(trunk, metrics=trunk_lines),
         made_run("partner", 7, flat(evaluation(MIDDLE, 20, 60)), flop=1000.0),
         cost(f"rl-at-{MIDDLE}", AT_MIDDLE, 3.0),
         cost("rl-from-partner", ("partner", MIDDLE), 3.0),
@@ -104,6 +107,8 @@ def test_what_an_arm_costs_is_what_its_runs_did_before_and_behind_the_trunks_end
         "trunk's end": (0, 0),
         "RL in the middle": (3, 0),
         "through early RL": (5, 0),
+        f"rl-own-at-{MIDDLE}": (2, 0),
+        f"sft-verified-at-{MIDDLE}": (3, 0),
         "vector-rl": (3, 0),
         "vector-sft-verified": (3, 0),
         "vector-partner": (1003, 0),
