@@ -83,7 +83,7 @@ def _transfer(title: str, found: Transfer | None) -> Iterator[Section]:
         [
             name,
             str(over.trunks),
-            _interval(over).replace("+", ""),
+            _interval(over, sign=""),
             _interval(found.gains[name]) if name in found.gains else NONE,
             _ratio(found.shares.get(name)),
         ]
@@ -96,10 +96,10 @@ def _number(value: float | None) -> str:
     return NONE if value is None else f"{value:.1f}"
 
 
-def _interval(over: TrunkInterval) -> str:
+def _interval(over: TrunkInterval, sign: str = "+") -> str:
     if over.trunks < 2:
-        return f"{over.estimate:+.1f}"
-    return f"{over.estimate:+.1f} ({over.low:+.1f} to {over.high:+.1f})"
+        return f"{over.estimate:{sign}.1f}"
+    return f"{over.estimate:{sign}.1f} ({over.low:{sign}.1f} to {over.high:{sign}.1f})"
 
 
 def _ratio(ratio: Ratio | None) -> str:

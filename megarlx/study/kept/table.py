@@ -80,12 +80,11 @@ class Table:
         yield "trunk's end", lambda arms: (arms.trunk, arms.end)
         yield "RL in the middle", lambda arms: _last(arms.of("rl", arms.middle))
         yield "through early RL", lambda arms: _last(arms.of("rl_early", arms.middle))
-        shown = ("rl", "rl_early")
-        others = {name for arms in self.trunks for name in arms.others_of_the_middle(shown)}
-        for name in sorted(others):
-            yield name, lambda arms, name=name: _last(arms.runs.get(name))  # type: ignore[misc]
-        names = {name for arms in self.trunks for name in arms.runs if name.startswith("vector-")}
-        for name in sorted(names, key=lambda name: (name != RL_VECTOR, name)):
+        named = ("rl", "rl_early")  # above
+        others = {name for arms in self.trunks for name in arms.others_of_the_middle(named)}
+        vectors = {name for arms in self.trunks for name in arms.runs if name.startswith("vector-")}
+        first = sorted(vectors, key=lambda name: (name != RL_VECTOR, name))
+        for name in (*sorted(others), *first):
             yield name, lambda arms, name=name: _last(arms.runs.get(name))  # type: ignore[misc]
         for k in self.late_steps:
             yield f"late mark-only + {k}", lambda arms, k=k: _at(arms.of("rl-mark", arms.end), k)  # type: ignore[misc]
