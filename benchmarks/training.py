@@ -95,6 +95,7 @@ def our_step(
     *,
     sequences_per_microbatch: int | None = None,
     device: torch.device | str = "cpu",
+    capture_below_parameters: int = 0,
     **options: Any,
 ) -> Callable[[], object]:
     """`options` are those of `build_model`."""
@@ -103,7 +104,8 @@ def our_step(
     objective = Supervised("pretraining", loader, device=device)
     trained = TrainedObjective(objective, UpdateSettings(), lambda step: 1e-3)
     model = build_model(size.model, Mesh.alone(), seed=0, device=device, **options)
-    return Trainer(model, [TrainingStage([trained])]).step
+    stages, below = [TrainingStage([trained])], capture_below_parameters
+    return Trainer(model, stages, capture_below_parameters=below).step
 
 
 def with_transformers(size: Size, samples: Tensor, rounds: int, each: Callable[[], None]) -> list:

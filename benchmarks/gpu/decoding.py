@@ -39,10 +39,16 @@ def stage_of(context: Context, c: ModelConfig) -> Stage:
     return Stage(c, dtype=dtype_on(context), device=context.device).initialise_(0)
 
 
-def bytes_of_a_step(c: ModelConfig, batch: int, seen: float, width: int) -> float:
-    """Every weight but the embedding table once, and every key and value that is looked at."""
-    weights = c.non_embedding_parameters() + c.vocab_size * c.hidden_size
-    return width * (weights + 2 * c.layers * c.kv_heads * c.head_dim * seen * batch)
+def bytes_of_a_step(
+    c: ModelConfig, batch: int, seen: float, width: int, layers_width: int | None = None
+) -> float:
+    """Every weight but the embedding table once, and every key and value that is looked at.
+
+    `layers_width` of a weight of the layers, where it differs.
+    """
+    layers = (layers_width or width) * c.non_embedding_parameters()
+    cached = 2 * c.layers * c.kv_heads * c.head_dim * seen * batch
+    return layers + width * (c.vocab_size * c.hidden_size + cached)
 
 
 def requests_of(c: ModelConfig, prompts: int, group: int, length: int, new: int) -> list[Request]:
@@ -66,21 +72,21 @@ def timed(engine: Engine, requests: list[Request], context: Context, rounds: int
     return statistics.median(taken[1:])
 
 
-def decode(context: Context, batch: int) -> Result:
+def decode(context: Context, batch: int, fp8: bool = False) -> Result:
     """Two lengths: their difference is that of decode steps alone, without the prefill."""
     c, width = model_of(context), dtype_on(context).itemsize
     prompt, (short, long) = context.either((384, (64, 256)), (16, (2, 8)))
     batch = context.either(batch, min(batch, 4))
-    engine = Engine([stage_of(context, c)], slots=batch, longest=prompt + long)
+    engine = Engine([stage_of(context, c)], slots=batch, longest=prompt + long, fp8=fp8)
     seconds = {
         new: timed(engine, requests_of(c, batch, 1, prompt, new), context, 2)
         for new in (short, long)
     }
     step = (seconds[long] - seconds[short]) / (long - short)
     seen = prompt + (short + long) / 2
-    moved = bytes_of_a_step(c, batch, seen, width)
+    moved = bytes_of_a_step(c, batch, seen, width, 1 if fp8 else width)
     copied = speeds(context)["copy_bytes_per_second"]
-    size = f"batch {batch}, context {seen:.0f}"
+    size = f"batch {batch}, context {seen:.0f}{', weights in fp8' if fp8 else ''}"
     line = {
         "name": "decode step",
         "size": size,
@@ -94,7 +100,7 @@ def decode(context: Context, batch: int) -> Result:
     few = requests_of(c, batch, 1, prompt, context.either(32, 2))
     profile = traced(lambda: engine.generate(few, SamplingSettings(), 1), context.device)
     return {
-        "rows": [gated(line, GATES.get(batch, 0.0), batch in GATES)],
+        "rows": [gated(line, GATES.get(batch, 0.0), batch in GATES and not fp8)],
         "milliseconds_a_step": 1e3 * step,
         "tokens_per_second": batch / step,
         "seconds": seconds,
@@ -239,6 +245,8 @@ def grpo(context: Context) -> Result:
 PIECES = [
     *(Piece(f"decode-{batch}", 10, functools.partial(decode, batch=batch)) for batch in (1, 8, 32)),
     Piece("decode-256", 15, functools.partial(decode, batch=256)),
+    Piece("decode-1-fp8", 10, functools.partial(decode, batch=1, fp8=True)),
+    Piece("decode-256-fp8", 15, functools.partial(decode, batch=256, fp8=True)),
     Piece("prefill", 20, prefill),
     Piece("grpo", 35, grpo),
     Piece("groups", 30, groups),

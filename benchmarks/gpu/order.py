@@ -41,19 +41,20 @@ class Call:
 
 # A word with + runs its pieces side by side: tests and the sanitizer need no idle card.
 CALLS = {
-    # What was wrong; training, decode and prefill at a glance.
+    # Training and decode at a glance; what was wrong, and whole runs.
     1: Call(
-        175,
+        205,
         (
-            *("machine", "kernels-once", "tests-ops+tests-layouts+tests-model+doctor:100"),
-            *("train-torch", "decode-1", "prefill", "decode-256"),
+            *("machine", "kernels-once", "train-torch", "decode-1"),
+            "tests-ops+tests-layouts+tests-model+doctor+whole_runs:160",
         ),
     ),
     # Speed: of the whole, of each kernel against its floor, by a step's shape; the sanitizer.
     2: Call(
-        355,
+        345,
         (
-            *("machine", "train-te", "train-te-fp8", "decode-8", "decode-32", "grpo"),
+            *("machine", "train-te", "train-te-fp8", "decode-256", "prefill", "grpo"),
+            *("decode-8", "decode-1-fp8", "train-small"),
             *("average_adamw-2", "average_adamw-1", "replica_average"),
             *("token_loss-151936", "linear_loss-151936", "sample-deviation1", "elementwise"),
             *("decode_parts", "products"),
@@ -66,7 +67,7 @@ CALLS = {
 }
 # What no call has room for.
 REST = (
-    *("whole_runs", "train-te-fp8-delayed", "groups"),
+    *("train-te-fp8-delayed", "groups", "decode-32", "decode-256-fp8"),
     *("sample-growth", "linear_loss-growth", "decode-growth", "compile"),
 )
 

@@ -27,6 +27,8 @@ MFU_GATE, FP8_GATE = 0.57, 1.25
 # (sequence length, sequences at once): first against the micro-batch, then against the length.
 SHAPES = ((4096, 1), (4096, 2), (4096, 4), (4096, 8), (1024, 16), (2048, 8), (8192, 2), (16_384, 1))
 
+SMALL_LAYERS = (3, 20)  # 25M and 145M parameters
+
 
 def peak_bf16(device: torch.device) -> float:
     """Operations a second of the data sheet, without sparsity: what MFU is a share of."""
@@ -165,6 +167,39 @@ def by_shape(context: Context) -> Result:
     return {"rows": rows}
 
 
+def small_models(context: Context) -> Result:
+    """The models of configs/study_h100.toml: a micro-batch as one graph, and launched op by op."""
+    options = options_of(context, "torch", None, "none")
+    trunk = load_config(ROOT / "configs" / "study_h100_trunk.toml")
+    at_once, length = trunk.training.sequences_per_microbatch, trunk.training.sequence_length
+    rows = []
+    for layers in context.either(SMALL_LAYERS, (1,)):
+        model = trunk.model.model_copy(update={"layers": layers})
+        size = Size(model, at_once, length)
+        if context.small:
+            size, at_once = Size(SIZES["0.2M"].model, 2, 32), 2
+        seconds: dict[str, float] = {}
+        for name, below in (("launched", 0), ("as a graph", 1 << 60)):
+            step = attempt(context, size, at_once, {**options, "capture_below_parameters": below})
+            if step is None:
+                continue
+            seconds_of(step, context.device, WARM_UP)
+            taken = seconds_of(step, context.device, context.either(20, 2))
+            seconds[name] = statistics.median(taken)
+            label = f"{model.parameters() / 1e6:.0f}M parameters, {name}"
+            traced(step, context.device).tell(f"a step of {label}")
+            rows.append(mfu_row(context, f"training, {label}, MFU", size, at_once, seconds[name]))
+            note(f"training, {label}: {1e3 * seconds[name]:.3f} ms a step")
+            del step
+            freed(context)
+        if len(seconds) == 2:
+            plain, ours = seconds.values()
+            line = {"name": f"training, {model.parameters() / 1e6:.0f}M as a graph", "unit": "s"}
+            line |= {"size": f"{at_once}×{length}", "ours": ours, "baseline": plain}
+            rows.append({**line, "baseline_name": "launched", "ratio": plain / ours})
+    return {"rows": rows}
+
+
 ENGINE = "Transformer Engine"
 PIECES = [
     Piece("train-torch", 16, functools.partial(measured, backend="torch")),
@@ -179,4 +214,5 @@ PIECES = [
         needs=ENGINE,
     ),
     Piece("train-by-shape", 45, by_shape),
+    Piece("train-small", 15, small_models),
 ]
