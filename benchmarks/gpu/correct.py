@@ -171,7 +171,7 @@ def whole_runs(context: Context) -> Result:
     bf16 = "training.precision=bf16"
     reference = train("cpu_fp32", "training.device=cpu")
     curves = {
-        "fp32": train("fp32", device),
+        "fp32": train("fp32", device, "training.precision=fp32"),
         "bf16": train("bf16", device, bf16),
     }
     train("parts", device, bf16, f"training.steps={steps // 2}")

@@ -53,7 +53,15 @@ CALLS = {
     2: Call(
         345,
         (
-            *("machine", "train-te", "train-te-fp8", "decode-256", "prefill", "grpo"),
+            *(
+                "machine",
+                "train-torch-cudnn",
+                "train-te",
+                "train-te-fp8",
+                "decode-256",
+                "prefill",
+                "grpo",
+            ),
             *("decode-8", "decode-1-fp8", "train-small"),
             *("average_adamw-2", "average_adamw-1", "replica_average"),
             *("token_loss-151936", "linear_loss-151936", "sample-deviation1", "elementwise"),

@@ -70,10 +70,12 @@ def freed(context: Context) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def options_of(context: Context, backend: str, fp8: str | None, recompute: str) -> dict[str, Any]:
+def options_of(
+    context: Context, backend: str, fp8: str | None, recompute: str, attention: str | None = None
+) -> dict[str, Any]:
     dtype = torch.bfloat16 if context.device.type == "cuda" else torch.float32
     # With Transformer Engine's layers goes cuDNN's attention, which it brings.
-    attention = "cudnn" if backend == "te" else "auto"
+    attention = attention or ("cudnn" if backend == "te" else "auto")
     found = {"dtype": dtype, "backend": backend, "attention": attention}
     return {**found, "fp8": fp8, "recompute": recompute}
 
@@ -119,23 +121,28 @@ def mfu_row(context: Context, name: str, size: Size, at_once: int, seconds: floa
 
 
 def measured(
-    context: Context, backend: str, fp8: str | None = None, recompute: str = "none"
+    context: Context,
+    backend: str,
+    fp8: str | None = None,
+    recompute: str = "none",
+    attention: str | None = None,
 ) -> Result:
-    if backend == "te":
+    if backend == "te" or attention == "cudnn":
         need("transformer_engine.pytorch")  # first: it must load cuDNN before torch does
     device = context.device
-    step, size, at_once = made(context, options_of(context, backend, fp8, recompute))
+    step, size, at_once = made(context, options_of(context, backend, fp8, recompute, attention))
     seconds_of(step, device, WARM_UP)
     taken = seconds_of(step, device, context.either(STEPS, 2))
     median = statistics.median(taken)
     tokens = size.tokens / median
     label = f"training, {backend} layers, {fp8 or context.either('bf16', 'fp32')}"
+    label += f", {attention} attention" if attention else ""
     note(f"{label}: {median:.4f} s a step {[round(s, 4) for s in taken]}, {tokens:,.0f} tokens/s")
     rows = [gated(mfu_row(context, f"{label}, MFU", size, at_once, median), MFU_GATE, fp8 is None)]
     result: Result = {"rows": rows, "tokens_per_second": tokens, "seconds": taken}
-    if fp8 is None:
+    if fp8 is None and attention is None:
         context.keep(f"training-{backend}", tokens)
-    elif (bf16 := context.kept(f"training-{backend}")) is not None:
+    elif fp8 is not None and (bf16 := context.kept(f"training-{backend}")) is not None:
         line = {"name": f"{label} against bf16", "size": rows[0]["size"], "unit": "tokens/s"}
         line |= {"ours": tokens, "baseline": bf16, "baseline_name": "bf16", "ratio": tokens / bf16}
         rows.append(gated(line, FP8_GATE))
@@ -203,6 +210,12 @@ def small_models(context: Context) -> Result:
 ENGINE = "Transformer Engine"
 PIECES = [
     Piece("train-torch", 16, functools.partial(measured, backend="torch")),
+    Piece(
+        "train-torch-cudnn",
+        20,
+        functools.partial(measured, backend="torch", attention="cudnn"),
+        needs=ENGINE,
+    ),
     Piece("train-te", 28, functools.partial(measured, backend="te"), needs=ENGINE),
     Piece(
         "train-te-fp8", 25, functools.partial(measured, backend="te", fp8="current"), needs=ENGINE

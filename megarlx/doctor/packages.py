@@ -20,6 +20,8 @@ class Package:
     on_gpu: bool = False
     build_flags: str = ""  # what makes pip compile it against the torch that is installed
     compiled: str = ""  # the distribution that holds what is compiled, where it is another one
+    # Another package ships its folder too, without what it needs.
+    shares_folder: bool = False
     brought_by: str | None = None  # pip's arguments where the requirement alone will not do
 
     @property
@@ -61,6 +63,7 @@ OPTIONAL = (
     Package(
         *("flash_attn.cute", "flash-attn-4", "", "FlashAttention 4"),
         on_gpu=True,
+        shares_folder=True,  # with flash-attn 2, which has no cutlass
         brought_by="--pre flash-attn-4",
     ),
     Package("mpi4py", "mpi4py", "4", "preparing tokens on many nodes"),
@@ -75,6 +78,8 @@ def check_package(package: Package, look: Look, nvidia: Nvidia) -> Finding:
     if look.outcome == "absent":
         return _absent(package, nvidia)
     if not look.ok:
+        if look.missing_module is not None and package.shares_folder:
+            return _absent(package, nvidia)
         if package.on_gpu and not nvidia.gpus and "libcuda.so" in look.error:
             return Finding(part, "absent", "installed, but it needs an NVIDIA driver")
         if package.on_gpu and not nvidia.gpus and look.outcome == "failed":

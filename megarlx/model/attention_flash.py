@@ -147,7 +147,9 @@ class Flash:
         own, lse = self.cached.own(q, cache, form)
         if not cache.step.cache.table.shares:
             return own
-        return merge_attention(*self.cached.shared(q, cache, form), own, lse)[0]
+        shared, shared_lse = self.cached.shared(q, cache, form)
+        shared_lse = shared_lse.masked_fill(cache.step.parts.nothing[:, None], -torch.inf)
+        return merge_attention(shared, shared_lse, own, lse)[0]
 
     def continued(self, q: Tensor, cache: LayerCache, form: AttentionForm) -> Tensor:
         step, documents = cache.step, cache.step.documents

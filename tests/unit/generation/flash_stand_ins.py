@@ -59,6 +59,8 @@ class Stand:
                 continue
             assert rows.stop - rows.start <= max_seqlen_q
             assert end - begin <= max_seqlen_k
+            # flash-attn 2 writes such a document's log-sum-exp where another's belongs
+            assert end > begin
             held = (t[pages].flatten(0, 1)[: end - begin] for t in (k, v))
             out[rows], lse[rows] = _attended(q[rows], *held, softmax_scale)
             self.read["shared"] += end - begin
