@@ -22,10 +22,10 @@ __global__ void __launch_bounds__(kThreads)
   const auto b = read<whole>(static_cast<const Stored*>(args.b) + first, at.count);
   const auto weights = MergeWeights<T>::of_row(args, row);
   if (pack == 0) static_cast<T*>(args.lse)[row] = weights.lse;
-  WidePack<Stored> out;
+  WidePack<Stored> out{};
 #pragma unroll
   for (int k = 0; k < kWidth<Stored>; ++k)
-    out.lane[k] = narrowed<Stored>(weights.merged(widened(a.lane[k]), widened(b.lane[k])));
+    out.put(k, narrowed<Stored>(weights.merged(widened(a.at(k)), widened(b.at(k)))));
   write<whole>(out, static_cast<Stored*>(args.out) + first, at.count);
 }
 

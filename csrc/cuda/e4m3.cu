@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads) e4m3_kernel(const __grid_constant__ 
     const auto pack = read<whole>(x + at.column, at.count);
 #pragma unroll
     for (int k = 0; k < kLanes; ++k)
-      largest = larger(largest, fabsf(static_cast<float>(widened(pack.lane[k]))));
+      largest = larger(largest, fabsf(static_cast<float>(widened(pack.at(k)))));
   }
   const float scale = e4m3_scale(block_largest(largest));
   if (threadIdx.x == 0) args.scales[blockIdx.x] = scale;
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kThreads) e4m3_kernel(const __grid_constant__ 
     Pack<std::uint8_t, kLanes> codes;
 #pragma unroll
     for (int k = 0; k < kLanes; ++k)
-      codes.lane[k] = to_e4m3(static_cast<float>(widened(pack.lane[k])) / scale);
+      codes.lane[k] = to_e4m3(static_cast<float>(widened(pack.at(k))) / scale);
     std::uint8_t* to = args.values + first + at.column;
     if constexpr (whole) {
       *reinterpret_cast<Pack<std::uint8_t, kLanes>*>(to) = codes;

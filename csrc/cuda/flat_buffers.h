@@ -33,6 +33,23 @@ __host__ int blocks_for(std::int64_t items, int blocks_a_multiprocessor) {
 template <typename Stored, int W>
 struct alignas(sizeof(Stored) * W) Pack {
   Stored lane[W];
+  __device__ __forceinline__ Stored at(int k) const { return lane[k]; }
+  __device__ __forceinline__ void put(int k, Stored x) { lane[k] = x; }
+};
+
+// Two in a register, as they were read: a compiler that takes them apart where they are read waits
+// for each read before it asks for the next.
+template <int W>
+  requires(W % 2 == 0)
+struct alignas(2 * W) Pack<std::uint16_t, W> {
+  std::uint32_t pair[W / 2];
+  __device__ __forceinline__ std::uint16_t at(int k) const {
+    return static_cast<std::uint16_t>(k % 2 == 0 ? pair[k / 2] : pair[k / 2] >> 16);
+  }
+  __device__ __forceinline__ void put(int k, std::uint16_t x) {
+    const std::uint32_t wide = x, kept = pair[k / 2];
+    pair[k / 2] = k % 2 == 0 ? (kept & 0xFFFF0000u) | wide : (kept & 0x0000FFFFu) | wide << 16;
+  }
 };
 
 // Elements [e, e + W) of a buffer of Stored; with W > 1 its address must be a multiple of kAccess.
@@ -43,21 +60,21 @@ __device__ __forceinline__ void load(const void* pointer, std::int64_t e, T (&x)
 #pragma unroll
   for (int k = 0; k < W; ++k) {
     if constexpr (std::is_same_v<Stored, std::uint16_t>)
-      x[k] = static_cast<T>(from_bfloat16(pack.lane[k]));
+      x[k] = static_cast<T>(from_bfloat16(pack.at(k)));
     else
-      x[k] = pack.lane[k];
+      x[k] = pack.at(k);
   }
 }
 
 template <typename Stored, typename T, int W>
 __device__ __forceinline__ void store(void* pointer, std::int64_t e, const T (&x)[W]) {
-  Pack<Stored, W> pack;
+  Pack<Stored, W> pack{};
 #pragma unroll
   for (int k = 0; k < W; ++k) {
     if constexpr (std::is_same_v<Stored, std::uint16_t>)
-      pack.lane[k] = to_bfloat16(static_cast<float>(x[k]));
+      pack.put(k, to_bfloat16(static_cast<float>(x[k])));
     else
-      pack.lane[k] = x[k];
+      pack.put(k, x[k]);
   }
   *reinterpret_cast<Pack<Stored, W>*>(static_cast<Stored*>(pointer) + e) = pack;
 }

@@ -99,27 +99,42 @@ __global__ void __launch_bounds__(kThreads)
   const Row row = row_of(args, rows, index, args.qkv_stride);
   const Stored* x = static_cast<const Stored*>(args.qkv) + row.in_projection;
   const bool normed = args.norm != HeadNorm::kNone;
-  P pair[kPairs];
-  const auto fetch = [&](int begin) {
+  const bool cached = args.positions != nullptr && mine > 0;
+  const std::int64_t turned_by = cached ? args.positions[row.token] : row.token;
+  const Stored* weight = static_cast<const Stored*>(rows.kind.weight);
+  const Stored* cos = static_cast<const Stored*>(args.cos) + turned_by * half;
+  const Stored* sin = static_cast<const Stored*>(args.sin) + turned_by * half;
+  P pair[kPairs], w[kPairs], turned[kPairs];  // of the last: cosines and sines
+  const auto each = [&](int begin, int end, const auto& run) {
 #pragma unroll
-    for (int u = 0; u < kPairs; ++u) {
-      pair[u] = {};
-      const int i = begin + u * team + place;
-      if (i >= mine) continue;
-      const Place at = rows.place(i);
-      pair[u].template read_from<whole>(x + at.column, half, at.count);
-    }
+    for (int u = 0; u < kPairs; ++u)
+      if (begin + u * team + place < end) run(u, rows.place(begin + u * team + place));
   };
+  // All that is read is asked for before anything is computed with it.
+  const auto fetch = [&](int begin, bool last) {
+#pragma unroll
+    for (int u = 0; u < kPairs; ++u) pair[u] = {};
+    each(begin, mine, [&](int u, Place at) {
+      pair[u].template read_from<whole>(x + at.column, half, at.count);
+      if (!last) return;
+      const int angle = rows.angle(at);
+      turned[u] = {read<whole>(cos + angle, at.count), read<whole>(sin + angle, at.count)};
+      if (normed) w[u].template read_from<whole>(weight + at.column, half, at.count);
+    });
+  };
+  const bool to_cache = cached && !of_queries;
+  const std::int64_t values = args.kv_heads * args.head_dim;
   T inverse = T(1), squares = T(0);
-  fetch(0);
+  fetch(0, rows.pairs <= round && args.own_sums == nullptr);
+  const std::int64_t cache_place = to_cache ? place_in_cache(args, row.token) : 0;
   if (normed && args.sums == nullptr) {
     for (int begin = 0; begin < rows.pairs; begin += round) {
-      if (begin > 0) fetch(begin);
+      if (begin > 0) fetch(begin, false);
 #pragma unroll
       for (int u = 0; u < kPairs; ++u)
 #pragma unroll
         for (int k = 0; k < kWidth<Stored>; ++k) {
-          const T a = widened(pair[u].first.lane[k]), b = widened(pair[u].second.lane[k]);
+          const T a = widened(pair[u].first.at(k)), b = widened(pair[u].second.at(k));
           squares = fmadd(a, a, squares);
           squares = fmadd(b, b, squares);
         }
@@ -136,58 +151,39 @@ __global__ void __launch_bounds__(kThreads)
     if (place == 0 && args.inverse != nullptr)
       static_cast<T*>(args.inverse)[row.in_inverses] = inverse;
   }
-  const bool cached = args.positions != nullptr && mine > 0;
-  const std::int64_t turned_by = cached ? args.positions[row.token] : row.token;
-  const Stored* weight = static_cast<const Stored*>(rows.kind.weight);
-  const Stored* cos = static_cast<const Stored*>(args.cos) + turned_by * half;
-  const Stored* sin = static_cast<const Stored*>(args.sin) + turned_by * half;
   Stored* out = static_cast<Stored*>(of_queries ? args.q : args.k) + row.in_heads;
-  const bool to_cache = cached && !of_queries;
-  const std::int64_t values = args.kv_heads * args.head_dim;
   Stored* value_out = nullptr;
-  int writing = mine;
   if (to_cache) {
-    const std::int64_t cache_place = place_in_cache(args, row.token);
     const std::int64_t to = (cache_place - row.token) * values + row.in_heads;
     out = static_cast<Stored*>(args.keys) + to;
     value_out = static_cast<Stored*>(args.values) + to;
-    if (cache_place < 0) writing = 0;
   }
+  const int writing = cache_place < 0 ? 0 : mine;
   for (int begin = 0; begin < writing; begin += round) {
-    if (rows.pairs > round) fetch(begin);
-#pragma unroll
-    for (int u = 0; u < kPairs; ++u) {
-      const int i = begin + u * team + place;
-      if (i >= writing) continue;
-      const Place at = rows.place(i);
-      const int angle = rows.angle(at);
-      const WidePack<Stored> c = read<whole>(cos + angle, at.count);
-      const WidePack<Stored> s = read<whole>(sin + angle, at.count);
-      P w{};
-      if (normed) w.template read_from<whole>(weight + at.column, half, at.count);
+    if (rows.pairs > round) fetch(begin, true);
+    each(begin, writing, [&](int u, Place at) {
+      P value;  // stands behind the keys as the keys stand among themselves
+      if (to_cache) value.template read_from<whole>(x + values + at.column, half, at.count);
 #pragma unroll
       for (int k = 0; k < kWidth<Stored>; ++k) {
-        T a = widened(pair[u].first.lane[k]), b = widened(pair[u].second.lane[k]);
+        T a = widened(pair[u].first.at(k)), b = widened(pair[u].second.at(k));
         if (normed) {
-          a = normalised(a, inverse, widened(w.first.lane[k]));
-          b = normalised(b, inverse, widened(w.second.lane[k]));
+          a = normalised(a, inverse, widened(w[u].first.at(k)));
+          b = normalised(b, inverse, widened(w[u].second.at(k)));
         }
-        turn(a, b, widened(c.lane[k]), widened(s.lane[k]), a, b);
-        pair[u].first.lane[k] = narrowed<Stored>(a);
-        pair[u].second.lane[k] = narrowed<Stored>(b);
+        turn(a, b, widened(turned[u].first.at(k)), widened(turned[u].second.at(k)), a, b);
+        pair[u].first.put(k, narrowed<Stored>(a));
+        pair[u].second.put(k, narrowed<Stored>(b));
       }
       pair[u].template write_to<whole>(out + at.column, half, at.count);
-      if (!to_cache) continue;
-      P value;  // stands behind the keys as the keys stand among themselves
-      value.template read_from<whole>(x + values + at.column, half, at.count);
-      value.template write_to<whole>(value_out + at.column, half, at.count);
-    }
+      if (to_cache) value.template write_to<whole>(value_out + at.column, half, at.count);
+    });
   }
 }
 
 // Of a block: tokens of one kind. Blocks of queries and keys of the same tokens are neighbours.
 template <typename Stored, bool whole, bool kept>
-__global__ void __launch_bounds__(kThreads, kept ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, whole&& kept ? 2 : 1)
     heads_backward_kernel(const __grid_constant__ HeadsArgs args, int q_team, int k_team) {
   using T = Precision<Stored>;
   using P = Pair<Stored>;
@@ -218,6 +214,20 @@ __global__ void __launch_bounds__(kThreads, kept ? 2 : 1)
     for (int u = 0; u < (kept ? kPacks : 2 * rows.pairs); ++u)
       sums.write_pack(u, place_of_pack(u, place), zeros);
   }
+  const auto each = [&](int begin, int limit, const auto& run) {
+#pragma unroll
+    for (int u = 0; u < kPairs; ++u)
+      if (begin + u * team + place < limit) run(u, rows.place(begin + u * team + place));
+  };
+  // A thread whose row is kept has the same columns of every row.
+  P own_x[kPairs], upstream[kPairs], w[kPairs];
+  const auto fetch_weight = [&](int begin) {
+    if (normed)
+      each(begin, rows.pairs, [&](int u, Place at) {
+        w[u].template read_from<whole>(weight + at.column, half, at.count);
+      });
+  };
+  if constexpr (kept) fetch_weight(0);
   int turn_of_sum = 0;
   for (std::int64_t begun = tokens.begin * rows.rows_of_token; begun < end;
        begun += kThreads / team, turn_of_sum ^= 1) {
@@ -231,17 +241,22 @@ __global__ void __launch_bounds__(kThreads, kept ? 2 : 1)
     const Stored* cos = static_cast<const Stored*>(args.cos) + row.token * half;
     const Stored* sin = static_cast<const Stored*>(args.sin) + row.token * half;
     Stored* out = static_cast<Stored*>(args.grad_qkv) + out_row.in_projection;
-    P own_x[kPairs], upstream[kPairs];
     const auto fetch = [&](int begin) {
+      if constexpr (!kept) fetch_weight(begin);
 #pragma unroll
-      for (int u = 0; u < kPairs; ++u) {
-        own_x[u] = upstream[u] = {};
-        const int i = begin + u * team + place;
-        if (i >= mine) continue;
-        const Place at = rows.place(i);
+      for (int u = 0; u < kPairs; ++u) own_x[u] = upstream[u] = {};
+      each(begin, mine, [&](int u, Place at) {
         upstream[u].template read_from<whole>(grad + at.column, half, at.count);
         if (normed) own_x[u].template read_from<whole>(x + at.column, half, at.count);
-      }
+      });
+    };
+    const auto angles_of = [&](Place at) {
+      const int angle = rows.angle(at);
+      return P{read<whole>(cos + angle, at.count), read<whole>(sin + angle, at.count)};
+    };
+    const auto turned_back = [&](int u, const P& angles, int k, T& a, T& b) {
+      turn_back(widened(upstream[u].first.at(k)), widened(upstream[u].second.at(k)),
+                widened(angles.first.at(k)), widened(angles.second.at(k)), a, b);
     };
     T inverse = T(0), slope = T(0);
     fetch(0);
@@ -251,17 +266,9 @@ __global__ void __launch_bounds__(kThreads, kept ? 2 : 1)
       T products = T(0);
       for (int begin = 0; begin < rows.pairs; begin += round) {
         if (begin > 0) fetch(begin);
-#pragma unroll
-        for (int u = 0; u < kPairs; ++u) {
-          const int i = begin + u * team + place;
-          if (i >= mine) continue;
-          const Place at = rows.place(i);
-          const int angle = rows.angle(at);
-          const WidePack<Stored> c = read<whole>(cos + angle, at.count);
-          const WidePack<Stored> s = read<whole>(sin + angle, at.count);
-          P w;
-          w.template read_from<whole>(weight + at.column, half, at.count);
+        each(begin, mine, [&](int u, Place at) {
           const Place second{at.column + half, at.count};
+          const P angles = angles_of(at);
           T sum_a[kLanes] = {}, sum_b[kLanes] = {};
           if (summing) {
             sums.read_pack(2 * u, at, sum_a);
@@ -270,11 +277,10 @@ __global__ void __launch_bounds__(kThreads, kept ? 2 : 1)
 #pragma unroll
           for (int k = 0; k < kLanes; ++k) {
             T a, b;
-            turn_back(widened(upstream[u].first.lane[k]), widened(upstream[u].second.lane[k]),
-                      widened(c.lane[k]), widened(s.lane[k]), a, b);
-            const T x_a = widened(own_x[u].first.lane[k]), x_b = widened(own_x[u].second.lane[k]);
-            add_products(a, x_a, widened(w.first.lane[k]), products);
-            add_products(b, x_b, widened(w.second.lane[k]), products);
+            turned_back(u, angles, k, a, b);
+            const T x_a = widened(own_x[u].first.at(k)), x_b = widened(own_x[u].second.at(k));
+            add_products(a, x_a, widened(w[u].first.at(k)), products);
+            add_products(b, x_b, widened(w[u].second.at(k)), products);
             add_to_weight(a, x_a, inverse, sum_a[k]);
             add_to_weight(b, x_b, inverse, sum_b[k]);
           }
@@ -282,7 +288,7 @@ __global__ void __launch_bounds__(kThreads, kept ? 2 : 1)
             sums.write_pack(2 * u, at, sum_a);
             sums.write_pack(2 * u + 1, second, sum_b);
           }
-        }
+        });
       }
       products = team_sum(products, team, turn_of_sum);
       const std::int64_t number = row.token * 2 + rows.kind.first_norm;
@@ -295,37 +301,28 @@ __global__ void __launch_bounds__(kThreads, kept ? 2 : 1)
     }
     for (int begin = 0; begin < mine; begin += round) {
       if (!kept) fetch(begin);
-#pragma unroll
-      for (int u = 0; u < kPairs; ++u) {
-        const int i = begin + u * team + place;
-        if (i >= mine) continue;
-        const Place at = rows.place(i);
-        const int angle = rows.angle(at);
-        const WidePack<Stored> c = read<whole>(cos + angle, at.count);
-        const WidePack<Stored> s = read<whole>(sin + angle, at.count);
-        P w{};
-        if (normed) w.template read_from<whole>(weight + at.column, half, at.count);
+      each(begin, mine, [&](int u, Place at) {
+        const P angles = angles_of(at);
+        P value;
+        if (!of_queries)
+          value.template read_from<whole>(
+              static_cast<const Stored*>(args.grad_v) + row.in_heads + at.column, half, at.count);
 #pragma unroll
         for (int k = 0; k < kLanes; ++k) {
           T a, b;
-          turn_back(widened(upstream[u].first.lane[k]), widened(upstream[u].second.lane[k]),
-                    widened(c.lane[k]), widened(s.lane[k]), a, b);
+          turned_back(u, angles, k, a, b);
           if (normed) {
-            a = norm_gradient(a, widened(own_x[u].first.lane[k]), inverse, widened(w.first.lane[k]),
+            a = norm_gradient(a, widened(own_x[u].first.at(k)), inverse, widened(w[u].first.at(k)),
                               slope);
-            b = norm_gradient(b, widened(own_x[u].second.lane[k]), inverse,
-                              widened(w.second.lane[k]), slope);
+            b = norm_gradient(b, widened(own_x[u].second.at(k)), inverse,
+                              widened(w[u].second.at(k)), slope);
           }
-          upstream[u].first.lane[k] = narrowed<Stored>(a);
-          upstream[u].second.lane[k] = narrowed<Stored>(b);
+          upstream[u].first.put(k, narrowed<Stored>(a));
+          upstream[u].second.put(k, narrowed<Stored>(b));
         }
         upstream[u].template write_to<whole>(out + at.column, half, at.count);
-        if (of_queries) continue;
-        P value;
-        value.template read_from<whole>(
-            static_cast<const Stored*>(args.grad_v) + row.in_heads + at.column, half, at.count);
-        value.template write_to<whole>(out + values + at.column, half, at.count);
-      }
+        if (!of_queries) value.template write_to<whole>(out + values + at.column, half, at.count);
+      });
     }
   }
   if constexpr (kept)

@@ -27,24 +27,33 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Stored* weight = static_cast<const Stored*>(args.weight);
   Stored* sum_row = static_cast<Stored*>(args.sum) + row * width;
   Stored* y_row = static_cast<Stored*>(args.y) + row * width;
-  WidePack<Stored> x[kPacks], added[kPacks];
+  WidePack<Stored> x[kPacks], added[kPacks], w[kPacks];
+  const auto each = [&](int begin, const auto& run) {
+#pragma unroll
+    for (int u = 0; u < kPacks; ++u)
+      if (begin + u * team + place < mine)
+        run(u, place_of<Stored>(begin + u * team + place, width));
+  };
+  // All that is read is asked for before anything is computed with it.
   const auto fetch = [&](int begin, bool last) {
 #pragma unroll
-    for (int u = 0; u < kPacks; ++u) {
-      const Place at = place_of<Stored>(begin + u * team + place, width);
-      x[u] = added[u] = {};
-      if (begin + u * team + place >= mine) continue;
-      x[u] = read<whole>(x_row + at.column, at.count);
-      if (args.addend != nullptr) {
-        const WidePack<Stored> more = read<whole>(addend_row + at.column, at.count);
+    for (int u = 0; u < kPacks; ++u) x[u] = added[u] = {};
+    each(begin, [&](int u, Place at) { x[u] = read<whole>(x_row + at.column, at.count); });
+    if (args.residual != nullptr)
+      each(begin,
+           [&](int u, Place at) { added[u] = read<whole>(residual_row + at.column, at.count); });
+    if (last)
+      each(begin, [&](int u, Place at) { w[u] = read<whole>(weight + at.column, at.count); });
+    if (args.addend == nullptr) return;
+    WidePack<Stored> more[kPacks];
+    each(begin, [&](int u, Place at) { more[u] = read<whole>(addend_row + at.column, at.count); });
+    each(begin, [&](int u, Place at) {
 #pragma unroll
-        for (int k = 0; k < kWidth<Stored>; ++k)
-          x[u].lane[k] = narrowed<Stored>(widened(x[u].lane[k]) + widened(more.lane[k]));
-        // A row that is read a second time is written after that: x may be the sum.
-        if (last) write<whole>(x[u], sum_row + at.column, at.count);
-      }
-      if (args.residual != nullptr) added[u] = read<whole>(residual_row + at.column, at.count);
-    }
+      for (int k = 0; k < kWidth<Stored>; ++k)
+        x[u].put(k, narrowed<Stored>(widened(x[u].at(k)) + widened(more[u].at(k))));
+      // A row that is read a second time is written after that: x may be the sum.
+      if (last) write<whole>(x[u], sum_row + at.column, at.count);
+    });
   };
   T squares = T(0);
   for (int begin = 0; begin < packs; begin += round) {
@@ -53,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int u = 0; u < kPacks; ++u)
 #pragma unroll
       for (int k = 0; k < kWidth<Stored>; ++k) {
-        const T value = widened(x[u].lane[k]);
+        const T value = widened(x[u].at(k));
         squares = fmadd(value, value, squares);
       }
   }
@@ -63,18 +72,14 @@ __global__ void __launch_bounds__(kThreads, 2)
     static_cast<T*>(args.inverse)[row] = inverse;
   for (int begin = 0; begin < mine; begin += round) {
     if (packs > round) fetch(begin, true);
-#pragma unroll
-    for (int u = 0; u < kPacks; ++u) {
-      if (begin + u * team + place >= mine) continue;
-      const Place at = place_of<Stored>(begin + u * team + place, width);
-      const WidePack<Stored> w = read<whole>(weight + at.column, at.count);
-      WidePack<Stored> y;
+    each(begin, [&](int u, Place at) {
+      WidePack<Stored> y{};
 #pragma unroll
       for (int k = 0; k < kWidth<Stored>; ++k)
-        y.lane[k] = narrowed<Stored>(normalised(widened(x[u].lane[k]), inverse, widened(w.lane[k]),
-                                                widened(added[u].lane[k])));
+        y.put(k, narrowed<Stored>(normalised(widened(x[u].at(k)), inverse, widened(w[u].at(k)),
+                                             widened(added[u].at(k)))));
       write<whole>(y, y_row + at.column, at.count);
-    }
+    });
   }
 }
 
@@ -98,6 +103,17 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int u = 0; u < (kept ? kPacks : packs); ++u)
       sums.write_pack(u, place_of<Stored>(u * team + place, width), zeros);
   }
+  const auto each = [&](int begin, int end, const auto& run) {
+#pragma unroll
+    for (int u = 0; u < kPacks; ++u)
+      if (begin + u * team + place < end) run(u, place_of<Stored>(begin + u * team + place, width));
+  };
+  // A thread whose row is kept has the same columns of every row.
+  WidePack<Stored> x[kPacks], grad[kPacks], w[kPacks];
+  const auto fetch_weight = [&](int begin) {
+    each(begin, packs, [&](int u, Place at) { w[u] = read<whole>(weight + at.column, at.count); });
+  };
+  if constexpr (kept) fetch_weight(0);
   int turn = 0;
   for (std::int64_t first = rows.begin; first < rows.end; first += teams, turn ^= 1) {
     const std::int64_t row = first + threadIdx.x / team;
@@ -106,51 +122,41 @@ __global__ void __launch_bounds__(kThreads, 2)
     const Stored* x_row = static_cast<const Stored*>(args.x) + row * width;
     const Stored* grad_row = static_cast<const Stored*>(args.grad) + row * width;
     Stored* out = static_cast<Stored*>(args.grad_x) + row * width;
-    WidePack<Stored> x[kPacks], grad[kPacks];
     const auto fetch = [&](int begin) {
+      if constexpr (!kept) fetch_weight(begin);
 #pragma unroll
-      for (int u = 0; u < kPacks; ++u) {
-        const Place at = place_of<Stored>(begin + u * team + place, width);
-        x[u] = grad[u] = {};
-        if (begin + u * team + place >= mine) continue;
+      for (int u = 0; u < kPacks; ++u) x[u] = grad[u] = {};
+      each(begin, mine, [&](int u, Place at) {
         x[u] = read<whole>(x_row + at.column, at.count);
         grad[u] = read<whole>(grad_row + at.column, at.count);
-      }
+      });
     };
     T products = T(0);
     for (int begin = 0; begin < packs; begin += round) {
       fetch(begin);
-#pragma unroll
-      for (int u = 0; u < kPacks; ++u) {
-        if (begin + u * team + place >= mine) continue;
-        const Place at = place_of<Stored>(begin + u * team + place, width);
-        const WidePack<Stored> w = read<whole>(weight + at.column, at.count);
+      each(begin, mine, [&](int u, Place at) {
         T sum[kLanes] = {};
         if (summing) sums.read_pack(u, at, sum);
 #pragma unroll
         for (int k = 0; k < kLanes; ++k) {
-          const T g = widened(grad[u].lane[k]), value = widened(x[u].lane[k]);
-          add_products(g, value, widened(w.lane[k]), products);
+          const T g = widened(grad[u].at(k)), value = widened(x[u].at(k));
+          add_products(g, value, widened(w[u].at(k)), products);
           add_to_weight(g, value, inverse, sum[k]);
         }
         if (summing) sums.write_pack(u, at, sum);
-      }
+      });
     }
     const T slope = norm_slope(team_sum(products, team, turn) / static_cast<T>(width), inverse);
     for (int begin = 0; begin < mine; begin += round) {
       if (!kept) fetch(begin);
-#pragma unroll
-      for (int u = 0; u < kPacks; ++u) {
-        if (begin + u * team + place >= mine) continue;
-        const Place at = place_of<Stored>(begin + u * team + place, width);
-        const WidePack<Stored> w = read<whole>(weight + at.column, at.count);
-        WidePack<Stored> to;
+      each(begin, mine, [&](int u, Place at) {
+        WidePack<Stored> to{};
 #pragma unroll
         for (int k = 0; k < kLanes; ++k)
-          to.lane[k] = narrowed<Stored>(norm_gradient(
-              widened(grad[u].lane[k]), widened(x[u].lane[k]), inverse, widened(w.lane[k]), slope));
+          to.put(k, narrowed<Stored>(norm_gradient(widened(grad[u].at(k)), widened(x[u].at(k)),
+                                                   inverse, widened(w[u].at(k)), slope)));
         write<whole>(to, out + at.column, at.count);
-      }
+      });
     }
   }
   if constexpr (kept)

@@ -49,9 +49,10 @@ __device__ __forceinline__ WidePack<Stored> read(const Stored* from, int count) 
   if constexpr (whole) {
     return *reinterpret_cast<const WidePack<Stored>*>(from);
   } else {
-    WidePack<Stored> pack;
+    WidePack<Stored> pack{};
 #pragma unroll
-    for (int k = 0; k < kWidth<Stored>; ++k) pack.lane[k] = k < count ? from[k] : Stored(0);
+    for (int k = 0; k < kWidth<Stored>; ++k)
+      if (k < count) pack.put(k, from[k]);
     return pack;
   }
 }
@@ -63,7 +64,7 @@ __device__ __forceinline__ void write(const WidePack<Stored>& pack, Stored* to, 
   } else {
 #pragma unroll
     for (int k = 0; k < kWidth<Stored>; ++k)
-      if (k < count) to[k] = pack.lane[k];
+      if (k < count) to[k] = pack.at(k);
   }
 }
 

@@ -33,11 +33,11 @@ __global__ void __launch_bounds__(kThreads)
     for (int u = 0; u < kTogether; ++u) {
       if (begin + u * team >= packs) continue;
       const Place at = place_of<Stored>(begin + u * team, width);
-      WidePack<Stored> to;
+      WidePack<Stored> to{};
 #pragma unroll
       for (int k = 0; k < kWidth<Stored>; ++k) {
-        const T x = widened(gates[u].lane[k]);
-        to.lane[k] = narrowed<Stored>(swiglu_of(x, widened(ups[u].lane[k]), exp_of(-x), T(1)));
+        const T x = widened(gates[u].at(k));
+        to.put(k, narrowed<Stored>(swiglu_of(x, widened(ups[u].at(k)), exp_of(-x), T(1))));
       }
       write<whole>(to, out + at.column, at.count);
     }
@@ -69,15 +69,15 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int u = 0; u < kTogether; ++u) {
       if (begin + u * team >= packs) continue;
       const Place at = place_of<Stored>(begin + u * team, width);
-      WidePack<Stored> to_gate, to_up;
+      WidePack<Stored> to_gate{}, to_up{};
 #pragma unroll
       for (int k = 0; k < kWidth<Stored>; ++k) {
-        const T x = widened(gates[u].lane[k]);
+        const T x = widened(gates[u].at(k));
         T by_gate, by_up;
-        swiglu_gradient(widened(grads[u].lane[k]), x, widened(ups[u].lane[k]), exp_of(-x), T(1),
+        swiglu_gradient(widened(grads[u].at(k)), x, widened(ups[u].at(k)), exp_of(-x), T(1),
                         by_gate, by_up);
-        to_gate.lane[k] = narrowed<Stored>(by_gate);
-        to_up.lane[k] = narrowed<Stored>(by_up);
+        to_gate.put(k, narrowed<Stored>(by_gate));
+        to_up.put(k, narrowed<Stored>(by_up));
       }
       write<whole>(to_gate, out + at.column, at.count);
       write<whole>(to_up, out + width + at.column, at.count);

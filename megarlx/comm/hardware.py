@@ -1,9 +1,8 @@
 """What the data sheets say of a GPU and of the links between GPUs, and the share of it reached.
 
-`PRODUCTS` and `COPY` were measured on one H100 (bf16 products at 798 of 989 TFLOP/s, a copy at 3.0
-of 3.35 TB/s) and are taken for the others and for other precisions too. `FP8_PRODUCTS` is inferred
-from one H200: a step in fp8 took 0.83 of one in bf16. The other shares and the latencies are
-assumptions.
+Measured on one H200, in steps and decoding of 1.5e9 parameters (benchmarks/results/card.md), and taken
+for the other cards too. `COPY` was 3.0 of 3.35 TB/s on one H100 besides. `LINKS`, the latencies of
+collectives and `MEMORY` are assumptions.
 """
 
 from __future__ import annotations
@@ -14,10 +13,13 @@ from typing import Literal
 
 Arithmetic = Literal["bf16", "fp8", "tf32", "fp32", "fp64"]
 
-PRODUCTS = 0.807  # of the peak: large matrix products
-FP8_PRODUCTS = 0.62  # of fp8's peak, with the casts into it and the scales
+PRODUCTS = 0.73  # of the peak: the matrix products of a step; 8192³ alone 0.80 to 0.82
+FP8_PRODUCTS = 0.55  # of fp8's peak, with the casts into it and the scales
 COPY = 0.90  # of the memory's bandwidth: passes over activations, weights read to decode
-ATTENTION = 0.50  # of the peak: causal attention forward and backward
+CACHE = 0.62  # of it: keys and values read to decode, through pages that samples may share
+ATTENTION = 0.38  # of the peak: causal attention forward and backward, with what prepares it
+DECODE_KERNELS_OF_LAYER = 9  # launches of a layer's decode step
+DECODE_KERNEL = 4.8e-6  # seconds that each takes beside what it must read
 LINKS = 0.80  # of a link's bandwidth
 LATENCY_IN_NODE = 10e-6  # seconds of a collective of any size
 LATENCY_BETWEEN_NODES = 25e-6
@@ -63,6 +65,9 @@ class Gpu:
 
     def pass_seconds(self, moved_bytes: float) -> float:
         return moved_bytes / (self.memory_bandwidth * COPY)
+
+    def cache_seconds(self, read_bytes: float) -> float:
+        return read_bytes / (self.memory_bandwidth * CACHE)
 
     def attention_seconds(self, flops: float, kind: Arithmetic) -> float:
         return flops / (self.rate(kind) * ATTENTION)

@@ -1,10 +1,10 @@
 """A roofline of generation on the training layout: `slots` sequences at once on each copy.
 
 Modelled: reading weights and the KV cache or the arithmetic of the products, whichever is longer,
-tensor-parallel sums, reading the logits once, prefill at the products' rate, every slot's prompt
-computed by itself (a group that shares its prompt is cheaper). Under a pipeline the slots form as
-many groups as there are ranks, which follow each other. Not modelled: launches (CUDA graphs hide
-most), slots that idle while the longest sequence ends, reward functions.
+what each kernel of a step takes however little it reads, tensor-parallel sums, reading the logits
+once, prefill at the products' rate, every slot's prompt computed by itself (a group that shares its
+prompt is cheaper). Under a pipeline the slots form as many groups as there are ranks, which follow
+each other. Not modelled: slots that idle while the longest sequence ends, reward functions.
 
 Letters as in activations.py.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megarlx.comm.hardware import Gpu
+from megarlx.comm.hardware import DECODE_KERNEL, DECODE_KERNELS_OF_LAYER, Gpu
 from megarlx.planning.activations import Widths
 from megarlx.planning.job import Job
 from megarlx.planning.pieces import Rollouts
@@ -62,7 +62,8 @@ def _stage_token(job: Job, gpu: Gpu, pp_rank: int, rows: int, context: float) ->
     shapes = ((n.h, n.q + 2 * n.k), (n.q, n.h), (n.h, 2 * n.F), (n.F, n.h))
     kind = job.arithmetic
     seconds = layers * sum(gpu.product_seconds(rows, a, b, n.e, kind) for a, b in shapes)
-    seconds += layers * gpu.pass_seconds(rows * context * 2 * n.k * n.e)
+    seconds += layers * gpu.cache_seconds(rows * context * 2 * n.k * n.e)
+    seconds += layers * DECODE_KERNELS_OF_LAYER * DECODE_KERNEL
     sums = 2 * layers
     if any(stage.head for stage in stages):
         seconds += gpu.product_seconds(rows, n.h, n.V, n.e, kind)

@@ -113,10 +113,13 @@ def test_as_many_slots_as_one_pass_of_a_matrix_serves_give_the_samples_of_more(
 
 
 @pytest.mark.skipif(not HAS_FLASH, reason="decoding in bf16 is compared with flash-attn here")
-@pytest.mark.parametrize("slots", [5, 64])
-def test_weights_in_fp8_draw_near_what_a_cpu_draws_by_the_same_rounding(slots: int) -> None:
-    """Of 5 slots the weights are rounded, of 64 what they are multiplied with too: on a CPU that
-    makes a third of the first tokens others than the weights' rounding alone does."""
+@pytest.mark.parametrize(("slots", "alike_at_least", "nats"), [(5, 0.8, 0.2), (64, 0.5, 0.5)])
+def test_weights_in_fp8_draw_near_what_a_cpu_draws_by_the_same_rounding(
+    slots: int, alike_at_least: float, nats: float
+) -> None:
+    """Of 5 slots the weights are rounded, of 64 what they are multiplied with too. A last bit of
+    that is a sixteenth: on a CPU inputs that differ by bf16's rounding leave 42 of 64 first tokens
+    alike, other weights 1 to 5."""
     stage = Stage(small(), dtype=torch.bfloat16, device="cuda").initialise_(3)
     if why := without_fp8(stage):
         pytest.skip(why)
@@ -130,8 +133,8 @@ def test_weights_in_fp8_draw_near_what_a_cpu_draws_by_the_same_rounding(slots: i
         for of in (stage, twin)
     )
     alike = [p for p in zip(found, expected, strict=True) if p[0].tokens[0] == p[1].tokens[0]]
-    assert len(alike) > 0.8 * len(found)
-    assert max(abs(float(a.logprobs[0]) - float(b.logprobs[0])) for a, b in alike) < 0.2
+    assert len(alike) > alike_at_least * len(found)
+    assert max(abs(float(a.logprobs[0]) - float(b.logprobs[0])) for a, b in alike) < nats
 
 
 def test_graphs_read_the_live_weights() -> None:
