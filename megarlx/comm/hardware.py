@@ -1,8 +1,8 @@
 """What the data sheets say of a GPU and of the links between GPUs, and the share of it reached.
 
-Measured on one H200, in steps and decoding of 1.5e9 parameters (benchmarks/results/card.md), and taken
-for the other cards too. `COPY` was 3.0 of 3.35 TB/s on one H100 besides. `LINKS`, the latencies of
-collectives and `MEMORY` are assumptions.
+Shares were measured on one H200, in steps and decoding of 1.5e9 parameters, and are taken for the
+other cards too (benchmarks/results/card.md); a copy reached 3.0 of 3.35 TB/s on one H100 besides.
+`LINKS`, the latencies of collectives and `MEMORY` are assumptions.
 """
 
 from __future__ import annotations
