@@ -285,12 +285,25 @@ def _declared(
     return annotation, metadata, field
 
 
+# What other trainers call a key, and what it is called here.
+CALLED_ELSEWHERE = {
+    "num_generations": "samples_per_prompt",
+    "max_completion_length": "max_completion_tokens",
+    "learning_rate": "lr",
+}
+
+
 def _nearest(location: KeyPath, kind: type[Section], before: KeyPath) -> str:
     """`did you mean …`: a key of the same table, or else the same key of another one."""
     *inside, last = location
     section = section_of(_declared(kind, tuple(inside))[0]) or kind
     beside = difflib.get_close_matches(str(last), section.model_fields, n=1, cutoff=0.6)
     everywhere = {path.rsplit(".", 1)[-1]: path for path in reversed(list(_all_keys(kind)))}
+    if last == "lr" and inside[:1] in (["sft"], ["rl"]):
+        return f"did you mean 'stages[0].objectives.{inside[0]}.lr'?"
+    last = CALLED_ELSEWHERE.get(str(last), last)
+    if str(last) in section.model_fields:
+        return f"did you mean '{_dotted((*before, *inside, last))}'?"
     elsewhere = difflib.get_close_matches(str(last), everywhere, n=1, cutoff=0.8)
     start = f"{_dotted(before)}." if before else ""
     if str(last) in everywhere:

@@ -138,8 +138,10 @@ def _take_over(settings: Settings, plan: dict[str, Any]) -> dict[str, Any] | Non
         found = json.loads(report.read_text())
         if found.get("plan") == _digest(plan):
             return found
+        other = found.get("tokenizer", {}).get("fingerprint") != plan["tokenizer"]
+        what = "with another tokenizer" if other else "from other inputs or settings"
         raise PrepareError(
-            f"{report} describes token files made from other inputs or settings. "
+            f"{report} describes token files made {what}. "
             "Choose another output, or --fresh to make them anew."
         )
     plan_path = folder / "plan.json"

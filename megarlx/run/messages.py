@@ -20,7 +20,7 @@ OF_POLICY = (
     ("reward", "reward", ".3f"),
     ("response_length", "length", ".0f"),
     ("entropy", "entropy", ".3f"),
-    ("kl", "KL", ".4f"),
+    ("kl", "KL", "z.4f"),
     ("informative_groups", "informative", ".0%"),
 )
 COMBINED = {"single": "", "alternate": " in turn", "average": " averaged"}

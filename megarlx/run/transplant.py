@@ -19,8 +19,7 @@ from megarlx.checkpoint import read_manifest
 from megarlx.comm import launch
 from megarlx.comm.collectives import barrier
 from megarlx.comm.share import Share
-from megarlx.config import load_config
-from megarlx.config.evaluation import EvaluationConfig, SuiteConfig, SuitesConfig
+from megarlx.config.evaluation import EvaluationConfig, SuiteConfig
 from megarlx.run.branch import parent_of, read_config
 from megarlx.run.directory import RunDirectory, RunError
 from megarlx.run.opened import OpenedRun, open_run
@@ -28,7 +27,7 @@ from megarlx.run.opening import masters_of, open_config, put_weights
 from megarlx.run.reference import RunReference, resolve
 from megarlx.run.session import launched
 from megarlx.run.suites import chosen as chosen_suites
-from megarlx.run.suites import made_suites, measured
+from megarlx.run.suites import made_suites, measured, suites_of
 from megarlx.run.sums import Term, WeightSum, add, write_shared, write_sum
 from megarlx.run.vectors import parsed
 
@@ -140,9 +139,7 @@ Chooser = Callable[[WeightSum, OpenedRun, Callable[[str], None]], tuple[float, d
 
 
 def chooser_of(asked: Asked) -> Chooser:
-    evaluation = read_config(resolve(asked.onto).run).evaluation
-    if asked.file is not None:
-        evaluation = load_config(asked.file, (), SuitesConfig)
+    evaluation, _ = suites_of(read_config(resolve(asked.onto).run), asked.file)
     suite = choosing_suite(evaluation.suites, asked.suite)
     if asked.match is None:
         if 1 not in suite.ks:

@@ -69,7 +69,7 @@ def test_a_bad_step_loses_its_episode_only_and_the_others_go_on_where_they_were(
         assert last.info["success"] is True
         assert "object" not in last.info
     details = {bad[n]: second[n].detail for n in bad}  # type: ignore[union-attr]
-    assert details["hang"] == "took longer than 1 s and was killed"
+    assert details["hang"] == "took longer than 1 s (time_limit_seconds) and was killed"
     assert details["crash"] == "its process ended with signal SIGSEGV"
     assert details["raise"] == "RuntimeError: asked to"
     assert details["long"] == (

@@ -155,7 +155,10 @@ class WorkerProcess:
             _let_end(process)
         code = self.close()
         if late.is_set():
-            raise CallFailed("timeout", f"took longer than {limit_seconds:g} s and was killed")
+            raise CallFailed(
+                "timeout",
+                f"took longer than {limit_seconds:g} s (time_limit_seconds) and was killed",
+            )
         raise CallFailed("crash", f"its process ended with {_ending(code)}")
 
     def close(self) -> int:

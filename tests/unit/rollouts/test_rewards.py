@@ -76,7 +76,7 @@ def test_a_failing_sample_is_lost_alone_marked_and_counted(workers: int) -> None
         assert scored.totals[at] == pytest.approx(expected, nan_ok=True), text
     assert [(f.sample.completion, f.kind) for f in scored.failures] == list(bad.items())
     details = {f.sample.completion: f.detail for f in scored.failures}
-    assert details["hang"] == "took longer than 1 s and was killed"
+    assert details["hang"] == "took longer than 1 s (time_limit_seconds) and was killed"
     assert details["crash"] == "its process ended with signal SIGSEGV"
     assert details["exit"] == "its process ended with exit status 3"
     assert details["raise"] == "RuntimeError: asked to"
