@@ -113,9 +113,7 @@ class Parts:
     offsets: Tensor  # int32 [N + 1] of those documents' queries; the last ones have none
     key_offsets: Tensor  # int32 [N + 1] of what they see, counted as if it lay in a row
     lengths: Tensor  # int32 [N] of the same
-    nothing: (
-        Tensor  # bool [N], slots that share nothing; their first part does not count
-    )
+    nothing: Tensor  # bool [N], slots that share nothing; their first part does not count
     pages: Tensor  # int32 [N, n] of those documents
     own_lengths: Tensor  # int32 [N]
     own_pages: Tensor  # int32 [N, n]

@@ -5,8 +5,24 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
-INSTRUCTION_SETS = ("default", "avx2", "avx512")
+# What each is compiled for (setup.py). torch takes the one that it is told, and a CPU that does not
+# have it then ends the process.
+NEEDED = {
+    "default": set(),
+    "avx2": {"avx2", "fma", "f16c"},
+    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
+}
+
+
+def of_this_cpu() -> tuple[str, ...]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    flags = {flag for line in lines if line.startswith("flags") for flag in line.split()}
+    return tuple(name for name, needed in NEEDED.items() if needed <= flags)
+
+
+INSTRUCTION_SETS = of_this_cpu()
 TESTS = """
 import sys
 import pytest

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from other_processes import INSTRUCTION_SETS
 from torch import Tensor
 
 from megarlx.ops.averaging import adamw_update_, average_adamw_, average_adamw_reference_
@@ -486,7 +487,7 @@ def test_every_instruction_set_gives_the_same_bits() -> None:
             stderr=subprocess.PIPE,
             text=True,
         )
-        for capability in ("default", "avx2", "avx512")
+        for capability in INSTRUCTION_SETS
     ]
     found = {}
     for run in runs:
