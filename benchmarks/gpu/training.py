@@ -201,7 +201,8 @@ def small_models(context: Context) -> Result:
             freed(context)
         if len(seconds) == 2:
             plain, ours = seconds.values()
-            line = {"name": f"training, {model.parameters() / 1e6:.0f}M as a graph", "unit": "s"}
+            line: Result = {"unit": "s"}
+            line["name"] = f"training, {model.parameters() / 1e6:.0f}M as a graph"
             line |= {"size": f"{at_once}×{length}", "ours": ours, "baseline": plain}
             rows.append({**line, "baseline_name": "launched", "ratio": plain / ours})
     return {"rows": rows}
