@@ -225,11 +225,11 @@ def whole_runs(context: Context) -> Result:
 
 
 PIECES = [
-    Piece("tests-ops", 35, functools.partial(tests, group="ops")),
+    Piece("tests-ops", 75, functools.partial(tests, group="ops")),
     Piece("tests-layouts", 60, functools.partial(tests, group="layouts")),
-    Piece("tests-model", 35, functools.partial(tests, group="model")),
+    Piece("tests-model", 58, functools.partial(tests, group="model")),
     Piece("whole_runs", 140, whole_runs),
-    Piece("memcheck", 20, functools.partial(sanitizer, tool="memcheck"), needs="compute-sanitizer"),
+    Piece("memcheck", 11, functools.partial(sanitizer, tool="memcheck"), needs="compute-sanitizer"),
     Piece(
         "racecheck", 25, functools.partial(sanitizer, tool="racecheck"), needs="compute-sanitizer"
     ),

@@ -65,4 +65,4 @@ def counters(context: Context) -> Result:
     return {"rows": [], "kernels": found}
 
 
-PIECES = [Piece("counters", 25, counters, needs="ncu")]
+PIECES = [Piece("counters", 75, counters, needs="ncu")]

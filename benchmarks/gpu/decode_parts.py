@@ -91,4 +91,4 @@ def measured(context: Context) -> Result:
     return {"rows": found}
 
 
-PIECES = [Piece("decode_parts", 8, measured)]
+PIECES = [Piece("decode_parts", 3, measured)]

@@ -243,9 +243,9 @@ def grpo(context: Context) -> Result:
 
 
 PIECES = [
-    *(Piece(f"decode-{batch}", 10, functools.partial(decode, batch=batch)) for batch in (1, 8, 32)),
-    Piece("decode-256", 15, functools.partial(decode, batch=256)),
-    Piece("decode-1-fp8", 10, functools.partial(decode, batch=1, fp8=True)),
+    *(Piece(f"decode-{batch}", 7, functools.partial(decode, batch=batch)) for batch in (1, 8, 32)),
+    Piece("decode-256", 17, functools.partial(decode, batch=256)),
+    Piece("decode-1-fp8", 6, functools.partial(decode, batch=1, fp8=True)),
     Piece("decode-256-fp8", 15, functools.partial(decode, batch=256, fp8=True)),
     Piece("prefill", 20, prefill),
     Piece("grpo", 35, grpo),

@@ -236,8 +236,8 @@ def growth(context: Context) -> Result:
 
 
 PIECES = [
-    *(Piece(f"token_loss-{v}", 20, functools.partial(from_logits, size=v)) for v in VOCABULARIES),
-    *(Piece(f"linear_loss-{v}", 20, functools.partial(from_hidden, size=v)) for v in VOCABULARIES),
+    *(Piece(f"token_loss-{v}", 15, functools.partial(from_logits, size=v)) for v in VOCABULARIES),
+    *(Piece(f"linear_loss-{v}", 13, functools.partial(from_hidden, size=v)) for v in VOCABULARIES),
     Piece("linear_loss-memory", 5, peak),
     Piece("linear_loss-growth", 30, growth),
 ]

@@ -100,6 +100,6 @@ def compiled(context: Context) -> Result:
 PIECES = [
     Piece("machine", 4, machine),
     Piece("kernels-once", 5, kernels_once),
-    Piece("doctor", 20, doctor),
+    Piece("doctor", 58, doctor),
     Piece("compile", 120, compiled),
 ]

@@ -66,16 +66,17 @@ CALLS = {
             *("average_adamw-2", "average_adamw-1", "replica_average"),
             *("token_loss-151936", "linear_loss-151936", "sample-deviation1", "elementwise"),
             *("decode_parts", "products"),
-            *("attention", "attention-packages", "token_loss-50304", "sample-deviation5"),
-            *("linear_loss-memory", "train-by-shape", "memcheck+racecheck:60"),
+            *("attention", "token_loss-50304", "sample-deviation5"),
+            *("train-by-shape", "memcheck+racecheck:60"),
         ),
     ),
-    # What each kernel waits for, two baselines more, and the study with what is left.
-    3: Call(115, ("machine", "counters", "linear_loss-50304", "average_adamw-te", "study:300")),
+    # Two baselines more, and the study with what is left.
+    3: Call(115, ("machine", "linear_loss-50304", "average_adamw-te", "study:300")),
 }
 # What no call has room for.
 REST = (
-    *("train-te-fp8-delayed", "groups", "decode-32", "decode-256-fp8"),
+    *("counters", "attention-packages", "linear_loss-memory", "train-te-fp8-delayed"),
+    *("groups", "decode-32", "decode-256-fp8"),
     *("sample-growth", "linear_loss-growth", "decode-growth", "compile"),
 )
 

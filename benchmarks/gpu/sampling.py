@@ -154,7 +154,7 @@ def growth(context: Context) -> Result:
 
 PIECES = [
     *(
-        Piece(f"sample-deviation{d:g}", 10, functools.partial(measured, deviation=d))
+        Piece(f"sample-deviation{d:g}", 15, functools.partial(measured, deviation=d))
         for d in DEVIATIONS
     ),
     Piece("sample-growth", 10, growth),

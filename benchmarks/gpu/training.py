@@ -210,16 +210,16 @@ def small_models(context: Context) -> Result:
 
 ENGINE = "Transformer Engine"
 PIECES = [
-    Piece("train-torch", 16, functools.partial(measured, backend="torch")),
+    Piece("train-torch", 14, functools.partial(measured, backend="torch")),
     Piece(
         "train-torch-cudnn",
-        20,
+        21,
         functools.partial(measured, backend="torch", attention="cudnn"),
         needs=ENGINE,
     ),
-    Piece("train-te", 28, functools.partial(measured, backend="te"), needs=ENGINE),
+    Piece("train-te", 18, functools.partial(measured, backend="te"), needs=ENGINE),
     Piece(
-        "train-te-fp8", 25, functools.partial(measured, backend="te", fp8="current"), needs=ENGINE
+        "train-te-fp8", 22, functools.partial(measured, backend="te", fp8="current"), needs=ENGINE
     ),
     Piece(
         "train-te-fp8-delayed",
@@ -228,5 +228,5 @@ PIECES = [
         needs=ENGINE,
     ),
     Piece("train-by-shape", 45, by_shape),
-    Piece("train-small", 15, small_models),
+    Piece("train-small", 8, small_models),
 ]

@@ -107,7 +107,7 @@ def replica(context: Context) -> Result:
 
 
 PIECES = [
-    *(Piece(f"average_adamw-{n}", 6, functools.partial(average, n=n)) for n in (1, 2)),
+    *(Piece(f"average_adamw-{n}", 4, functools.partial(average, n=n)) for n in (1, 2)),
     Piece("average_adamw-te", 10, against_transformer_engine, needs="Transformer Engine"),
-    Piece("replica_average", 4, replica),
+    Piece("replica_average", 2, replica),
 ]

@@ -61,7 +61,7 @@ def _fused_attention(time_limit_seconds: float) -> Finding:
     part = "fused attention"
     look = try_out(part, time_limit_seconds)
     if look.ok:
-        return Finding(part, "ok", f"computes on the GPU, with cuDNN {look.facts['cudnn']}")
+        return Finding(part, "ok", f"computes on the GPU, with {look.facts['cudnn']}")
     if given := os.environ.get(PATHS):
         plain = {key: value for key, value in os.environ.items() if key != PATHS}
         if try_out(part, time_limit_seconds, plain).ok:

@@ -92,9 +92,9 @@ def fused_attention(torch: Any) -> Facts:
     out = attention(q, k, v, **bounds, max_seqlen_q=78, max_seqlen_kv=78)
     _finite(torch, out, q)
     try:
-        return {"cudnn": torch.backends.cudnn.version()}
-    except RuntimeError as error:  # another cuDNN than torch was made for; attention ran with it
-        return {"cudnn": str(error).splitlines()[0]}
+        return {"cudnn": f"cuDNN {torch.backends.cudnn.version()}"}
+    except RuntimeError as error:  # attention has run with it all the same
+        return {"cudnn": f"a cuDNN that torch would not take: {str(error).splitlines()[0]}"}
 
 
 def flash_attention(torch: Any) -> Facts:

@@ -49,6 +49,21 @@ def test_what_a_run_would_use_is_tried_on_the_card(machine):
     )
 
 
+def test_a_cudnn_that_torch_would_not_take_is_told_beside_the_attention_that_it_computed(machine):
+    unfit = "(_ for _ in ()).throw(RuntimeError('9.14 and not 9.19'))"
+    whole_gpu(machine, f"torch.backends.cudnn.version = lambda: {unfit}")
+    found = machine.findings()
+    assert ill(found) == {}
+    said = "computes on the GPU, with a cuDNN that torch would not take: 9.14 and not 9.19"
+    assert found["fused attention"].detail == said
+
+
+def test_a_package_whose_folder_another_one_ships_is_absent(machine):
+    whole_gpu(machine)
+    machine.package("flash_attn.cute", "import cutlass")
+    assert machine.findings()["flash-attn-4"].state == "absent"
+
+
 def test_nothing_is_tried_where_there_is_no_gpu(machine):
     found = machine.findings()
     assert not {"fused attention", "FlashAttention call", "CUDA kernel"} & set(found)
