@@ -134,6 +134,7 @@ def extensions() -> tuple[list, dict]:
 
     common = [
         "-O3",
+        "-g0",  # Python's own flags ask for debug information, which doubles the build
         "-std=c++20",
         "-fvisibility=hidden",
         "-fvisibility-inlines-hidden",
