@@ -153,10 +153,12 @@ class Job:
         at_once = self.sequences_per_microbatch * self.trainers
         if not self.packed_tokens and self.sequences_per_step % at_once:
             times = "dp" if self.trainers == self.dp else "replica x dp"
+            below = self.sequences_per_step // at_once * at_once
+            nearest = " or ".join(str(n) for n in (below, below + at_once) if n > 0)
             raise LayoutError(
                 f"{'' if self.name == 'pretraining' else self.name + '.'}sequences_per_step is "
                 f"{self.sequences_per_step}; sequences_per_microbatch x {times} = "
-                f"{at_once} must divide it"
+                f"{at_once} must divide it (nearest: {nearest})"
             )
         self.plan.check_microbatches(self.microbatches)
         for one in self.others:

@@ -242,6 +242,11 @@ class Evaluation:
         config = self.run.config
         evaluation = config.evaluation
         due = evaluation.every_steps is not None or evaluation.at_steps or evaluation.at_end
+        if due and not evaluation.suites:
+            self.screen.warn(
+                self.run.trainer.steps_done,
+                "[evaluation] says when to measure, and there are no suites: nothing is measured",
+            )
         if due and evaluation.suites:
             trained = {name for stage in config.all_stages for name in stage.objectives}
             subject = self._subject(evaluation)

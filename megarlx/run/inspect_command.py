@@ -111,7 +111,7 @@ def _show_differences(a: str, b: str) -> None:
 
 
 def _show_overlap(arguments: argparse.Namespace) -> None:
-    from megarlx.run.overlap import overlaps
+    from megarlx.run.overlap import not_looked_at, overlaps
 
     found = overlaps(
         arguments.path,
@@ -123,6 +123,9 @@ def _show_overlap(arguments: argparse.Namespace) -> None:
     for one in found:
         for line in _lines(one):
             print(printable(line))
+    left_out = not_looked_at(arguments.path, suites=arguments.config, trusted=arguments.trusted)
+    if left_out:
+        print(printable(f"not looked at, as they ask no questions: {', '.join(left_out)}"))
 
 
 def _lines(one: Overlap) -> list[str]:

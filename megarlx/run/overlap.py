@@ -25,6 +25,8 @@ from megarlx.run.reference import resolve
 from megarlx.run.suites import suites_of
 from megarlx.run.tokenizer import load_tokenizer_of
 
+ASKING = ("pass_at_k", "behaviour")  # kinds of suites that are looked at
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -138,9 +140,18 @@ def _asked(config: Config, suites: str | Path | None) -> Iterator[_Asked]:
     evaluation, _ = suites_of(config, suites)
     made = made_for(evaluation.suites, config)
     for suite in evaluation.suites:
-        if suite.kind in ("pass_at_k", "behaviour"):
+        if suite.kind in ASKING:
             questions = questions_of(suite, made)
             yield _Asked(suite.name, [q.id for q in questions], [q.text for q in questions])
+
+
+def not_looked_at(
+    run: str, *, suites: str | Path | None = None, trusted: Collection[str] = ()
+) -> list[str]:
+    """The suites that ask no questions, which `overlaps` leaves out."""
+    config = load_config(resolve(run).run / "resolved.json", trusted=trusted)
+    evaluation, _ = suites_of(config, suites)
+    return [f"{one.name} ({one.kind})" for one in evaluation.suites if one.kind not in ASKING]
 
 
 def _measured(run: Path, asked: _Asked, found: dict[str, bool]) -> Iterator[Measured]:

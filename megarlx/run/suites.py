@@ -67,13 +67,17 @@ def suites_of(config: Config, file: str | Path | None = None) -> tuple[Evaluatio
     """Those of the file, else the run's own, else what its data maker has to be measured with."""
     own, named = config.template, config.templates
     if file is not None:
-        given = load_config(file, (), SuitesConfig, prepare=_without_training)
+        given = suites_in(file)
         return given, Templates(given.template or own, {**named, **given.templates})
     evaluation = config.evaluation
     if not evaluation.suites and config.data is not None and config.data.maker is not None:
         suites = plug.resolve("data maker", config.data.maker).evaluated
         evaluation = EvaluationConfig(suites=suites)
     return evaluation, Templates(own, named)
+
+
+def suites_in(file: str | Path) -> SuitesConfig:
+    return load_config(file, (), SuitesConfig, prepare=_without_training)
 
 
 def _without_training(values: dict[str, Any]) -> dict[str, Any]:

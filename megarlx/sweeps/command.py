@@ -27,6 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from megarlx.sweeps.plan import check_checkpoints, check_files, jobs_of
+    from megarlx.sweeps.records import JobSettings
     from megarlx.sweeps.run import SweepRunner, slurm_script
 
     try:
@@ -37,9 +38,16 @@ def run(arguments: argparse.Namespace) -> int:
         jobs = jobs_of(config)
         check_files(config)
         check_checkpoints(config)
+        settings = JobSettings(jobs)
+        settings.check()
     except ConfigError as error:
         complain(error)
         return 2
+    if config.suites is not None and (recipes := settings.unmeasured()):
+        complain(
+            f"warning: what {', '.join(recipes)} makes is measured by nothing: the sweep's suites "
+            "are for its trunk and for sums; [[evaluation.suites]] of a recipe are its own"
+        )
     if arguments.list:
         for job in jobs:
             print("megarlx", shlex.join(job.arguments))

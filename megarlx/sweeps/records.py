@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megarlx import plug
-from megarlx.config import Config, load_config
+from megarlx.config import Config, ConfigError, load_config
 from megarlx.report.record_files import hash_of
 from megarlx.report.records import SeedRecords
 from megarlx.report.settings import comparable
@@ -37,7 +37,7 @@ class JobSettings:
             return self._run(job.name)[1]
         path, where = _reference(job.arguments[1])
         words = [*_without_out(job.arguments[2:])]
-        files = [Path(word) for word in words if word.endswith(".toml")]
+        files = _files_of(job)
         held = [comparable(tomllib.loads(file.read_text(encoding="utf-8"))) for file in files]
         plain = [word for word in words if "/" not in word]
         return hash_of(["evaluate", self._run(path)[1], where, plain, held])
@@ -45,6 +45,34 @@ class JobSettings:
     def all(self) -> str:
         """Of a whole sweep, of however many seeds."""
         return hash_of(sorted({self(job) for job in self.jobs.values()}))
+
+    def check(self) -> None:
+        """That each has settings which hold, before the first is run for hours."""
+        from megarlx.run.suites import suites_in
+
+        problems: dict[str, None] = {}
+        for job in self.jobs.values():
+            try:
+                self(job)
+                for file in _files_of(job):
+                    suites_in(file)
+            except ConfigError as error:
+                problems.update(dict.fromkeys(str(error).splitlines()))
+            except ValueError as error:
+                problems[str(error)] = None
+        if problems:
+            raise ConfigError(list(problems))
+
+    def unmeasured(self) -> list[str]:
+        """The recipes of runs that have no suites, neither of their own nor a trunk's."""
+        found: dict[str, None] = {}
+        for job in self.jobs.values():
+            if job.arguments[0] == "branch":
+                config = self._run(job.name)[0]
+                made = config.data is not None and config.data.maker is not None
+                if not made and not config.evaluation.suites:
+                    found[job.arguments[2]] = None
+        return list(found)
 
     def _run(self, path: str) -> tuple[Config, str]:
         """What it is told and its hash: by its job, or by its folder where it is there."""
@@ -139,6 +167,12 @@ def _told(config: Config) -> Any:
         options = maker.Options.model_validate(config.data.options)
         held["data"]["options"] = options.model_dump(mode="json", exclude_defaults=True)
     return comparable({key: value for key, value in held.items() if key not in NOT_OF_RESULTS})
+
+
+def _files_of(job: Job) -> list[Path]:
+    """Of suites."""
+    pairs = itertools.pairwise(job.arguments)
+    return [Path(word) for before, word in pairs if before == "--config"]
 
 
 def _overrides(words: Sequence[str]) -> list[str]:

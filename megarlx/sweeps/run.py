@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,8 +21,9 @@ from rich.table import Table
 from megarlx import processes
 from megarlx.config.sweep import SweepConfig
 from megarlx.printable import printable
+from megarlx.report.record_files import hash_of
 from megarlx.sweeps.plan import Job
-from megarlx.sweeps.records import SweepRecords
+from megarlx.sweeps.records import KEPT, NOT_OF_RESULTS, SweepRecords
 from megarlx.training.metrics import read_metrics
 
 POLL_SECONDS = 0.5
@@ -39,6 +41,7 @@ class Progress:
     state: str = "waiting"  # waiting, running, done, failed, left, none
     begun: float = 0.0
     seconds: float = 0.0
+    said: str = ""  # what its mark will hold; files may be changed while it is made
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     def step(self) -> int:
@@ -79,8 +82,9 @@ class SweepRunner:
         self.logs.mkdir(parents=True, exist_ok=True)
         self._find_done()
         if len(self._in("done")) == len(self.all):
-            said = f"all {len(self.all)} are done already; next: megarlx report {self.config.out}"
-            self.console.print(said, highlight=False, markup=False, soft_wrap=True)
+            self._say(
+                f"all {len(self.all)} are done already; next: megarlx report {self.config.out}"
+            )
         live = Live(console=self.console, refresh_per_second=2, transient=True)
         show = self.console.is_terminal
         with sigterm_as_interrupt():
@@ -110,11 +114,7 @@ class SweepRunner:
         for progress in self._in("running"):
             step, steps = progress.step(), progress.job.steps
             where = f"step {step} of {steps}" if steps else "at work"
-            self.console.print(
-                f"{progress.job.name}: {where}, {progress.seconds:.0f} s",
-                highlight=False,
-                markup=False,
-            )
+            self._say(f"{progress.job.name}: {where}, {progress.seconds:.0f} s")
 
     def _find_done(self) -> None:
         """From behind, as what is gone is made again where something is still to start from it."""
@@ -126,7 +126,7 @@ class SweepRunner:
         """A run whose folder is gone is not, unless the records hold what it measured."""
         marker = self._marker(job)
         here = job.run == Path() or (job.run / "lineage.json").exists()
-        if here and marker.exists() and marker.read_text(encoding="utf-8") == self._said(job):
+        if here and marker.exists() and self._is_said(marker.read_text(encoding="utf-8"), job):
             if self.records is not None:
                 self.records.add(job)
             return True
@@ -141,9 +141,25 @@ class SweepRunner:
         return self.logs / f"{job.name}.done"
 
     def _said(self, job: Job) -> str:
-        """The command; where records are kept, also what the configurations that it names say."""
+        """The command, and what the configurations say that it and the jobs before it name."""
         words = " ".join(job.arguments)
-        return f"{words}\n" if self.records is None else f"{words}\n{self.records.settings(job)}\n"
+        told = self._told_by_files(job) if self.records is None else self.records.settings(job)
+        return f"{words}\n{told}\n"
+
+    def _is_said(self, text: str, job: Job) -> bool:
+        """A marker of before has the command alone."""
+        words = " ".join(job.arguments)
+        return text == self._said(job) or (self.records is None and text == f"{words}\n")
+
+    def _told_by_files(self, job: Job) -> str:
+        """A hash; of what changes no result it says nothing."""
+        files = [Path(word) for word in job.arguments if word.endswith(".toml")]
+        read = [tomllib.loads(one.read_text(encoding="utf-8")) for one in files if one.is_file()]
+        held = [
+            {key: value for key, value in one.items() if key not in NOT_OF_RESULTS} for one in read
+        ]
+        before = [self._told_by_files(self.all[name].job) for name in job.needs]
+        return hash_of([held, before])[:KEPT]
 
     def _advance(self) -> bool:
         """Whether anything is still to be waited for."""
@@ -182,6 +198,7 @@ class SweepRunner:
                 env={**os.environ, "OMP_NUM_THREADS": str(threads)},
             )
         progress.state, progress.begun = "running", time.monotonic()
+        progress.said = self._said(job) if self.records is None else ""
 
     def _threads(self) -> int:
         """The machine, shared with the jobs that could run at the same time."""
@@ -195,24 +212,18 @@ class SweepRunner:
         nothing = job.arguments[0] == "transplant" and code == NONE
         progress.state = "done" if code == 0 else "none" if nothing else "failed"
         if code == 0:
-            self._marker(job).write_text(self._said(job), encoding="utf-8")
+            said = progress.said or self._said(job)
+            self._marker(job).write_text(said, encoding="utf-8")
             if self.records is not None:
                 self.records.add(job)
         counts = f"{sum(p.state == 'done' for p in self.all.values())} of {len(self.all)}"
         if code == 0:
-            self.console.print(
-                f"{job.name}: done in {progress.seconds:.0f} s ({counts}{self._left()})",
-                highlight=False,
-            )
+            self._say(f"{job.name}: done in {progress.seconds:.0f} s ({counts}{self._left()})")
             return
         log = self.logs / f"{job.name}.log"
         last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
         ended = "cannot be made" if nothing else f"failed with code {code}"
-        self.console.print(
-            f"{job.name}: {ended}; {log} ends with\n  " + "\n  ".join(map(printable, last)),
-            highlight=False,
-            markup=False,
-        )
+        self._say(f"{job.name}: {ended}; {log} ends with\n  " + "\n  ".join(map(printable, last)))
 
     def _left(self) -> str:
         """How long the rest may take, by what jobs of the same kind took."""
@@ -229,23 +240,39 @@ class SweepRunner:
         return f", about {max(total, 0) / self.config.jobs / 60:.1f} minutes left"
 
     def _stop_all(self) -> None:
+        """Each run ends its step and is saved, however long that takes; a Ctrl-C now ends them."""
         running = self._in("running")
-        if running:
-            names = ", ".join(progress.job.name for progress in running)
-            self.console.print(
-                f"stopping {names}: each is saved first; the same command goes on from there",
-                highlight=False,
-                markup=False,
-            )
-        for progress in running:
-            assert progress.process is not None
-            processes.signal_group(progress.process, signal.SIGTERM)
-        for progress in running:
-            assert progress.process is not None
+        if not running:
+            return
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers repeat theirs
+        names = ", ".join(progress.job.name for progress in running)
+        self._say(
+            f"stopping {names}: each is saved first; the same command goes on from there. "
+            "Ctrl-C now ends them at once, without saving"
+        )
+        waited = [one.process for one in running if one.process is not None]
+        for process in waited:
+            processes.signal_group(process, signal.SIGTERM)
+        try:
+            for progress in running:
+                self._wait_for(progress)
+        except KeyboardInterrupt:
+            for process in waited:
+                processes.signal_group(process)
+            raise
+
+    def _wait_for(self, progress: Progress) -> None:
+        assert progress.process is not None
+        while True:
             try:
-                progress.process.wait(timeout=30)
+                progress.process.wait(timeout=TELL_SECONDS)
+                return
             except subprocess.TimeoutExpired:
-                processes.signal_group(progress.process)
+                self._say(f"{progress.job.name}: its step is not done yet")
+
+    def _say(self, text: str) -> None:
+        """In one line, whatever the width, where no terminal breaks it."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def table(self) -> Table:
         table = Table(box=None)

@@ -243,11 +243,12 @@ def test_list_prints_the_commands_and_runs_nothing(
     sweep(tmp_path)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes" / "rl.toml").touch()
+    recipes = {name: ROOT / "configs" / "recipes" / name for name in ("rl.toml", "sft.toml")}
+    (tmp_path / "recipes" / "rl.toml").write_text(recipes["rl.toml"].read_text())
     assert main(["sweep", str(tmp_path / "sweep.toml")]) == 2
     missing = "excursions[0].recipes: there is no file 'recipes/sft.toml'\n"
     assert capsys.readouterr().err == missing
-    (tmp_path / "recipes" / "sft.toml").touch()
+    (tmp_path / "recipes" / "sft.toml").write_text(recipes["sft.toml"].read_text())
     assert main(["sweep", str(tmp_path / "sweep.toml"), "--list"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 5

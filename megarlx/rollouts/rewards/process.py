@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -62,6 +63,7 @@ def score(label: str, ask: Ask, samples: list[Sample], tally: Tally) -> Outcome:
             failure = Failure(label, problem.kind, problem.detail, samples[0])
             tally.add(1, 1)
             return Outcome([None], {0: failure})
+        tally.too_slow += problem.kind == "timeout"
         return joined([score(label, ask, [sample], tally) for sample in samples])
     if len(values) != len(samples):
         # Asked one by one it may return one value each, and nobody would know which were meant.
@@ -124,6 +126,7 @@ class RewardPool:
     def __init__(self, config: RewardConfig) -> None:
         self.config = config
         self._function: Any = None
+        self._said_slow = False
         try:
             check_kept(config.options, f"reward {config.function}: options")
         except ValueError as error:
@@ -151,7 +154,20 @@ class RewardPool:
         calls = [samples[i : i + size] for i in range(0, len(samples), size)]
         if self._function is not None:
             return joined([score(self.config.label, self._here, call, tally) for call in calls])
-        return joined(list(self._threads.map(lambda call: self._in_worker(call, tally), calls)))
+        found = joined(list(self._threads.map(lambda call: self._in_worker(call, tally), calls)))
+        if tally.too_slow and not self._said_slow:
+            self._said_slow = True
+            warnings.warn(self._slow(tally.too_slow, len(calls)), stacklevel=2)
+        return found
+
+    def _slow(self, killed: int, calls: int) -> str:
+        one = self.config
+        return (
+            f"reward {one.label}: {killed} of {calls} calls, of up to {one.samples_per_call} "
+            f"samples, took longer than time_limit_seconds = {one.time_limit_seconds:g}; they were "
+            "killed and made again sample by sample, which takes long: raise it, or lower "
+            "samples_per_call"
+        )
 
     def _in_worker(self, samples: list[Sample], tally: Tally) -> Outcome:
         process = self._idle.get()

@@ -44,6 +44,7 @@ class Tally:
 
     answered: int = 0
     failed: int = 0
+    too_slow: int = 0  # calls for several that were killed and made again for each alone
 
     @property
     def hopeless(self) -> bool:
