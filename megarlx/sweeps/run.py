@@ -126,7 +126,7 @@ class SweepRunner:
         """A run whose folder is gone is not, unless the records hold what it measured."""
         marker = self._marker(job)
         here = job.run == Path() or (job.run / "lineage.json").exists()
-        if here and marker.exists() and self._is_said(marker.read_text(encoding="utf-8"), job):
+        if here and marker.exists() and marker.read_text(encoding="utf-8") == self._said(job):
             if self.records is not None:
                 self.records.add(job)
             return True
@@ -145,11 +145,6 @@ class SweepRunner:
         words = " ".join(job.arguments)
         told = self._told_by_files(job) if self.records is None else self.records.settings(job)
         return f"{words}\n{told}\n"
-
-    def _is_said(self, text: str, job: Job) -> bool:
-        """A marker of before has the command alone."""
-        words = " ".join(job.arguments)
-        return text == self._said(job) or (self.records is None and text == f"{words}\n")
 
     def _told_by_files(self, job: Job) -> str:
         """A hash; of what changes no result it says nothing."""

@@ -122,13 +122,6 @@ def test_a_recipe_or_a_suite_that_was_changed_is_not_taken_for_done(base: Path) 
     assert ran() == []
 
 
-def test_a_mark_of_before_that_has_the_command_alone_holds(base: Path) -> None:
-    ran()
-    for mark in Path("sweep/logs").glob("*.done"):
-        mark.write_text(mark.read_text().splitlines()[0] + "\n")
-    assert ran() == []
-
-
 def test_mistakes_of_recipes_and_suites_are_told_before_the_first_run(
     base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
