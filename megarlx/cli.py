@@ -112,8 +112,8 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     try:
         status: int = module.run(parsed)
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        print(f"megarlx {name}: stopped by Ctrl-C", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"megarlx {name}: stopped by {str(stop) or 'Ctrl-C'}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader (head, less) has gone. Python would try to flush once more when it exits.

@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from megarlx import plug
 from megarlx.config.allowed import allowed, element_section, is_table_of_names, section_of
+from megarlx.config.load import CALLED_ELSEWHERE
 from megarlx.config.section import OptionsOf, Section
 
 
@@ -53,8 +54,10 @@ def field_lines(kind: type[Section], before: str = "") -> list[FieldLine]:
 def describe(kind: type[Section], word: str = "", *, rich: bool | None = None) -> str:
     """A table for a terminal (`rich`; default: where stdout is one), plain text elsewhere.
 
-    `word`: keys of that section, or else all that have it in their name or description.
+    `word`: keys of that section, or else all that have it in their name or description, or that
+    other trainers call so.
     """
+    word = CALLED_ELSEWHERE.get(word, word)
     every = field_lines(kind)
     lines = [line for line in every if f".{line.name}".startswith(f".{word}.")]
     lines = lines or [line for line in every if word in line.name or word in line.description]

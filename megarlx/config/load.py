@@ -290,6 +290,16 @@ CALLED_ELSEWHERE = {
     "num_generations": "samples_per_prompt",
     "max_completion_length": "max_completion_tokens",
     "learning_rate": "lr",
+    "gradient_checkpointing": "recompute",
+    "recompute_granularity": "recompute",
+    "micro_batch_size": "sequences_per_microbatch",
+    "per_device_train_batch_size": "sequences_per_microbatch",
+    "global_batch_size": "sequences_per_step",
+    "max_steps": "steps",
+    "train_iters": "steps",
+    "max_grad_norm": "clip_norm",
+    "clip_grad": "clip_norm",
+    "lr_scheduler_type": "schedule",
 }
 
 

@@ -58,7 +58,7 @@ def sigterm_as_interrupt() -> Iterator[None]:
     """Who is told to end by a scheduler ends its runs too, as with Ctrl-C: each saves first."""
 
     def interrupt(_: int, __: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt("SIGTERM")
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:

@@ -149,8 +149,9 @@ def test_a_distilled_models_losses_are_those_of_a_plain_loop(
         losses.append(loss.item())
     lines = [json.loads(line) for line in (folder / "reverse/metrics.jsonl").open()]
     logged = [line["distill/teach/kl"] for line in lines if "distill/teach/kl" in line]
-    assert logged == pytest.approx(losses, rel=1e-4)
-    assert losses[0] > 0
+    # a divergence of 1e-3 is a difference of logarithms of 5, in fp32
+    assert logged == pytest.approx(losses, rel=1e-4, abs=1e-6)
+    assert losses[0] > 1e-2
 
 
 class Slow(BaseHTTPRequestHandler):
@@ -190,6 +191,9 @@ def test_token_files_of_another_tokenizer_are_said_to_be_that(
     [
         ("sft.lr=1e-3", "stages[0].objectives.sft.lr"),
         ("rl.num_generations=4", "rl.samples_per_prompt"),
+        ("training.gradient_checkpointing=true", "training.recompute"),
+        ("training.global_batch_size=8", "training.sequences_per_step"),
+        ("optimizer.max_grad_norm=1", "optimizer.clip_norm"),
     ],
 )
 def test_a_key_as_others_call_it_is_answered_with_the_one_that_is_meant(
@@ -205,15 +209,24 @@ def test_a_key_as_others_call_it_is_answered_with_the_one_that_is_meant(
     assert f"did you mean '{meant}'?" in capsys.readouterr().err
 
 
+def test_help_finds_a_key_by_what_others_call_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "--help-config", "gradient_checkpointing"]) == 0
+    assert capsys.readouterr().out.startswith("training.recompute = ")
+
+
+@pytest.mark.parametrize(("given", "said"), [((), "Ctrl-C"), (("SIGTERM",), "SIGTERM")])
 def test_a_command_that_is_interrupted_says_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    given: tuple[str, ...],
+    said: str,
 ) -> None:
     def interrupted(_: Any) -> int:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(*given)
 
     monkeypatch.setattr("megarlx.run.evaluate_command.run", interrupted)
     assert main(["evaluate", "nowhere"]) == 130
-    assert "Ctrl-C" in capsys.readouterr().err
+    assert f"stopped by {said}" in capsys.readouterr().err
 
 
 def test_a_divergence_below_zero_by_rounding_has_no_sign() -> None:
