@@ -24,6 +24,8 @@ Prepare = Callable[[dict[str, Any]], dict[str, Any]]
 # In resolved.json: what `auto` became on the machine, by dotted key, and why.
 CHOSEN = "chosen"
 KEPT = "training.precision"  # it changes the numbers of a run
+KEY = re.compile(r"""\s*"[^"]*"\s*|\s*'[^']*'\s*|[^."'=]+""")  # quoted, with dots in it
+DOTTED = re.compile(rf"((?:{KEY.pattern})(?:\.(?:{KEY.pattern}))*)=(.*)", re.DOTALL)
 BARE_WORD = re.compile(r"[^\s\"'\[\]{}#=,]+")
 
 
@@ -154,9 +156,10 @@ def as_asked(resolved: dict[str, Any]) -> dict[str, Any]:
 def _override(values: dict[str, Any], places: dict[KeyPath, str], override: str) -> str | None:
     """Puts `a.b=c` into values, or returns what is wrong with it."""
     source = f"--set {override if len(override) <= 200 else override[:200] + '…'}"
-    dotted, equals, text = override.partition("=")
-    keys = [key.strip() for key in dotted.split(".")]
-    if not equals or not all(keys):
+    found = DOTTED.fullmatch(override)
+    dotted, text = found.groups() if found else ("", "")
+    keys = [key.strip().strip("\"'") for key in KEY.findall(dotted)]
+    if not all(keys) or not keys:
         return f"{source}: expected key=value, for example --set training.steps=100"
     try:
         parsed = tomllib.loads(f"value = {text}")

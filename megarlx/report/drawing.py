@@ -6,7 +6,7 @@ A figure is drawn twice: wide, its panels in rows, and narrow, for a phone, one 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +34,7 @@ from megarlx.report.style import (
 
 Table = list[list[str]]  # the first row is the head
 Course = Mapping[float, Interval]  # x -> y
+NAME_LETTERS = 24  # of a line of a name, beside a row or in a legend
 
 
 @dataclass(frozen=True)
@@ -145,10 +146,19 @@ def draw_dots(
             ha="center",
             fontsize=9,
         )
-    written = [fill(look_of(n, labels).name, 24) if names_shown else "" for n in names]
+    written = [fill(look_of(n, labels).name, NAME_LETTERS) if names_shown else "" for n in names]
     ax.set_yticks(range(len(names)), written)
     ax.set_ylim(len(names) - 0.5, -0.75)
     ax.grid(axis="y", visible=False)
+
+
+def height_of_rows(labels: Sequence[str]) -> float:
+    """In inches, of dots with the names of these beside them."""
+    return len(labels) * max(0.36, 0.17 * _lines(look_of(label, labels).name for label in labels))
+
+
+def _lines(names: Iterable[str]) -> int:
+    return max((fill(name, NAME_LETTERS).count("\n") + 1 for name in names), default=1)
 
 
 def legend(canvas: Canvas, labels: Sequence[str], extra: Sequence[Any] = ()) -> None:
@@ -157,17 +167,25 @@ def legend(canvas: Canvas, labels: Sequence[str], extra: Sequence[Any] = ()) -> 
 
     looks = [look_of(label, labels) for label in labels]
     lines = [
-        Line2D([], [], color=x.color, marker=x.marker, linestyle=x.dashes, label=fill(x.name, 24))
+        Line2D(
+            *([], []),
+            color=x.color,
+            marker=x.marker,
+            linestyle=x.dashes,
+            label=fill(x.name, NAME_LETTERS),
+        )
         for x in looks
     ]
     handles = [*lines, *extra]
     if not handles:
         return
     width, height = canvas.get_size_inches()
-    each = 1.9 if any(len(x.name) > 12 for x in looks) else 1.45  # inches of an entry
+    longest = max((len(x.name) for x in looks), default=0)
+    each = 2.4 if longest > 18 else 1.9 if longest > 12 else 1.45  # inches of an entry
     columns = max(1, min(len(handles), int(width / each)))
     rows = -(-len(handles) // columns)
-    canvas.set_size_inches(width, height + 0.22 * rows)
+    entry = 0.06 + 0.16 * _lines(x.name for x in looks)
+    canvas.set_size_inches(width, height + entry * rows)
     canvas.legend(handles=handles, loc="outside lower center", ncols=columns)
 
 

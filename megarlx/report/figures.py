@@ -20,6 +20,7 @@ from megarlx.report.drawing import (
     Table,
     draw_courses,
     draw_dots,
+    height_of_rows,
     legend,
     one_scale,
     panels,
@@ -155,7 +156,7 @@ def _figure(
     one = len(ticks) == 1
 
     def draw(wide: bool) -> Any:
-        height = 0.36 * len(labels) + 0.6 if one else 2.5
+        height = height_of_rows(labels) + 0.6 if one else 2.5
         canvas, axes = panels(list(data), height, wide=wide)
         for number, (ax, (panel, courses)) in enumerate(zip(axes, data.items(), strict=True)):
             ordered = {label: courses[label] for label in labels if courses.get(label)}

@@ -36,7 +36,7 @@ def results(study: Study) -> Table:
     for cell in study.cells:
         if cell.recipe != BASE or cell.checkpoint_tokens in study.checkpoints:
             rows.setdefault((cell.variant, cell.checkpoint_tokens, cell.label), []).append(cell)
-    numbers = {row: _numbers(cells, ks, study.agent_suites) for row, cells in rows.items()}
+    numbers = {row: _numbers(study, cells, ks) for row, cells in rows.items()}
     best = _best(numbers)
     for (variant, tokens, label), cells in rows.items():
         row = numbers[variant, tokens, label]
@@ -53,13 +53,13 @@ def results(study: Study) -> Table:
     return table
 
 
-def _numbers(cells: Sequence[Cell], ks: Sequence[int], agent_suites: Sequence[str]) -> list[Number]:
+def _numbers(study: Study, cells: Sequence[Cell], ks: Sequence[int]) -> list[Number]:
     """A row's percents: pass@k, tasks solved, capability; each with what guessing reaches."""
     headlines = [cell.headline for cell in cells]
     found = [_percents(headlines, f"pass_at_{k}") for k in ks]
-    for suite in agent_suites:
+    for suite in study.agent_suites:
         found.append(_percents([cell.evaluations.get(suite) for cell in cells], "success"))
-    return [*found, (_percent([c.capability for c in cells]), None)]
+    return [*found, (_percent([study.capability(c) for c in cells]), None)]
 
 
 def _best(numbers: Mapping[Row, list[Number]]) -> dict[tuple[str, int], list]:
@@ -99,9 +99,17 @@ def _percent(values: Sequence[float | None]) -> float | None:
 def _percents(evaluations: Sequence[Evaluation | None], metric: str) -> Number:
     found = [evaluation for evaluation in evaluations if evaluation]
     return (
-        _percent([e.metrics.get(metric) for e in found]),
+        _percent([_share(e, metric) for e in found]),
         _percent([e.guessing.get(metric) for e in found]),
     )
+
+
+def _share(evaluation: Evaluation, metric: str) -> float | None:
+    """Also of a k that was not asked for, where the samples have it: the page shows it too."""
+    if metric in evaluation.metrics:
+        return evaluation.metrics[metric]
+    percents = evaluation.percent(metric)
+    return sum(percents.values()) / len(percents) / 100 if percents else None
 
 
 def _shown(text: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,7 @@ from megarlx.report.style import in_order
 
 BASE = "base"
 FEW_SHOT = "_few_shot"
+AVERAGED = "_average"
 KS = (1, 8, 32)
 
 
@@ -57,12 +58,21 @@ class Cell:
 
     @property
     def accuracy_suites(self) -> list[str]:
-        return sorted(s for s, e in self.evaluations.items() if e.kind in ACCURACY_KINDS)
+        """Without those of the moving average, beside these: they are of other weights."""
+        return sorted(
+            suite
+            for suite, evaluation in self.evaluations.items()
+            if evaluation.kind in ACCURACY_KINDS
+            and not (suite.endswith(AVERAGED) and suite.removesuffix(AVERAGED) in self.evaluations)
+        )
 
     @property
     def capability(self) -> float | None:
         """The mean accuracy over its suites, as a share."""
-        found = [self.evaluations[suite].metrics["accuracy"] for suite in self.accuracy_suites]
+        return self.accuracy(self.accuracy_suites)
+
+    def accuracy(self, suites: Collection[str]) -> float | None:
+        found = [self.evaluations[suite].metrics["accuracy"] for suite in suites]
         return sum(found) / len(found) if found else None
 
     @property
@@ -180,6 +190,32 @@ class Study:
                 if not suite.endswith((FEW_SHOT, PROBE)):
                     counts[suite] += 1 if run.is_trunk else len(self.runs)
         return min(counts, key=lambda suite: (-counts[suite], suite), default=None)
+
+    def capability(self, cell: Cell) -> float | None:
+        """Over the suites that all of its checkpoint were measured by, and alike: means over other
+        suites are no more or less than one another."""
+        if not cell.accuracy_suites:
+            return None
+        return cell.accuracy(self._shared_suites.get((cell.variant, cell.checkpoint_tokens), ()))
+
+    @cached_property
+    def _shared_suites(self) -> dict[tuple[str, int], list[str]]:
+        together: dict[tuple[str, int], list[Cell]] = defaultdict(list)
+        for cell in self.cells:
+            if cell.accuracy_suites:
+                together[cell.variant, cell.checkpoint_tokens].append(cell)
+        return {
+            place: [
+                suite
+                for suite in cells[0].accuracy_suites
+                if all(suite in cell.accuracy_suites for cell in cells)
+                and all(
+                    cell.evaluations[suite].asked_like(cells[0].evaluations[suite])
+                    for cell in cells
+                )
+            ]
+            for place, cells in together.items()
+        }
 
     @cached_property
     def agent_suites(self) -> list[str]:

@@ -32,7 +32,7 @@ def _row(study: Study, cell: Cell) -> dict[str, Any]:
         "recipe": cell.label,
         "seed": cell.seed,
         **{f"pass_at_{k}": _known(metrics.get(f"pass_at_{k}")) for k in KS},
-        "capability": _known(cell.capability),
+        "capability": _known(study.capability(cell)),
         "seconds": _known(cell.cost.get("seconds")),
     }
     if study.agent_suites:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -41,6 +42,13 @@ def header(run: Run) -> Iterator[str]:
     often = f"every {every:,} steps and at the end" if every else "at the end"
     board = shlex.join(["tensorboard", "--logdir", str(folder / "tensorboard")])
     yield f"saved {often} in {run.directory.checkpoints}; to watch: {board}"
+    kept = config.checkpoints.keep_every_steps
+    if config.checkpoints.keep_last and every and kept and kept % every:
+        yield (
+            f"warning: checkpoints.keep_every_steps = {kept:,} is no multiple of "
+            f"save_every_steps = {every:,}: of the older checkpoints only those at multiples of "
+            f"{math.lcm(kept, every):,} stay"
+        )
 
 
 def _model(config: Config) -> str:

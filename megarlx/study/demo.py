@@ -21,7 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="in place of the file's")
     parser.add_argument("--out", help="folder of the runs and the report")
     parser.add_argument("--jobs", type=int, help="runs at the same time")
-    add_overrides(parser, "override one key of the sweep; may be given several times")
+    add_overrides(
+        parser,
+        'override one key of the sweep, of its trunk as set."training.steps"=500; may be given '
+        "several times",
+    )
 
 
 def shipped_sweep(name: str, overrides: Sequence[str] = ()) -> SweepConfig:

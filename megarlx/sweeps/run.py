@@ -113,7 +113,7 @@ class SweepRunner:
         self._told = time.monotonic()
         for progress in self._in("running"):
             step, steps = progress.step(), progress.job.steps
-            where = f"step {step} of {steps}" if steps else "at work"
+            where = f"step {step} of {steps}" if steps else f"step {step}" if step else "at work"
             self._say(f"{progress.job.name}: {where}, {progress.seconds:.0f} s")
 
     def _find_done(self) -> None:
@@ -230,9 +230,11 @@ class SweepRunner:
         known = [took[p.job.arguments[0]] for p in missing]
         if not missing or not all(known):
             return ""
-        total = sum(sum(times) / len(times) for times in known)
-        total -= sum(progress.seconds for progress in self._in("running"))
-        return f", about {max(total, 0) / self.config.jobs / 60:.1f} minutes left"
+        pairs = zip(missing, known, strict=True)
+        left = [sum(times) / len(times) - one.seconds for one, times in pairs]
+        if any(seconds < 0 for seconds in left):
+            return ""  # one takes longer than those before it, nobody knows how much
+        return f", about {sum(left) / self.config.jobs / 60:.1f} minutes left"
 
     def _stop_all(self) -> None:
         """Each run ends its step and is saved, however long that takes; a Ctrl-C now ends them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -11,9 +12,18 @@ import pytest
 from fake_sweep import AS_IN_THE_PAPER, SMALL_MODEL, Outcome, Sweep
 
 from megarlx.cli import main
+from megarlx.evaluation.bootstrap import Interval
 from megarlx.evaluation.readiness import PROBE
 from megarlx.report import figures, figures_of_runs, figures_of_training
-from megarlx.report.drawing import Figure, in_the_dark, save
+from megarlx.report.drawing import (
+    Figure,
+    draw_dots,
+    height_of_rows,
+    in_the_dark,
+    legend,
+    panels,
+    save,
+)
 from megarlx.report.headline import said
 from megarlx.report.study import Study
 from megarlx.report.style import DARK
@@ -240,3 +250,19 @@ def test_arithmetic_is_told_with_its_unit(count: float, said: str) -> None:
 @pytest.mark.parametrize("seconds", [0.1, 5, 99, 100, 5999, 6000, 200_000])
 def test_times_have_a_unit(seconds: float) -> None:
     assert re.fullmatch(r"\d+(\.\d)? (s|min|h|days)", duration(seconds))
+
+
+def test_long_names_are_beside_their_rows_and_in_the_legend_whole() -> None:
+    names = [
+        f"sft + own (after cpt, advantage my_advantages:best_{n}, steps {n})" for n in range(9)
+    ]
+    canvas, (ax, *_) = panels(["points"] * 2, height_of_rows(names) + 0.6, wide=True)
+    draw_dots(ax, {name: Interval(n, n - 1, n + 1, 9) for n, name in enumerate(names)}, names)
+    legend(canvas, names)
+    canvas.draw_without_rendering()
+    rows = sorted((label.get_window_extent() for label in ax.get_yticklabels()), key=lambda b: b.y0)
+    assert all(below.y1 <= above.y0 for below, above in itertools.pairwise(rows))
+    shown = canvas.legends[0].get_window_extent()
+    assert shown.x0 >= 0
+    assert shown.x1 <= canvas.bbox.x1
+    assert shown.y0 >= 0

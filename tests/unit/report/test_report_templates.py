@@ -15,7 +15,9 @@ from megarlx.report import consistency
 from megarlx.report.claims import judge_all
 from megarlx.report.comparison import of_capability
 from megarlx.report.figures import gains
+from megarlx.report.result_table import results
 from megarlx.report.study import Study
+from megarlx.report.summary import summary
 
 ONE = {"user": "question : {content} answer :", "assistant": " {content}"}
 OTHER = {"user": "Q: {content}\nA:", "assistant": " {content}"}
@@ -146,3 +148,47 @@ def test_ways_that_differ_behind_what_is_shown_are_counted_as_two(root: Path) ->
         measure(root, runs, "math", files, rewards=[reward])
     (told, _) = [line for line in Study.of(root).missing() if line.startswith("differences at 2")]
     assert "because math was asked in 2 ways: trunks/seed0 with rewards " in told
+
+
+def measured_too(root: Path, runs: str, suite: str, accuracy: float) -> None:
+    """A further suite of choices in the results of these runs."""
+    paths = list(root.glob(f"{runs}/evaluations/*.facts-choice.json"))
+    assert paths
+    for path in paths:
+        result = json.loads(path.read_text()) | {"suite": suite, "metrics": {"accuracy": accuracy}}
+        path.with_name(path.name.replace("facts-choice", suite)).write_text(json.dumps(result))
+
+
+@pytest.mark.parametrize(
+    ("runs", "suite"), [("excursions/sft*", "easy"), ("trunks/*", "facts-choice_average")]
+)
+def test_a_mean_accuracy_is_that_of_the_suites_that_all_of_a_checkpoint_have(
+    root: Path, runs: str, suite: str
+) -> None:
+    before = results(Study.of(root)).columns[5]
+    measured_too(root, runs, suite, accuracy=0.99)
+    study = Study.of(root)
+    table = results(study)
+    assert table.columns[5].header == before.header == "capability, %"
+    assert [*table.columns[5].cells] == [*before.cells]
+    rows = {row["recipe"]: row["capability"] for row in summary(study, {})["results"]}
+    assert rows["base"] == pytest.approx(0.6)
+    assert rows["sft"] == pytest.approx(0.545)
+
+
+def test_a_mean_accuracy_leaves_out_what_was_measured_in_two_ways(root: Path) -> None:
+    measure(root, "trunks/*", "facts-choice", {}, normalise="none")
+    measure(root, "excursions/*", "facts-choice", {}, normalise="bytes")
+    measured_too(root, "excursions/*", "facts-choice", accuracy=0.99)
+    study = Study.of(root)
+    sft = next(cell for cell in study.cells if cell.recipe == "sft")
+    assert study.capability(sft) == sft.evaluations["facts-cloze"].metrics["accuracy"]
+
+
+def test_a_k_that_the_samples_have_is_in_the_table_as_on_the_page(root: Path) -> None:
+    for path in root.glob("*/*/evaluations/*.math.json"):
+        result = json.loads(path.read_text())
+        result["metrics"] = {"pass_at_1": result["metrics"]["pass_at_1"]}
+        path.write_text(json.dumps(result))
+    study = Study.of(root)
+    assert not any(str(cell).startswith("–") for cell in results(study).columns[3].cells)
