@@ -200,6 +200,8 @@ def _did(conversation: Conversation, line: str, interrupt: Interrupt) -> bool:
     elif word == "/new":
         conversation.begin_anew()
     elif word == "/again" and conversation.turns:
+        if conversation.drawing.temperature == 0:
+            complain("(the same answer again: at --temperature 0 it is the likeliest)")
         _answer(conversation, conversation.again(), interrupt)
     elif word == "/take" and rest.isdecimal() and 0 < int(rest) <= len(conversation.answers):
         conversation.take(int(rest) - 1)

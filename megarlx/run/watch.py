@@ -52,7 +52,7 @@ class Watch:
             yield (
                 f"{name} has had no informative group in the last {IN_A_ROW} logs: each prompt's "
                 "samples all got the same reward, or none that is known (mean reward "
-                f"{values.get(f'{before}reward', 0.0):.3f}); it learns nothing"
+                f"{values.get(f'{before}reward', 0.0):.3f}); of the reward it learns nothing"
             )
         dull = self._in_a_row[f"groups of {name}"] > 0
         if self._lasts(name, not dull and values.get(f"grad_norm/{name}") == 0):

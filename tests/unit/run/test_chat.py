@@ -224,6 +224,14 @@ def test_lines_of_standard_input_are_the_turns_of_a_conversation(
     assert asked == [["a?"], ["a?", "ye0", "/b?"], ["a?", "ye0", "/b?"], ["http://c"]]
 
 
+def test_the_likeliest_answer_again_is_said_to_be_the_same(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for temperature, told in (("0", True), ("0.5", False)):
+        assert typed(monkeypatch, "a?\n/again\n", Parrot(), "--temperature", temperature) == 0
+        assert ("the same answer again" in capsys.readouterr().err) is told
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
