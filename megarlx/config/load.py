@@ -302,6 +302,7 @@ CALLED_ELSEWHERE = {
     "train_iters": "steps",
     "max_grad_norm": "clip_norm",
     "clip_grad": "clip_norm",
+    "grad_clip": "clip_norm",
     "lr_scheduler_type": "schedule",
 }
 

@@ -194,6 +194,7 @@ def test_token_files_of_another_tokenizer_are_said_to_be_that(
         ("training.gradient_checkpointing=true", "training.recompute"),
         ("training.global_batch_size=8", "training.sequences_per_step"),
         ("optimizer.max_grad_norm=1", "optimizer.clip_norm"),
+        ("stages.0.objectives.sft.grad_clip=1", "stages[0].objectives.sft.clip_norm"),
     ],
 )
 def test_a_key_as_others_call_it_is_answered_with_the_one_that_is_meant(
