@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,9 +20,8 @@ from rich.table import Table
 from megarlx import processes
 from megarlx.config.sweep import SweepConfig
 from megarlx.printable import printable
-from megarlx.report.record_files import hash_of
 from megarlx.sweeps.plan import Job
-from megarlx.sweeps.records import KEPT, NOT_OF_RESULTS, SweepRecords
+from megarlx.sweeps.records import JobSettings, SweepRecords
 from megarlx.training.metrics import read_metrics
 
 POLL_SECONDS = 0.5
@@ -76,6 +74,7 @@ class SweepRunner:
         self.records: SweepRecords | None = None
         if config.records is not None:
             self.records = SweepRecords(Path(config.records), jobs, config.record_suites)
+        self.settings = self.records.settings if self.records else JobSettings(jobs)
 
     def run(self) -> int:
         """0 when all jobs are done, 1 when one failed, 75 when the budget left some."""
@@ -143,18 +142,7 @@ class SweepRunner:
     def _said(self, job: Job) -> str:
         """The command, and what the configurations say that it and the jobs before it name."""
         words = " ".join(job.arguments)
-        told = self._told_by_files(job) if self.records is None else self.records.settings(job)
-        return f"{words}\n{told}\n"
-
-    def _told_by_files(self, job: Job) -> str:
-        """A hash; of what changes no result it says nothing."""
-        files = [Path(word) for word in job.arguments if word.endswith(".toml")]
-        read = [tomllib.loads(one.read_text(encoding="utf-8")) for one in files if one.is_file()]
-        held = [
-            {key: value for key, value in one.items() if key not in NOT_OF_RESULTS} for one in read
-        ]
-        before = [self._told_by_files(self.all[name].job) for name in job.needs]
-        return hash_of([held, before])[:KEPT]
+        return f"{words}\n{self.settings(job)}\n"
 
     def _advance(self) -> bool:
         """Whether anything is still to be waited for."""
@@ -193,7 +181,7 @@ class SweepRunner:
                 env={**os.environ, "OMP_NUM_THREADS": str(threads)},
             )
         progress.state, progress.begun = "running", time.monotonic()
-        progress.said = self._said(job) if self.records is None else ""
+        progress.said = self._said(job)
 
     def _threads(self) -> int:
         """The machine, shared with the jobs that could run at the same time."""
@@ -207,8 +195,7 @@ class SweepRunner:
         nothing = job.arguments[0] == "transplant" and code == NONE
         progress.state = "done" if code == 0 else "none" if nothing else "failed"
         if code == 0:
-            said = progress.said or self._said(job)
-            self._marker(job).write_text(said, encoding="utf-8")
+            self._marker(job).write_text(progress.said, encoding="utf-8")
             if self.records is not None:
                 self.records.add(job)
         counts = f"{sum(p.state == 'done' for p in self.all.values())} of {len(self.all)}"
@@ -248,9 +235,9 @@ class SweepRunner:
             "Ctrl-C now ends them at once, without saving"
         )
         waited = [one.process for one in running if one.process is not None]
-        for process in waited:
-            processes.signal_group(process, signal.SIGTERM)
         try:
+            for process in waited:
+                processes.signal_group(process, signal.SIGTERM)
             for progress in running:
                 self._wait_for(progress)
         except KeyboardInterrupt:
