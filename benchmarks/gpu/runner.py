@@ -15,7 +15,8 @@ import sys
 import tarfile
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,6 +87,23 @@ class Screen:
         self.left -= len(text) + 1
 
 
+@contextmanager
+def stops_wait() -> Iterator[None]:
+    """Ctrl-C and SIGTERM that come inside act behind it."""
+    came: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for one in came:
+            signal.raise_signal(signal.Signals(one))
+
+
 @dataclass
 class _Running:
     piece: Piece
@@ -133,7 +151,8 @@ class Runner:
         running: dict[int, _Running] = {}
         try:
             for piece in pieces:
-                running |= self._start(piece, limit)
+                with stops_wait():  # else one that comes as a piece is forked leaves it to itself
+                    running |= self._start(piece, limit)
             while running:
                 for process, one in list(running.items()):
                     ended, status = os.waitpid(process, os.WNOHANG)
@@ -169,6 +188,7 @@ class Runner:
             try:
                 os.setsid()
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                signal.signal(signal.SIGINT, signal.default_int_handler)
                 file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
                 os.dup2(file, 1)
                 os.dup2(file, 2)

@@ -178,6 +178,31 @@ def test_a_suite_that_is_told_to_stop_ends_its_pieces_and_leaves_the_archive(
     assert "logs/machine.log" in archived(tmp_path)
 
 
+STOPPED_AS_IT_FORKS = """
+import os, runpy, signal, sys
+fork = os.fork
+def forked():
+    child = fork()
+    if child:
+        print(child, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+    return child
+os.fork = forked
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_suite_that_is_told_to_stop_as_it_forks_ends_that_piece_too(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", STOPPED_AS_IT_FORKS]
+    command += [str(ROOT / "benchmarks" / "gpu_suite.py"), "--device", "cpu", "--out"]
+    command += [str(tmp_path), "--inject", "hang:grpo", "--pieces", "grpo:100"]
+    done = subprocess.run(command, env=gpu_environment(), stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 143
+    assert not Path(f"/proc/{int(done.stdout.split()[0])}").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
