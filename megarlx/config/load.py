@@ -24,6 +24,7 @@ Prepare = Callable[[dict[str, Any]], dict[str, Any]]
 # In resolved.json: what `auto` became on the machine, by dotted key, and why.
 CHOSEN = "chosen"
 KEPT = "training.precision"  # it changes the numbers of a run
+OF_A_PARENT = ("model", "training")  # that a recipe leaves to the run it starts from
 KEY = re.compile(r"""\s*"[^"]*"\s*|\s*'[^']*'\s*|[^."'=]+""")  # quoted, with dots in it
 DOTTED = re.compile(rf"((?:{KEY.pattern})(?:\.(?:{KEY.pattern}))*)=(.*)", re.DOTALL)
 BARE_WORD = re.compile(r"[^\s\"'\[\]{}#=,]+")
@@ -80,12 +81,14 @@ def load_config(
     try:
         config = kind.model_validate(values)
     except ValidationError as error:
-        problems += _explain(error, kind, places, str(path))
-        if kind is Config and "model" not in values and "stages" in values:
+        recipe = kind is Config and "model" not in values and "stages" in values
+        if recipe:
             problems.append(
-                f"{path} is a recipe, whose model is that of the run it starts from: megarlx "
-                f"branch RUN {path} --out RUN2, or megarlx plan {path} --trunk RUN --gpus N"
+                f"{path} has no [model]: it is a recipe, whose model is that of the run it starts "
+                f"from: megarlx branch RUN {path} --out RUN2, or megarlx plan {path} --trunk RUN "
+                "--gpus N"
             )
+        problems += _explain(error, kind, places, str(path), OF_A_PARENT if recipe else ())
         raise ConfigError(problems) from None
     finally:
         TRUSTED.reset(reading)
@@ -212,12 +215,19 @@ def _unread(values: Mapping[str, Any], override: str) -> str | None:
 
 
 def _explain(
-    error: ValidationError, kind: type[Section], places: dict[KeyPath, str], file: str
+    error: ValidationError,
+    kind: type[Section],
+    places: dict[KeyPath, str],
+    file: str,
+    optional: Collection[str] = (),
 ) -> list[str]:
-    """pydantic's findings in the user's words, in the order of the file."""
+    """pydantic's findings in the user's words, in the order of the file; sections that may be
+    `optional` here are not told as missing."""
     found: dict[tuple[int, str], None] = {}
     order = {key: i for i, key in enumerate(places)}
     for detail in error.errors(include_url=False):
+        if detail["type"] == "missing" and detail["loc"] in {(name,) for name in optional}:
+            continue
         for path, text in _texts(detail, kind, ()):
             known = path
             while known and known not in places:

@@ -67,6 +67,7 @@ class Job:
     on_gpu: bool = True
     bucket_elements: int = 25_000_000
     name: str = "pretraining"
+    said_in: str = "training"  # the table that says sequences_per_step
     others: tuple[Job, ...] = ()  # further objectives of a stage, each with a batch of its own
     alternates: bool = False  # a step trains one of the objectives
     share_of_steps: float = 1.0  # how many of the stage's steps train this one
@@ -156,7 +157,7 @@ class Job:
             below = self.sequences_per_step // at_once * at_once
             nearest = " or ".join(str(n) for n in (below, below + at_once) if n > 0)
             raise LayoutError(
-                f"{'' if self.name == 'pretraining' else self.name + '.'}sequences_per_step is "
+                f"{self.said_in}.sequences_per_step is "
                 f"{self.sequences_per_step}; sequences_per_microbatch x {times} = "
                 f"{at_once} must divide it (nearest: {nearest})"
             )

@@ -124,6 +124,7 @@ def _objective(config: Config, stage: StageConfig, name: str, common: Job) -> Jo
     if isinstance(given, SftConfig):
         return replace(
             common,
+            said_in=common.said_in if given.sequences_per_step is None else name,
             sequences_per_step=given.sequences_per_step or common.sequences_per_step,
             sequences_per_microbatch=given.sequences_per_microbatch
             or common.sequences_per_microbatch,

@@ -56,6 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
     out = arguments.out or arguments.directory / FOLDER
     try:
         study = Study.of(arguments.directory, arguments.records)
+        runs = f"{len(study.runs)} run{'' if len(study.runs) == 1 else 's'}"
+        print(f"{runs}: drawing the figures, the page and the viewer …", file=sys.stderr)
         findings = write_report(study, out, arguments.claims)
     except (ReportError, plug.PlugError, OSError) as error:
         complain(f"megarlx report: {error}")

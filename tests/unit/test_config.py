@@ -170,6 +170,21 @@ def test_key_of_another_table_is_said_to_belong_there(tmp_path):
     ]
 
 
+def test_a_recipe_is_told_to_be_one_and_of_what_is_missing_only_what_a_run_does_not_give(tmp_path):
+    recipe = write(
+        tmp_path,
+        """[[stages]]
+        steps = 4
+        [stages.objectives.pretraining]
+        lr = -1.0
+        """,
+    )
+    first, *others = problems(recipe)
+    assert "run.toml has no [model]: it is a recipe, whose model is that of the run" in first
+    assert not any("is missing" in one for one in others)
+    assert any("lr is -1.0" in one for one in others)
+
+
 def test_unknown_table_names_the_nearest_table_and_a_hopeless_one_lists_them(tmp_path):
     path = write(tmp_path, SPARSE + "[layuot]\n[zzz]\n")
     assert problems(path) == [

@@ -86,7 +86,11 @@ def test_data_parallelism_takes_the_gpus_that_are_left() -> None:
         ({"tensor": 4}, 8, "6 heads cannot be split over tp=4"),
         ({"tensor": 2}, 7, "needs 6 processes; there are 7"),
         ({"data": 4}, 8, "needs 4 processes; there are 8"),
-        ({}, 7, "sequences_per_step is 24; sequences_per_microbatch x dp = 7 must divide it"),
+        (
+            {},
+            7,
+            "training.sequences_per_step is 24; sequences_per_microbatch x dp = 7 must divide it",
+        ),
         ({"replica": 2}, 3, "needs 2 processes; there are 3"),
         ({"pipeline": 2, "schedule": "interleaved", "virtual_stages": 2}, 0, "gpus is 0"),
     ],

@@ -201,6 +201,28 @@ def test_a_moving_average_of_the_weights_is_one_more_shard(write: Any) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("batch", "said"),
+    [
+        ("sequences_per_step = 16", "sft.sequences_per_step is 16; .* x dp = 7 must divide it"),
+        ("", "training.sequences_per_step is 28; .* x dp = 21 must divide it"),
+    ],
+)
+def test_a_batch_that_cannot_be_shared_is_named_by_the_key_that_says_it(
+    write: Any, batch: str, said: str
+) -> None:
+    path = write()
+    own = "sequences_per_step = 16\nsequences_per_microbatch = 1\n"
+    changed = path.read_text().replace(
+        own, f"{batch}\nsequences_per_microbatch = {1 if batch else 3}\n"
+    )
+    path.write_text(changed)
+    # What the stage trains besides has a batch that 7 processes can share.
+    given = ["training.sequences_per_microbatch=1", "training.sequences_per_step=28"]
+    with pytest.raises(ValueError, match=said):
+        job_of_stage(load_config(path, given), 7, 0)
+
+
 def test_moments_that_wait_for_a_later_stage_are_held(write: Any) -> None:
     config = load_config(write())
     both, after, again = (job_of_stage(config, 4, stage) for stage in range(3))

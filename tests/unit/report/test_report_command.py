@@ -76,7 +76,8 @@ def test_one_seed_prints_numbers_and_no_verdicts(
     for run in [*(root / "trunks").glob("*seed1"), *(root / "excursions").glob("*seed1")]:
         shutil.rmtree(run)
     assert main(["report", str(root)]) == 0
-    said = capsys.readouterr().out
+    said, before = capsys.readouterr()
+    assert before == "4 runs: drawing the figures, the page and the viewer …\n"
     assert "One trunk: no verdict" in said
     assert "P3 " not in said
     page = (root / "report" / "index.html").read_text()
