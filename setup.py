@@ -143,7 +143,8 @@ def extensions() -> tuple[list, dict]:
     ]
     # -fopenmp when compiling only: the symbols then come from the OpenMP that torch itself loaded,
     # and there is one thread pool, not two.
-    bindings = {"cxx": [*common, "-fopenmp"]}
+    # Of ATen a file reads the operators that it names, not all of them.
+    bindings = {"cxx": [*common, "-fopenmp", "-DAT_PER_OPERATOR_HEADERS"]}
     if cuda:
         bindings["cxx"].append("-DMEGARLX_CUDA")
         bindings["nvcc"] = ["-O3", "-std=c++20", "-lineinfo"]

@@ -1,6 +1,7 @@
 // average_adamw_, adamw_update_ and replica_average_*: tensors in, checks, then the kernels of the
 // CPU or of CUDA.
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <cmath>

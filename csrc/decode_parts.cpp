@@ -2,6 +2,8 @@
 // Values on a GPU are not looked at: nothing waits for them.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include "dispatch.h"

@@ -1,6 +1,6 @@
 // What every binding needs: the chosen CPU kernels, and errors that name the argument.
 #pragma once
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include "cpu/kernels.h"
 

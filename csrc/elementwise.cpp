@@ -2,6 +2,7 @@
 // ones, which take bfloat16 too.
 #include "elementwise.h"
 
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 namespace megarlx {

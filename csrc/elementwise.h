@@ -1,6 +1,7 @@
 // What the bindings of the elementwise parts of a layer share: checks, and calls of kernels.
 #pragma once
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <functional>

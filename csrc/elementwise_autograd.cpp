@@ -1,6 +1,5 @@
 // Autograd of RMSNorm and SwiGLU in C++: a small model waits for the time it takes in Python.
 // Backward reads what forward saved and never writes it: schedules may run it twice.
-#include <ATen/ATen.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>

@@ -1,4 +1,5 @@
 // Bindings of the attention's heads, QK-norm and rotation: as those of elementwise.cpp.
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "elementwise.h"

@@ -1,6 +1,7 @@
 // The ops of our own products, which a CPU alone has: a product in place, and a linear layer.
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 

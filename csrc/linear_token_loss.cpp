@@ -1,6 +1,10 @@
 // The token loss from hidden states, for CPU and CUDA: a chunk of rows at a time, three products.
 // (The loop over vocabulary shards, with collectives between its steps, is in Python. This one is
 // not, because at a hidden size of 64 the Python calls took a fifth of the whole.)
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "beside.h"

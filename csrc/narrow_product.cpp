@@ -1,7 +1,8 @@
 // A product of few rows with a matrix that is read once. On a CPU it is torch's own product.
 #include "math/narrow_product.h"
 
-#include <ATen/ATen.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/mm.h>
 #include <torch/library.h>
 
 #include "dispatch.h"

@@ -1,6 +1,6 @@
 // Products of matrices, for bindings that make some: our own kernel where it is the faster one.
 #pragma once
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 namespace megarlx {
 

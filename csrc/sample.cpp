@@ -6,6 +6,8 @@
 #include "math/sample.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include "dispatch.h"

@@ -3,6 +3,10 @@
 #include "math/token_loss.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 #ifdef __linux__
 #include <sys/mman.h>

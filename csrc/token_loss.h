@@ -1,6 +1,6 @@
 // What linear_token_loss uses of the token loss: one chunk of rows, and the sums of all of them.
 #pragma once
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <optional>
 #include <tuple>

@@ -1,9 +1,9 @@
 // Autograd of the two token losses. Their forward has computed the gradients; backward scales them
 // by the upstream gradient, and where it runs for the last time it gives them away uncopied: a
 // gradient of logits is as large as the logits, and one more pass over it would be felt.
-#include <ATen/ATen.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/alias.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
@@ -33,12 +33,12 @@ Tensor take_scaled(const char* op, AutogradContext* context, const char* name,
               ": backward runs a second time; pass retain_graph=True to the first");
   TORCH_CHECK(gradient.dim() == 2, "megarlx.", op,
               ": with_gradient is False; allowed: True where backward follows");
-  if (at::isTensorSubclassLike(upstream)) return gradient * upstream.to(gradient.scalar_type());
+  if (at::isTensorSubclassLike(upstream)) return gradient.mul(upstream.to(gradient.scalar_type()));
   if (!torch::autograd::get_current_graph_task_keep_graph()) {
     context->saved_data[name] = Tensor();
   }
   if (upstream.is_cpu() && upstream.item<double>() == 1) return gradient;
-  if (!nobody_else_has(gradient)) return gradient * upstream.to(gradient.scalar_type());
+  if (!nobody_else_has(gradient)) return gradient.mul(upstream.to(gradient.scalar_type()));
   static const auto scale = c10::Dispatcher::singleton()
                                 .findSchemaOrThrow("megarlx::_scale_gradient_", "")
                                 .typed<void(const Tensor&, const Tensor&)>();
