@@ -11,10 +11,14 @@ import difflib
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from megarlx import __version__
+
+_with_place = warnings.formatwarning  # of Python
 
 
 class Command(NamedTuple):
@@ -101,7 +105,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: Any = None
+) -> str:
+    """Ours in a line, as everything that is said; of other packages with the place in the code."""
+    if category is UserWarning and Path(filename).is_relative_to(Path(__file__).parent):
+        return f"warning: {message}\n"
+    return _with_place(message, category, filename, lineno, line)
+
+
 def _run(name: str, arguments: Sequence[str]) -> int:
+    warnings.formatwarning = _warning
     command = COMMANDS[name]
     module = importlib.import_module(command.module)
     parser = argparse.ArgumentParser(

@@ -81,6 +81,8 @@ def load_config(
     try:
         config = kind.model_validate(values)
     except ValidationError as error:
+        if kind is Config and "model" not in values and {"trunk", "excursions"} & values.keys():
+            raise ConfigError([f"{path} is a sweep: megarlx sweep {path}"]) from None
         recipe = kind is Config and "model" not in values and "stages" in values
         if recipe:
             problems.append(

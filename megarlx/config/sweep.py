@@ -130,7 +130,9 @@ class SweepConfig(Section):
     )
     jobs: int = Field(default=1, ge=1, description="Runs at the same time")
     threads_per_job: int | None = Field(
-        default=None, ge=1, description="CPU threads of a run; absent: its share of the machine"
+        default=None,
+        ge=1,
+        description="CPU threads of a run; absent: OMP_NUM_THREADS, else its share of cores",
     )
     launcher: Texts = Field(
         default=(), description="Words before each command, as torchrun's with its options"

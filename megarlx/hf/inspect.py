@@ -21,12 +21,12 @@ from megarlx.hf.sources import (
 from megarlx.hf.trunk import find_checkpoint, run_of
 
 
-def open_source(text: str) -> CheckpointSource | HuggingFaceFolder:
-    """RUN[@ITER], a checkpoint's folder, or a folder of Hugging Face."""
+def open_source(text: str, *, newest: bool = False) -> CheckpointSource | HuggingFaceFolder:
+    """RUN[@ITER], a checkpoint's folder, or a folder of Hugging Face; `newest` as below."""
     path = Path(text)
     if is_hugging_face(path):
         return HuggingFaceFolder(path)
-    return CheckpointSource(find_checkpoint(text))
+    return CheckpointSource(find_checkpoint(text, newest=newest))
 
 
 def describe(source: CheckpointSource | HuggingFaceFolder) -> Iterator[str]:

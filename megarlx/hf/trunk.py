@@ -24,6 +24,7 @@ from megarlx.checkpoint.files import sync_folder, write_new
 from megarlx.checkpoint.folder import (
     checkpoint_name,
     commit,
+    complete,
     iterations,
     latest,
     point_latest_at,
@@ -46,8 +47,11 @@ CONVERTING = ".converting-"
 COPIED = ("config.toml", "resolved.json", "lineage.json", "tokenizer.json")
 
 
-def find_checkpoint(text: str) -> Path:
-    """A checkpoint's folder, or RUN, RUN@latest, RUN@1000, RUN@tokens:4B."""
+def find_checkpoint(text: str, *, newest: bool = False) -> Path:
+    """A checkpoint's folder, or RUN, RUN@latest, RUN@1000, RUN@tokens:4B.
+
+    newest   of RUN and RUN@latest no other is taken where the newest is not whole
+    """
     run, _, where = text.partition("@")
     path = Path(run)
     if not where and (path / NAME).is_file():
@@ -58,9 +62,11 @@ def find_checkpoint(text: str) -> Path:
         what = f"{checkpoints} holds no checkpoint" if path.is_dir() else "there is no such folder"
         raise ConversionError(f"{text}: {what}")
     if where in ("", "latest"):
-        newest = latest(checkpoints)
-        assert newest is not None
-        return newest
+        if newest:
+            complete(checkpoints / checkpoint_name(saved[-1]))
+        last = latest(checkpoints)
+        assert last is not None
+        return last
     if where.isdecimal() and int(where) in saved:
         return checkpoints / checkpoint_name(int(where))
     if where.startswith("tokens:"):

@@ -179,8 +179,8 @@ def print_stages(jobs: dict[str, Job], gpu: Gpu, console: Console) -> None:
     table = _table("stage", "peak GB", "step s", "samples s", "MFU", "fits")
     for name, job in jobs.items():
         found = predict(job, gpu)
-        cells = (_gb(found.memory.peak), f"{found.time.total:.3f}")
-        samples = f"{generation_seconds(job, gpu):.3f}"
+        cells = (_gb(found.memory.peak), _seconds(found.time.total))
+        samples = _seconds(generation_seconds(job, gpu), found.time.total)
         fits = "yes" if found.fits(gpu) else "NO"
         table.add_row(name, *cells, samples, f"{found.mfu:.1%}", fits)
     console.print(table)
@@ -219,14 +219,14 @@ def _print_memory(plan: Plan, console: Console) -> None:
     for kind, count in memory.by_kind().items():
         if kind == "kv_cache" and not count:
             continue
-        table.add_row(kind.replace("_", " "), _gb(count))
+        table.add_row(kind.replace("_", " "), _gb(count, memory.peak))
     table.add_row("peak of a step", _gb(memory.peak))
     room = "fits" if configured.fits(plan.gpu) else "DOES NOT FIT"
     table.add_row(f"of {plan.gpu.name}'s {_gb(usable)} usable", room)
     console.print(table)
-    kept = ", ".join(f"{how} {_gb(count)}" for how, count in plan.activations.items())
+    kept = ", ".join(f"{how} {_gb(count, memory.peak)}" for how, count in plan.activations.items())
     console.print(f"activations by recomputation (GB): {kept}")
-    states = ", ".join(f"{n}: {_gb(count)}" for n, count in plan.optimizer.items())
+    states = ", ".join(f"{n}: {_gb(count, memory.peak)}" for n, count in plan.optimizer.items())
     console.print(f"optimizer by number of objectives (GB): {states}")
     if (held := job.held) is not None and held != Held():
         console.print(f"of the shard's size on this rank: 1 master, {_shards(held)}")
@@ -246,8 +246,9 @@ def _print_time(plan: Plan, console: Console) -> None:
     table = _table("part of a step (modelled)", "seconds", "share")
     for part, seconds in vars(time).items():
         if seconds:
-            table.add_row(part.replace("_", " "), f"{seconds:.3f}", f"{seconds / time.total:.1%}")
-    table.add_row("step", f"{time.total:.3f}", "100.0%")
+            share = f"{seconds / time.total:.1%}"
+            table.add_row(part.replace("_", " "), _seconds(seconds, time.total), share)
+    table.add_row("step", _seconds(time.total), "100.0%")
     console.print(table)
     tokens = job.trained_tokens / time.total
     bubble = job.plan.bubble_fraction(job.microbatches)
@@ -268,14 +269,15 @@ def _print_rollouts(plan: Plan, console: Console) -> None:
         f"rollouts (modelled): {rollouts.slots} sequences at once on each of "
         f"{job.dp * job.replica} copies, {rollouts.prompt_tokens} + "
         f"{rollouts.completion_tokens} tokens: {1e3 * time.token_seconds:.2f} ms a token, "
-        f"{time.total:.1f} s for all, {time.tokens_per_second:,.0f} tokens/s, MFU {time.mfu:.1%}; "
-        f"keys and values {_gb(plan.kv_cache)} GB a rank\n"
+        f"{time.total:.{1 if time.total >= 0.1 else 6}f} s for all, "
+        f"{time.tokens_per_second:,.0f} tokens/s, MFU {time.mfu:.1%}; keys and values "
+        f"{_gb(plan.kv_cache, plan.configured.memory.peak)} GB a rank\n"
     )
     if plan.generate_seconds:
         samples = sum(one.samples_per_step for one in job.all_objectives)
         console.print(
-            f"a step's {samples:,} samples take {plan.generate_seconds:.3f} s where all are of the "
-            "longest (modelled; before the step, and not in its time)\n"
+            f"a step's {samples:,} samples take {_seconds(plan.generate_seconds)} s where all are "
+            "of the longest (modelled; before the step, and not in its time)\n"
         )
 
 
@@ -287,7 +289,7 @@ def _print_best(plan: Plan, console: Console) -> None:
         bubble = best.job.plan.bubble_fraction(best.job.microbatches)
         table.add_row(
             str(best.job),
-            f"{best.time.total:.3f}",
+            _seconds(best.time.total),
             f"{best.mfu:.1%}",
             f"{bubble:.1%}",
             _gb(best.memory.peak),
@@ -317,8 +319,13 @@ def _table(first: str, *others: str) -> Table:
     return table
 
 
-def _gb(count: float) -> str:
-    return f"{count / GB:.2f}"
+def _gb(count: float, of: float | None = None) -> str:
+    """As fine as the table that it stands in needs, whose largest number it is a part `of`."""
+    return f"{count / GB:.{2 if (count if of is None else of) >= 0.1 * GB else 6}f}"
+
+
+def _seconds(value: float, of: float | None = None) -> str:
+    return f"{value:.{3 if (value if of is None else of) >= 0.1 else 6}f}"
 
 
 def _short(number: int) -> str:

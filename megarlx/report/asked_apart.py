@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from megarlx.evaluation.comparable import apart, shown
@@ -50,6 +50,11 @@ def _by_place(cells: Iterable[Cell], headline: str) -> dict[tuple[str, int, str]
         for suite in cell.accuracy_suites:
             found[*place, suite].append((cell.run.name, cell.evaluations[suite]))
     return found
+
+
+def in_several_ways(results: Sequence[Evaluation]) -> bool:
+    """Whether the highest of them says nothing."""
+    return any(not results[0].asked_like(other) for other in results)
 
 
 def _apart(measured: Measured) -> list[str]:

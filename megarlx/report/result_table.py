@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from megarlx.printable import printable
+from megarlx.report.asked_apart import in_several_ways
 from megarlx.report.runs import Evaluation
 from megarlx.report.settings import quantity
 from megarlx.report.study import BASE, KS, Cell, Study
@@ -20,24 +21,27 @@ Row = tuple[str, int, str]  # variant of the trunk, tokens of the checkpoint, re
 
 def results(study: Study) -> Table:
     """A row for each checkpoint and recipe: means over seeds in percent, guessing beside them;
-    of agents the tasks solved."""
+    of agents the tasks solved. What was asked in several ways has no highest."""
+    rows: dict[Row, list[Cell]] = {}
+    for cell in study.cells:
+        if cell.recipe != BASE or cell.checkpoint_tokens in study.checkpoints:
+            rows.setdefault((cell.variant, cell.checkpoint_tokens, cell.label), []).append(cell)
+    ks = [k for k in KS if any(_pass_at(k, cells)[0] is not None for cells in rows.values())]
+    numbers = {row: _numbers(study, cells, ks) for row, cells in rows.items()}
+    best = _best(numbers)
+    for place, asked in _asked(rows).items():
+        if asked and in_several_ways(asked):
+            best[place][: len(ks)] = [None for _ in ks]
     table = Table(box=None, pad_edge=False)
     several = len(study.variants) > 1
     if several:
         table.add_column("trunk", overflow="fold")
     table.add_column("tokens")
     table.add_column("recipe")
-    ks = KS if study.headline or not study.agent_suites else ()
     answers = [f"pass@{k}, % (guessing)" for k in ks]
     solved = [f"{_shown(suite)}, % (at random)" for suite in study.agent_suites]
     for name in (*answers, *solved, "capability, %", "time"):
         table.add_column(name, justify="right")
-    rows: dict[Row, list[Cell]] = {}
-    for cell in study.cells:
-        if cell.recipe != BASE or cell.checkpoint_tokens in study.checkpoints:
-            rows.setdefault((cell.variant, cell.checkpoint_tokens, cell.label), []).append(cell)
-    numbers = {row: _numbers(study, cells, ks) for row, cells in rows.items()}
-    best = _best(numbers)
     for (variant, tokens, label), cells in rows.items():
         row = numbers[variant, tokens, label]
         seconds = _mean([c.cost.get("seconds") for c in cells])
@@ -55,11 +59,23 @@ def results(study: Study) -> Table:
 
 def _numbers(study: Study, cells: Sequence[Cell], ks: Sequence[int]) -> list[Number]:
     """A row's percents: pass@k, tasks solved, capability; each with what guessing reaches."""
-    headlines = [cell.headline for cell in cells]
-    found = [_percents(headlines, f"pass_at_{k}") for k in ks]
+    found = [_pass_at(k, cells) for k in ks]
     for suite in study.agent_suites:
         found.append(_percents([cell.evaluations.get(suite) for cell in cells], "success"))
     return [*found, (_percent([study.capability(c) for c in cells]), None)]
+
+
+def _pass_at(k: int, cells: Sequence[Cell]) -> Number:
+    return _percents([cell.headline for cell in cells], f"pass_at_{k}")
+
+
+def _asked(rows: Mapping[Row, list[Cell]]) -> dict[tuple[str, int], list[Evaluation]]:
+    """By checkpoint, the results that stand in the columns of pass@k."""
+    found: dict[tuple[str, int], list[Evaluation]] = {}
+    for (variant, tokens, _), cells in rows.items():
+        results = [cell.headline for cell in cells if cell.headline]
+        found.setdefault((variant, tokens), []).extend(results)
+    return found
 
 
 def _best(numbers: Mapping[Row, list[Number]]) -> dict[tuple[str, int], list]:

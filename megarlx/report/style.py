@@ -93,7 +93,9 @@ def look_of(label: str, labels: Sequence[str]) -> Look:
     if over and start in LOOKS:
         known = LOOKS[start]
         return Look(f"{known.name} over {other}", known.color, known.marker, ":")
-    others = [other for other in labels if other not in LOOKS]
+    if label.startswith("base ("):  # of another trunk than "base" is
+        return Look(label, BLACK, "o", ":")
+    others = [one for one in labels if one not in LOOKS and not one.startswith("base (")]
     at = others.index(label)
     recipe, _, setting = label.partition(" (")
     same = LOOKS.get(recipe)

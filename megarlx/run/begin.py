@@ -31,6 +31,7 @@ def start(
     fresh: bool = False,
 ) -> str:
     """Trains a run; returns what stopped it before its end, if anything did."""
+    RunDirectory(out).check_free()
     with NewFolder(out, first=started.rank == 0) as folder:
         made = begin(config, source, out, started, device, fresh=fresh)
         return train(made, folder.keep)
@@ -49,6 +50,7 @@ def start_excursion(
     weights: Weights = "last",
 ) -> str:
     """`replayed` is a checkpoint that the parent did not save, made again from one before it."""
+    RunDirectory(out).check_free()
     with NewFolder(out, first=started.rank == 0) as folder:
         if started.rank == 0:
             parent = parent_of(reference, replayed, weights)

@@ -121,6 +121,18 @@ class RunDirectory:
     def has_checkpoints(self) -> bool:
         return bool(iterations(self.checkpoints))
 
+    def check_free(self) -> None:
+        """A run can lie here: no file does, and no folder of runs."""
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"{self.path} is a file; a run is a folder: choose another --out")
+        if not self.path.is_dir() or self.has_checkpoints or (self.path / "lineage.json").exists():
+            return
+        if runs := sorted(path.parent.name for path in self.path.glob("*/lineage.json")):
+            raise RunError(
+                f"{self.path} is a folder of runs, {runs[0]} among them; a run has one of its own: "
+                f"--out {self.path / 'NAME'}"
+            )
+
     def check_fresh(self) -> None:
         """`--fresh` never overwrites."""
         if self.has_checkpoints:

@@ -32,6 +32,7 @@ from megarlx.run.messages import headline
 from megarlx.run.screen import SHOWN_SAMPLES, Screen
 from megarlx.run.tokenizer import template_of, templates_of
 from megarlx.run.watch import Watch
+from megarlx.training.metrics import read_metrics
 
 SHOWN_METRICS = 6  # in the line of an evaluation
 LARGEST_LOSS = 700.0  # whose perplexity is a number
@@ -234,8 +235,16 @@ class Evaluation:
             self._show_samples(done, result["suite"])
         if results:
             values = metrics_of(results)
-            self.screen.say(done, _in_a_line(results), values, self.costs.trunk_tokens)
+            told = None if self._told(done, values) else values
+            self.screen.say(done, _in_a_line(results), told, self.costs.trunk_tokens)
         self.steps.leave_out(time.perf_counter() - begun)
+
+    def _told(self, step: int, values: Mapping[str, float]) -> bool:
+        """Whether a finished run that is given again has these results in its metrics."""
+        if not self._went_on or self.screen.writer is None:
+            return False
+        there = [line for line in read_metrics(self.screen.writer.path) if line["step"] == step]
+        return any(values.items() <= line.items() for line in there)
 
     def check(self) -> None:
         """Before anything is trained: what this run will measure can be measured."""

@@ -85,7 +85,7 @@ def _wrong(arguments: argparse.Namespace) -> str:
 def _show(path: str, *, verify: bool) -> None:
     from megarlx.hf.inspect import check, describe, open_source
 
-    source = open_source(path)
+    source = open_source(path, newest=verify)
     for line in describe(source):
         print(printable(line))
     if verify:

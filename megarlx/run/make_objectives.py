@@ -132,6 +132,8 @@ class ObjectiveMaker:
         else:
             path = file_of(config.conversations, self.config, f"{name}.conversations")
             conversations = list(read_conversations(path))
+            if not conversations:
+                raise RunError(f"{name}.conversations is {path!r}: the file holds none")
             _tell_of_silence(path, conversations)
         length = config.sequence_length or training.sequence_length
         if length > self.config.model.max_sequence_length:
@@ -304,7 +306,10 @@ class ObjectiveMaker:
             if config.examples is not None:
                 file = file_of(config.examples, self.config, f"{name}.examples")
                 few_shot = FewShot(tuple(read_conversations(file)))
-        prompts = read_prompts(file_of(config.prompts, self.config, f"{name}.prompts"), keys)
+        path = file_of(config.prompts, self.config, f"{name}.prompts")
+        prompts = read_prompts(path, keys)
+        if not prompts:
+            raise RunError(f"{name}.prompts is {path!r}: the file holds none")
         _check_alone(name, config, prompts)
         return PromptData(
             prompts,

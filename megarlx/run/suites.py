@@ -15,6 +15,7 @@ from megarlx.config import Config, ConfigError, load_config
 from megarlx.config.evaluation import SAMPLED, EvaluationConfig, SuiteConfig, SuitesConfig
 from megarlx.config.objectives import WRITE_TEMPLATE, TemplateConfig, unknown_template
 from megarlx.data.making import Made
+from megarlx.evaluation.beforehand import check_files
 from megarlx.evaluation.interface import Subject
 from megarlx.evaluation.results import Result
 from megarlx.evaluation.suites import Parent, Say, evaluate
@@ -46,6 +47,8 @@ def chosen(
     there = [suite.name for suite in evaluation.suites]
     if not there:
         said = "no suites: the run's configuration has none; give a file: --config FILE.toml"
+        if file is not None:
+            said = f"no suites: {file} has none; each is a [[suites]]"
         raise ConfigError([said])
     if unknown := [name for name in names if name not in there]:
         raise ConfigError([f"--suite {unknown[0]}: there is none; allowed are {', '.join(there)}"])
@@ -146,4 +149,5 @@ def measured(
         made,
         written(templates.named),
     )
+    check_files(subject, evaluation)
     return evaluate(subject, evaluation, run=run if keep else None, parent=parent, say=say)

@@ -170,7 +170,8 @@ class SweepRunner:
 
     def _start(self, progress: Progress) -> None:
         job = progress.job
-        threads = self.config.threads_per_job or self._threads()
+        given = os.environ.get("OMP_NUM_THREADS")
+        threads = self.config.threads_per_job or given or self._threads()
         command = [*(self.config.launcher or (sys.executable,)), "-m", "megarlx", *job.arguments]
         with (self.logs / f"{job.name}.log").open("ab") as log:
             progress.process = processes.start(

@@ -88,8 +88,10 @@ class MetricsWriter:
         self, values: Mapping[str, Any], trunk_tokens: int, hidden_from: int = 0
     ) -> None:
         """Where pre-training stands still a course would be a pile of points: results only."""
+        if not trunk_tokens:
+            return
         grown, self._trunk_tokens = trunk_tokens > self._trunk_tokens, trunk_tokens
-        if not trunk_tokens or trunk_tokens < hidden_from:
+        if trunk_tokens < hidden_from:
             return
         for key, value in values.items():
             result = key.startswith("eval/") and not key.startswith("eval/perplexity/")

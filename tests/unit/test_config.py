@@ -185,6 +185,12 @@ def test_a_recipe_is_told_to_be_one_and_of_what_is_missing_only_what_a_run_does_
     assert any("lr is -1.0" in one for one in others)
 
 
+def test_a_sweep_is_told_to_be_one(tmp_path):
+    assert problems(write(tmp_path, 'out = "runs/x"\ntrunk = "trunk.toml"\nseeds = [1]\n')) == [
+        "run.toml is a sweep: megarlx sweep run.toml"
+    ]
+
+
 def test_unknown_table_names_the_nearest_table_and_a_hopeless_one_lists_them(tmp_path):
     path = write(tmp_path, SPARSE + "[layuot]\n[zzz]\n")
     assert problems(path) == [

@@ -64,7 +64,8 @@ def test_tensorboard_shows_a_trunk_and_what_its_excursions_reached_over_tokens(
     assert board_of(tmp_path / "trunk")["loss/pretraining"] == [(1, 3.0), (2, 2.0), (3, 0.5)]
     with MetricsWriter(tmp_path / "rl", trunk_tokens=300) as writer:
         writer.scalars(1, {"loss/rl": 1.0, "eval/math/pass_at_1": 0.75}, 300)
-        writer.scalars(2, {"rl/reward": 0.5}, 300)
+        writer.scalars(1, {"perf/save_pause_seconds": 0.1})  # of no number of tokens
+        writer.scalars(2, {"rl/reward": 0.5, "loss/rl": 0.5}, 300)
     assert over_tokens("rl") == {"eval/math/pass_at_1": [(300, 0.75)]}
 
 

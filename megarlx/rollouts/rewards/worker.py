@@ -16,6 +16,11 @@ from megarlx.rollouts.workers.worker_program import describe
 def load(name: str, options: dict[str, Any]) -> Any:
     """A function with the options, or an instance of a class that was made with them."""
     named = plug.resolve("reward", name)
+    called = inspect.getattr_static(named, "__call__") if inspect.isclass(named) else named
+    if inspect.iscoroutinefunction(called):
+        raise TypeError(
+            f"{name} is `async def`; a reward is a plain function, and may call asyncio.run itself"
+        )
     return named(**options) if inspect.isclass(named) else partial(named, **options)
 
 

@@ -185,6 +185,31 @@ def test_a_mean_accuracy_leaves_out_what_was_measured_in_two_ways(root: Path) ->
     assert study.capability(sft) == sft.evaluations["facts-cloze"].metrics["accuracy"]
 
 
+def test_nothing_is_marked_as_the_highest_of_what_was_asked_in_two_ways(root: Path) -> None:
+    assert any(str(cell).startswith("*") for cell in results(Study.of(root)).columns[2].cells)
+    ask_in(OTHER, root, "trunks/*")
+    columns = results(Study.of(root)).columns
+    for column in columns[2:5]:
+        assert column.header.startswith("pass@")
+        assert not any(str(cell).startswith("*") for cell in column.cells)
+    assert any(str(cell).startswith("*") for cell in columns[5].cells)  # accuracy, asked alike
+
+
+def test_a_k_that_nothing_has_is_no_column_of_the_table(root: Path) -> None:
+    for path in root.glob("*/*/evaluations/*.math.json"):
+        result = json.loads(path.read_text())
+        result["metrics"].pop("pass_at_32")
+        result["items"] = [
+            {**item, "samples": 8, "correct": item["correct"] * 8 // item["samples"]}
+            for item in result["items"]
+        ]
+        path.write_text(json.dumps(result))
+    headers = [column.header for column in results(Study.of(root)).columns]
+    assert [h for h in headers if h.startswith("pass@")] == [
+        f"pass@{k}, % (guessing)" for k in (1, 8)
+    ]
+
+
 def test_a_k_that_the_samples_have_is_in_the_table_as_on_the_page(root: Path) -> None:
     for path in root.glob("*/*/evaluations/*.math.json"):
         result = json.loads(path.read_text())
