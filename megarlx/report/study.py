@@ -382,9 +382,22 @@ class Study:
     def settings_hash(self) -> str:
         return settings_hash(self.runs)
 
+    def wrong(self) -> list[str]:
+        """What is there and cannot be used as it is, one line each."""
+        runs = (cell.run for cell in self.cells if cell.recipe != BASE)
+        return [
+            *self.problems,
+            *asked_apart(self.cells, self.headline),
+            *(
+                f"{run.name}: stands at step {run.steps_done:,} of {run.planned_steps:,}"
+                for run in runs
+                if not run.finished
+            ),
+        ]
+
     def missing(self) -> list[str]:
         """What a full report would need and is not there, one line each."""
-        found = [*self.problems, *asked_apart(self.cells, self.headline)]
+        found = self.wrong()
         if self.headline is None and not self.agent_suites:
             found.append("no pass@k evaluation of any run")
         suites = sorted({s for c in self.cells if c.recipe != BASE for s in c.accuracy_suites})
@@ -399,8 +412,6 @@ class Study:
                     continue
                 where += f" at {cell.checkpoint_tokens:,} tokens"
             elif not cell.run.finished:
-                done, planned = cell.run.steps_done, cell.run.planned_steps
-                found.append(f"{where}: stands at step {done:,} of {planned:,}")
                 continue
             lacks = [] if cell.headline or not self.headline else [self.headline]
             lacks += [suite for suite in suites if suite not in cell.evaluations]

@@ -149,7 +149,9 @@ def _kept(study: Study, figure: Path | None) -> int:
 
         draw(tables, figure)
         _say(str(figure))
-    for line in study.missing():
+    # Some runs of these sweeps are a step to others and have no evaluation of their own: how many
+    # trunks an arm has is in its row.
+    for line in study.wrong():
         _say(f"missing: {line}")
     return 0 if tables else FAILED
 

@@ -132,6 +132,10 @@ def test_what_a_half_finished_sweep_lacks_is_named_and_the_rest_is_there(tmp_pat
         "iter_00000060.facts-cloze.json: cannot be used: format is 2; allowed is 1",
     ):
         assert part in missing
+    wrong = "\n".join(study.wrong())
+    assert "stands at step 35 of 60" in wrong
+    assert wrong.count("cannot be used") == 2
+    assert "no evaluation" not in wrong  # nothing is there that cannot be used
     rows = by_recipe(study)
     assert rows["rl"]["pass_at_1"] is None  # what it reached half-way is no result
     assert rows["sft"]["pass_at_1"] is None

@@ -184,6 +184,21 @@ def test_every_section_is_printed_and_the_figure_drawn(table: Table, tmp_path: P
     assert (tmp_path / "kept.png").stat().st_size > 10_000
 
 
+def test_runs_that_are_a_step_to_others_are_not_told_as_missing(
+    study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = made_run(f"rl-own-at-{MIDDLE}", 130, [], ("trunk", MIDDLE))
+    partner = made_run("rl-from-partner", 130, [], ("partner", MIDDLE))
+    study = Study(Path("kept"), [*study.runs, own, partner])
+    monkeypatch.setattr(Study, "of", classmethod(lambda cls, *args: study))
+    assert main(["study", "kept", "anywhere"]) == 0
+    assert "missing" not in capsys.readouterr().out
+    half = replace(own, settings={"stages": [{"steps": 40, "objectives": {"rl": {}}}]})
+    study = Study(Path("kept"), [*study.runs[:-2], half])
+    assert main(["study", "kept", "anywhere"]) == 0
+    assert f"missing: {half.name}: stands at step 0 of 40" in capsys.readouterr().out
+
+
 def test_a_small_late_gain_prints_no_share(study: Study) -> None:
     few = [run for run in study.runs if not run.name.startswith("rl-late-at")]
     for seed in SEEDS:
