@@ -32,6 +32,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--figure", type=Path, metavar="FILE", help="of kept: also draw it, as .png or .svg"
     )
     parser.add_argument(
+        "--difference",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("A", "B"),
+        help="of kept: also A − B of two of its rows, paired by trunk, in each world that has them",
+    )
+    parser.add_argument(
         "--records",
         type=Path,
         metavar="DIR",
@@ -59,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
         complain(f"megarlx study: {error}")
         return 1
     if arguments.what == "kept":
-        return _kept(study, arguments.figure)
+        return _kept(study, arguments.figure, arguments.difference)
     whats = {"gate": _gate, "tuning": _tuning, "claims": _claims, "kept-tuning": _kept_tuning}
     return whats[arguments.what](study)
 
@@ -128,20 +136,28 @@ def _claims(study: Study) -> int:
     return 0 if rows else FAILED
 
 
-def _kept(study: Study, figure: Path | None) -> int:
+def _kept(study: Study, figure: Path | None, pairs: list[tuple[str, str]]) -> int:
     from megarlx.study.kept.arms import worlds_of
     from megarlx.study.kept.chosen import PATH, frozen_rates
-    from megarlx.study.kept.shown import sections
+    from megarlx.study.kept.shown import differences, sections
     from megarlx.study.kept.table import Table
 
     tables = {
         world: Table(trunks, frozen_rates(world)) for world, trunks in worlds_of(study).items()
     }
+    for one, other in pairs:
+        labels = [[row.label for row in table.rows()] for table in tables.values()]
+        if not any(one in own and other in own for own in labels):
+            complain(
+                f"megarlx study kept: --difference names {one!r} and {other!r}; no world has both "
+                f"rows. A world has: {'; another: '.join(', '.join(own) for own in labels)}"
+            )
+            return 2
     for world, table in tables.items():
         _say(f"\n{world}")
         if table.late_steps and not table.rates:
             _say(f"{PATH} has no [{world}.rates]: no late run is shown")
-        for title, head, rows in sections(table):
+        for title, head, rows in (*sections(table), *differences(table, pairs)):
             _say(f"\n{title}")
             _print(head, rows)
     if figure is not None and tables:

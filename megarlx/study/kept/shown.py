@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from megarlx.report.measures import Ratio
 from megarlx.report.student import TrunkInterval, interval_of_trunks
 from megarlx.study.kept.facts import Transfer, contradicted, transfer
-from megarlx.study.kept.table import Row, Table, matrix
+from megarlx.study.kept.table import MEASURES, Row, Table, matrix
 
 Section = tuple[str, list[str], list[list[str]]]  # title, head, rows
 NONE = "–"
@@ -48,6 +48,16 @@ def sections(table: Table) -> Iterator[Section]:
             rows_ = [[f"{s:,}", f"{o:,}", f"{share:.0%}"] for (s, o), share in found_.items()]
             head = ["vector's step", "onto", "share of the late gain there"]
             yield f"Transfer matrix, trunk of seed {arms.seed}", head, rows_
+
+
+def differences(table: Table, pairs: Sequence[tuple[str, str]]) -> Iterator[Section]:
+    """A − B of those pairs of rows that the table has."""
+    rows = {row.label: row for row in table.rows()}
+    for one, other in pairs:
+        if one in rows and other in rows:
+            found = table.difference(rows[one], rows[other]).items()
+            lines = [[MEASURES[name], str(over.trunks), _interval(over)] for name, over in found]
+            yield f"{one} − {other}, paired by trunk", ["", "trunks", "points"], lines
 
 
 HEAD = [

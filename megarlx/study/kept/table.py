@@ -36,6 +36,10 @@ from megarlx.study.kept.chosen import key
 # Of late RL; "": the trunk's end; corpus: more pre-training behind it, of early RL's FLOP.
 STARTS = ("", RL_VECTOR, "vector-mark", "vector-partner", "corpus")
 
+# Of a Point, as they are shown.
+MEASURES = {"m": "m", "a": "a", "y": "pass@1", "y8": "pass@8", "y32": "pass@32"}
+MEASURES |= {"capability": "capability"}
+
 Place = tuple[Run, int]  # a run, and a step of it
 Find = Callable[[Arms], Place | None]
 
@@ -121,6 +125,16 @@ class Table:
             _apart(bases, [points[arms.seed] for arms in own]),
             self.share_of_late_gain({arms.seed: g for arms, g in zip(own, gains, strict=True)}),
         )
+
+    def difference(self, one: Row, other: Row) -> dict[str, TrunkInterval]:
+        """Of each measure, paired by trunk; without those that some trunk does not have."""
+        both = sorted(one.points.keys() & other.points.keys())
+        found = {}
+        for name in MEASURES:
+            sides = [[getattr(row.points[seed], name) for seed in both] for row in (one, other)]
+            if both and not any(None in side for side in sides):
+                found[name] = interval_of_trunks([a - b for a, b in zip(*sides, strict=True)])
+        return found
 
     def share_of_late_gain(self, gains: Mapping[int, float]) -> Ratio | None:
         """Of trunks that have late RL of the most steps, 80, at its best rate."""

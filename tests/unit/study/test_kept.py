@@ -199,6 +199,28 @@ def test_runs_that_are_a_step_to_others_are_not_told_as_missing(
     assert f"missing: {half.name}: stands at step 0 of 40" in capsys.readouterr().out
 
 
+def test_a_difference_of_two_rows_is_paired_by_trunk(
+    study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = Table(arms_of(study), RATES)
+    rows = {row.label: row for row in table.rows()}
+    found = table.difference(rows["vector-rl"], rows["vector-mark"])
+    # Of m 86 and 95, and a that is 10 less: all trunks alike, whatever they differ in themselves.
+    assert found["m"].estimate == found["m"].low == found["m"].high == -9
+    by_trunk = [rows[n].points for n in ("vector-rl", "vector-mark")]
+    gaps = [by_trunk[0][s].y - by_trunk[1][s].y for s in SEEDS]
+    assert found["y"].estimate == pytest.approx(sum(gaps) / 4)
+    wide = rows["vector-rl"].gain
+    assert found["y"].high - found["y"].low < wide.high - wide.low
+    monkeypatch.setattr(Study, "of", classmethod(lambda cls, *args: study))
+    assert main(["study", "kept", "x", "--difference", "vector-rl", "vector-mark"]) == 0
+    assert "vector-rl − vector-mark, paired by trunk" in capsys.readouterr().out
+    assert main(["study", "kept", "x", "--difference", "vector-rl", "vector-none"]) == 2
+    told = capsys.readouterr().err
+    assert "'vector-none'" in told
+    assert "vector-mark-matched" in told  # what there is
+
+
 def test_a_small_late_gain_prints_no_share(study: Study) -> None:
     few = [run for run in study.runs if not run.name.startswith("rl-late-at")]
     for seed in SEEDS:
