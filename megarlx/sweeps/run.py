@@ -65,6 +65,21 @@ def sigterm_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextmanager
+def told_to_end_later() -> Iterator[None]:
+    """A process that is starting is known to us before SIGINT or SIGTERM interrupts anything."""
+    told: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {n: signal.signal(n, lambda number, _: told.append(number)) for n in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if told:
+        signal.raise_signal(told[0])
+
+
 class SweepRunner:
     def __init__(self, config: SweepConfig, jobs: Sequence[Job], *, console: Console) -> None:
         self.config, self.console = config, console
@@ -173,7 +188,8 @@ class SweepRunner:
         given = os.environ.get("OMP_NUM_THREADS")
         threads = self.config.threads_per_job or given or self._threads()
         command = [*(self.config.launcher or (sys.executable,)), "-m", "megarlx", *job.arguments]
-        with (self.logs / f"{job.name}.log").open("ab") as log:
+        progress.said = self._said(job)
+        with (self.logs / f"{job.name}.log").open("ab") as log, told_to_end_later():
             progress.process = processes.start(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -181,8 +197,7 @@ class SweepRunner:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "OMP_NUM_THREADS": str(threads)},
             )
-        progress.state, progress.begun = "running", time.monotonic()
-        progress.said = self._said(job)
+            progress.state, progress.begun = "running", time.monotonic()
 
     def _threads(self) -> int:
         """The machine, shared with the jobs that could run at the same time."""

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
 
+from megarlx import processes
 from megarlx.cli import main
 from megarlx.config import ConfigError, load_config
 from megarlx.config.sweep import SweepConfig
@@ -224,6 +228,28 @@ def test_sigterm_ends_the_runs_and_they_are_not_taken_for_done(
     runner(tmp_path, jobs)  # writes the program that ends well
     assert runner(tmp_path, jobs).run() == 0
     assert ran(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_just_starting_is_told_to_end_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    made = runner(tmp_path, [job(tmp_path, "a")])
+    (tmp_path / "megarlx" / "__main__.py").write_text("import time\ntime.sleep(60)\n")
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*args: Any, **settings: Any) -> subprocess.Popen[bytes]:
+        started.append(processes.start(*args, **settings))
+        signal.raise_signal(number)  # before the sweep holds what it started
+        return started[0]
+
+    own = SimpleNamespace(start=start, signal_group=processes.signal_group)
+    monkeypatch.setattr("megarlx.sweeps.run.processes", own)
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(KeyboardInterrupt):
+        made.run()
+    assert started[0].returncode == -signal.SIGTERM
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
 def test_the_slurm_script_is_valid_and_holds_every_command(tmp_path: Path) -> None:
