@@ -80,6 +80,23 @@ def test_what_stands_in_the_records_is_not_run_again_without_any_folder() -> Non
     assert run(sweep()) == []
 
 
+def test_what_is_next_is_a_report_of_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+    own = sweep()
+    run(own)
+
+    def told() -> str:
+        capsys.readouterr()
+        assert SweepRunner(own, jobs_of(own), console=Console(width=200)).run() == 0
+        return capsys.readouterr().out
+
+    every = "all 3 are done already; next: megarlx report"
+    assert told() == f"{every} runs\n"
+    shutil.rmtree("runs/rl-at-1000-seed-3")
+    assert told() == f"{every} runs --records records\n"
+    shutil.rmtree("runs")
+    assert told() == f"{every} records\n"
+
+
 def test_a_trunk_that_is_gone_is_trained_again_where_something_needs_it() -> None:
     run(sweep())
     shutil.rmtree("runs/trunk-seed-3")  # what the sweep has noted of it stays
