@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megarlx.config.own_samples import OwnSamplesConfig, for_rl_alone
-from megarlx.config.rollouts import RolloutFilter, run_and_step
+from megarlx.config.rollouts import RolloutFilter, TooLong, run_and_step
 
 Share = Annotated[float, Field(gt=0)]
 
@@ -45,6 +45,11 @@ class DistillConfig(OwnSamplesConfig):
     def samples(self) -> bool:
         """Whether it generates text."""
         return self.kl == "reverse"
+
+    @property
+    def when_too_long(self) -> TooLong:
+        """As of sft: rollouts are as long as they are."""
+        return self.too_long or ("skip" if self.rollouts else "stop")
 
     @property
     def shares(self) -> tuple[float, ...]:

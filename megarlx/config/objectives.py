@@ -13,7 +13,7 @@ from megarlx.config.environment import EnvironmentConfig
 from megarlx.config.own_samples import FP8_GENERATOR, OwnSamplesConfig
 from megarlx.config.policy import PolicyConfig
 from megarlx.config.reward import RewardConfig
-from megarlx.config.rollouts import ROLLOUTS, BankConfig, RolloutFilter, run_and_step
+from megarlx.config.rollouts import ROLLOUTS, BankConfig, RolloutFilter, TooLong, run_and_step
 from megarlx.config.section import Named, Section
 
 PRETRAINING, SFT, RL = "pretraining", "sft", "rl"
@@ -117,9 +117,16 @@ class SftConfig(Section):
     packing: bool = Field(
         default=True, description="Whether a sequence holds several conversations"
     )
-    too_long: Literal["stop", "skip"] = Field(
-        default="stop", description="What happens with conversations longer than a sequence"
+    too_long: TooLong | None = Field(
+        default=None,
+        description="What happens with conversations longer than a sequence; absent: stop, and "
+        "skip where they are rollouts",
     )
+
+    @property
+    def when_too_long(self) -> TooLong:
+        """What a model wrote is as long as it is; what a file holds was meant to be learned."""
+        return self.too_long or ("skip" if self.rollouts else "stop")
 
     @property
     def rollouts(self) -> tuple[str, int | None] | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
+from megarlx.config.rollouts import TooLong
 from megarlx.config.section import Named, Section
 
 FP8_GENERATOR = "engine_fp8"  # it samples from rounded weights, and only rl corrects for them
@@ -33,8 +34,10 @@ class OwnSamplesConfig(Section):
     max_prompt_tokens: int | None = Field(
         default=None, ge=1, description="Longest prompt; absent: what the model allows"
     )
-    too_long: Literal["stop", "skip"] = Field(
-        default="stop", description="What happens with prompts, or rollouts, longer than that"
+    too_long: TooLong | None = Field(
+        default=None,
+        description="What happens with prompts, or rollouts, longer than that; absent: stop, and "
+        "skip where they are rollouts",
     )
     tokens_per_microbatch: int = Field(
         default=4096, ge=1, description="Tokens a process takes through the model at once"
@@ -57,6 +60,10 @@ class OwnSamplesConfig(Section):
         description="Most tokens in a process's caches; samples wait for room; absent: as many as "
         "all slots may fill",
     )
+
+    @property
+    def when_too_long(self) -> TooLong:
+        return self.too_long or "stop"
 
     @property
     def most_written_tokens(self) -> int:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 from pydantic import Field
 
 from megarlx.config.section import Section
 
+TooLong = Literal["stop", "skip"]
 ROLLOUTS = "rollouts:"  # what a path begins with that names a run's rollouts
 _REFERENCE = re.compile(r"(?P<run>.+?)(?:@(?P<step>\d+))?")
 

@@ -96,7 +96,8 @@ class ConversationData:
                 if too_long == "stop":
                     raise ConversationError(
                         f"{_shown(conversation)}: has {len(these)} tokens; sequence_length "
-                        f"{sequence_length} allows {sequence_length + 1}"
+                        f"{sequence_length} allows {sequence_length + 1}; {name}.too_long = 'skip' "
+                        "leaves such conversations out"
                     )
                 self.too_long += 1
                 continue

@@ -81,9 +81,13 @@ class KeptTexts:
         self.group, self.waited_seconds = Group.alone("data"), 0.0
         encoded = [template.encode(one, tokenizer) for one in conversations]
         self._texts = [one for one in encoded if len(one[0]) <= longest]
-        if config.too_long == "stop" and len(self._texts) < len(encoded):
+        self.too_long = len(encoded) - len(self._texts)
+        if self.too_long and config.when_too_long == "stop":
             most = max(len(ids) for ids, _ in encoded)
-            raise TextError(f"{name}: a rollout has {most} tokens; allowed are {longest}")
+            raise TextError(
+                f"{name}: a rollout has {most} tokens; allowed are {longest}; too_long = 'skip' "
+                "leaves such rollouts out"
+            )
         if not self._texts:
             raise TextError(f"{name}: all {len(encoded)} rollouts have more than {longest} tokens")
         content = json.dumps(self._texts).encode()

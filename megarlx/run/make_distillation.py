@@ -11,6 +11,7 @@ from megarlx.rollouts.bank import conversations_of
 from megarlx.rollouts.player import Player
 from megarlx.rollouts.question_game import Unscored
 from megarlx.rollouts.texts import KeptTexts, OwnTexts
+from megarlx.run.left_out import tell_left_out
 from megarlx.run.teachers import frozen_teacher
 
 if TYPE_CHECKING:
@@ -31,16 +32,20 @@ def _kept(maker: ObjectiveMaker, name: str, config: DistillConfig) -> Texts:
     assert config.rollouts is not None
     named = run_and_step(config.rollouts)
     assert named is not None  # the configuration saw to both
-    return KeptTexts(
+    found = conversations_of(*named, config.filter)
+    longest = min(maker.config.model.max_sequence_length, config.tokens_per_microbatch)
+    texts = KeptTexts(
         config,
-        conversations_of(*named, config.filter),
+        found,
         maker.template(config.template),
         maker.tokenizer,
-        min(maker.config.model.max_sequence_length, config.tokens_per_microbatch),
+        longest,
         maker.config.training.seed,
         name,
         maker.device,
     )
+    tell_left_out(f"{name}.rollouts", texts.too_long, len(found), longest)
+    return texts
 
 
 def _own(maker: ObjectiveMaker, name: str, config: DistillConfig) -> Texts:

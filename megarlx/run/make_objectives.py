@@ -41,6 +41,7 @@ from megarlx.rollouts.question_game import QuestionGame
 from megarlx.rollouts.rewards.rewards import Rewards
 from megarlx.rollouts.rollout import Sampler
 from megarlx.run.directory import RunError
+from megarlx.run.left_out import tell_left_out
 from megarlx.run.made import data_of, file_of
 from megarlx.run.make_distillation import distillation
 from megarlx.run.tokenizer import template_of, templates_of
@@ -149,8 +150,11 @@ class ObjectiveMaker:
             training.seed,
             demonstrations="all" if config.rollouts else config.demonstrations,
             packing=config.packing,
-            too_long=config.too_long,
+            too_long=config.when_too_long,
             name=name,
+        )
+        tell_left_out(
+            f"{name}.conversations", data.too_long, data.conversations + data.too_long, length + 1
         )
         return self._supervised(
             name,
@@ -311,17 +315,19 @@ class ObjectiveMaker:
         if not prompts:
             raise RunError(f"{name}.prompts is {path!r}: the file holds none")
         _check_alone(name, config, prompts)
-        return PromptData(
+        data = PromptData(
             prompts,
             self.template(config.template),
             self.tokenizer,
             self.config.training.seed,
             few_shot=few_shot,
             max_prompt_tokens=most,
-            too_long=config.too_long,
+            too_long=config.when_too_long,
             by_difficulty=by_difficulty,
             name=name,
         )
+        tell_left_out(f"{name}.prompts", data.too_long, len(prompts), most)
+        return data
 
     def generator(self, config: RlConfig | DistillConfig, longest: int) -> Callable[[], Generator]:
         return _once(

@@ -79,6 +79,16 @@ samples = 2
 max_new_tokens = 4
 """
 
+OWN = """
+[sft]
+conversations = "rollouts:{early}"
+filter = {{ min_reward = -1.0 }}
+[[stages]]
+steps = 1
+[stages.objectives.sft]
+lr = 1e-4
+"""
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -113,6 +123,19 @@ def test_a_bank_feeds_pre_training_and_sft_of_a_later_run(runs: Path) -> None:
         assert last[key] > 0, key
     state = read_manifest(runs / "later" / "checkpoints" / "iter_00000006").state
     assert "own" in json.dumps(state["objectives"]["pretraining"])
+
+
+def test_rollouts_that_no_sequence_holds_are_left_out_and_told_of(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "own.toml"
+    recipe.write_text(OWN.format(early=runs / "early"))
+    given = f"{runs}/trunk@8", recipe
+    with pytest.warns(UserWarning, match=r"sft.conversations: \d+ of \d+ have more than 25 tokens"):
+        assert branch(*given, tmp_path / "a", "sft.sequence_length=24") == 0
+    stops = ("sft.sequence_length=24", 'sft.too_long="stop"')
+    assert branch(*given, tmp_path / "b", *stops) != 0
+    assert "sft.too_long = 'skip' leaves such conversations out" in capsys.readouterr().err
 
 
 def test_a_run_with_all_of_it_goes_on_to_the_same_bits(runs: Path, tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from rl_cases import config, model, reinforcement, trainer_of
 
 from megarlx.checkpoint import Saver
 from megarlx.comm.groups import Group
-from megarlx.config.objectives import SftConfig
+from megarlx.config.distill import DistillConfig
+from megarlx.config.objectives import RlConfig, SftConfig
 from megarlx.config.rollouts import BankConfig, RolloutFilter, run_and_step
 from megarlx.config.run_sections import SourceConfig
 from megarlx.rollouts import bank as banks
@@ -168,6 +169,20 @@ def test_rollouts_that_are_not_there_or_not_left_are_refused_with_counts(tmp_pat
     (tmp_path / "rollouts" / "rl" / "step_00000003.jsonl.gz").write_bytes(b"\x1f\x8b")
     with pytest.raises(BankError, match=r"step_00000003\.jsonl\.gz is damaged"):
         read_bank(str(tmp_path))
+
+
+def test_what_is_too_long_stops_a_run_unless_a_model_wrote_it() -> None:
+    teachers = ("runs/t@3",)
+    forward = {"teachers": teachers, "kl": "forward", "rollouts": "runs/a"}
+    whens = {
+        "stop": [SftConfig(), RlConfig(), DistillConfig(teachers=teachers)],
+        "skip": [SftConfig(conversations="rollouts:runs/a"), DistillConfig.model_validate(forward)],
+    }
+    for when, sections in whens.items():
+        assert [section.when_too_long for section in sections] == [when] * len(sections)
+    for told in ("stop", "skip"):
+        values = {"conversations": "rollouts:runs/a", "too_long": told}
+        assert SftConfig.model_validate(values).when_too_long == told
 
 
 def test_names_of_rollouts_and_their_filters_are_checked() -> None:

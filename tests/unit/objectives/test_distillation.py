@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from distill_objectives import config, distillation
+from distill_objectives import TEMPLATE, TOKENIZER, config, distillation
 from pydantic import ValidationError
-from rl_cases import VOCABULARY, model
+from rl_cases import VOCABULARY, model, prompts
 
 from megarlx.checkpoint import Saver
 from megarlx.comm.groups import Group
 from megarlx.config.distill import DistillConfig
+from megarlx.data.conversations import Conversation, Turn
 from megarlx.objectives.distill import Distillation
+from megarlx.rollouts.texts import KeptTexts, TextError
 from megarlx.training.parts import UpdateSettings
 from megarlx.training.trainer import TrainedObjective, Trainer, TrainingStage
 
@@ -124,3 +126,21 @@ def test_what_does_not_go_together_is_named() -> None:
     assert usual.shares == (1.0,)
     assert (usual.prompts_per_rollout, usual.samples_per_prompt) == (16, 4)
     assert (usual.rollout_every_steps, usual.temperature, usual.kl) == (10, 1.0, "reverse")
+
+
+def test_rollouts_that_are_too_long_are_left_out_and_counted_or_stop_it() -> None:
+    word = prompts()[0].question.split()[0]
+    made = [
+        Conversation((Turn("user", word), Turn("assistant", " ".join([word] * count))))
+        for count in (1, 40, 2)
+    ]
+    given = config(**FORWARD)
+
+    def texts(given: DistillConfig) -> KeptTexts:
+        return KeptTexts(given, made, TEMPLATE, TOKENIZER, 24, 5, "teach", torch.device("cpu"))
+
+    assert texts(given).too_long == 1
+    drawn, _ = texts(given).next()
+    assert int(drawn.lengths.max()) <= 24
+    with pytest.raises(TextError, match=r"teach: a rollout has \d+ tokens; allowed are 24; .*skip"):
+        texts(given.model_copy(update={"too_long": "stop"}))
