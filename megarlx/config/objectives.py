@@ -119,8 +119,7 @@ class SftConfig(Section):
     )
     too_long: TooLong | None = Field(
         default=None,
-        description="What happens with conversations longer than a sequence; absent: stop, and "
-        "skip where they are rollouts",
+        description="Of conversations longer than a sequence; absent: stop, with rollouts skip",
     )
 
     @property

@@ -36,8 +36,7 @@ class OwnSamplesConfig(Section):
     )
     too_long: TooLong | None = Field(
         default=None,
-        description="What happens with prompts, or rollouts, longer than that; absent: stop, and "
-        "skip where they are rollouts",
+        description="Of prompts, or rollouts, longer than that; absent: stop, with rollouts skip",
     )
     tokens_per_microbatch: int = Field(
         default=4096, ge=1, description="Tokens a process takes through the model at once"
