@@ -32,10 +32,10 @@ def draw(tables: Mapping[str, Table], path: Path) -> None:
 
     late = {world: table for world, table in tables.items() if table.late_steps}
     facts = [found for table in tables.values() if (found := transfer(table.trunks)) is not None]
-    panels = len(late) + len(facts)
+    widths = [*(3.4 for _ in late), *(4.4 for _ in facts)] or [3.4]
     with matplotlib.rc_context(PARAMETERS):
-        canvas = Figure(figsize=(1.2 + 4.2 * max(1, panels), 3.6), layout="constrained")
-        axes = list(canvas.subplots(1, max(1, panels), squeeze=False)[0])
+        canvas = Figure(figsize=(1.0 + sum(widths), 3.6), layout="constrained")
+        axes = list(canvas.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0])
         for world, table in late.items():
             _courses(axes.pop(0), table, TITLES.get(world, world))
         for found in facts:
@@ -56,6 +56,7 @@ def _courses(ax: Axes, table: Table, title: str) -> None:
         if min(i.trunks for i in found.values()) > 1:
             ax.fill_between(places, lows, highs, color=line.get_color(), alpha=0.15, lw=0)
     ax.set_xticks(range(len(every)), [str(k) for k in every])
+    ax.set_ylim(bottom=0)
     ax.set_title(title)
     ax.set_xlabel("late steps of RL")
     ax.set_ylabel("pass@1, %")
