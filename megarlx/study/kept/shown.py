@@ -16,7 +16,7 @@ NONE = "–"
 def sections(table: Table) -> Iterator[Section]:
     """Those that there is anything for."""
     rows = [_row(row) for row in table.rows()]
-    if rows:
+    if len(rows) > 1:  # the trunk's end stands in the first
         yield f"Arms over {len(table.trunks)} trunks, in points", HEAD, rows
     steps = table.steps()
     if steps:
@@ -45,9 +45,14 @@ def sections(table: Table) -> Iterator[Section]:
     yield from _transfer(wrong, contradicted(table.trunks))
     for arms in table.trunks:
         if found_ := matrix(arms):
-            rows_ = [[f"{s:,}", f"{o:,}", f"{share:.0%}"] for (s, o), share in found_.items()]
-            head = ["vector's step", "onto", "share of the late gain there"]
-            yield f"Transfer matrix, trunk of seed {arms.seed}", head, rows_
+            onto = sorted({there for _, there in found_})
+            shares = {place: f"{share:.0%}" for place, share in found_.items()}
+            rows_ = [
+                [f"{step:,}", *(shares.get((step, there), NONE) for there in onto)]
+                for step in sorted({step for step, _ in found_})
+            ]
+            title = f"Transfer matrix, trunk of seed {arms.seed}: share of the late gain there"
+            yield title, ["vector's step", *(f"onto {o:,}" for o in onto)], rows_
 
 
 def differences(table: Table, pairs: Sequence[tuple[str, str]]) -> Iterator[Section]:

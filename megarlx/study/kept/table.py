@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -86,7 +87,8 @@ class Table:
         yield "through early RL", lambda arms: _last(arms.of("rl_early", arms.middle))
         named = ("rl", "rl_early")  # above
         others = {name for arms in self.trunks for name in arms.others_of_the_middle(named)}
-        vectors = {name for arms in self.trunks for name in arms.runs if name.startswith("vector-")}
+        runs = {name for arms in self.trunks for name in arms.runs if _put(name) is None}
+        vectors = {name for name in runs if name.startswith("vector-")}
         first = sorted(vectors, key=lambda name: (name != RL_VECTOR, name))
         for name in (*sorted(others), *first):
             yield name, lambda arms, name=name: _last(arms.runs.get(name))  # type: ignore[misc]
@@ -271,14 +273,19 @@ def _gain(after: Point | None, before: Point | None) -> float:
     return after.y - before.y
 
 
+def _put(name: str) -> tuple[int, int] | None:
+    """The vector's step, and the checkpoint that it is put onto, of a transplant of the matrix."""
+    found = re.fullmatch(r"vector-(\d+)-onto-(\d+)", name)
+    return None if found is None else (int(found[1]), int(found[2]))
+
+
 def matrix(arms: Arms) -> dict[tuple[int, int], float]:
     """Share of the late gain by (the vector's step, the checkpoint that it is put onto)."""
     found = {}
     for name, run in arms.runs.items():
-        words = name.split("-")
-        if words[:1] != ["vector"] or words[2:3] != ["onto"]:
+        if (places := _put(name)) is None:
             continue
-        step, onto = int(words[1]), int(words[3])
+        step, onto = places
         late, base = point(arms.of("rl", onto)), point(arms.trunk, onto)
         reached = point(run)
         if late is not None and base is not None and reached is not None and late.y > base.y:

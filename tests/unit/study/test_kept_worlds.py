@@ -217,3 +217,24 @@ def test_the_study_has_what_the_tuning_seeds_chose(
         assert given[vector] == (float(best(by)),), vector
     chosen = {what: best(by) for what, by in rates(trunks, STARTS).items()}
     assert frozen_rates(world) == {what: f"{float(rate):g}" for what, rate in chosen.items()}
+
+
+def test_the_matrix_is_by_a_vectors_step_and_where_it_is_put_and_no_row_compares_it_elsewhere() -> (
+    None
+):
+    ends = {500: 10, MIDDLE: 20, END: 20}
+    runs = [made_run("trunk", 130, flat(*(evaluation(at, m, 50) for at, m in ends.items())))]
+    for at in ends:
+        runs.append(made_run(f"rl-at-{at}", 130, flat(evaluation(80, 100, 50)), ("trunk", at)))
+    put = {(500, MIDDLE): 40, (500, END): 60, (MIDDLE, END): 80}  # m; late RL brings 20 to 100
+    for (step, onto), m in put.items():
+        part = (Part(f"rl-at-{step}-seed-130", "rl", 1.0),)
+        name = f"vector-{step}-onto-{onto}"
+        runs.append(made_run(name, 130, flat(evaluation(onto, m, 50)), ("trunk", onto), part))
+    (trunks,) = trunks_of(runs).values()
+    table = {title: (head, rows) for title, head, rows in sections(Table(trunks, {}))}
+    (title,) = [title for title in table if title.startswith("Transfer matrix")]
+    head, rows = table[title]
+    assert head == ["vector's step", "onto 1,750", "onto 2,500"]
+    assert rows == [["500", "25%", "50%"], ["1,750", "–", "75%"]]
+    assert not [t for t, (_, lines) in table.items() if any("onto" in line[0] for line in lines)]
