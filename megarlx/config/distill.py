@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megarlx.config.own_samples import OwnSamplesConfig, for_rl_alone
-from megarlx.config.rollouts import RolloutFilter, TooLong, run_and_step
+from megarlx.config.rollouts import RolloutFilter, TooLong, run_and_step, when_too_long
 
 Share = Annotated[float, Field(gt=0)]
 
@@ -48,8 +48,7 @@ class DistillConfig(OwnSamplesConfig):
 
     @property
     def when_too_long(self) -> TooLong:
-        """As of sft: rollouts are as long as they are."""
-        return self.too_long or ("skip" if self.rollouts else "stop")
+        return when_too_long(self.too_long, rollouts=self.rollouts is not None)
 
     @property
     def shares(self) -> tuple[float, ...]:

@@ -13,7 +13,14 @@ from megarlx.config.environment import EnvironmentConfig
 from megarlx.config.own_samples import FP8_GENERATOR, OwnSamplesConfig
 from megarlx.config.policy import PolicyConfig
 from megarlx.config.reward import RewardConfig
-from megarlx.config.rollouts import ROLLOUTS, BankConfig, RolloutFilter, TooLong, run_and_step
+from megarlx.config.rollouts import (
+    ROLLOUTS,
+    BankConfig,
+    RolloutFilter,
+    TooLong,
+    run_and_step,
+    when_too_long,
+)
 from megarlx.config.section import Named, Section
 
 PRETRAINING, SFT, RL = "pretraining", "sft", "rl"
@@ -124,8 +131,7 @@ class SftConfig(Section):
 
     @property
     def when_too_long(self) -> TooLong:
-        """What a model wrote is as long as it is; what a file holds was meant to be learned."""
-        return self.too_long or ("skip" if self.rollouts else "stop")
+        return when_too_long(self.too_long, rollouts=self.rollouts is not None)
 
     @property
     def rollouts(self) -> tuple[str, int | None] | None:

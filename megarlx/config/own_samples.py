@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from megarlx.config.rollouts import TooLong
+from megarlx.config.rollouts import TooLong, when_too_long
 from megarlx.config.section import Named, Section
 
 FP8_GENERATOR = "engine_fp8"  # it samples from rounded weights, and only rl corrects for them
@@ -62,7 +62,7 @@ class OwnSamplesConfig(Section):
 
     @property
     def when_too_long(self) -> TooLong:
-        return self.too_long or "stop"
+        return when_too_long(self.too_long, rollouts=False)
 
     @property
     def most_written_tokens(self) -> int:

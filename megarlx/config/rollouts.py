@@ -14,6 +14,11 @@ ROLLOUTS = "rollouts:"  # what a path begins with that names a run's rollouts
 _REFERENCE = re.compile(r"(?P<run>.+?)(?:@(?P<step>\d+))?")
 
 
+def when_too_long(told: TooLong | None, *, rollouts: bool) -> TooLong:
+    """What a model wrote is as long as it is; what a file holds was meant to be learned."""
+    return told or ("skip" if rollouts else "stop")
+
+
 def run_and_step(text: str) -> tuple[str, int | None] | None:
     """Of RUN or RUN@N; None where it is neither."""
     found = _REFERENCE.fullmatch(text)
