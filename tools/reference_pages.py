@@ -79,6 +79,8 @@ class Recorder:
 
 def argument_row(names: tuple[str, ...], options: dict[str, Any]) -> str:
     value = options.get("metavar")
+    if isinstance(value, tuple):  # one name for each of several values
+        value = " ".join(value)
     if value is None and "choices" in options:
         value = "|".join(map(str, options["choices"]))
     takes_none = str(options.get("action", "")).startswith("store_")
