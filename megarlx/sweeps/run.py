@@ -97,7 +97,7 @@ class SweepRunner:
         self._find_done()
         if len(self._in("done")) == len(self.all):
             self._say(
-                f"all {len(self.all)} are done already; next: megarlx report {self._told_of()}"
+                f"all {len(self.all)} are done already; next: megarlx report {self._to_report()}"
             )
         live = Live(console=self.console, refresh_per_second=2, transient=True)
         show = self.console.is_terminal
@@ -120,7 +120,7 @@ class SweepRunner:
             return 1
         return LEFT if "left" in states else 0
 
-    def _told_of(self) -> str:
+    def _to_report(self) -> str:
         """What a report can be made of: the runs, their records, or both."""
         out, records = self.config.out, self.config.records
         here = [(p.job.run / "lineage.json").exists() for p in self.all.values()]
