@@ -109,7 +109,7 @@ def _warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: Any = None
 ) -> str:
     """Ours in a line, as everything that is said; of other packages with the place in the code."""
-    if category is UserWarning and Path(filename).is_relative_to(Path(__file__).parent):
+    if issubclass(category, UserWarning) and Path(filename).is_relative_to(Path(__file__).parent):
         return f"warning: {message}\n"
     return _with_place(message, category, filename, lineno, line)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +26,10 @@ DEFAULT_PORT = 29500
 ROLL_CALL_SECONDS = 5.0
 # Where the processes met: the process has one such place, as torch has one default group.
 _place: list[dist.Store] = []
+
+
+class EveryRankWarning(UserWarning):
+    """What every rank finds alike; the first alone says it."""
 
 
 class LaunchError(RuntimeError):
@@ -277,6 +282,8 @@ def start(
         torch.cuda.set_device(launch.local_rank)
     if launch.launcher == "torchrun":
         processes.die_with_parent()  # also where a program of one's own calls this
+    if launch.rank:
+        warnings.simplefilter("ignore", EveryRankWarning)
     if launch.world_size == 1:
         return
     limit = timedelta(seconds=timeout_seconds)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megarlx.comm.collectives import all_reduce_
+from megarlx.comm.launch import EveryRankWarning
 from megarlx.config.evaluation import SuiteConfig
 from megarlx.data.documents import BadLineError, open_input
 from megarlx.data.making import Made
@@ -187,6 +188,7 @@ def tests_of(suite: SuiteConfig, made: Made | None) -> list[CapabilityTest]:
         warnings.warn(
             f"suite {suite.name}: what follows stands behind the context as it is, in the middle "
             f"of a word in every line of {where} ({joined!r}); begin it with a space",
+            EveryRankWarning,
             stacklevel=2,
         )
     return checked(suite, tests)

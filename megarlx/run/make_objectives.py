@@ -12,6 +12,7 @@ import torch
 
 from megarlx import plug
 from megarlx.comm.groups import Group
+from megarlx.comm.launch import EveryRankWarning
 from megarlx.config import Config, RlConfig, SftConfig
 from megarlx.config.distill import DistillConfig
 from megarlx.config.environment import EnvironmentConfig
@@ -377,6 +378,7 @@ def _tell_of_silence(path: str | Path, conversations: Sequence[Conversation]) ->
     if silent:
         warnings.warn(
             f"{path}: {silent} of {len(last)} answers are empty; the model learns to say nothing",
+            EveryRankWarning,
             stacklevel=2,
         )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from test_branch_command import TRUNK, branch
-from training_runs import tensors, train
+from training_runs import launcher, run, tensors, train
 
 from megarlx.checkpoint import read_manifest
 from megarlx.cli import main
@@ -136,6 +136,17 @@ def test_rollouts_that_no_sequence_holds_are_left_out_and_told_of(
     stops = ("sft.sequence_length=24", 'sft.too_long="stop"')
     assert branch(*given, tmp_path / "b", *stops) != 0
     assert "sft.too_long = 'skip' leaves such conversations out" in capsys.readouterr().err
+
+
+def test_two_processes_say_once_what_both_find(runs: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "own.toml"
+    recipe.write_text(OWN.format(early=runs / "early"))
+    words = ["branch", f"{runs}/trunk@8", str(recipe), "--out", str(tmp_path / "two")]
+    done = run(
+        [*launcher(2), *words, "--set", "sft.sequence_length=24", "--set", "layout.tensor=2"]
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("have more than 25 tokens and are left out") == 1, done.stderr
 
 
 def test_a_run_with_all_of_it_goes_on_to_the_same_bits(runs: Path, tmp_path: Path) -> None:

@@ -66,15 +66,20 @@ def train(config: Path, out: Path, *overrides: str, fresh: bool = False) -> int:
 def command(
     config: Path, out: Path, *overrides: str, processes: int = 1, restarts: int = 0
 ) -> list[str]:
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-        launcher += ["--max-restarts", str(restarts)]
-        launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    words = [*launcher, "-m", "megarlx", "train", str(config), "--out", str(out)]
+    words = [*launcher(processes, restarts), "train", str(config), "--out", str(out)]
     for override in overrides:
         words += ["--set", override]
     return words
+
+
+def launcher(processes: int = 1, restarts: int = 0) -> list[str]:
+    """What stands before the command of `megarlx`."""
+    words = [sys.executable]
+    if processes > 1:
+        words += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+        words += ["--max-restarts", str(restarts)]
+        words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    return [*words, "-m", "megarlx"]
 
 
 def environment() -> dict[str, str]:
