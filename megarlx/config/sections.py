@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from megarlx import plug
+from megarlx.config.batch import uneven
 from megarlx.config.distill import DistillConfig
 from megarlx.config.evaluation import SAMPLED, EvaluationConfig
 from megarlx.config.layout import LayoutConfig
@@ -272,15 +273,8 @@ class Config(Section):
                 "needs 1f1b, interleaved or zero_bubble",
             )
         at_once = training.sequences_per_microbatch * (layout.data or 1)
-        if training.sequences_per_step % at_once:
-            below = training.sequences_per_step // at_once * at_once
-            wrong(
-                "training.sequences_per_step",
-                f"is {training.sequences_per_step}; sequences_per_microbatch x layout.data = "
-                f"{at_once} must divide it (nearest: "
-                + " or ".join(str(n) for n in (below, below + at_once) if n > 0)
-                + ")",
-            )
+        if said := uneven(training.sequences_per_step, at_once, "layout.data"):
+            wrong("training.sequences_per_step", said)
         found += self._problems_of_templates()
         if self.template is None and (needs := self._needs_template()):
             wrong("template", f"is missing, and {needs} is written in it; {WRITE_TEMPLATE}")

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megarlx.config.batch import uneven
 from megarlx.data.samples import Dataset, Sample
 
 
@@ -44,6 +45,7 @@ class BatchLayout:
     sequences_per_microbatch: int
     rank: int = 0  # in the data-parallel group
     size: int = 1
+    said_in: str = "training"  # the table that says sequences_per_step
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
@@ -54,11 +56,8 @@ class BatchLayout:
                 f"loader: sequences_per_step is {self.sequences_per_step}, "
                 f"sequences_per_microbatch {self.sequences_per_microbatch}; allowed are at least 1"
             )
-        if self.sequences_per_step % at_once:
-            raise ValueError(
-                f"loader: sequences_per_step is {self.sequences_per_step}; it must be a multiple "
-                f"of sequences_per_microbatch x ranks = {at_once}"
-            )
+        if said := uneven(self.sequences_per_step, at_once, "dp"):
+            raise ValueError(f"{self.said_in}.sequences_per_step {said}")
 
     @property
     def microbatches(self) -> int:

@@ -16,6 +16,7 @@ from megarlx.choices import AMPERE, Machine, choose_precision
 from megarlx.comm.groups import Layout
 from megarlx.comm.hardware import Arithmetic
 from megarlx.config import Config
+from megarlx.config.batch import uneven
 from megarlx.config.model import ModelConfig
 from megarlx.model.check_layout import LayoutError, check_layout
 from megarlx.model.metadata import TensorParallel, parameter_layouts
@@ -152,15 +153,10 @@ class Job:
         if self.objectives < 1:
             raise ValueError(f"objectives is {self.objectives}; it must be at least 1")
         at_once = self.sequences_per_microbatch * self.trainers
-        if not self.packed_tokens and self.sequences_per_step % at_once:
-            times = "dp" if self.trainers == self.dp else "replica x dp"
-            below = self.sequences_per_step // at_once * at_once
-            nearest = " or ".join(str(n) for n in (below, below + at_once) if n > 0)
-            raise LayoutError(
-                f"{self.said_in}.sequences_per_step is "
-                f"{self.sequences_per_step}; sequences_per_microbatch x {times} = "
-                f"{at_once} must divide it (nearest: {nearest})"
-            )
+        times = "dp" if self.trainers == self.dp else "replica x dp"
+        said = uneven(self.sequences_per_step, at_once, times)
+        if said and not self.packed_tokens:
+            raise LayoutError(f"{self.said_in}.sequences_per_step {said}")
         self.plan.check_microbatches(self.microbatches)
         for one in self.others:
             one.check_batch()

@@ -181,7 +181,11 @@ class ObjectiveMaker:
         group = group or self.mesh.dp  # at least these; a stage may deal to more
         each = sequences_per_microbatch or training.sequences_per_microbatch
         batches = BatchLayout(
-            sequences_per_step or training.sequences_per_step, each, group.rank, group.size
+            sequences_per_step or training.sequences_per_step,
+            each,
+            group.rank,
+            group.size,
+            name if sequences_per_step else "training",
         )
         self.model.pipeline.plan.check_microbatches(batches.microbatches)
         # In one micro-batch: every document has at least one token.

@@ -2,6 +2,7 @@ import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -237,13 +238,16 @@ def test_the_thread_works_ahead_and_keeps_the_order() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((10, 2, 0, 2), r"sequences_per_step is 10; it must be a multiple .* = 4"),
+        (
+            (10, 2, 0, 2, "sft"),
+            r"sft.sequences_per_step is 10; .* x dp = 4 must divide it \(nearest: 8 or 12\)",
+        ),
         ((4, 0, 0, 1), "sequences_per_microbatch 0; allowed are at least 1"),
         ((4, 1, 2, 2), "rank is 2; allowed 0 to 1"),
     ],
 )
 def test_batches_that_cannot_be_dealt_out_are_refused(
-    arguments: tuple[int, int, int, int], message: str
+    arguments: tuple[Any, ...], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         BatchLayout(*arguments)
