@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megarlx.data.draw import Draw, Split
 from megarlx.data.order import key_of, uniform
@@ -223,11 +224,12 @@ def _apply(
     return tuple(after) if 0 <= after[at] <= largest else None
 
 
-def guesses(settings: WorldSettings, questions: int = 4000) -> list[tuple[int, ...]]:
+@lru_cache(maxsize=8)
+def guesses(settings: WorldSettings, questions: int = 4000) -> tuple[tuple[int, ...], ...]:
     """Answers as they are distributed over this world's questions."""
     writer = Writer(settings)
     drawn = (problem_at(settings, "train", i, "guessing") for i in range(questions))
-    return [writer.asked(problem) for problem in drawn]
+    return tuple(writer.asked(problem) for problem in drawn)
 
 
 def guessing_pass_at_k(settings: WorldSettings, k: int, questions: int = 4000) -> float:

@@ -32,6 +32,7 @@ class Tables:
         self.settings = settings
         self.in_slot = settings.tables * settings.table_values  # values of one slot
         self.weights = tuple(rank**-settings.table_skew for rank in range(1, settings.tables + 1))
+        self._results: dict[Lookup, int] = {}  # that were asked for
         words = invented(settings.seed, "operations", settings.slots * settings.tables, 2, "m")
         self.operations = tuple(
             Operation("table", (word,), self.weights[i % settings.tables])
@@ -54,7 +55,10 @@ class Tables:
         return Lookup(operation, self._first_input(operation) + place)
 
     def result(self, at: Lookup) -> int:
-        return self._value(at.operation, self._key(at) % self.settings.table_values)
+        if at not in self._results:
+            place = self._key(at) % self.settings.table_values
+            self._results[at] = self._value(at.operation, place)
+        return self._results[at]
 
     def wrong(self, at: Lookup) -> int:
         """The wrong value that is told of it, always the same and of the operation's range."""
