@@ -66,8 +66,8 @@ def differences(table: Table, pairs: Sequence[tuple[str, str]]) -> Iterator[Sect
 
 
 HEAD = [
-    *("", "trunks", "m", "a", "pass@1/@8/@32", "gain (trunks)", "(these trunks)", "form", "skill"),
-    *("of late gain", "capability", "TFLOP early, late"),
+    *("", "trunks", "m", "a", "pass@1/@8/@32", "gain over trunks", "over questions"),
+    *("form", "skill", "of late gain", "capability", "TFLOP early, late"),
 ]
 
 
