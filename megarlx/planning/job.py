@@ -154,8 +154,7 @@ class Job:
             raise ValueError(f"objectives is {self.objectives}; it must be at least 1")
         at_once = self.sequences_per_microbatch * self.trainers
         times = "dp" if self.trainers == self.dp else "replica x dp"
-        said = uneven(self.sequences_per_step, at_once, times)
-        if said and not self.packed_tokens:
+        if not self.packed_tokens and (said := uneven(self.sequences_per_step, at_once, times)):
             raise LayoutError(f"{self.said_in}.sequences_per_step {said}")
         self.plan.check_microbatches(self.microbatches)
         for one in self.others:
